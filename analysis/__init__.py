@@ -1,0 +1,1 @@
+"""From saved traces to labels, alarms, scores and the report. Never imports torch."""

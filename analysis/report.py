@@ -1,0 +1,2 @@
+def make_report(report, out):
+    print("report", report, out)

@@ -1,0 +1,1 @@
+"""Build a run from its configuration, train it, and record what every monitor saw."""

@@ -1,0 +1,195 @@
+"""From a composed configuration to the objects of a run, and the run's identity.
+
+Each config node names its class in ``_target_``; its other keys are the constructor's arguments. They
+are checked against the constructor's annotations before anything is built, so that a wrong key or
+type fails by name. There is no registry: a new fault or monitor is a class and a YAML that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, ValidationError, create_model
+
+from experiments.data import Corpus, DataConfig
+from experiments.optimizer import TrainConfig
+from faults.base import Composed, Fault, Sites
+from models.transformer import Transformer, TransformerConfig
+from monitors.base import Monitor, WeightHistory
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN_KEYS = ("seed", "fault", "model", "data", "train", "monitor")
+"""The nodes of a configuration that determine a run; the others say where it goes and who watches."""
+
+RESULT_SOURCES = ("faults/*.py", "models/*.py", "monitors/*.py", "experiments/build.py", "experiments/data.py",
+                  "experiments/loop.py", "experiments/optimizer.py")
+"""The files that determine what a run measures."""
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """`` (did you mean 'x'? known: a, b, x)``."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" ({f'did you mean {close[0]!r}? ' if close else ''}known: {', '.join(known)})"
+
+
+def construct(node: Mapping[str, Any], where: str) -> Any:
+    """Build the object that a config node describes. Raises ValueError that names ``where`` and the key."""
+    arguments = dict(node)
+    target = arguments.pop("_target_", None)
+    if target is None:
+        raise ValueError(f"{where} names no _target_ class")
+    try:
+        cls = get_class(target)
+    except Exception as error:
+        raise ValueError(f"{where}._target_={target!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    # A dataclass field may go by another key in YAML where its own name is taken by a method.
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    key_of = {field.name: field.metadata["key"] for field in fields if "key" in field.metadata}
+    hints = get_type_hints(cls if fields else cls.__init__)
+    parameters = {
+        key_of.get(name, name): (hints.get(name, Any), ... if p.default is p.empty else p.default)
+        for name, p in inspect.signature(cls).parameters.items()
+    }
+    for key in arguments:
+        if key not in parameters:
+            raise ValueError(f"{where}.{key} is not a key of {cls.__name__}{did_you_mean(key, sorted(parameters))}")
+    schema = create_model(cls.__name__, __config__=ConfigDict(strict=True, extra="forbid"), **parameters)
+    try:
+        checked = schema.model_validate_json(json.dumps(arguments))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in (where, *first["loc"]))
+        if first["type"] == "missing":
+            raise ValueError(f"{key} is missing") from None
+        raise ValueError(f"{key}={first['input']!r} is not allowed: {first['msg'].lower()}") from None
+    field_of = {key: name for name, key in key_of.items()}
+    values = {field_of.get(key, key): getattr(checked, key) for key in parameters}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(where.split(".")[0]) else f"{where}: {message}") from None
+
+
+@lru_cache(maxsize=1)
+def source_digest() -> str:
+    """SHA-256 over the files that determine a result, so that a bug fix never republishes stale runs."""
+    digest = hashlib.sha256()
+    for pattern in RESULT_SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` becomes cuda where there is one. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device='cuda' is not allowed here: torch sees no CUDA device; use cpu or auto")
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that one run needs, checked against each other but not yet on a device."""
+
+    config: Mapping[str, Any]
+    seed: int
+    fault: Fault
+    model_config: TransformerConfig
+    train: TrainConfig
+    corpus: Corpus
+    monitors: Mapping[str, Monitor]
+
+    @property
+    def device(self) -> torch.device:
+        return resolve_device(self.train.device)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that determines the result: two runs with one identity are one run."""
+        return {
+            "config": {**self.config, "model": {**self.config["model"], "vocab_size": self.model_config.vocab_size},
+                       "train": {**self.config["train"], "device": self.device.type}},
+            "dtype": "float32",
+            "data_sha256": self.corpus.digest,
+            "torch": torch.__version__.split("+")[0],
+            "source_sha256": source_digest(),
+        }
+
+    @cached_property
+    def run_id(self) -> str:
+        """The first 16 hex digits of the identity's SHA-256."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def healthy_sites(self) -> Sites:
+        return Sites(batch_size=self.train.batch_size)
+
+    def new_model(self) -> Transformer:
+        """The model with this seed's initial weights, on the run's device."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return Transformer(self.model_config).initialise(generator).to(self.device)
+
+    def new_history(self) -> WeightHistory:
+        return WeightHistory(lookback for monitor in self.monitors.values() for lookback in monitor.lookbacks)
+
+
+def _fault(node: Any) -> Fault:
+    """One fault, or a list of them, which composes."""
+    if isinstance(node, list):
+        return Composed(tuple(construct(part, f"fault.{index}") for index, part in enumerate(node)))
+    return construct(node, "fault")
+
+
+def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> None:
+    """Raise ValueError where fault, model and length do not fit together."""
+    if fault.onset is None:
+        return
+    if fault.onset >= train.steps:
+        raise ValueError(f"fault.onset={fault.onset} is after the end: train.steps={train.steps}")
+    sites = fault.sites(fault.onset, Sites(batch_size=train.batch_size))
+    sites.numerics.check_fits(model.n_layers, model.n_heads)
+    if sites.numerics.faults and model.backend != "reference":
+        raise ValueError(f"model.backend={model.backend!r} has no fault sites: use 'reference'")
+
+
+def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = None) -> Run:
+    """Check a composed configuration and build its run. ``corpus``: an already loaded one, to share it.
+
+    Raises ValueError or FileNotFoundError with one line that names the key, the value and what is allowed.
+    """
+    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    missing = [key for key in RUN_KEYS if plain.get(key) is None]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing from the configuration")
+    plain = {key: plain[key] for key in RUN_KEYS}
+    if isinstance(plain["seed"], bool) or not isinstance(plain["seed"], int) or plain["seed"] < 0:
+        raise ValueError(f"seed={plain['seed']!r} is not allowed: an integer from 0")
+    model: TransformerConfig = construct(plain["model"], "model")
+    data: DataConfig = construct(plain["data"], "data")
+    train: TrainConfig = construct(plain["train"], "train")
+    fault = _fault(plain["fault"])
+    _check_fit(fault, model, train)
+    monitors = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
+    names = [signal.name for monitor in monitors.values() for signal in monitor.signals]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two monitors both emit {next(n for n in names if names.count(n) > 1)!r}")
+    corpus = corpus or Corpus(data, model.context_length)
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=corpus.vocab_size)
+    elif model.vocab_size < corpus.vocab_size:
+        raise ValueError(f"model.vocab_size={model.vocab_size} is too small: the data has {corpus.vocab_size} tokens")
+    return Run(plain, plain["seed"], fault, model, train, corpus, monitors)

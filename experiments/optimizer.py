@@ -1,0 +1,85 @@
+"""AdamW on FP32 master weights, and the learning-rate schedule as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Every field is a key of ``conf/train/*.yaml``.
+
+    steps: optimizer updates; batch_size: sequences; schedule: ``constant`` or ``cosine`` (to
+    ``final_lr_fraction`` of the peak at the last step), each after a linear warm-up;
+    weight_decay: on matrices only; clip: global gradient norm, or None;
+    held_out_*: the label's loss on a fixed held-out batch; stop_drawup_nats: end the run as
+    ``diverged`` once that loss stands so far above its minimum, or None to train on;
+    device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    schedule: str
+    final_lr_fraction: float
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float | None
+    held_out_sequences: int
+    held_out_every_steps: int
+    stop_drawup_nats: float | None
+    checkpoint_every_steps: int
+    device: str
+    threads: int
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "held_out_sequences", "held_out_every_steps",
+                      "checkpoint_every_steps", "threads"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"train.{field}={getattr(self, field)} is not allowed: at least 1")
+        for field in ("learning_rate", "clip", "stop_drawup_nats"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"train.{field}={value} is not allowed: above 0")
+        for field in ("warmup_steps", "weight_decay"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"train.{field}={getattr(self, field)} is not allowed: 0 or more")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas={list(self.betas)} is not allowed: each from 0 to below 1")
+        if not 0 <= self.final_lr_fraction <= 1:
+            raise ValueError(f"train.final_lr_fraction={self.final_lr_fraction} is not allowed: 0 to 1")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"train.schedule={self.schedule!r} is not allowed: one of {', '.join(SCHEDULES)}")
+        if self.schedule == "cosine" and self.warmup_steps >= self.steps:
+            raise ValueError(f"train.warmup_steps={self.warmup_steps} leaves no step to decay: "
+                             f"below train.steps={self.steps}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"train.device={self.device!r} is not allowed: one of auto, cpu, cuda")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The scheduled learning rate of update ``step`` (from 0), before any fault."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    floor = config.final_lr_fraction
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the FP32 parameters; matrices decay, norms do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)

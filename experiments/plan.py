@@ -1,0 +1,45 @@
+"""Which runs an experiment needs: healthy ones by role, and one set for every fault."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("reference", "calibration", "test")
+"""Roles of healthy runs: bands and label scale, thresholds, realised false alarms."""
+
+FIRST_SEED = {"reference": 0, "calibration": 1000, "test": 2000, "faulty": 3000}
+"""Disjoint by construction: no run can help to set the threshold that it is scored by."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One cell of an experiment: its role (``faulty`` for a fault's runs), fault name or None, seed, overrides."""
+
+    role: str
+    fault: str | None
+    seed: int
+    overrides: tuple[str, ...]
+
+
+def plan(seeds: Mapping[str, int], faults: Mapping[str, Mapping[str, Any]]) -> list[PlannedRun]:
+    """Every run of an experiment, faulty ones first so that the pictures' subject exists early.
+
+    seeds: number of seeds a role; faults: name -> ``overrides`` that switch the fault on.
+    Raises ValueError on an unknown role or a number that is not from 0 to 1000.
+    """
+    if set(seeds) != set(FIRST_SEED):
+        raise ValueError(f"scale.seeds={dict(seeds)} is not allowed: needs {', '.join(FIRST_SEED)}, and nothing else")
+    for role, count in seeds.items():
+        if not 0 <= count <= 1000:
+            raise ValueError(f"scale.seeds.{role}={count} is not allowed: 0 to 1000")
+
+    def of(role: str, fault: str | None, overrides: tuple[str, ...]) -> list[PlannedRun]:
+        return [
+            PlannedRun(role, fault, seed, (*overrides, f"seed={seed}"))
+            for seed in range(FIRST_SEED[role], FIRST_SEED[role] + seeds[role])
+        ]
+
+    runs = [run for name, fault in faults.items() for run in of("faulty", name, tuple(fault["overrides"]))]
+    return runs + [run for role in ROLES for run in of(role, None, ("fault=none",))]

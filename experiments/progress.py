@@ -1,0 +1,110 @@
+"""Live progress of one run, and of many runs seen from their folders."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+REFRESH_S = 0.5
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[info]}"),
+        TimeRemainingColumn(),
+        refresh_per_second=4,
+    )
+
+
+class RunProgress:
+    """A bar with loss and step rate; also the run's ``status.json``, from which a sweep is watched.
+
+    The loss is read from the device only when the bar is redrawn.
+    """
+
+    def __init__(self, folder: Path, steps: int, show: bool) -> None:
+        self._status = folder / "status.json"
+        self._bar = _bar() if show else None
+        self._task = self._bar.add_task(folder.name, total=steps, info="") if self._bar else None
+        self._last: tuple[float, int] | None = None
+
+    def __enter__(self) -> RunProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._status.unlink(missing_ok=True)
+
+    def __call__(self, step: int, loss: Tensor) -> None:
+        now = time.monotonic()
+        if self._last is None:
+            self._last = (now, step)
+        elapsed = now - self._last[0]
+        if elapsed < REFRESH_S:
+            return
+        rate = (step - self._last[1]) / elapsed
+        self._last = (now, step)
+        value = loss.item()
+        if self._bar:
+            self._bar.update(self._task, completed=step, info=f"loss {value:.3f} nats  {rate:.0f} steps/s")
+        try:
+            self._status.write_text(json.dumps({"step": step, "loss": value, "steps_per_s": rate}))
+        except OSError:
+            pass  # a status line is not worth a run
+
+
+class SweepProgress:
+    """One bar for a sweep: watches the runs' folders from a thread while a launcher works."""
+
+    def __init__(self, folders: Sequence[Path], steps: int) -> None:
+        self._folders, self._steps = folders, steps
+        self._bar = _bar()
+        self._task = self._bar.add_task("runs", total=steps * len(folders), info="")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> SweepProgress:
+        self._bar.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._bar.stop()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(REFRESH_S):
+            self.refresh()
+
+    def refresh(self) -> None:
+        done_steps, done_runs, losses, rate = 0, 0, [], 0.0
+        for folder in self._folders:
+            status = _json(folder / "status.json")
+            if status is not None:
+                done_steps += status["step"]
+                rate += status["steps_per_s"]
+                losses.append(f"{status['loss']:.2f}")
+            elif (folder / "weights.safetensors").exists():
+                done_steps, done_runs = done_steps + self._steps, done_runs + 1
+        info = f"{done_runs}/{len(self._folders)} runs  loss {' '.join(losses)}  {rate:.0f} steps/s"
+        self._bar.update(self._task, completed=done_steps, info=info)
+
+
+def _json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

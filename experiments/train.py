@@ -1,0 +1,51 @@
+"""One run, or a sweep of them: ``python -m experiments.train [-m] fault=bf16_shift seed=0,1``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from experiments.build import Run, build_run
+from experiments.cli import CONF, guarded, one_line_errors
+from experiments.loop import train
+from experiments.progress import RunProgress
+from models.transformer import Transformer
+
+
+def describe(run: Run) -> str:
+    """Size of a run, from its model built on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        model = Transformer(run.model_config)
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = run.train.batch_size * run.model_config.context_length
+    return (f"{parameters / 1e6:,.1f} M parameters, {16 * parameters / 2**30:,.1f} GiB for FP32 weights, gradients "
+            f"and AdamW moments; {tokens:,} tokens an update, {run.train.steps:,} updates")
+
+
+def run_one(config: DictConfig) -> dict[str, Any]:
+    """Build and train the run of one composed configuration; returns its manifest."""
+    run = build_run(config)
+    if config.dry_run:
+        print(f"{run.run_id}: {describe(run)}")
+        return {"run_id": run.run_id, "end_reason": "dry_run"}
+    folder = Path(config.out) / run.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunProgress(folder, run.train.steps, show=not config.quiet) as progress:
+        manifest = train(run, Path(config.out), progress)
+    if not config.quiet:
+        print(f"{folder}: {manifest['end_reason']} after {manifest['steps_done']} steps, {manifest['wall_s']:.0f} s")
+    return manifest
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+@one_line_errors
+def main(config: DictConfig) -> None:
+    run_one(config)
+
+
+if __name__ == "__main__":
+    guarded(main, "config")

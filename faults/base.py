@@ -1,0 +1,68 @@
+"""What a fault may touch in one step, and what a fault is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from models.numerics import HEALTHY, AttentionNumerics
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Everything that a fault may touch in one step. The defaults are a healthy step.
+
+    numerics: which BF16 operation is done to which attention tensor;
+    batch_size: sequences in this step's batch; lr_scale: factor on the scheduled learning rate.
+    """
+
+    batch_size: int
+    numerics: AttentionNumerics = HEALTHY
+    lr_scale: float = 1.0
+
+
+@runtime_checkable
+class Fault(Protocol):
+    """A frozen dataclass whose fields are the keys of ``conf/fault/<name>.yaml``.
+
+    ``sites`` is pure: the same step and healthy sites always give the same answer. Outside its
+    window it returns the very object ``healthy``, so that "healthy before onset" is an equality.
+    ``step`` counts optimizer updates from 0: the update of an onset-0 fault is the run's first.
+    """
+
+    onset: int | None
+
+    def sites(self, step: int, healthy: Sites) -> Sites: ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps ``onset <= step < onset + duration``; duration None = to the end."""
+
+    onset: int = 0
+    duration: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.onset < 0:
+            raise ValueError(f"fault.onset={self.onset} is not allowed: a step from 0")
+        if self.duration is not None and self.duration < 1:
+            raise ValueError(f"fault.duration={self.duration} is not allowed: at least 1 step, or null for no end")
+
+    def __contains__(self, step: int) -> bool:
+        return step >= self.onset and (self.duration is None or step < self.onset + self.duration)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Several faults in one run; each acts on what the one before it left. Its onset is the earliest."""
+
+    faults: tuple[Fault, ...]
+
+    @property
+    def onset(self) -> int | None:
+        return min((fault.onset for fault in self.faults if fault.onset is not None), default=None)
+
+    def sites(self, step: int, healthy: Sites) -> Sites:
+        for fault in self.faults:
+            healthy = fault.sites(step, healthy)
+        return healthy

@@ -1,0 +1,1 @@
+"""Transformers whose attention exposes every tensor that a numeric fault can touch."""

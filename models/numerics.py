@@ -1,0 +1,204 @@
+"""BF16 bit operations, and the description of which of them is done to which attention tensor.
+
+The injected fault of arXiv:2606.28116 is an operation on the raw 16 bits of a BF16 number
+(1 sign, 8 exponent and 7 mantissa bits). ``k`` low bits are cleared: k = 1..7 shortens the
+mantissa, k = 8 also clears the lowest exponent bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+MAX_BITS = 8
+
+BF16_SITES = ("q", "k", "v", "p", "o", "do", "ds", "dq", "dk", "dv")
+"""Attention tensors that a flash-attention kernel stores or multiplies in BF16."""
+
+FP32_SITES = ("s", "lse", "dp", "delta")
+"""Attention tensors that it keeps in FP32; an active fault there rounds to BF16 first."""
+
+SITES = BF16_SITES + FP32_SITES
+
+FORWARD_SITES = ("q", "k", "v", "s", "p", "o")
+"""Sites that the forward pass uses or returns (it writes ``lse`` but never reads it)."""
+
+PHASES = ("forward", "backward", "both")
+
+
+def _as_bits(x: Tensor, bits: int) -> Tensor:
+    if x.dtype is not torch.bfloat16:
+        raise TypeError(f"a BF16 bit operation needs a torch.bfloat16 tensor, got {x.dtype}")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 0 <= bits <= MAX_BITS:
+        raise ValueError(f"bits={bits!r} is not allowed: an integer from 0 to {MAX_BITS}")
+    return x.view(torch.int16)
+
+
+def truncate(x: Tensor, bits: int) -> Tensor:
+    """Clear the ``bits`` lowest bits of each BF16 number: ``raw & (-1 << bits)``.
+
+    Rounds finite numbers toward zero (arXiv:2606.28116, authors' design notes). A NaN whose
+    payload lies in the cleared bits becomes Inf, and at 8 bits Inf becomes a finite number:
+    count non-finite values first.
+
+    x: BF16, any shape; bits: 0 to 8. Returns BF16 of the same shape; ``bits=0`` returns x.
+    Raises TypeError on another dtype, ValueError on another number of bits.
+    """
+    raw = _as_bits(x, bits)
+    return x if bits == 0 else (raw & (-1 << bits)).view(torch.bfloat16)
+
+
+def round_half_up(x: Tensor, bits: int) -> Tensor:
+    """Add half of the last kept bit to the raw number, then truncate: ``(raw + 2**(bits-1)) & (-1 << bits)``.
+
+    The low-bias control of ``truncate``: rounds to nearest with ties away from zero. The addition
+    is modulo 2**16, so a carry may reach the exponent (a large number becomes Inf) and, from a
+    NaN with a full mantissa, the sign.
+
+    x: BF16, any shape; bits: 0 to 8. Returns BF16 of the same shape; ``bits=0`` returns x.
+    Raises TypeError on another dtype, ValueError on another number of bits.
+    """
+    raw = _as_bits(x, bits)
+    return x if bits == 0 else ((raw + (1 << (bits - 1))) & (-1 << bits)).view(torch.bfloat16)
+
+
+OPERATIONS: Mapping[str, Callable[[Tensor, int], Tensor]] = MappingProxyType(
+    {"truncate": truncate, "round_half_up": round_half_up}
+)
+
+
+def to_bf16_grid(x: Tensor) -> Tensor:
+    """Round to the nearest BF16 number (ties to even) and return it in FP32, contiguous.
+
+    An FP32 tensor that holds BF16 numbers multiplies on a CPU exactly as BF16 inputs with FP32
+    accumulation do on a tensor core.
+    """
+    return x.to(torch.bfloat16, memory_format=torch.contiguous_format).float()
+
+
+@dataclass(frozen=True)
+class SiteFault:
+    """One bit operation on one attention tensor of chosen layers and heads.
+
+    site: a name in ``SITES``; phase: ``forward`` corrupts the value that the forward uses or
+    returns (its saved copy stays clean), ``backward`` the value that the backward reads,
+    ``both`` each of them. layers, heads: indices, or None for all.
+    """
+
+    site: str
+    phase: str
+    operation: str
+    bits: int
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for field, value, allowed in (
+            ("site", self.site, SITES),
+            ("phase", self.phase, PHASES),
+            ("operation", self.operation, tuple(OPERATIONS)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{field}={value!r} is not allowed: one of {', '.join(allowed)}")
+        if self.phase != "backward" and self.site not in FORWARD_SITES:
+            raise ValueError(
+                f"site={self.site!r} has no {self.phase} value: "
+                f"the forward pass reads only {', '.join(FORWARD_SITES)}"
+            )
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 0 <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits={self.bits!r} is not allowed: an integer from 0 to {MAX_BITS}")
+        for field, chosen in (("layers", self.layers), ("heads", self.heads)):
+            if chosen is not None and (len(set(chosen)) != len(chosen) or not chosen or min(chosen) < 0):
+                raise ValueError(f"{field}={list(chosen)} is not allowed: distinct indices from 0, or null for all")
+
+    def overlaps(self, other: SiteFault) -> bool:
+        """Whether both would corrupt the same value: same site, a common phase, layer and head."""
+
+        def meet(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:
+            return a is None or b is None or bool(set(a) & set(b))
+
+        phases_meet = self.phase == other.phase or "both" in (self.phase, other.phase)
+        return (
+            self.site == other.site
+            and phases_meet
+            and meet(self.layers, other.layers)
+            and meet(self.heads, other.heads)
+        )
+
+
+@dataclass(frozen=True)
+class AttentionNumerics:
+    """Which operation is done to which attention tensor of which layer and head. Empty = healthy."""
+
+    faults: tuple[SiteFault, ...] = ()
+
+    def __post_init__(self) -> None:
+        for i, one in enumerate(self.faults):
+            for other in self.faults[:i]:
+                if one.overlaps(other):
+                    raise ValueError(f"two faults on site {one.site!r}: {other} and {one}")
+
+    def __or__(self, other: AttentionNumerics) -> AttentionNumerics:
+        return AttentionNumerics(self.faults + other.faults)
+
+    def check_fits(self, n_layers: int, n_heads: int) -> None:
+        """Raise ValueError if a fault names a layer or head that the model does not have."""
+        for fault in self.faults:
+            for field, chosen, count in (("layers", fault.layers, n_layers), ("heads", fault.heads, n_heads)):
+                if chosen is not None and max(chosen) >= count:
+                    raise ValueError(
+                        f"fault.{field}={list(chosen)} does not fit the model: "
+                        f"it has {count} {field}, 0 to {count - 1}"
+                    )
+
+    @lru_cache(maxsize=256)  # noqa: B019  (frozen and hashable: one small entry a fault and layer)
+    def layer(self, index: int) -> LayerNumerics:
+        """The active faults of one layer, looked up by (site, pass)."""
+        table: dict[tuple[str, str], tuple[SiteFault, ...]] = {}
+        for fault in self.faults:
+            if fault.bits and (fault.layers is None or index in fault.layers):
+                for phase in ("forward", "backward") if fault.phase == "both" else (fault.phase,):
+                    table[fault.site, phase] = table.get((fault.site, phase), ()) + (fault,)
+        return LayerNumerics(table) if table else HEALTHY_LAYER
+
+
+class LayerNumerics:
+    """The faults of one attention layer. ``bits=0`` faults are left out: they do nothing, bit for bit."""
+
+    __slots__ = ("_table",)
+
+    def __init__(self, table: Mapping[tuple[str, str], tuple[SiteFault, ...]]) -> None:
+        self._table = table
+
+    def __bool__(self) -> bool:
+        return bool(self._table)
+
+    def touches(self, site: str, phase: str) -> bool:
+        return (site, phase) in self._table
+
+    def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor) -> Tensor:
+        """The value that this pass reads at this site: x itself, or a corrupted copy in FP32.
+
+        x_BHT: FP32, shape (batch, heads, ...). The number of non-finite values that reach an
+        active fault is added to ``nonfinite`` (an integer scalar on x's device) before the
+        operation, which could hide them.
+        """
+        faults = self._table.get((site, phase))
+        if faults is None:
+            return x_BHT
+        out = x_BHT.clone()
+        for fault in faults:
+            heads = slice(None) if fault.heads is None else list(fault.heads)
+            reached = x_BHT[:, heads]
+            nonfinite += reached.numel() - torch.isfinite(reached).sum()
+            out[:, heads] = OPERATIONS[fault.operation](reached.bfloat16(), fault.bits).float()
+        return out
+
+
+HEALTHY_LAYER = LayerNumerics({})
+HEALTHY = AttentionNumerics()

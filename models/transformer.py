@@ -1,0 +1,192 @@
+"""Decoder-only pre-norm transformer with explicit multi-head attention.
+
+Shapes: B batch, T tokens, E d_model, H heads, D d_head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.attention import BACKENDS, attention
+from models.numerics import HEALTHY, AttentionNumerics, LayerNumerics
+
+CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "positions": ("learned", "rope"),
+    "mlp": ("gelu", "swiglu"),
+    "backend": BACKENDS,
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape and variant of a model. Every field is a key of ``conf/model/*.yaml``.
+
+    vocab_size: tokens, or None to take the data's; d_ff: hidden width of the MLP;
+    rope_base: base of the rotary frequencies, used when positions is ``rope``;
+    init_std: of every matrix; residual outputs are scaled by 1/sqrt(2 n_layers) (GPT-2).
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_ff: int
+    context_length: int
+    vocab_size: int | None = None
+    norm: str = "layernorm"
+    positions: str = "learned"
+    rope_base: float = 10000.0
+    mlp: str = "gelu"
+    tie_embeddings: bool = True
+    qk_norm: bool = False
+    init_std: float = 0.02
+    backend: str = "reference"
+
+    def __post_init__(self) -> None:
+        for field in ("d_model", "n_layers", "n_heads", "d_ff", "context_length"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field}={getattr(self, field)} is not allowed: at least 1")
+        if self.vocab_size is not None and self.vocab_size < 2:
+            raise ValueError(f"model.vocab_size={self.vocab_size} is not allowed: at least 2, or null for the data's")
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"model.{field}={getattr(self, field)!r} is not allowed: one of {', '.join(allowed)}")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}")
+        if self.positions == "rope" and self.d_head % 2:
+            raise ValueError(f"model.positions='rope' needs an even d_head, got {self.d_head}")
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+
+def _norm(config: TransformerConfig, width: int) -> nn.Module:
+    return nn.LayerNorm(width) if config.norm == "layernorm" else nn.RMSNorm(width, eps=1e-6)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al., arXiv:2104.09864), halves rotated as in GPT-NeoX."""
+
+    def __init__(self, d_head: int, context_length: int, base: float) -> None:
+        super().__init__()
+        frequency = base ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
+        angle_TD = torch.outer(torch.arange(context_length, dtype=torch.float32), frequency).repeat(1, 2)
+        self.register_buffer("cos", angle_TD.cos(), persistent=False)
+        self.register_buffer("sin", angle_TD.sin(), persistent=False)
+
+    def forward(self, x_BHTD: Tensor) -> Tensor:
+        T = x_BHTD.shape[-2]
+        first, second = x_BHTD.chunk(2, dim=-1)
+        return x_BHTD * self.cos[:T] + torch.cat((-second, first), dim=-1) * self.sin[:T]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q, k, v, o are bias-free ``nn.Linear`` layers of (E, E)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        E, D = config.d_model, config.d_head
+        self.n_heads, self.backend = config.n_heads, config.backend
+        self.q, self.k, self.v, self.o = (nn.Linear(E, E, bias=False) for _ in range(4))
+        self.q_norm, self.k_norm = (_norm(config, D), _norm(config, D)) if config.qk_norm else (None, None)
+        self.rotary = Rotary(D, config.context_length, config.rope_base) if config.positions == "rope" else None
+        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
+
+    def _heads(self, x_BTE: Tensor, norm: nn.Module | None = None, rotary: Rotary | None = None) -> Tensor:
+        x_BHTD = x_BTE.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        x_BHTD = norm(x_BHTD) if norm is not None else x_BHTD
+        return rotary(x_BHTD) if rotary is not None else x_BHTD
+
+    def forward(self, x_BTE: Tensor, numerics: LayerNumerics) -> Tensor:
+        o_BHTD = attention(
+            self._heads(self.q(x_BTE), self.q_norm, self.rotary),
+            self._heads(self.k(x_BTE), self.k_norm, self.rotary),
+            self._heads(self.v(x_BTE)),
+            backend=self.backend,
+            numerics=numerics,
+            nonfinite=self.nonfinite,
+        )
+        return self.o(o_BHTD.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """``gelu``: W_out gelu(W_in x). ``swiglu``: W_out (silu(W_gate x) * W_in x) (Shazeer, arXiv:2002.05202)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        E, hidden = config.d_model, config.d_ff
+        self.input = nn.Linear(E, hidden, bias=False)
+        self.gate = nn.Linear(E, hidden, bias=False) if config.mlp == "swiglu" else None
+        self.output = nn.Linear(hidden, E, bias=False)
+
+    def forward(self, x_BTE: Tensor) -> Tensor:
+        hidden = self.input(x_BTE)
+        hidden = F.gelu(hidden) if self.gate is None else F.silu(self.gate(x_BTE)) * hidden
+        return self.output(hidden)
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = _norm(config, config.d_model), Attention(config)
+        self.mlp_norm, self.mlp = _norm(config, config.d_model), MLP(config)
+
+    def forward(self, x_BTE: Tensor, numerics: LayerNumerics) -> Tensor:
+        x_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), numerics)
+        return x_BTE + self.mlp(self.mlp_norm(x_BTE))
+
+
+class Transformer(nn.Module):
+    """Maps tokens (B, T) to logits (B, T, V); ``loss`` is the mean next-token NLL in nats.
+
+    Build it under ``torch.device("meta")`` to count a model that does not fit.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size=null: the data's vocabulary was not filled in")
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+        learned = config.positions == "learned"
+        self.positions = nn.Embedding(config.context_length, config.d_model) if learned else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = _norm(config, config.d_model)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.tokens.weight
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> Transformer:
+        """Draw every matrix from N(0, init_std^2), residual outputs from N(0, init_std^2 / 2 n_layers)."""
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                continue  # norms keep their ones and zeros
+            residual = name.endswith(("attention.o.weight", "mlp.output.weight"))
+            scale = 1.0 / math.sqrt(2 * self.config.n_layers) if residual else 1.0
+            parameter.normal_(0.0, std * scale, generator=generator)
+        return self
+
+    def forward(self, tokens_BT: Tensor, numerics: AttentionNumerics = HEALTHY) -> Tensor:
+        x_BTE = self.tokens(tokens_BT)
+        if self.positions is not None:
+            x_BTE = x_BTE + self.positions.weight[: tokens_BT.shape[1]]
+        for index, block in enumerate(self.blocks):
+            x_BTE = block(x_BTE, numerics.layer(index))
+        return self.head(self.final_norm(x_BTE))
+
+    def loss(self, tokens_BT1: Tensor, numerics: AttentionNumerics = HEALTHY) -> Tensor:
+        """Mean cross-entropy in nats per token of predicting token t+1 from tokens up to t.
+
+        tokens_BT1: integer, (B, T + 1). Returns a 0-dim FP32 tensor; NaN and Inf propagate.
+        """
+        logits_BTV = self(tokens_BT1[:, :-1], numerics)
+        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT1[:, 1:].flatten())

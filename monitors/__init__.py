@@ -1,0 +1,1 @@
+"""Monitors: read-only observers of a training run. One mechanism a file."""

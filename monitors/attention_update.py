@@ -1,0 +1,189 @@
+"""The attention_update family: what a window of training did to each head's W_Q, W_K, W_V and W_O.
+
+Source: arXiv:2606.28116 sections 3.2 and 3.3, and its authors' design notes. A numeric fault in
+attention's backward pushes the weights along one direction, so the spectrum of the update collapses
+long before the weights themselves show it. Readings are FP64, (layers, heads) or (layers,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from models.transformer import Transformer
+from monitors.base import Lookback, Masked, Reading, Signal, StepView
+from monitors.spectra import qk_increment, singular_values, spectral_entropy, stable_rank
+
+MATRICES = ("q", "k", "v", "o")
+PER_HEAD = ("layer", "head")
+PER_LAYER = ("layer",)
+
+
+def is_attention_matrix(name: str) -> bool:
+    """Whether a parameter is the weight of some layer's q, k, v or o projection."""
+    return name.endswith(tuple(f".attention.{matrix}.weight" for matrix in MATRICES))
+
+
+def _stack(weights: Mapping[str, Tensor], n_layers: int, matrix: str) -> Tensor:
+    """One projection of every layer: (layers, E, E), rows grouped by head (W_O is transposed for that)."""
+    stacked = torch.stack([weights[f"blocks.{layer}.attention.{matrix}.weight"] for layer in range(n_layers)])
+    return stacked.mT if matrix == "o" else stacked
+
+
+def _now(model: Transformer) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if is_attention_matrix(name)}
+
+
+def _check(every_steps: int, windows: Sequence[int]) -> None:
+    if not windows or len(set(windows)) != len(windows):
+        raise ValueError(f"monitor.windows={list(windows)} is not allowed: distinct numbers of steps")
+    if every_steps < 1 or min(windows) < 1:
+        raise ValueError(f"monitor.windows={list(windows)}, monitor.every_steps={every_steps}: at least 1 step each")
+
+
+def _spectrum_readings(name: str, suffix: str, spectrum: Tensor) -> dict[str, Reading]:
+    """Entropy, stable rank and norm of the named spectra (..., r). A zero spectrum has only a norm."""
+    norm = torch.linalg.vector_norm(spectrum, dim=-1)
+    empty = norm == 0
+    return {
+        f"{name[0]}.{suffix}": Masked(spectral_entropy(spectrum), empty),
+        f"{name[1]}.{suffix}": Masked(stable_rank(spectrum), empty),
+        f"{name[2]}.{suffix}": norm,
+    }
+
+
+class DeltaW:
+    """Spectrum of Delta W = W_t - W_(t - window), for W_Q, W_K, W_V and W_O.
+
+    Signals, each per head block (``.q`` ...) and, if ``whole``, of the whole matrix (``.q_whole`` ...):
+    ``delta_w_spectral_entropy`` H = -sum p ln p with p = sigma^2 / sum sigma^2, in nats, bad: down;
+    ``delta_w_stable_rank`` ||.||_F^2 / ||.||_2^2, bad: down; ``delta_w_norm`` ||.||_F, bad: both.
+    A zero update has no entropy and no stable rank: those readings are masked.
+
+    windows: steps; every_steps: cadence. Raises ValueError on impossible ones.
+    """
+
+    def __init__(self, every_steps: int, windows: Sequence[int], whole: bool) -> None:
+        _check(every_steps, windows)
+        self.windows, self.whole, self.every_steps = tuple(windows), whole, every_steps
+        self.lookbacks = tuple(Lookback(w, every_steps, is_attention_matrix) for w in windows)
+        blocks = [(matrix, PER_HEAD) for matrix in MATRICES]
+        blocks += [(f"{matrix}_whole", PER_LAYER) for matrix in MATRICES] if whole else []
+        self.signals = tuple(
+            Signal(f"{name}.{block}.w{window}", unit, bad, axes, every_steps)
+            for window in windows
+            for block, axes in blocks
+            for name, unit, bad in (
+                ("delta_w_spectral_entropy", "nats", "down"),
+                ("delta_w_stable_rank", "1", "down"),
+                ("delta_w_norm", "1", "both"),
+            )
+        )
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        readings: dict[str, Reading] = {}
+        config = view.model.config
+        now = _now(view.model)
+        for window in self.windows:
+            before = view.weights_before(window)
+            if before is None:
+                continue
+            delta = torch.stack(
+                [_stack(now, config.n_layers, m).double() - _stack(before, config.n_layers, m) for m in MATRICES]
+            )
+            spectra = {"": singular_values(delta.unflatten(-2, (config.n_heads, -1)))}
+            if self.whole:
+                spectra["_whole"] = singular_values(delta)
+            for kind, spectrum in spectra.items():
+                for matrix, of_matrix in zip(MATRICES, spectrum, strict=True):
+                    names = ("delta_w_spectral_entropy", "delta_w_stable_rank", "delta_w_norm")
+                    readings |= _spectrum_readings(names, f"{matrix}{kind}.w{window}", of_matrix)
+        return readings
+
+
+class QKIncrement:
+    """Spectra of the increment of each head's W_Q W_K^T over a window, and the coupling of dW_Q and dW_K.
+
+    Delta1 = Delta2 + Delta3 is the increment, Delta2 its first order, Delta3 = dW_Q dW_K^T its second
+    (``monitors.spectra.qk_increment``). Of each: ``.entropy`` in nats (bad: down), ``.stable_rank``
+    (bad: down) and Frobenius ``.norm`` (bad: both). ``qk_coupling`` is
+    ||Delta3||_F^2 / (||dW_Q||_F^2 ||dW_K||_F^2), in [0, 1], about 1/d_head for independent
+    updates (bad: up). Where the window changed nothing, a reading is masked.
+    """
+
+    def __init__(self, every_steps: int, windows: Sequence[int]) -> None:
+        _check(every_steps, windows)
+        self.windows, self.every_steps = tuple(windows), every_steps
+        self.lookbacks = tuple(Lookback(w, every_steps, is_attention_matrix) for w in windows)
+        self.signals = tuple(
+            Signal(f"{name}.w{window}", unit, bad, PER_HEAD, every_steps)
+            for window in windows
+            for name, unit, bad in (
+                *(
+                    (f"qk_{order}_spectrum.{statistic}", unit, bad)
+                    for order in ("delta1", "delta2", "delta3")
+                    for statistic, unit, bad in (
+                        ("entropy", "nats", "down"),
+                        ("stable_rank", "1", "down"),
+                        ("norm", "1", "both"),
+                    )
+                ),
+                ("qk_coupling", "1", "up"),
+            )
+        )
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        config = view.model.config
+        known = {w: before for w in self.windows if (before := view.weights_before(w)) is not None}
+        if not known:
+            return {}
+        now = _now(view.model)
+        # Every window of every layer goes through one batched call.
+        q0, k0 = (torch.stack([_stack(b, config.n_layers, m) for b in known.values()]) for m in "qk")
+        q1, k1 = (_stack(now, config.n_layers, m).expand_as(q0) for m in "qk")
+        spectra = qk_increment(q0, k0, q1, k1, config.n_heads)
+        dq, dk = (
+            torch.linalg.matrix_norm((w1.double() - w0).unflatten(-2, (config.n_heads, -1)))
+            for w0, w1 in ((q0, q1), (k0, k1))
+        )
+        product = dq * dk
+        coupling = (torch.linalg.vector_norm(spectra["delta3"], dim=-1) / product) ** 2
+
+        readings: dict[str, Reading] = {}
+        for index, window in enumerate(known):
+            for order, spectrum in spectra.items():
+                names = tuple(f"qk_{order}_spectrum.{statistic}" for statistic in ("entropy", "stable_rank", "norm"))
+                readings |= _spectrum_readings(names, f"w{window}", spectrum[index])
+            readings[f"qk_coupling.w{window}"] = Masked(coupling[index], product[index] == 0)
+        return readings
+
+
+class AttentionWeight:
+    """Frobenius norm (bad: both) and stable rank (bad: down) of the attention matrices themselves, per layer.
+
+    The paper's baselines that see nothing: ``weight_norm.q`` ... and ``weight_stable_rank.q`` ...
+    """
+
+    lookbacks = ()
+
+    def __init__(self, every_steps: int) -> None:
+        self.signals = tuple(
+            Signal(f"{name}.{matrix}", "1", bad, PER_LAYER, every_steps)
+            for name, bad in (("weight_norm", "both"), ("weight_stable_rank", "down"))
+            for matrix in MATRICES
+        )
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        now = _now(view.model)
+        spectra = singular_values(torch.stack([_stack(now, view.model.config.n_layers, m) for m in MATRICES]))
+        norm, rank = torch.linalg.vector_norm(spectra, dim=-1), stable_rank(spectra)
+        readings: dict[str, Reading] = {}
+        for index, matrix in enumerate(MATRICES):
+            readings[f"weight_norm.{matrix}"] = norm[index]
+            readings[f"weight_stable_rank.{matrix}"] = Masked(rank[index], norm[index] == 0)
+        return readings

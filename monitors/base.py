@@ -1,0 +1,139 @@
+"""What a monitor is, what it sees, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from models.transformer import Transformer
+
+DIRECTIONS = ("up", "down", "both")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One named time series of a monitor.
+
+    name: the catalogue's id first, then what distinguishes it: ``qk_delta2_spectrum.entropy.w50``;
+    unit; bad: the direction of harm, ``up``, ``down`` or ``both``; axes: ``()``, ``("layer",)`` or
+    ``("layer", "head")``, the shape of every reading; every_steps: cadence;
+    constant_when_healthy: a counter that stays put on a healthy run (exempt from the liveness check).
+    """
+
+    name: str
+    unit: str
+    bad: str
+    axes: tuple[str, ...] = ()
+    every_steps: int = 1
+    constant_when_healthy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bad not in DIRECTIONS:
+            raise ValueError(f"signal {self.name}: bad={self.bad!r} is not allowed: one of {', '.join(DIRECTIONS)}")
+        if self.every_steps < 1:
+            raise ValueError(f"monitor.every_steps={self.every_steps} is not allowed: at least 1")
+
+
+@dataclass(frozen=True)
+class Lookback:
+    """A monitor's wish to see, at every multiple of ``every_steps``, some weights as they were ``steps`` ago."""
+
+    steps: int
+    every_steps: int
+    wants: Callable[[str], bool]
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"monitor.windows={self.steps} is not allowed: at least 1 step")
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A reading of which some entries do not exist, such as the entropy of a zero update.
+
+    value: the reading; undefined: boolean, same shape. An undefined entry is a missing sample; a NaN
+    or Inf that is *not* masked arose from a nonzero computation and counts as an alarm.
+    """
+
+    value: Tensor
+    undefined: Tensor
+
+
+Reading = Tensor | Masked
+
+
+class WeightHistory:
+    """Copies of the FP32 weights at just those past steps that some monitor will ask for."""
+
+    def __init__(self, lookbacks: Iterable[Lookback]) -> None:
+        self._lookbacks = tuple(lookbacks)
+        self._snapshots: dict[int, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def record(self, step: int, model: Transformer) -> None:
+        """Forget what no later reading needs, then keep this step's weights for those that will."""
+        for old in [s for s in self._snapshots if all(s + lb.steps < step for lb in self._lookbacks)]:
+            del self._snapshots[old]
+        due = [lb for lb in self._lookbacks if (step + lb.steps) % lb.every_steps == 0]
+        if due:
+            self._snapshots[step] = {
+                name: parameter.detach().clone()
+                for name, parameter in model.named_parameters()
+                if any(lb.wants(name) for lb in due)
+            }
+
+    def at(self, step: int) -> Mapping[str, Tensor] | None:
+        """The weights at a past step, or None before the run's first."""
+        return None if step < 0 else self._snapshots[step]
+
+    def state_dict(self) -> dict[int, dict[str, Tensor]]:
+        return dict(self._snapshots)
+
+    def load_state_dict(self, state: Mapping[int, dict[str, Tensor]]) -> None:
+        self._snapshots = dict(state)
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a monitor sees after an optimizer update. Everything stays on the device; nothing may be written.
+
+    step: updates applied so far, this one included; tokens: training tokens seen so far;
+    loss: this batch's mean NLL (0-dim, nats); grad_norm: global L2 norm before the clip (0-dim);
+    model: after the update; history: earlier weights, by ``Lookback``.
+    """
+
+    step: int
+    tokens: int
+    loss: Tensor
+    grad_norm: Tensor
+    model: Transformer
+    history: WeightHistory
+
+    def weights_before(self, steps: int) -> Mapping[str, Tensor] | None:
+        """Weights ``steps`` updates ago, or None where the run is younger than that."""
+        return self.history.at(self.step - steps)
+
+
+@runtime_checkable
+class Monitor(Protocol):
+    """A read-only observer; its constructor's arguments are the keys of ``conf/monitor/<name>.yaml``.
+
+    The loop calls ``observe`` at every step that is a multiple of some signal's cadence, and takes
+    the signals that are due. Values are 0-dim, per-layer or per-layer-and-head tensors on the
+    device: no ``.item()``. A signal that has no reading yet is left out.
+    A monitor with memory also has ``state_dict`` and ``load_state_dict``.
+    """
+
+    signals: Sequence[Signal]
+    lookbacks: Sequence[Lookback]
+
+    def observe(self, view: StepView) -> Mapping[str, Reading]: ...
+
+
+def state_of(monitor: Monitor) -> Any:
+    """The monitor's memory for a checkpoint, or None."""
+    return monitor.state_dict() if hasattr(monitor, "state_dict") else None
