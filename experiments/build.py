@@ -25,7 +25,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from experiments.data import Corpus, DataConfig
 from experiments.optimizer import TrainConfig
-from faults.base import Composed, Fault, Sites
+from faults.base import Fault, Sites
 from models.transformer import Transformer, TransformerConfig
 from monitors.base import Monitor, WeightHistory
 
@@ -65,6 +65,8 @@ def construct(node: Mapping[str, Any], where: str) -> Any:
     for key in arguments:
         if key not in parameters:
             raise ValueError(f"{where}.{key} is not a key of {cls.__name__}{did_you_mean(key, sorted(parameters))}")
+        if arguments[key] == "???":
+            raise ValueError(f"{where}.{key} is missing: it has no default")
     schema = create_model(cls.__name__, __config__=ConfigDict(strict=True, extra="forbid"), **parameters)
     try:
         checked = schema.model_validate_json(json.dumps(arguments))
@@ -147,13 +149,6 @@ class Run:
         return WeightHistory(lookback for monitor in self.monitors.values() for lookback in monitor.lookbacks)
 
 
-def _fault(node: Any) -> Fault:
-    """One fault, or a list of them, which composes."""
-    if isinstance(node, list):
-        return Composed(tuple(construct(part, f"fault.{index}") for index, part in enumerate(node)))
-    return construct(node, "fault")
-
-
 def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> None:
     """Raise ValueError where fault, model and length do not fit together."""
     if fault.onset is None:
@@ -181,7 +176,7 @@ def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = No
     model: TransformerConfig = construct(plain["model"], "model")
     data: DataConfig = construct(plain["data"], "data")
     train: TrainConfig = construct(plain["train"], "train")
-    fault = _fault(plain["fault"])
+    fault: Fault = construct(plain["fault"], "fault")
     _check_fit(fault, model, train)
     monitors = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]

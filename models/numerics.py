@@ -67,7 +67,7 @@ def round_half_up(x: Tensor, bits: int) -> Tensor:
     return x if bits == 0 else ((raw + (1 << (bits - 1))) & (-1 << bits)).view(torch.bfloat16)
 
 
-OPERATIONS: Mapping[str, Callable[[Tensor, int], Tensor]] = MappingProxyType(
+ROUNDINGS: Mapping[str, Callable[[Tensor, int], Tensor]] = MappingProxyType(
     {"truncate": truncate, "round_half_up": round_half_up}
 )
 
@@ -92,7 +92,7 @@ class SiteFault:
 
     site: str
     phase: str
-    operation: str
+    rounding: str
     bits: int
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
@@ -101,7 +101,7 @@ class SiteFault:
         for field, value, allowed in (
             ("site", self.site, SITES),
             ("phase", self.phase, PHASES),
-            ("operation", self.operation, tuple(OPERATIONS)),
+            ("rounding", self.rounding, tuple(ROUNDINGS)),
         ):
             if value not in allowed:
                 raise ValueError(f"{field}={value!r} is not allowed: one of {', '.join(allowed)}")
@@ -141,7 +141,7 @@ class AttentionNumerics:
         for i, one in enumerate(self.faults):
             for other in self.faults[:i]:
                 if one.overlaps(other):
-                    raise ValueError(f"two faults on site {one.site!r}: {other} and {one}")
+                    raise ValueError(f"two faults on site {one.site!r} in the {one.phase} pass meet: give each its own layers or heads")
 
     def __or__(self, other: AttentionNumerics) -> AttentionNumerics:
         return AttentionNumerics(self.faults + other.faults)
@@ -196,7 +196,7 @@ class LayerNumerics:
             heads = slice(None) if fault.heads is None else list(fault.heads)
             reached = x_BHT[:, heads]
             nonfinite += reached.numel() - torch.isfinite(reached).sum()
-            out[:, heads] = OPERATIONS[fault.operation](reached.bfloat16(), fault.bits).float()
+            out[:, heads] = ROUNDINGS[fault.rounding](reached.bfloat16(), fault.bits).float()
         return out
 
 
