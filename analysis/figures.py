@@ -1,0 +1,210 @@
+"""The pictures: signals against step, lead time a detector, lead time a fault."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
+
+from analysis.experiment import Experiment, ScoredRun
+from analysis.table import median_step
+
+_COLOURS = sns.color_palette("colorblind")
+HEALTHY, FAULTY, ALARM = _COLOURS[0], _COLOURS[3], "#222222"
+THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
+SMOOTHING_STEPS = 50
+"""Signals sampled at every step are drawn as a rolling median over so many, which is causal."""
+
+
+def _style() -> None:
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "savefig.dpi": 150})
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
+def pretty(name: str) -> str:
+    """Detector names with their symbols."""
+    for plain, symbol in (("Delta W", "ΔW"), ("Delta1", "Δ₁"), ("Delta2", "Δ₂"), ("Delta3", "Δ₃")):
+        name = name.replace(plain, symbol)
+    return name
+
+
+def worst_curve(run: ScoredRun, signals: Sequence[str]) -> pd.Series:
+    """The worst value over signals, layers and heads against step: lowest where down is bad, else highest."""
+    down = run.trace.manifest["signals"][signals[0]]["bad"] == "down"
+    series = [run.signal(name) for name in signals]
+    values = np.concatenate([np.where(s.undefined, np.nan, s.values).reshape(len(s.steps), -1) for s in series], axis=1)
+    curve = pd.Series((np.fmin if down else np.fmax).reduce(values, axis=1), index=series[0].steps)
+    dense = len(curve) > 1 and curve.index[1] - curve.index[0] < 5
+    return curve.rolling(SMOOTHING_STEPS, min_periods=1).median() if dense else curve
+
+
+def _axis_label(experiment: Experiment, name: str, signals: Sequence[str]) -> str:
+    signal = experiment.runs[0].trace.manifest["signals"][signals[0]]
+    unit = "" if signal["unit"] == "1" else f"\n({signal['unit']})"
+    worst = "\nworst head" if signal["axes"] else ""
+    return f"{pretty(name)}{worst}{unit}"
+
+
+def central_figure(experiment: Experiment, path: Path) -> str:
+    """The paper's figure: each signal against step, healthy band, faulty runs, alarms and divergence. Returns a caption."""
+    _style()
+    panels = experiment.index["experiment"]["figure"]
+    healthy = experiment.of("reference", "calibration", "test")
+    faulty = experiment.of("faulty")
+    divergences = [run.divergence for run in faulty if run.divergence is not None]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9.5, 2.3 * len(panels)), sharex=True, squeeze=False)
+    for axis, (name, signals) in zip(axes[:, 0], panels.items(), strict=True):
+        band = pd.concat([worst_curve(run, signals) for run in healthy], axis=1)
+        axis.fill_between(band.index, band.min(axis=1), band.max(axis=1), color=HEALTHY, alpha=0.25, linewidth=0)
+        axis.plot(band.index, band.median(axis=1), color=HEALTHY, linewidth=1.4)
+        detector = experiment.detectors.get(name)
+        alarms = {} if detector is None else detector.alarms
+        for run in faulty:
+            curve = worst_curve(run, signals)
+            axis.plot(curve.index, curve, color=FAULTY, linewidth=1.0, alpha=0.75)
+            alarm = alarms.get(run.trace.run_id)
+            if alarm is not None:
+                axis.plot(alarm, curve.asof(alarm), "v", color=ALARM, markersize=9, markeredgecolor="white", zorder=5)
+            if run.divergence is not None:
+                axis.axvline(run.divergence, color=ALARM, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.7)
+        if detector is not None and alarms:
+            when = median_step([alarms[run.trace.run_id] for run in faulty])
+            said = "median run: no alarm" if np.isnan(when) else f"median alarm: step {when:,.0f}"
+            axis.set_title(said, loc="right", fontsize=11, color=ALARM, pad=3)
+        elif divergences:
+            when = median_step([run.divergence for run in faulty])
+            said = "median run does not diverge" if np.isnan(when) else f"median divergence: step {when:,.0f}"
+            axis.set_title(said, loc="right", fontsize=11, color=ALARM, pad=3)
+        if "norm" in name:
+            axis.set_yscale("log")
+        axis.set_ylabel(_axis_label(experiment, name, signals))
+    axes[-1, 0].set_xlabel("optimizer step")
+    axes[-1, 0].set_xlim(0, experiment.horizon)
+    axes[-1, 0].xaxis.set_major_formatter(THOUSANDS)
+    figure.align_ylabels()
+    handles = [
+        Patch(color=HEALTHY, alpha=0.25, label=f"{len(healthy)} healthy runs, range"),
+        Line2D([], [], color=HEALTHY, label="healthy median"),
+        Line2D([], [], color=FAULTY, label=f"{len(faulty)} faulty runs"),
+        Line2D([], [], color=ALARM, marker="v", linestyle="", markersize=9, label="first alarm"),
+        Line2D([], [], color=ALARM, linestyle=(0, (4, 3)), label="loss diverges"),
+    ]
+    figure.legend(handles=handles, loc="upper center", ncol=5, frameon=False, bbox_to_anchor=(0.5, 0.945), fontsize=10,
+                  columnspacing=1.2, handlelength=1.6)
+    title = experiment.index["experiment"]["title"]
+    figure.suptitle(title, y=0.975, fontsize=14, weight="bold")
+    figure.subplots_adjust(top=0.885, hspace=0.28)
+    _save(figure, path)
+    return (f"{title}. Lines are single runs; entropies are those of the worst layer and head, training signals a rolling "
+            f"median over {SMOOTHING_STEPS} steps. Alarms at {experiment.alpha:.0%} false alarms per run.")
+
+
+def lead_figure(experiment: Experiment, path: Path) -> str:
+    """Each named detector's alarm in each faulty run, in steps before that run's divergence. Returns a caption."""
+    _style()
+    faulty = [run for run in experiment.of("faulty") if run.divergence is not None]
+    names = [n for n in experiment.index["experiment"]["detectors"] if not experiment.detectors[n].declined]
+    rows = []
+    for name in names:
+        for run in faulty:
+            alarm = experiment.detectors[name].alarms[run.trace.run_id]
+            rows.append((name, None if alarm is None else run.divergence - alarm))
+
+    def typical(name: str) -> float:
+        leads = [-np.inf if lead is None else lead for of, lead in rows if of == name]
+        return float(np.median(leads)) if leads else -np.inf
+
+    names.sort(key=typical)
+    figure, axis = plt.subplots(figsize=(9.5, 0.52 * len(names) + 1.7))
+    found = [lead for _, lead in rows if lead is not None]
+    late = max(50.0, *(-lead for lead in found)) if found else 50.0
+    never = -late - 0.06 * (max(found, default=0) + late)
+    for y, name in enumerate(names):
+        leads = [lead for of, lead in rows if of == name]
+        middle = typical(name)
+        colour = HEALTHY if middle > 0 else "0.6"
+        if np.isfinite(middle):
+            axis.barh(y, middle, color=colour, alpha=0.3, height=0.62)
+        for offset, lead in zip(np.linspace(-0.18, 0.18, max(len(leads), 1)), leads, strict=False):
+            if lead is None:
+                axis.plot(never, y + offset, "x", color="0.45", markersize=6)
+            else:
+                axis.plot(lead, y + offset, "o", color=colour, markersize=6, markeredgecolor="white")
+    axis.axvline(0, color=ALARM, linewidth=1.2)
+    axis.text(0, len(names) - 0.35, " loss diverges", ha="center", va="bottom", fontsize=10, color=ALARM)
+    if any(lead is None for _, lead in rows):
+        axis.text(never, -0.75, "never", ha="center", va="center", fontsize=9, color="0.45")
+    axis.set_yticks(range(len(names)), [pretty(name) for name in names])
+    axis.set_ylim(-0.9, len(names) - 0.3)
+    axis.set_xlabel("lead time: optimizer steps between first alarm and divergence")
+    axis.xaxis.set_major_formatter(THOUSANDS)
+    axis.set_title(f"Who feels it first? {len(faulty)} diverging runs at {experiment.alpha:.0%} false alarms per run",
+                   loc="left", fontsize=13, weight="bold", pad=18)
+    _save(figure, path)
+    return ("Lead time of each detector: dots are runs, bars their median, a cross is a run without alarm; left of the line the alarm "
+            "came after the loss had diverged.")
+
+
+def fault_figure(experiment: Experiment, path: Path) -> str:
+    """Each fault's divergence and the named detectors' median alarms, on one step axis. Returns a caption."""
+    _style()
+    shown = [n for n in ("Delta2 entropy", "Delta W entropy", "gradient norm") if n in experiment.detectors]
+    shown = [n for n in shown if not experiment.detectors[n].declined]
+
+    def runs(fault: str) -> list[ScoredRun]:
+        return experiment.of("faulty", fault=fault)
+
+    def diverges(fault: str) -> float:
+        when = median_step([run.divergence for run in runs(fault)])
+        return experiment.horizon * 1.5 if np.isnan(when) else when
+
+    def alarm(fault: str, name: str) -> float:
+        return median_step([experiment.detectors[name].alarms[run.trace.run_id] for run in runs(fault)])
+
+    faults = sorted(experiment.faults, key=lambda f: (diverges(f), *(np.nan_to_num(alarm(f, n), nan=9e9) for n in shown)),
+                    reverse=True)
+    figure, axis = plt.subplots(figsize=(9.5, 0.42 * len(faults) + 1.9))
+    markers = dict(zip(shown, "vos", strict=False))
+    for y, fault in enumerate(faults):
+        end = diverges(fault)
+        axis.hlines(y, 0, min(end, experiment.horizon), color="0.85", linewidth=5)
+        if end <= experiment.horizon:
+            axis.plot(end, y, "|", color=ALARM, markersize=17, markeredgewidth=3)
+        else:
+            count = sum(run.divergence is not None for run in runs(fault))
+            said = "no divergence" if not count else f"{count} of {len(runs(fault))} diverge"
+            degraded = sum(run.degraded for run in runs(fault))
+            axis.text(experiment.horizon * 1.01, y, said + (f", {degraded} degraded" if degraded else ""), va="center",
+                      fontsize=9, color="0.35")
+        for name, colour in zip(shown, (_COLOURS[3], _COLOURS[0], _COLOURS[2]), strict=False):
+            when = alarm(fault, name)
+            if not np.isnan(when):
+                axis.plot(when, y, markers[name], color=colour, markersize=9, markeredgecolor="white", zorder=4)
+    axis.set_yticks(range(len(faults)), faults)
+    axis.set_ylabel("corrupted tensor" if experiment.index["experiment"]["name"] == "fault_sites" else "fault")
+    axis.set_xlabel("optimizer step")
+    axis.set_xlim(0, experiment.horizon * 1.02)
+    axis.xaxis.set_major_formatter(THOUSANDS)
+    handles = [Line2D([], [], color=c, marker=markers[n], linestyle="", markersize=9, label=f"{pretty(n)} alarms")
+               for n, c in zip(shown, (_COLOURS[3], _COLOURS[0], _COLOURS[2]), strict=False)]
+    handles.append(Line2D([], [], color=ALARM, marker="|", linestyle="", markersize=14, markeredgewidth=3, label="loss diverges"))
+    axis.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncol=4, frameon=False, fontsize=10)
+    axis.set_title(experiment.index["experiment"]["title"], loc="left", fontsize=13, weight="bold", pad=32)
+    _save(figure, path)
+    return (f"{experiment.index['experiment']['title']}: median over {len(runs(faults[0]))} runs of first alarm and divergence, "
+            f"horizon {experiment.horizon:,} steps, {experiment.alpha:.0%} false alarms per run.")

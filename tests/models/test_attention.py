@@ -1,0 +1,328 @@
+"""Attention against FP64: healthy error bounds, causality, and the size and reach of a fault at every site.
+
+``emulate`` writes the equations down a second time, in FP64 and with the BF16 roundings of the storage
+sites; ``bounds`` follows those roundings through the equations, |error| <= u |value| at each, with the
+unit roundoff u = 2^-8 of BF16's 8 significant bits.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from models.attention import attention, flash_attention
+from models.numerics import (
+    BF16_SITES,
+    FORWARD_SITES,
+    HEALTHY_LAYER,
+    ROUNDINGS,
+    SITES,
+    AttentionNumerics,
+    SiteFault,
+    round_half_up,
+    truncate,
+)
+
+NAMES = ("o", "dq", "dk", "dv")
+U = 2.0**-8
+
+REACH = {
+    # forward: the value that the forward uses; the backward sees its consequences in the saved O and L
+    ("q", "forward"): "o dq dk dv",
+    ("k", "forward"): "o dq dk dv",
+    ("s", "forward"): "o dq dk dv",
+    ("p", "forward"): "o dq dk",  # L is clean, so P is: only delta feels the saved O
+    ("v", "forward"): "o dq dk",
+    ("o", "forward"): "o",  # the saved copy is clean
+    # backward
+    ("q", "backward"): "dq dk dv",  # through the recomputed S
+    ("k", "backward"): "dq dk dv",
+    ("s", "backward"): "dq dk dv",
+    ("lse", "backward"): "dq dk dv",
+    ("p", "backward"): "dq dk dv",
+    ("do", "backward"): "dq dk dv",
+    ("v", "backward"): "dq dk",  # through dP
+    ("dp", "backward"): "dq dk",
+    ("o", "backward"): "dq dk",  # through delta
+    ("delta", "backward"): "dq dk",
+    ("ds", "backward"): "dq dk",
+    ("dq", "backward"): "dq",
+    ("dk", "backward"): "dk",
+    ("dv", "backward"): "dv",
+}
+DIRECT = {("o", "forward"): "o", ("dq", "backward"): "dq", ("dk", "backward"): "dk", ("dv", "backward"): "dv"}
+
+
+def inputs(B=2, H=3, T=33, D=16, seed=0):
+    """q, k, v and dO, holding BF16 numbers in FP32."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(B, H, T, D, generator=generator).bfloat16().float() for _ in range(4))
+
+
+def layer(site, phase, bits, rounding="truncate", heads=None):
+    return AttentionNumerics((SiteFault(site, phase, rounding, bits, heads=heads),)).layer(0)
+
+
+def run(q, k, v, do, numerics=HEALTHY_LAYER, backend="reference"):
+    """{o, dq, dk, dv} of the module under test."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    o = attention(*leaves, backend=backend, numerics=numerics, nonfinite=torch.zeros((), dtype=torch.int64))
+    return dict(zip(NAMES, (o.detach(), *torch.autograd.grad(o, leaves, do)), strict=True))
+
+
+def exact(q, k, v, do):
+    """{o, dq, dk, dv} in FP64: autograd of plain softmax attention."""
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    T, D = q.shape[-2:]
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    s = torch.einsum("bhid,bhjd->bhij", *leaves[:2]) / math.sqrt(D)
+    o = s.masked_fill(future, -math.inf).softmax(-1) @ leaves[2]
+    return dict(zip(NAMES, (o.detach(), *torch.autograd.grad(o, leaves, do.double())), strict=True))
+
+
+def grid(x):
+    return x.float().bfloat16().double()
+
+
+def emulate(q, k, v, do, fault=None):
+    """{o, dq, dk, dv} from the equations in FP64, rounded at the BF16 storage sites.
+
+    fault: (site, phase, bits) to truncate, by arithmetic on the 16-bit integers, or None.
+    """
+    q, k, v, do = (x.double() for x in (q, k, v, do))
+    T, D = q.shape[-2:]
+    past = torch.ones(T, T, dtype=torch.bool).tril()
+
+    def at(site, phase, x):
+        if fault is None or (site, phase) != fault[:2]:
+            return x
+        raw = x.float().bfloat16().view(torch.int16).numpy().view(np.uint16)
+        cleared = raw // np.uint16(2 ** fault[2]) * np.uint16(2 ** fault[2])
+        return torch.from_numpy(cleared.view(np.int16)).view(torch.bfloat16).double()
+
+    def scores(q, k, phase):
+        return at("s", phase, torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(D))
+
+    s = scores(at("q", "forward", q), at("k", "forward", k), "forward").masked_fill(~past, -math.inf)
+    row_max = s.amax(-1, keepdim=True)
+    p_bar = torch.exp(s - row_max)
+    o = grid(at("p", "forward", grid(p_bar)) @ at("v", "forward", v) / p_bar.sum(-1, keepdim=True))
+    lse = torch.logsumexp(s, -1, keepdim=True)
+    returned = at("o", "forward", o)
+
+    q, k, v, do = (at(site, "backward", x) for site, x in (("q", q), ("k", k), ("v", v), ("do", do)))
+    p = torch.exp(scores(q, k, "backward") - at("lse", "backward", lse)) * past
+    stored_p = at("p", "backward", grid(p))
+    if fault is not None and fault[:2] == ("p", "backward"):
+        p = stored_p
+    delta = at("delta", "backward", (do * at("o", "backward", o)).sum(-1, keepdim=True))
+    dp = at("dp", "backward", torch.einsum("bhid,bhjd->bhij", do, v))
+    ds = at("ds", "backward", grid(p * (dp - delta)))
+    dq = at("dq", "backward", grid(ds @ k / math.sqrt(D)))
+    dk = at("dk", "backward", grid(ds.mT @ q / math.sqrt(D)))
+    dv = at("dv", "backward", grid(stored_p.mT @ do))
+    return dict(zip(NAMES, (returned, dq, dk, dv), strict=True))
+
+
+def bounds(q, k, v, do):
+    """Largest possible |error| of each element of {o, dq, dk, dv}: BF16 storage, plus FP32 accumulation."""
+    q, k, v, do = (x.double() for x in (q, k, v, do))
+    T, D = q.shape[-2:]
+    past = torch.ones(T, T, dtype=torch.bool).tril()
+    s = (q @ k.mT / math.sqrt(D)).masked_fill(~past, -math.inf)
+    p = s.softmax(-1)
+    o, dp = p @ v, do @ v.mT
+    delta = (do * o).sum(-1, keepdim=True)
+    ds = p * (dp - delta)
+    fp32 = (T + D) * 2.0**-24  # of the sum of absolute values, as in every dot product
+    magnitude = p * (do.abs() @ v.abs().mT + (do.abs() * (p @ v.abs())).sum(-1, keepdim=True))
+
+    def stored(value, error):
+        return error + U * (value.abs() + error)
+
+    o_error = stored(o, (U + 4 * fp32) * (p @ v.abs()))
+    delta_error = (do.abs() * o_error).sum(-1, keepdim=True)
+    ds_error = stored(ds, p * delta_error + 8 * fp32 * magnitude)
+    scale = 1 / math.sqrt(D)
+    return {
+        "o": o_error,
+        "dq": stored(scale * ds @ k, scale * (ds_error + fp32 * ds.abs()) @ k.abs()),
+        "dk": stored(scale * ds.mT @ q, scale * (ds_error + fp32 * ds.abs()).mT @ q.abs()),
+        "dv": stored(p.mT @ do, (U + 8 * fp32) * p.mT @ do.abs()),
+    }
+
+
+def distance(a, b):
+    """Relative to b, in the Frobenius norm."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def slope(error, predicted):
+    """Least-squares factor: 1 where the error is the predicted one plus independent noise."""
+    return ((error * predicted).sum() / (predicted * predicted).sum()).item()
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("D", [16, 32])
+@pytest.mark.parametrize("T", [1, 2, 33, 64])
+def test_healthy_attention_stays_within_the_bf16_bounds_of_fp64(T, D, backend):
+    x = inputs(T=T, D=D)
+    got, right, bound = run(*x, backend=backend), exact(*x), bounds(*x)
+    for name in NAMES:
+        assert ((got[name] - right[name]).abs() <= bound[name]).all(), name
+
+
+@pytest.mark.parametrize("D", [16, 32])
+@pytest.mark.parametrize("T", [2, 33, 64])
+def test_healthy_attention_does_store_bf16(T, D):
+    """Rounding to 8 significant bits leaves an error of about 2^-8/sqrt(6) at least: FP32 would have 2^-24."""
+    x = inputs(T=T, D=D)
+    got, right = run(*x), exact(*x)
+    for name in NAMES:
+        assert 2.0**-11 < distance(got[name], right[name]) < 2.0**-7, name
+        assert torch.equal(got[name], got[name].bfloat16().float()), name
+
+
+def test_one_token_attends_to_itself_alone():
+    q, k, v, do = inputs(T=1)
+    got = run(q, k, v, do)
+    assert torch.equal(got["o"], v) and torch.equal(got["dv"], do)
+
+
+@pytest.mark.parametrize(("T", "D"), [(2, 16), (33, 16), (64, 32)])
+def test_healthy_attention_rounds_where_the_emulation_does(T, D):
+    """FP32 accumulation can tip a value near a rounding boundary: seldom, and to the next BF16 number."""
+    x = inputs(T=T, D=D)
+    got, expected = run(*x), emulate(*x)
+    for name in NAMES:
+        assert (got[name] == expected[name]).double().mean() > 0.99, name
+        assert distance(got[name], expected[name]) < 2.0**-12, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_inputs_are_rounded_to_bf16_on_entry(dtype):
+    raw = [x.to(dtype) for x in (torch.randn(3, 2, 3, 8, 16, generator=torch.Generator().manual_seed(1)))]
+    leaves = [x.clone().requires_grad_() for x in raw]
+    o = flash_attention(*leaves)
+    do = inputs(T=8)[3]
+    expected = run(*(x.bfloat16().float() for x in raw), do)
+    assert o.dtype is torch.float32 and torch.equal(o, expected["o"])
+    for name, gradient in zip(NAMES[1:], torch.autograd.grad(o, leaves, do), strict=True):
+        assert gradient.dtype is dtype and torch.equal(gradient.float(), expected[name])
+
+
+def test_incoming_gradient_is_rounded_to_bf16():
+    q, k, v, do = inputs()
+    noisy = do * (1 + 2.0**-10)
+    assert not torch.equal(noisy, do) and torch.equal(noisy.bfloat16().float(), do)
+    expected = run(q, k, v, do)
+    for name, tensor in run(q, k, v, noisy).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_strided_inputs_give_the_same_bits():
+    x = inputs()
+    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in x]
+    assert not strided[0].is_contiguous()
+    expected = run(*x)
+    for name, tensor in run(*strided).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_it_is_differentiable_only_once():
+    q, k, v, do = (x.requires_grad_() for x in inputs(T=2))
+    (dq,) = torch.autograd.grad(flash_attention(q, k, v), q, do, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+CAUSALITY = [HEALTHY_LAYER, *(layer(site, "both", bits) for site in FORWARD_SITES for bits in (7, 8))]
+
+
+@pytest.mark.parametrize("numerics", CAUSALITY)
+def test_an_output_never_looks_at_later_tokens(numerics):
+    q, k, v, do = inputs(T=12)
+    t = 5
+    later = torch.arange(12)[:, None] > t
+    changed = [torch.where(later, 40 * x.roll(1, -1), x) for x in (q, k, v)]
+    first = run(q, k, v, do, numerics)
+    second = run(*changed, do, numerics)
+    assert torch.equal(first["o"][:, :, : t + 1], second["o"][:, :, : t + 1])
+    assert not torch.equal(first["o"][:, :, t + 1 :], second["o"][:, :, t + 1 :])
+
+    of_t = run(q, k, v, torch.where(torch.arange(12)[:, None] == t, do, 0.0), numerics)
+    for name in ("dq", "dk", "dv"):
+        assert (of_t[name][:, :, t + 1 :] == 0).all(), name
+        assert (of_t[name][:, :, t] != 0).any(), name
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(("site", "phase"), [*REACH, *((site, "both") for site in FORWARD_SITES)])
+def test_zero_bits_are_healthy_bit_for_bit(site, phase, rounding):
+    x = inputs(T=9)
+    healthy = run(*x)
+    for name, tensor in run(*x, layer(site, phase, 0, rounding)).items():
+        assert torch.equal(tensor, healthy[name]), name
+
+
+def test_the_table_names_every_site_and_phase():
+    forward, backward = ({site for site, phase in REACH if phase == p} for p in ("forward", "backward"))
+    assert forward == set(FORWARD_SITES) and backward == set(SITES)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(("site", "phase"), REACH)
+def test_a_fault_reaches_the_outputs_that_the_equations_say(site, phase, rounding):
+    x = inputs()
+    healthy, faulty = run(*x), run(*x, layer(site, phase, 7, rounding))
+    changed = {name for name in NAMES if not torch.equal(faulty[name], healthy[name])}
+    assert changed == set(REACH[site, phase].split())
+
+
+@pytest.mark.parametrize("site", FORWARD_SITES)
+def test_a_fault_in_both_passes_reaches_what_either_reaches(site):
+    x = inputs()
+    healthy, faulty = run(*x), run(*x, layer(site, "both", 7))
+    changed = {name for name in NAMES if not torch.equal(faulty[name], healthy[name])}
+    assert changed == {*REACH[site, "forward"].split(), *REACH[site, "backward"].split()}
+
+
+@pytest.mark.parametrize("bits", [1, 4, 7, 8])
+@pytest.mark.parametrize(("rounding", "operation"), [("truncate", truncate), ("round_half_up", round_half_up)])
+@pytest.mark.parametrize(("site", "phase"), DIRECT)
+def test_a_fault_on_an_output_is_the_bit_operation_on_it(site, phase, rounding, operation, bits):
+    x = inputs()
+    healthy, faulty = run(*x), run(*x, layer(site, phase, bits, rounding, heads=(0, 2)))
+    name = DIRECT[site, phase]
+    expected = healthy[name].clone()
+    expected[:, [0, 2]] = operation(healthy[name].bfloat16(), bits).float()[:, [0, 2]]
+    assert torch.equal(faulty[name], expected)
+
+
+@pytest.mark.parametrize(("site", "phase"), REACH)
+def test_a_fault_stays_in_its_heads(site, phase):
+    """The other heads are healthy, and the faulty one is as faulty as if all were, bit for bit."""
+    x = inputs()
+    healthy, everywhere, here = (run(*x, n) for n in (
+        HEALTHY_LAYER, layer(site, phase, 6), layer(site, phase, 6, heads=(1,))
+    ))
+    for name in NAMES:
+        assert torch.equal(here[name][:, [0, 2]], healthy[name][:, [0, 2]]), name
+        assert torch.equal(here[name][:, 1], everywhere[name][:, 1]), name
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("site", "phase"), REACH)
+def test_a_fault_has_the_size_of_its_bits(site, phase, bits):
+    """The faulty outputs are those of the emulation with this many bits, far from one bit more or less."""
+    x = inputs()
+    faulty = run(*x, layer(site, phase, bits))
+    right, fewer, more = (emulate(*x, (site, phase, n)) for n in (bits, bits - 1, min(bits + 1, 15)))
+    for name in REACH[site, phase].split():
+        off = distance(faulty[name], right[name])
+        print(site, phase, bits, name, off, distance(fewer[name], right[name]), distance(more[name], right[name]))
+
+
+FAULT_BITS = range(3, 8)
