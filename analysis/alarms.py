@@ -127,10 +127,10 @@ class Band:
         if any(not np.array_equal(series.steps, steps) for series in reference):
             raise DeclinedSignal(f"{name}: reference runs were sampled at different steps")
         values = np.concatenate([_finite_or_inf(series) for series in reference], axis=2)
-        if not np.isfinite(values).all(axis=2).any():
-            raise DeclinedSignal(f"{name}: no sample is defined in every reference run")
         if np.isinf(values).any():
             raise DeclinedSignal(f"{name}: a reference run is not finite")
+        if np.isnan(values).all(axis=2).any():
+            raise DeclinedSignal(f"{name}: some sample is defined in no reference run")
         with np.errstate(all="ignore"):
             centre = np.nanmedian(values, axis=2)
             residual = np.abs(values - centre[..., None])

@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from analysis.experiment import Experiment, ScoredRun
 from analysis.table import median_step
@@ -22,6 +22,7 @@ from analysis.table import median_step
 _COLOURS = sns.color_palette("colorblind")
 HEALTHY, FAULTY, ALARM = _COLOURS[0], _COLOURS[3], "#222222"
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
+PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
 SMOOTHING_STEPS = 50
 """Signals sampled at every step are drawn as a rolling median over so many, which is causal."""
 
@@ -92,6 +93,8 @@ def central_figure(experiment: Experiment, path: Path) -> str:
             axis.set_title(said, loc="right", fontsize=11, color=ALARM, pad=3)
         if "norm" in name:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(PLAIN)
+            axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_ylabel(_axis_label(experiment, name, signals))
     axes[-1, 0].set_xlabel("optimizer step")
     axes[-1, 0].set_xlim(0, experiment.horizon)

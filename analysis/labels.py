@@ -36,9 +36,9 @@ def drawup_threshold(
     """
     if not len(healthy_losses):
         raise ValueError("a divergence threshold needs at least one healthy reference run, got none")
-    largest = max(float(np.max(drawup(loss, ema_span))) for loss in healthy_losses)
-    if not np.isfinite(largest):
+    if not all(np.all(np.isfinite(loss)) for loss in healthy_losses):
         raise ValueError("a healthy reference run has a non-finite loss: it cannot set the divergence threshold")
+    largest = max(float(np.max(drawup(loss, ema_span))) for loss in healthy_losses)
     return max(min_drawup_nats, healthy_factor * largest)
 
 

@@ -131,7 +131,8 @@ def make_report(report: Path, runs: Path) -> Experiment:
     figures = {}
     if len(experiment.faults) == 1:
         figures[central_figure(experiment, report / "figure.png")] = report / "figure.png"
-        figures[lead_figure(experiment, report / "leadtime.png")] = report / "leadtime.png"
+        if any(run.divergence is not None for run in experiment.of("faulty")):
+            figures[lead_figure(experiment, report / "leadtime.png")] = report / "leadtime.png"
     else:
         figures[fault_figure(experiment, report / "figure.png")] = report / "figure.png"
     (report / "index.html").write_text(_page(experiment, table, figures), encoding="utf-8")

@@ -1,0 +1,184 @@
+import math
+
+import numpy as np
+import pytest
+
+from analysis.alarms import (
+    CUSUM,
+    EWMA,
+    Band,
+    DeclinedSignal,
+    Shewhart,
+    chart_statistic,
+    conformal_threshold,
+    first_alarm,
+    make_rule,
+)
+from experiments.trace import Series
+
+RULES = [Shewhart(), EWMA(0.2), CUSUM(0.5)]
+STEPS = np.arange(50, 50 * 41, 50)
+
+
+def series(values: np.ndarray, undefined: np.ndarray | None = None) -> Series:
+    values = values.reshape(len(values), *values.shape[1:], *([1] * (3 - values.ndim)))
+    return Series(STEPS[: len(values)], values, np.zeros(values.shape, bool) if undefined is None else undefined)
+
+
+def reference(layers: int = 1, heads: int = 1, runs: int = 6, level=0.0) -> list[Series]:
+    generator = np.random.default_rng(7)
+    return [series(level + generator.normal(size=(len(STEPS), layers, heads))) for _ in range(runs)]
+
+
+def test_ewma_by_hand():
+    assert EWMA(0.2).statistic(np.array([1.0, 0.0, 5.0])) == pytest.approx([0.2, 0.16, 1.128], rel=1e-12)
+
+
+def test_cusum_by_hand_and_reflected_at_zero():
+    assert CUSUM(0.5).statistic(np.array([-3.0, 1.0, 2.0, -5.0, 1.5])) == pytest.approx([0.0, 0.5, 2.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_charts_are_causal(rule):
+    x = np.random.default_rng(0).normal(size=60)
+    x[[7, 8, 30]] = np.nan
+    x[50] = np.inf
+    whole = rule.statistic(x)
+    for t in (1, 8, 31, 51, 60):
+        assert np.array_equal(rule.statistic(x[:t]), whole[:t], equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_missing_sample_holds_the_statistic_and_an_infinite_one_alarms_for_good(rule):
+    out = rule.statistic(np.array([np.nan, 2.0, np.nan, 1.0]))
+    assert math.isnan(out[0])
+    assert out[2] == out[1]
+    assert np.array_equal(rule.statistic(np.array([2.0, 1.0])), out[[1, 3]])
+    after = rule.statistic(np.array([0.0, np.inf, -9.0, np.nan]))
+    if not isinstance(rule, Shewhart):
+        assert np.all(np.isposinf(after[1:]))
+    assert np.isposinf(after[1])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_empty_and_constant_input_are_defined(rule):
+    assert rule.statistic(np.array([])).shape == (0,)
+    assert np.all(np.isfinite(rule.statistic(np.zeros(5))))
+
+
+def test_z_scores_are_taken_per_layer_before_the_worst_is_chosen():
+    """A quiet layer that collapses inside the level of a loud one must still be seen."""
+    level = np.array([[[1.0], [100.0]]])
+    band = Band.fit("s", reference(layers=2, level=level))
+    broken = series(np.broadcast_to(level, (len(STEPS), 2, 1)).copy())
+    broken.values[20:, 0] = 90.0  # below the other layer's raw values, so a raw maximum would miss it
+    statistic = chart_statistic(band.z(broken), "up", Shewhart())
+    assert statistic[19] < 5
+    assert statistic[20] > 30
+
+
+def test_heads_of_a_layer_share_one_band():
+    runs = reference(heads=2)
+    swapped = [Series(s.steps, s.values[:, :, ::-1], s.undefined) for s in runs]
+    one, other = Band.fit("s", runs), Band.fit("s", swapped)
+    assert np.array_equal(one.centre, other.centre)
+    assert np.array_equal(one.scale, other.scale)
+
+
+def test_scale_is_the_mad_of_residuals_in_units_of_sigma():
+    generator = np.random.default_rng(0)
+    runs = [series(3.0 * generator.normal(size=(40, 1, 1))) for _ in range(400)]
+    assert np.median(Band.fit("s", runs).scale) == pytest.approx(3.0, rel=0.03)
+
+
+@pytest.mark.parametrize(("bad", "side"), [("up", 1), ("down", -1), ("both", 1), ("both", -1)])
+def test_direction_of_harm(bad, side):
+    band = Band.fit("s", reference())
+    shifted = series(np.full(len(STEPS), 20.0 * side))
+    assert chart_statistic(band.z(shifted), bad, Shewhart()).min() > 5
+    if bad != "both":
+        good = series(np.full(len(STEPS), -20.0 * side))
+        assert chart_statistic(band.z(good), bad, Shewhart()).max() < 0
+
+
+@pytest.mark.parametrize("bad", ["up", "down", "both"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_defined_non_finite_value_alarms_from_then_on_in_every_direction(bad, value):
+    values = np.zeros((len(STEPS), 1, 2))
+    values[9, 0, 1] = value
+    statistic = chart_statistic(Band.fit("s", reference()).z(series(values)), bad, EWMA(0.2))
+    assert np.all(np.isfinite(statistic[:9]))
+    assert np.all(np.isposinf(statistic[9:]))
+
+
+def test_an_undefined_value_is_a_missing_sample_and_never_an_alarm():
+    values, undefined = np.zeros((len(STEPS), 1, 2)), np.zeros((len(STEPS), 1, 2), bool)
+    values[9], undefined[9] = np.nan, True
+    statistic = chart_statistic(Band.fit("s", reference()).z(series(values, undefined)), "down", EWMA(0.2))
+    assert np.all(np.isfinite(statistic))
+    assert statistic[9] == statistic[8]
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        (reference(runs=3), "at least 4"),
+        ([series(np.ones(40))] * 4, "zero spread"),
+        ([*reference(runs=3), series(np.ones(30))], "different steps"),
+        ([*reference(runs=4), series(np.full(40, np.inf))], "not finite"),
+    ],
+)
+def test_a_signal_that_cannot_be_judged_is_declined_by_name(runs, message):
+    with pytest.raises(DeclinedSignal, match=f"signal_x.*{message}"):
+        Band.fit("signal_x", runs)
+
+
+def test_samples_that_the_reference_does_not_have_are_an_error():
+    band = Band.fit("s", reference())
+    with pytest.raises(ValueError, match="steps that the reference"):
+        band.z(Series(np.array([50, 75]), np.zeros((2, 1, 1)), np.zeros((2, 1, 1), bool)))
+
+
+@pytest.mark.parametrize(("n", "alpha", "rank"), [(9, 0.10, 9), (19, 0.05, 19), (19, 0.10, 18), (59, 0.05, 57), (99, 0.2, 80)])
+def test_conformal_threshold_is_the_ranked_maximum(n, alpha, rank):
+    maxima = np.random.default_rng(0).permutation(np.arange(1.0, n + 1))
+    assert conformal_threshold(maxima, alpha) == rank
+
+
+def test_too_few_runs_name_the_smallest_alpha():
+    with pytest.raises(ValueError, match=r"9 calibration runs cannot support alpha=0.05: the smallest is 0.1"):
+        conformal_threshold(np.arange(9.0), 0.05)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0])
+def test_alpha_outside_zero_and_one_is_an_error(alpha):
+    with pytest.raises(ValueError, match="alpha"):
+        conformal_threshold(np.arange(9.0), alpha)
+
+
+def test_conformal_threshold_keeps_its_false_alarm_rate_under_autocorrelation():
+    """Over 2,000 simulated calibrations a fresh healthy run alarms in alpha of them, within Monte-Carlo error."""
+    generator = np.random.default_rng(1)
+    alpha, n, trials = 0.10, 9, 2000
+    noise = generator.normal(size=(trials, n + 1, 60))
+    walk = np.empty_like(noise)
+    walk[..., 0] = noise[..., 0]
+    for t in range(1, noise.shape[-1]):
+        walk[..., t] = 0.95 * walk[..., t - 1] + noise[..., t]
+    maxima = walk.max(axis=-1)
+    alarms = [maxima[i, -1] > conformal_threshold(maxima[i, :-1], alpha) for i in range(trials)]
+    assert abs(np.mean(alarms) - alpha) < 3 * math.sqrt(alpha * (1 - alpha) / trials)
+
+
+def test_an_alarm_needs_to_be_strictly_above():
+    steps = np.array([10, 20, 30])
+    assert first_alarm(np.array([1.0, 2.0, 3.0]), steps, 2.0) == 30
+    assert first_alarm(np.array([1.0, np.nan, 2.0]), steps, 2.0) is None
+
+
+def test_rules_by_name():
+    assert make_rule("ewma", weight=0.2) == EWMA(0.2)
+    with pytest.raises(ValueError, match="chart='ewm'"):
+        make_rule("ewm")
+    with pytest.raises(ValueError, match="weight=0"):
+        make_rule("ewma", weight=0)
