@@ -144,9 +144,11 @@ class Band:
         return cls(steps, centre, scale)
 
     def z(self, series: Series) -> np.ndarray:
-        """(T, layers, heads) z-scores; NaN where a sample is missing, +-inf kept. Raises ValueError on unknown steps."""
+        """(T, layers, heads) z-scores; NaN where a sample is missing, Inf kept. Raises ValueError on unknown steps."""
         index = np.searchsorted(self.steps, series.steps)
-        if np.any(index >= len(self.steps)) or np.any(self.steps[np.minimum(index, len(self.steps) - 1)] != series.steps):
+        if np.any(index >= len(self.steps)) or np.any(
+            self.steps[np.minimum(index, len(self.steps) - 1)] != series.steps
+        ):
             raise ValueError("a run has samples at steps that the reference runs do not have")
         return (_finite_or_inf(series) - self.centre[index][..., None]) / self.scale[index][..., None]
 

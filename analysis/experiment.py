@@ -41,9 +41,10 @@ class ScoredRun:
     def signal(self, name: str) -> Series:
         if name not in self.trace.signals:
             known = sorted(self.trace.manifest["signals"])
-            raise trace.TraceError(f"run {self.trace.run_id} has no signal {name!r}: "
-                                   + ("it ended before the first sample" if name in known else
-                                      "it was trained without its monitor"))
+            raise trace.TraceError(
+                f"run {self.trace.run_id} has no signal {name!r}: "
+                + ("it ended before the first sample" if name in known else "it was trained without its monitor")
+            )
         return self.trace.signals[name]
 
 
@@ -90,7 +91,9 @@ class Experiment:
         named = {name: tuple(signals) for name, signals in self.index["experiment"]["detectors"].items()}
         known = self.runs[0].trace.manifest["signals"]
         alone = {name: (name,) for name in sorted(known) if name != LABEL_SIGNAL}
-        statistics = {name: self._statistics(name) for name in sorted({s for d in named.values() for s in d} | set(alone))}
+        statistics = {
+            name: self._statistics(name) for name in sorted({s for d in named.values() for s in d} | set(alone))
+        }
         return {name: self._detector(name, signals, statistics) for name, signals in (named | alone).items()}
 
     def _statistics(self, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]] | DeclinedSignal:
@@ -113,14 +116,15 @@ class Experiment:
         if declined:
             return Detector(name, tuple(signals), declined="; ".join(declined))
         maxima = [
-            max(float(np.nanmax(statistics[s][run.trace.run_id][1])) for s in signals)
-            for run in self.of("calibration")
+            max(float(np.nanmax(statistics[s][run.trace.run_id][1])) for s in signals) for run in self.of("calibration")
         ]
         threshold = conformal_threshold(maxima, self.alpha)
         alarms = {}
         for run in self.of("test", "faulty"):
-            found = [first_alarm(statistics[s][run.trace.run_id][1], statistics[s][run.trace.run_id][0], threshold)
-                     for s in signals]
+            found = [
+                first_alarm(statistics[s][run.trace.run_id][1], statistics[s][run.trace.run_id][0], threshold)
+                for s in signals
+            ]
             alarms[run.trace.run_id] = min((alarm for alarm in found if alarm is not None), default=None)
         return Detector(name, tuple(signals), threshold, alarms)
 
@@ -154,17 +158,19 @@ def load(report: Path, runs: Path) -> Experiment:
     for what in ("source_sha256", "data_sha256", "torch"):
         found = sorted({t.manifest[what] for t in traces})
         if len(found) > 1:
-            raise trace.TraceError(f"the runs in {runs} differ in {what}: {', '.join(v[:12] for v in found)}; "
-                                   "train them again together")
+            raise trace.TraceError(
+                f"the runs in {runs} differ in {what}: {', '.join(v[:12] for v in found)}; train them again together"
+            )
     if len({t.horizon for t in traces}) > 1:
         raise trace.TraceError(f"the runs in {runs} have different horizons: {sorted({t.horizon for t in traces})}")
 
     settings = index["label"]
     held_out = [t.signals[LABEL_SIGNAL] for t in traces]
-    losses = {role: [s.values.ravel() for s, cell in zip(held_out, cells, strict=True) if cell["role"] == role]
-              for role in ("reference", "calibration")}
-    threshold = drawup_threshold(losses["reference"],
-                                 **{k: v for k, v in settings.items() if k != "consecutive"})
+    losses = {
+        role: [s.values.ravel() for s, cell in zip(held_out, cells, strict=True) if cell["role"] == role]
+        for role in ("reference", "calibration")
+    }
+    threshold = drawup_threshold(losses["reference"], **{k: v for k, v in settings.items() if k != "consecutive"})
     scored = []
     for cell, one, label in zip(cells, traces, held_out, strict=True):
         loss = label.values.ravel()

@@ -62,7 +62,7 @@ def _axis_label(experiment: Experiment, name: str, signals: Sequence[str]) -> st
 
 
 def central_figure(experiment: Experiment, path: Path) -> str:
-    """The paper's figure: each signal against step, healthy band, faulty runs, alarms and divergence. Returns a caption."""
+    """The paper's figure: signals against step, healthy band, faulty runs, alarms, divergence. Returns a caption."""
     _style()
     panels = experiment.index["experiment"]["figure"]
     healthy = experiment.of("reference", "calibration", "test")
@@ -107,14 +107,24 @@ def central_figure(experiment: Experiment, path: Path) -> str:
         Line2D([], [], color=ALARM, marker="v", linestyle="", markersize=9, label="first alarm"),
         Line2D([], [], color=ALARM, linestyle=(0, (4, 3)), label="loss diverges"),
     ]
-    figure.legend(handles=handles, loc="upper center", ncol=5, frameon=False, bbox_to_anchor=(0.5, 0.945), fontsize=10,
-                  columnspacing=1.2, handlelength=1.6)
+    figure.legend(
+        handles=handles,
+        loc="upper center",
+        ncol=5,
+        frameon=False,
+        bbox_to_anchor=(0.5, 0.945),
+        fontsize=10,
+        columnspacing=1.2,
+        handlelength=1.6,
+    )
     title = experiment.index["experiment"]["title"]
     figure.suptitle(title, y=0.975, fontsize=14, weight="bold")
     figure.subplots_adjust(top=0.885, hspace=0.28)
     _save(figure, path)
-    return (f"{title}. Lines are single runs; entropies are those of the worst layer and head, training signals a rolling "
-            f"median over {SMOOTHING_STEPS} steps. Alarms at {experiment.alpha:.0%} false alarms per run.")
+    return (
+        f"{title}. Lines are single runs; entropies are those of the worst layer and head, training signals a rolling "
+        f"median over {SMOOTHING_STEPS} steps. Alarms at {experiment.alpha:.0%} false alarms per run."
+    )
 
 
 def lead_figure(experiment: Experiment, path: Path) -> str:
@@ -156,11 +166,18 @@ def lead_figure(experiment: Experiment, path: Path) -> str:
     axis.set_ylim(-0.9, len(names) - 0.3)
     axis.set_xlabel("lead time: optimizer steps between first alarm and divergence")
     axis.xaxis.set_major_formatter(THOUSANDS)
-    axis.set_title(f"Who feels it first? {len(faulty)} diverging runs at {experiment.alpha:.0%} false alarms per run",
-                   loc="left", fontsize=13, weight="bold", pad=18)
+    axis.set_title(
+        f"Who feels it first? {len(faulty)} diverging runs at {experiment.alpha:.0%} false alarms per run",
+        loc="left",
+        fontsize=13,
+        weight="bold",
+        pad=18,
+    )
     _save(figure, path)
-    return ("Lead time of each detector: dots are runs, bars their median, a cross is a run without alarm; left of the line the alarm "
-            "came after the loss had diverged.")
+    return (
+        "Lead time of each detector: dots are runs, bars their median, a cross is a run without alarm; "
+        "left of the line the alarm came after the loss had diverged."
+    )
 
 
 def fault_figure(experiment: Experiment, path: Path) -> str:
@@ -179,8 +196,11 @@ def fault_figure(experiment: Experiment, path: Path) -> str:
     def alarm(fault: str, name: str) -> float:
         return median_step([experiment.detectors[name].alarms[run.trace.run_id] for run in runs(fault)])
 
-    faults = sorted(experiment.faults, key=lambda f: (diverges(f), *(np.nan_to_num(alarm(f, n), nan=9e9) for n in shown)),
-                    reverse=True)
+    faults = sorted(
+        experiment.faults,
+        key=lambda f: (diverges(f), *(np.nan_to_num(alarm(f, n), nan=9e9) for n in shown)),
+        reverse=True,
+    )
     figure, axis = plt.subplots(figsize=(9.5, 0.42 * len(faults) + 1.9))
     markers = dict(zip(shown, "vos", strict=False))
     for y, fault in enumerate(faults):
@@ -192,8 +212,14 @@ def fault_figure(experiment: Experiment, path: Path) -> str:
             count = sum(run.divergence is not None for run in runs(fault))
             said = "no divergence" if not count else f"{count} of {len(runs(fault))} diverge"
             degraded = sum(run.degraded for run in runs(fault))
-            axis.text(experiment.horizon * 1.01, y, said + (f", {degraded} degraded" if degraded else ""), va="center",
-                      fontsize=9, color="0.35")
+            axis.text(
+                experiment.horizon * 1.01,
+                y,
+                said + (f", {degraded} degraded" if degraded else ""),
+                va="center",
+                fontsize=9,
+                color="0.35",
+            )
         for name, colour in zip(shown, (_COLOURS[3], _COLOURS[0], _COLOURS[2]), strict=False):
             when = alarm(fault, name)
             if not np.isnan(when):
@@ -203,11 +229,17 @@ def fault_figure(experiment: Experiment, path: Path) -> str:
     axis.set_xlabel("optimizer step")
     axis.set_xlim(0, experiment.horizon * 1.02)
     axis.xaxis.set_major_formatter(THOUSANDS)
-    handles = [Line2D([], [], color=c, marker=markers[n], linestyle="", markersize=9, label=f"{pretty(n)} alarms")
-               for n, c in zip(shown, (_COLOURS[3], _COLOURS[0], _COLOURS[2]), strict=False)]
-    handles.append(Line2D([], [], color=ALARM, marker="|", linestyle="", markersize=14, markeredgewidth=3, label="loss diverges"))
+    handles = [
+        Line2D([], [], color=c, marker=markers[n], linestyle="", markersize=9, label=f"{pretty(n)} alarms")
+        for n, c in zip(shown, (_COLOURS[3], _COLOURS[0], _COLOURS[2]), strict=False)
+    ]
+    handles.append(
+        Line2D([], [], color=ALARM, marker="|", linestyle="", markersize=14, markeredgewidth=3, label="loss diverges")
+    )
     axis.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncol=4, frameon=False, fontsize=10)
     axis.set_title(experiment.index["experiment"]["title"], loc="left", fontsize=13, weight="bold", pad=32)
     _save(figure, path)
-    return (f"{experiment.index['experiment']['title']}: median over {len(runs(faults[0]))} runs of first alarm and divergence, "
-            f"horizon {experiment.horizon:,} steps, {experiment.alpha:.0%} false alarms per run.")
+    return (
+        f"{experiment.index['experiment']['title']}: median over {len(runs(faults[0]))} runs of first alarm and "
+        f"divergence, horizon {experiment.horizon:,} steps, {experiment.alpha:.0%} false alarms per run."
+    )

@@ -1,6 +1,6 @@
 """The report of an experiment: figures, tables and one self-contained page.
 
-    python -m analysis.report runs=DIR report=DIR      # score and draw saved runs again, in seconds
+python -m analysis.report runs=DIR report=DIR      # score and draw saved runs again, in seconds
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ def summary(experiment: Experiment) -> str:
         f"Thresholds: split conformal on {counts['calibration']} healthy calibration runs at "
         f"{experiment.alpha:.0%} false alarms per run; {counts['test']} healthy test runs. Reference track, "
         f"{experiment.index['rule']['chart'].upper()} chart, seeds of all roles disjoint."
-        + (" Fewer than 10 faulty seeds: points without intervals." if len(faulty) < 10 * len(experiment.faults) else "")
+        + (
+            " Fewer than 10 faulty seeds: points without intervals."
+            if len(faulty) < 10 * len(experiment.faults)
+            else ""
+        )
     )
 
 
@@ -80,14 +84,18 @@ def print_table(experiment: Experiment, table: pd.DataFrame, console: Console) -
 def _page(experiment: Experiment, table: pd.DataFrame, figures: dict[str, Path]) -> str:
     def picture(caption: str, path: Path) -> str:
         data = base64.b64encode(path.read_bytes()).decode()
-        return (f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
-                f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+        return (
+            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
 
     def grid(kind: str) -> str:
         parts = []
         for fault in experiment.faults:
             shown = _shown(table[(table["fault"] == fault) & (table["kind"] == kind)])
-            parts.append(f"<h3>{html.escape(fault)}</h3>" + shown[list(COLUMNS)].rename(columns=COLUMNS).to_html(index=False))
+            parts.append(
+                f"<h3>{html.escape(fault)}</h3>" + shown[list(COLUMNS)].rename(columns=COLUMNS).to_html(index=False)
+            )
         return "".join(parts)
 
     declined = table[table["declined"].notna()].drop_duplicates("detector")

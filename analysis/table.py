@@ -26,18 +26,20 @@ def run_table(experiment: Experiment) -> pd.DataFrame:
             continue
         for run in experiment.of("faulty", "test"):
             result = experiment.score(detector, run)
-            rows.append({
-                "fault": run.fault or "healthy",
-                "detector": detector.name,
-                "seed": run.seed,
-                "run_id": run.trace.run_id,
-                "alarm_step": detector.alarms[run.trace.run_id],
-                "divergence_step": run.divergence,
-                "degraded": run.degraded,
-                "end_reason": run.trace.end_reason,
-                "outcome": result.outcome,
-                "restricted_lead_steps": result.restricted_lead_steps,
-            })
+            rows.append(
+                {
+                    "fault": run.fault or "healthy",
+                    "detector": detector.name,
+                    "seed": run.seed,
+                    "run_id": run.trace.run_id,
+                    "alarm_step": detector.alarms[run.trace.run_id],
+                    "divergence_step": run.divergence,
+                    "degraded": run.degraded,
+                    "end_reason": run.trace.end_reason,
+                    "outcome": result.outcome,
+                    "restricted_lead_steps": result.restricted_lead_steps,
+                }
+            )
     table = pd.DataFrame(rows)
     for column in ("alarm_step", "divergence_step", "restricted_lead_steps"):
         table[column] = table[column].astype("Int64")
@@ -59,7 +61,11 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
     for fault in experiment.faults:
         runs = experiment.of("faulty", fault=fault)
         for detector in experiment.detectors.values():
-            row = {"fault": fault, "detector": detector.name, "kind": "detector" if detector.name in named else "signal"}
+            row = {
+                "fault": fault,
+                "detector": detector.name,
+                "kind": "detector" if detector.name in named else "signal",
+            }
             if detector.declined:
                 rows.append(row | {"declined": detector.declined})
                 continue
@@ -72,20 +78,23 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
                 for run, alarm in zip(runs, alarms, strict=True)
             ]
             detected = [s.outcome in ("lead", "benign_alarm") for s in scores]
-            rows.append(row | {
-                "runs": len(runs),
-                "median_alarm_step": median_step(alarms),
-                "median_divergence_step": median_step([run.divergence for run in runs]),
-                "rmlt_steps": restricted_mean_lead(scores),
-                "relative_lead_steps": float(np.mean(relative)),
-                "detected": float(np.mean(detected)),
-                **{outcome: sum(s.outcome == outcome for s in scores) for outcome in OUTCOMES},
-                "healthy_test_alarms": sum(alarm is not None for alarm in healthy),
-                "healthy_test_runs": len(healthy),
-                "threshold": detector.threshold,
-                "alpha": experiment.alpha,
-                "declined": None,
-            })
+            rows.append(
+                row
+                | {
+                    "runs": len(runs),
+                    "median_alarm_step": median_step(alarms),
+                    "median_divergence_step": median_step([run.divergence for run in runs]),
+                    "rmlt_steps": restricted_mean_lead(scores),
+                    "relative_lead_steps": float(np.mean(relative)),
+                    "detected": float(np.mean(detected)),
+                    **{outcome: sum(s.outcome == outcome for s in scores) for outcome in OUTCOMES},
+                    "healthy_test_alarms": sum(alarm is not None for alarm in healthy),
+                    "healthy_test_runs": len(healthy),
+                    "threshold": detector.threshold,
+                    "alpha": experiment.alpha,
+                    "declined": None,
+                }
+            )
     table = pd.DataFrame(rows)
     table["_order"] = table["fault"].map({fault: i for i, fault in enumerate(experiment.faults)})
     return table.sort_values(["_order", "kind", "median_alarm_step"], na_position="last").drop(columns="_order")

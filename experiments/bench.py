@@ -61,8 +61,10 @@ def step_costs(model: str) -> dict[str, float]:
     and by the median step. It does not depend on what training does, so the weights are nudged, not trained.
     """
     torch.set_num_threads(1)
-    runs = {name: build_run(compose("config", overrides=[f"model={model}", f"model.backend={name}"]))
-            for name in ("reference", "sdpa")}
+    runs = {
+        name: build_run(compose("config", overrides=[f"model={model}", f"model.backend={name}"]))
+        for name in ("reference", "sdpa")
+    }
     steps = {name: _step_of(run) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(STEPS[model] + 5):

@@ -33,8 +33,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN_KEYS = ("seed", "fault", "model", "data", "train", "monitor")
 """The nodes of a configuration that determine a run; the others say where it goes and who watches."""
 
-RESULT_SOURCES = ("faults/*.py", "models/*.py", "monitors/*.py", "experiments/build.py", "experiments/data.py",
-                  "experiments/loop.py", "experiments/optimizer.py")
+RESULT_SOURCES = (
+    "faults/*.py",
+    "models/*.py",
+    "monitors/*.py",
+    "experiments/build.py",
+    "experiments/data.py",
+    "experiments/loop.py",
+    "experiments/optimizer.py",
+)
 """The files that determine what a run measures."""
 
 
@@ -124,8 +131,11 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """All that determines the result: two runs with one identity are one run."""
         return {
-            "config": {**self.config, "model": {**self.config["model"], "vocab_size": self.model_config.vocab_size},
-                       "train": {**self.config["train"], "device": self.device.type}},
+            "config": {
+                **self.config,
+                "model": {**self.config["model"], "vocab_size": self.model_config.vocab_size},
+                "train": {**self.config["train"], "device": self.device.type},
+            },
             "dtype": "float32",
             "data_sha256": self.corpus.digest,
             "torch": torch.__version__.split("+")[0],

@@ -43,7 +43,9 @@ def _explain(error: Exception, config_name: str, override: Sequence[str]) -> str
         config = OmegaConf.create(compose(config_name, overrides=others))
         node = OmegaConf.select(config, parent) if parent else config
         if isinstance(node, DictConfig) and leaf not in node:
-            known = sorted({str(k) for k in node} | ({p.name for p in Path(CONF).iterdir() if p.is_dir()} if not parent else set()))
+            known = sorted(
+                {str(k) for k in node} | ({p.name for p in Path(CONF).iterdir() if p.is_dir()} if not parent else set())
+            )
             return f"{key} is not a key of the configuration{did_you_mean(leaf, known)}"
     return " ".join(text.split())
 

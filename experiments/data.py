@@ -43,11 +43,15 @@ class DataConfig:
         if not 0.0 < self.held_out < 1.0:
             raise ValueError(f"data.held_out={self.held_out} is not allowed: a share between 0 and 1")
         if (self.source == "stdlib") != (self.path is None):
-            raise ValueError(f"data.path={self.path!r} with data.source={self.source!r}: "
-                             "'text' and 'tokens' need a path, 'stdlib' takes none")
+            raise ValueError(
+                f"data.path={self.path!r} with data.source={self.source!r}: "
+                "'text' and 'tokens' need a path, 'stdlib' takes none"
+            )
         if (self.source == "tokens") != (self.vocab_size is not None):
-            raise ValueError(f"data.vocab_size={self.vocab_size} with data.source={self.source!r}: "
-                             "'tokens' needs it, the others find it out")
+            raise ValueError(
+                f"data.vocab_size={self.vocab_size} with data.source={self.source!r}: "
+                "'tokens' needs it, the others find it out"
+            )
         if self.vocab_size is not None and not 2 <= self.vocab_size <= 65536:
             raise ValueError(f"data.vocab_size={self.vocab_size} is not allowed: 2 to 65536 (uint16 tokens)")
         if self.bpe_vocab_size is not None:
@@ -95,8 +99,9 @@ def _load_tokens(config: DataConfig) -> tuple[np.ndarray, int]:
             raise ValueError(f"data.path={config.path!r} has an odd number of bytes: not uint16 tokens")
         tokens = np.memmap(path, dtype="<u2", mode="r") if path.stat().st_size else np.empty(0, np.uint16)
         if len(tokens) and int(tokens.max()) >= config.vocab_size:
-            raise ValueError(f"data.vocab_size={config.vocab_size} is too small: "
-                             f"{config.path!r} holds token {int(tokens.max())}")
+            raise ValueError(
+                f"data.vocab_size={config.vocab_size} is too small: {config.path!r} holds token {int(tokens.max())}"
+            )
         return tokens, config.vocab_size
     files = _text_files(config)
     if not files:
@@ -121,8 +126,10 @@ class Corpus:
         for name, part in (("training", self.train), ("held-out", self.held_out)):
             if len(part) < context_length + 2:
                 where = config.path or "the standard library"
-                raise ValueError(f"data: the {name} part of {where!r} has {len(part)} tokens, "
-                                 f"too short for model.context_length={context_length}")
+                raise ValueError(
+                    f"data: the {name} part of {where!r} has {len(part)} tokens, "
+                    f"too short for model.context_length={context_length}"
+                )
         self.digest = hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
 
     def _sequences(self, part: np.ndarray, generator: np.random.Generator, count: int) -> np.ndarray:

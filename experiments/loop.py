@@ -25,7 +25,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ from monitors.base import Masked, Reading, Signal, StepView, state_of
 HELD_OUT = Signal("held_out_loss", "nats/token", "up")
 """The label signal: mean NLL on the fixed held-out batch."""
 
-Progress = Callable[[int, Tensor], None]
-"""Called after every update with the step and the loss (0-dim, on the device)."""
+Progress = Callable[[int, Tensor, Mapping[str, Reading]], None]
+"""Called after every update with the step, the loss (0-dim, on the device) and this step's readings."""
 
 
 class RunError(Exception):
@@ -159,10 +159,8 @@ def train(run: Run, out: Path, progress: Progress | None = None) -> dict[str, An
             _train(run, folder, manifest, progress)
         except BaseException as error:
             manifest["end_reason"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            try:
+            with suppress(OSError):  # the first error is the one to report
                 trace.write_manifest(folder, manifest)
-            except OSError:
-                pass  # the first error is the one to report
             raise
         return manifest
 
@@ -193,17 +191,30 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
             trace.write_part(folder, recorder.first_step, step, recorder.columns())
             recorder.__init__()
         if end_reason == "running":
-            _save_checkpoint(folder, {
-                "step": step, "tokens": tokens, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "history": history.state_dict(), "finite": finite, "best_held_out": best_held_out,
-                "monitors": {name: state_of(monitor) for name, monitor in run.monitors.items()},
-            })
+            _save_checkpoint(
+                folder,
+                {
+                    "step": step,
+                    "tokens": tokens,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "history": history.state_dict(),
+                    "finite": finite,
+                    "best_held_out": best_held_out,
+                    "monitors": {name: state_of(monitor) for name, monitor in run.monitors.items()},
+                },
+            )
         else:
-            weights = {name: tensor for name, tensor in model.state_dict().items()
-                       if not (name == "head.weight" and run.model_config.tie_embeddings)}
+            weights = {
+                name: tensor
+                for name, tensor in model.state_dict().items()
+                if not (name == "head.weight" and run.model_config.tie_embeddings)
+            }
             trace.write_whole(folder / "weights.safetensors", safetensors_bytes(weights))
         manifest.update(
-            steps_done=step, tokens_done=tokens, end_reason=end_reason,
+            steps_done=step,
+            tokens_done=tokens,
+            end_reason=end_reason,
             wall_s=spent["wall_s"] + time.monotonic() - started,
             cpu_s=spent["cpu_s"] + time.process_time() - cpu_started,
         )
@@ -247,14 +258,16 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         history.record(now, model)
         finite = finite & torch.isfinite(loss.detach())
         view = StepView(now, tokens, loss.detach(), grad_norm, model, history)
+        readings: dict[str, Reading] = {}
         for name, monitor in run.monitors.items():
             if due[name](now):
-                readings = monitor.observe(view)
-                for signal in monitor.signals:
-                    if now % signal.every_steps == 0 and signal.name in readings:
-                        recorder.add(now, signal.name, readings[signal.name])
+                seen = monitor.observe(view)
+                wanted = [s.name for s in monitor.signals if now % s.every_steps == 0 and s.name in seen]
+                readings |= {signal: seen[signal] for signal in wanted}
+        for signal, reading in readings.items():
+            recorder.add(now, signal, reading)
         if progress is not None:
-            progress(now, loss.detach())
+            progress(now, loss.detach(), readings)
 
         if now % config.held_out_every_steps == 0:
             held_out_loss = label(now, sites.numerics)
@@ -262,9 +275,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
             if not bool(finite & torch.isfinite(held_out_loss)):
                 end_reason = "non_finite"
                 break
-            if config.stop_drawup_nats is not None and bool(
-                held_out_loss - best_held_out >= config.stop_drawup_nats
-            ):
+            if config.stop_drawup_nats is not None and bool(held_out_loss - best_held_out >= config.stop_drawup_nats):
                 end_reason = "diverged"
                 break
         if now % config.checkpoint_every_steps == 0 and now < config.steps:

@@ -40,8 +40,14 @@ class TrainConfig:
     threads: int
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "held_out_sequences", "held_out_every_steps",
-                      "checkpoint_every_steps", "threads"):
+        for field in (
+            "steps",
+            "batch_size",
+            "held_out_sequences",
+            "held_out_every_steps",
+            "checkpoint_every_steps",
+            "threads",
+        ):
             if getattr(self, field) < 1:
                 raise ValueError(f"train.{field}={getattr(self, field)} is not allowed: at least 1")
         for field in ("learning_rate", "clip", "stop_drawup_nats"):
@@ -58,8 +64,9 @@ class TrainConfig:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"train.schedule={self.schedule!r} is not allowed: one of {', '.join(SCHEDULES)}")
         if self.schedule == "cosine" and self.warmup_steps >= self.steps:
-            raise ValueError(f"train.warmup_steps={self.warmup_steps} leaves no step to decay: "
-                             f"below train.steps={self.steps}")
+            raise ValueError(
+                f"train.warmup_steps={self.warmup_steps} leaves no step to decay: below train.steps={self.steps}"
+            )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"train.device={self.device!r} is not allowed: one of auto, cpu, cuda")
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+
+from experiments.live import LiveAlarms
+from monitors.base import Reading, Signal
 
 REFRESH_S = 0.5
 
@@ -26,12 +30,13 @@ def _bar() -> Progress:
 
 
 class RunProgress:
-    """A bar with loss and step rate; also the run's ``status.json``, from which a sweep is watched.
+    """A bar with loss, step rate and live alarms; also the run's ``status.json``, from which a sweep is watched.
 
-    The loss is read from the device only when the bar is redrawn.
+    Values are read from the device only when the bar is redrawn.
     """
 
-    def __init__(self, folder: Path, steps: int, show: bool) -> None:
+    def __init__(self, folder: Path, steps: int, signals: Iterable[Signal], show: bool) -> None:
+        self._live = LiveAlarms(signals) if show else None
         self._status = folder / "status.json"
         self._bar = _bar() if show else None
         self._task = self._bar.add_task(folder.name, total=steps, info="") if self._bar else None
@@ -47,7 +52,9 @@ class RunProgress:
             self._bar.stop()
         self._status.unlink(missing_ok=True)
 
-    def __call__(self, step: int, loss: Tensor) -> None:
+    def __call__(self, step: int, loss: Tensor, readings: Mapping[str, Reading]) -> None:
+        if self._live:
+            self._live.add(readings)
         now = time.monotonic()
         if self._last is None:
             self._last = (now, step)
@@ -58,11 +65,12 @@ class RunProgress:
         self._last = (now, step)
         value = loss.item()
         if self._bar:
-            self._bar.update(self._task, completed=step, info=f"loss {value:.3f} nats  {rate:.0f} steps/s")
-        try:
+            alarms = self._live.raised()
+            more = f" and {len(alarms) - 1} more" if len(alarms) > 1 else ""
+            said = f"  [red]{next(iter(alarms))}{more}[/red]" if alarms else ""
+            self._bar.update(self._task, completed=step, info=f"loss {value:.3f} nats  {rate:.0f} steps/s{said}")
+        with suppress(OSError):  # a status line is not worth a run
             self._status.write_text(json.dumps({"step": step, "loss": value, "steps_per_s": rate}))
-        except OSError:
-            pass  # a status line is not worth a run
 
 
 class SweepProgress:

@@ -59,9 +59,7 @@ def build_all(planned: Sequence[PlannedRun], given: Sequence[str]) -> list[Run]:
 
 def launch(pending: Sequence[PlannedRun], given: Sequence[str]) -> list[dict[str, Any]]:
     """Train the runs by the configured launcher; what each returned, in order."""
-    master = compose(
-        CONFIG_NAME, overrides=[*HydraConfig.get().overrides.hydra, *given], return_hydra_config=True
-    )
+    master = compose(CONFIG_NAME, overrides=[*HydraConfig.get().overrides.hydra, *given], return_hydra_config=True)
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks()),
         task_function=train_quietly,
@@ -93,12 +91,18 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
     failed = [(run, result) for (_, run), result in zip(pending, results, strict=True) if "error" in result]
     if failed:
         run, result = failed[0]
-        raise RunError(f"{len(failed)} of {len(pending)} runs failed and can be resumed by the same command; "
-                       f"the first, {run.run_id} (seed {run.seed}): {result['error']}")
+        raise RunError(
+            f"{len(failed)} of {len(pending)} runs failed and can be resumed by the same command; "
+            f"the first, {run.run_id} (seed {run.seed}): {result['error']}"
+        )
     processes = min(HydraConfig.get().launcher.get("n_jobs", 1), len(pending))
     cpu_s = sum(result["cpu_s"] for result in results)
-    return {"trained": len(pending), "wall_s": round(wall_s, 1), "processes": processes,
-            "busy": round(cpu_s / (processes * wall_s), 3)}
+    return {
+        "trained": len(pending),
+        "wall_s": round(wall_s, 1),
+        "processes": processes,
+        "busy": round(cpu_s / (processes * wall_s), 3),
+    }
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name=CONFIG_NAME)
@@ -117,8 +121,11 @@ def main(config: DictConfig) -> None:
     timing = None if config.score_only else sweep(planned, runs, out, given)
     report.mkdir(parents=True, exist_ok=True)
     index = {
-        "experiment": settings["experiment"], "scale": settings["scale"], "label": settings["label"],
-        "rule": settings["rule"], "sweep": timing,
+        "experiment": settings["experiment"],
+        "scale": settings["scale"],
+        "label": settings["label"],
+        "rule": settings["rule"],
+        "sweep": timing,
         "runs": [{**dataclasses.asdict(cell), "run_id": run.run_id} for cell, run in zip(planned, runs, strict=True)],
     }
     trace.write_whole(report / "experiment.json", json.dumps(index, indent=1).encode() + b"\n")

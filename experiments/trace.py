@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ class Trace:
         order = np.lexsort((head, layer, step, codes))
         bounds = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)) if len(order) else []
         signals = {}
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in pairwise(bounds):
             rows = order[start:stop]
             shape = (-1, len(np.unique(layer[rows])), len(np.unique(head[rows])))
             name = name_column.dictionary[int(codes[rows[0]])].as_py()

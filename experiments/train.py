@@ -22,8 +22,10 @@ def describe(run: Run) -> str:
         model = Transformer(run.model_config)
     parameters = sum(p.numel() for p in model.parameters())
     tokens = run.train.batch_size * run.model_config.context_length
-    return (f"{parameters / 1e6:,.1f} M parameters, {16 * parameters / 2**30:,.1f} GiB for FP32 weights, gradients "
-            f"and AdamW moments; {tokens:,} tokens an update, {run.train.steps:,} updates")
+    return (
+        f"{parameters / 1e6:,.1f} M parameters, {16 * parameters / 2**30:,.1f} GiB for FP32 weights, gradients "
+        f"and AdamW moments; {tokens:,} tokens an update, {run.train.steps:,} updates"
+    )
 
 
 def run_one(config: DictConfig) -> dict[str, Any]:
@@ -34,7 +36,8 @@ def run_one(config: DictConfig) -> dict[str, Any]:
         return {"run_id": run.run_id, "end_reason": "dry_run"}
     folder = Path(config.out) / run.run_id
     folder.mkdir(parents=True, exist_ok=True)
-    with RunProgress(folder, run.train.steps, show=not config.quiet) as progress:
+    signals = [signal for monitor in run.monitors.values() for signal in monitor.signals]
+    with RunProgress(folder, run.train.steps, signals, show=not config.quiet) as progress:
         manifest = train(run, Path(config.out), progress)
     if not config.quiet:
         print(f"{folder}: {manifest['end_reason']} after {manifest['steps_done']} steps, {manifest['wall_s']:.0f} s")

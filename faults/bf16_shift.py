@@ -45,8 +45,7 @@ class BF16Shift:
     def numerics(self) -> AttentionNumerics:
         return AttentionNumerics(
             tuple(
-                SiteFault(site, self.phase, self.rounding, self.bits, self.layers, self.heads)
-                for site in self.tensors
+                SiteFault(site, self.phase, self.rounding, self.bits, self.layers, self.heads) for site in self.tensors
             )
         )
 

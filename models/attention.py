@@ -92,8 +92,9 @@ class _FlashAttention(torch.autograd.Function):
         read_s = partial(read, "s") if numerics.touches("s", "backward") else None
         p = _scores(q, k, read_s).sub_(read("lse", lse)).mul_(LOG2_E).exp2_()
         p_bf16 = to_bf16_grid(p)
-        if numerics.touches("p", "backward"):
-            p = p_bf16 = read("p", p_bf16)
+        p_bf16 = read("p", p_bf16)
+        for heads in numerics.heads("p", "backward"):
+            p[:, heads] = p_bf16[:, heads]
         dp = read("dp", do @ v.transpose(-1, -2))
         ds = read("ds", to_bf16_grid(dp.sub_(delta).mul_(p)))
 

@@ -107,8 +107,7 @@ class SiteFault:
                 raise ValueError(f"{field}={value!r} is not allowed: one of {', '.join(allowed)}")
         if self.phase != "backward" and self.site not in FORWARD_SITES:
             raise ValueError(
-                f"site={self.site!r} has no {self.phase} value: "
-                f"the forward pass reads only {', '.join(FORWARD_SITES)}"
+                f"site={self.site!r} has no {self.phase} value: the forward pass reads only {', '.join(FORWARD_SITES)}"
             )
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 0 <= self.bits <= MAX_BITS:
             raise ValueError(f"bits={self.bits!r} is not allowed: an integer from 0 to {MAX_BITS}")
@@ -141,7 +140,10 @@ class AttentionNumerics:
         for i, one in enumerate(self.faults):
             for other in self.faults[:i]:
                 if one.overlaps(other):
-                    raise ValueError(f"two faults on site {one.site!r} in the {one.phase} pass meet: give each its own layers or heads")
+                    raise ValueError(
+                        f"two faults on site {one.site!r} in the {one.phase} pass meet: "
+                        "give each its own layers or heads"
+                    )
 
     def __or__(self, other: AttentionNumerics) -> AttentionNumerics:
         return AttentionNumerics(self.faults + other.faults)
@@ -152,8 +154,7 @@ class AttentionNumerics:
             for field, chosen, count in (("layers", fault.layers, n_layers), ("heads", fault.heads, n_heads)):
                 if chosen is not None and max(chosen) >= count:
                     raise ValueError(
-                        f"fault.{field}={list(chosen)} does not fit the model: "
-                        f"it has {count} {field}, 0 to {count - 1}"
+                        f"fault.{field}={list(chosen)} does not fit the model: it has {count} {field}, 0 to {count - 1}"
                     )
 
     @lru_cache(maxsize=256)  # noqa: B019  (frozen and hashable: one small entry a fault and layer)
@@ -163,7 +164,7 @@ class AttentionNumerics:
         for fault in self.faults:
             if fault.bits and (fault.layers is None or index in fault.layers):
                 for phase in ("forward", "backward") if fault.phase == "both" else (fault.phase,):
-                    table[fault.site, phase] = table.get((fault.site, phase), ()) + (fault,)
+                    table[fault.site, phase] = (*table.get((fault.site, phase), ()), fault)
         return LayerNumerics(table) if table else HEALTHY_LAYER
 
 
@@ -181,6 +182,11 @@ class LayerNumerics:
     def touches(self, site: str, phase: str) -> bool:
         return (site, phase) in self._table
 
+    def heads(self, site: str, phase: str) -> list[slice | list[int]]:
+        """An index of the heads that each fault of this site reaches."""
+        faults = self._table.get((site, phase), ())
+        return [slice(None) if fault.heads is None else list(fault.heads) for fault in faults]
+
     def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor) -> Tensor:
         """The value that this pass reads at this site: x itself, or a corrupted copy in FP32.
 
@@ -192,8 +198,7 @@ class LayerNumerics:
         if faults is None:
             return x_BHT
         out = x_BHT.clone()
-        for fault in faults:
-            heads = slice(None) if fault.heads is None else list(fault.heads)
+        for fault, heads in zip(faults, self.heads(site, phase), strict=True):
             reached = x_BHT[:, heads]
             nonfinite += reached.numel() - torch.isfinite(reached).sum()
             out[:, heads] = ROUNDINGS[fault.rounding](reached.bfloat16(), fault.bits).float()

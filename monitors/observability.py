@@ -8,7 +8,7 @@ from monitors.base import Reading, Signal, StepView
 
 
 class NonFinite:
-    """``nan_inf_events``: updates so far with a non-finite loss or gradient norm, plus non-finite values at fault sites.
+    """``nan_inf_events``: updates with a non-finite loss or gradient norm, plus non-finite values at fault sites.
 
     A fault site counts what reaches it *before* the fault acts, since truncation can turn NaN into
     Inf and Inf into a finite number. A non-finite weight shows in the next loss. Bad: up.

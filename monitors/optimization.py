@@ -53,7 +53,7 @@ class GradientNorm:
 
 
 class UpdateToWeight:
-    """``update_to_weight``: ||theta_t - theta_(t-1)|| / ||theta_(t-1)|| of each block. About 1e-3 is healthy; bad: both."""
+    """``update_to_weight``: ||theta_t - theta_(t-1)|| / ||theta_(t-1)|| of each block; healthy: 1e-3; bad: both."""
 
     def __init__(self, every_steps: int) -> None:
         self.signals = (Signal("update_to_weight", "1", "both", ("layer",), every_steps),)

@@ -1,3 +1,57 @@
+"""A tiny model whose weights are set by hand, and what a monitor sees of it."""
+
+from collections.abc import Callable
+
+import pytest
 import torch
+from torch import Tensor
+
+from models.transformer import Transformer, TransformerConfig
+from monitors.base import Monitor, StepView, WeightHistory
 
 torch.set_num_threads(1)
+
+TINY = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 8, "context_length": 4, "vocab_size": 7}
+
+
+class TinyRun:
+    """Steps a model through ``change`` and shows each step to a monitor as the loop does."""
+
+    def __init__(self, *monitors: Monitor, **changes) -> None:
+        self.model = Transformer(TransformerConfig(**TINY | changes)).initialise(torch.Generator().manual_seed(0))
+        self.history = WeightHistory(lb for monitor in monitors for lb in monitor.lookbacks)
+        self.past = []
+        self._generator = torch.Generator().manual_seed(1)
+        self._record()
+
+    def _record(self) -> None:
+        self.past.append({name: p.detach().double().clone() for name, p in self.model.named_parameters()})
+        self.history.record(self.step, self.model)
+
+    @property
+    def step(self) -> int:
+        return len(self.past) - 1
+
+    @torch.no_grad()
+    def advance(self, change: Callable[[str, Tensor], Tensor | None] | None = None) -> StepView:
+        """Apply ``change(name, weight)``, or a random update; None leaves a weight as it is."""
+        for name, parameter in self.model.named_parameters():
+            random = 1e-2 * torch.randn(parameter.shape, generator=self._generator)
+            new = parameter + random if change is None else change(name, parameter)
+            if new is not None:
+                parameter.copy_(new)
+        self._record()
+        return self.view()
+
+    def view(self, loss: float = 1.0, grad_norm: float = 2.0) -> StepView:
+        return StepView(
+            self.step, 64 * self.step, torch.tensor(loss), torch.tensor(grad_norm), self.model, self.history
+        )
+
+    def delta(self, name: str, window: int) -> Tensor:
+        return self.past[self.step][name] - self.past[self.step - window][name]
+
+
+@pytest.fixture
+def tiny_run() -> type[TinyRun]:
+    return TinyRun

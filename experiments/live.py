@@ -1,0 +1,54 @@
+"""Alarms for the eye while a run trains: each signal against its own recent past, uncalibrated.
+
+The scores come from ``analysis``, with thresholds at equal false-alarm rates. Here a signal is named
+when its worst layer and head stands ``LIMIT`` robust standard deviations from its own lagged window,
+the samples t - 2W to t - W of the protocol's self track with W = 10. It cannot see a step that was
+there from the start.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from monitors.base import Masked, Reading, Signal
+
+WINDOW_SAMPLES = 10
+LIMIT = 12.0
+MAD_TO_SIGMA = 1.4826
+
+
+class LiveAlarms:
+    """Keeps the last 2W + 1 readings of every signal on the device; computes only when asked."""
+
+    def __init__(self, signals: Iterable[Signal]) -> None:
+        self._signals = {signal.name: signal for signal in signals if not signal.constant_when_healthy}
+        self._recent: dict[str, deque[Tensor]] = {name: deque(maxlen=2 * WINDOW_SAMPLES + 1) for name in self._signals}
+
+    def add(self, readings: Mapping[str, Reading]) -> None:
+        for name, reading in readings.items():
+            if name in self._recent:
+                masked = isinstance(reading, Masked)
+                value = reading.value.masked_fill(reading.undefined, torch.nan) if masked else reading
+                self._recent[name].append(value.detach())
+
+    def raised(self) -> dict[str, float]:
+        """Signals above the limit, with their distance in robust standard deviations, largest first."""
+        found = {}
+        for name, recent in self._recent.items():
+            if len(recent) < recent.maxlen:
+                continue
+            values = torch.stack(list(recent)).double()
+            past = values[: WINDOW_SAMPLES + 1]
+            centre = past.nanmedian(0).values
+            scale = MAD_TO_SIGMA * (past - centre).abs().nanmedian(0).values
+            distance = (values[-1] - centre) / scale
+            bad = self._signals[name].bad
+            oriented = distance.abs() if bad == "both" else distance if bad == "up" else -distance
+            worst = float(oriented.nan_to_num(nan=-torch.inf, posinf=torch.inf).max())
+            if worst > LIMIT:
+                found[name] = worst
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
