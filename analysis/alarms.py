@@ -155,8 +155,7 @@ class Band:
 
 def _worst(z: np.ndarray) -> np.ndarray:
     """(T, layers, heads) -> (T,): the largest; NaN where every layer and head is missing."""
-    flat = z.reshape(len(z), -1)
-    worst = np.where(np.isnan(flat), -np.inf, flat).max(axis=1)
+    worst = np.where(np.isnan(z), -np.inf, z).max(axis=(1, 2), initial=-np.inf)
     return np.where(np.isneginf(worst), np.nan, worst)
 
 

@@ -39,13 +39,12 @@ class ScoredRun:
     degraded: bool
 
     def signal(self, name: str) -> Series:
-        if name not in self.trace.signals:
-            known = sorted(self.trace.manifest["signals"])
-            raise trace.TraceError(
-                f"run {self.trace.run_id} has no signal {name!r}: "
-                + ("it ended before the first sample" if name in known else "it was trained without its monitor")
-            )
-        return self.trace.signals[name]
+        """One signal of the run; empty where the run ended before its first sample. Raises TraceError if unknown."""
+        if name in self.trace.signals:
+            return self.trace.signals[name]
+        if name in self.trace.manifest["signals"]:
+            return Series(np.empty(0, int), np.empty((0, 1, 1)), np.empty((0, 1, 1), bool))
+        raise trace.TraceError(f"run {self.trace.run_id} has no signal {name!r}: it was trained without its monitor")
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class Experiment:
     index: Mapping[str, Any]
     runs: tuple[ScoredRun, ...]
     drawup_threshold_nats: float
+    mixed: tuple[str, ...] = ()
 
     @property
     def horizon(self) -> int:
@@ -137,11 +137,12 @@ class Experiment:
         )
 
 
-def load(report: Path, runs: Path) -> Experiment:
+def load(report: Path, runs: Path, allow_mixed: bool = False) -> Experiment:
     """Read an experiment's index from ``report`` and its traces from ``runs``, and label every run.
 
-    Raises TraceError where runs are missing, unfinished, damaged, made by different sources or at
-    different horizons, ValueError where seeds of two roles overlap.
+    Runs made by different sources, data or torch versions are refused unless ``allow_mixed``, and then named.
+    Raises TraceError where runs are missing, unfinished, damaged, mixed or at different horizons,
+    ValueError where a role has no run or seeds of two roles overlap.
     """
     index_file = report / "experiment.json"
     if not index_file.exists():
@@ -155,12 +156,15 @@ def load(report: Path, runs: Path) -> Experiment:
     if len(set(healthy_seeds)) != len(healthy_seeds):
         raise ValueError("a healthy seed serves two roles: reference, calibration and test must be disjoint")
     traces = [trace.read(runs / cell["run_id"]) for cell in cells]
+    mixed: list[str] = []
     for what in ("source_sha256", "data_sha256", "torch"):
         found = sorted({t.manifest[what] for t in traces})
         if len(found) > 1:
-            raise trace.TraceError(
-                f"the runs in {runs} differ in {what}: {', '.join(v[:12] for v in found)}; train them again together"
-            )
+            mixed.append(f"{what} {', '.join(value[:12] for value in found)}")
+    if mixed and not allow_mixed:
+        raise trace.TraceError(
+            f"the runs in {runs} differ in {'; '.join(mixed)}: train them again together, or pass allow_mixed=true"
+        )
     if len({t.horizon for t in traces}) > 1:
         raise trace.TraceError(f"the runs in {runs} have different horizons: {sorted({t.horizon for t in traces})}")
 
@@ -177,4 +181,4 @@ def load(report: Path, runs: Path) -> Experiment:
         divergence = divergence_step(loss, healthy_losses=losses["reference"], steps=label.steps, **settings)
         degraded = divergence is None and is_degraded(loss, losses["calibration"], settings["ema_span"])
         scored.append(ScoredRun(cell["role"], cell["fault"], cell["seed"], one, divergence, degraded))
-    return Experiment(index, tuple(scored), threshold)
+    return Experiment(index, tuple(scored), threshold, tuple(mixed))

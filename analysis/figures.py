@@ -48,8 +48,9 @@ def worst_curve(run: ScoredRun, signals: Sequence[str]) -> pd.Series:
     """The worst value over signals, layers and heads against step: lowest where down is bad, else highest."""
     down = run.trace.manifest["signals"][signals[0]]["bad"] == "down"
     series = [run.signal(name) for name in signals]
-    values = np.concatenate([np.where(s.undefined, np.nan, s.values).reshape(len(s.steps), -1) for s in series], axis=1)
-    curve = pd.Series((np.fmin if down else np.fmax).reduce(values, axis=1), index=series[0].steps)
+    worst = np.fmin if down else np.fmax
+    each = [worst.reduce(np.where(s.undefined, np.nan, s.values), axis=(1, 2)) for s in series]
+    curve = pd.Series(worst.reduce(each, axis=0), index=series[0].steps)
     dense = len(curve) > 1 and curve.index[1] - curve.index[0] < 5
     return curve.rolling(SMOOTHING_STEPS, min_periods=1).median() if dense else curve
 

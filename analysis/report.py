@@ -48,6 +48,7 @@ def summary(experiment: Experiment) -> str:
         f"Thresholds: split conformal on {counts['calibration']} healthy calibration runs at "
         f"{experiment.alpha:.0%} false alarms per run; {counts['test']} healthy test runs. Reference track, "
         f"{experiment.index['rule']['chart'].upper()} chart, seeds of all roles disjoint."
+        + (f" Mixed on request: {'; '.join(experiment.mixed)}." if experiment.mixed else "")
         + (
             " Fewer than 10 faulty seeds: points without intervals."
             if len(faulty) < 10 * len(experiment.faults)
@@ -107,6 +108,7 @@ def _page(experiment: Experiment, table: pd.DataFrame, figures: dict[str, Path])
         "commit": f"{manifest['git_commit']}{' with uncommitted changes' if manifest['git_dirty'] else ''}",
         "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
         "device": manifest["device"],
+        "sweep": ", ".join(f"{k} {v}" for k, v in (experiment.index["sweep"] or {"trained": 0}).items()),
         "runs": ", ".join(run.trace.run_id for run in experiment.runs),
     }
     title = f"{experiment.index['experiment']['title']} ({experiment.index['scale']['name']})"
@@ -130,9 +132,9 @@ calibrated jointly. A dash: the median run raises no alarm, or does not diverge.
 """
 
 
-def make_report(report: Path, runs: Path) -> Experiment:
+def make_report(report: Path, runs: Path, allow_mixed: bool = False) -> Experiment:
     """Score the runs that ``report/experiment.json`` lists and write figures, CSV files and ``index.html`` there."""
-    experiment = load(report, runs)
+    experiment = load(report, runs, allow_mixed)
     table = lead_table(experiment)
     table.to_csv(report / "leadtime.csv", index=False, float_format="%.6g")
     run_table(experiment).to_csv(report / "runs.csv", index=False)
@@ -152,10 +154,11 @@ def make_report(report: Path, runs: Path) -> Experiment:
 
 def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if set(given) != {"runs", "report"} or len(given) != len(arguments):
-        sys.exit("usage: python -m analysis.report runs=DIR report=DIR")
+    mixed = given.pop("allow_mixed", "false")
+    if set(given) != {"runs", "report"} or mixed not in ("true", "false"):
+        sys.exit("usage: python -m analysis.report runs=DIR report=DIR [allow_mixed=true]")
     try:
-        make_report(Path(given["report"]), Path(given["runs"]))
+        make_report(Path(given["report"]), Path(given["runs"]), allow_mixed=mixed == "true")
     except (ValueError, OSError, TraceError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

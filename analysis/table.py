@@ -56,6 +56,8 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
     in healthy test runs, of how many; the outcome columns count runs.
     """
     baseline = experiment.detectors[experiment.index["experiment"]["baseline"]]
+    if baseline.declined:
+        raise ValueError(f"the baseline detector {baseline.name!r} cannot be judged: {baseline.declined}")
     named = set(experiment.index["experiment"]["detectors"])
     rows = []
     for fault in experiment.faults:

@@ -139,7 +139,9 @@ def test_samples_that_the_reference_does_not_have_are_an_error():
         band.z(Series(np.array([50, 75]), np.zeros((2, 1, 1)), np.zeros((2, 1, 1), bool)))
 
 
-@pytest.mark.parametrize(("n", "alpha", "rank"), [(9, 0.10, 9), (19, 0.05, 19), (19, 0.10, 18), (59, 0.05, 57), (99, 0.2, 80)])
+@pytest.mark.parametrize(
+    ("n", "alpha", "rank"), [(9, 0.10, 9), (19, 0.05, 19), (19, 0.10, 18), (59, 0.05, 57), (99, 0.2, 80)]
+)
 def test_conformal_threshold_is_the_ranked_maximum(n, alpha, rank):
     maxima = np.random.default_rng(0).permutation(np.arange(1.0, n + 1))
     assert conformal_threshold(maxima, alpha) == rank

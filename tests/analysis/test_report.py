@@ -11,7 +11,7 @@ import pytest
 
 from analysis.experiment import load
 from analysis.report import make_report
-from analysis.table import lead_table, median_step
+from analysis.table import lead_table, median_step, run_table
 from experiments import trace
 
 STEPS, EVERY = 1000, 10
@@ -48,12 +48,25 @@ def write_run(folder: Path, seed: int, faulty: bool, **manifest) -> None:
                 columns[column].append(cell)
     folder.mkdir(parents=True)
     trace.write_part(folder, 0, STEPS, columns)
-    trace.write_manifest(folder, {
-        "schema": trace.SCHEMA_VERSION, "run_id": folder.name, "config": {"train": {"steps": STEPS}},
-        "onset_step": 1 if faulty else None, "signals": SIGNALS, "end_reason": "completed",
-        "source_sha256": "s" * 64, "data_sha256": "d" * 64, "torch": "2", "git_commit": None, "git_dirty": None,
-        "versions": {"python": "3"}, "device": "cpu", **manifest,
-    })
+    trace.write_manifest(
+        folder,
+        {
+            "schema": trace.SCHEMA_VERSION,
+            "run_id": folder.name,
+            "config": {"train": {"steps": STEPS}},
+            "onset_step": 1 if faulty else None,
+            "signals": SIGNALS,
+            "end_reason": "completed",
+            "source_sha256": "s" * 64,
+            "data_sha256": "d" * 64,
+            "torch": "2",
+            "git_commit": None,
+            "git_dirty": None,
+            "versions": {"python": "3"},
+            "device": "cpu",
+            **manifest,
+        },
+    )
 
 
 @pytest.fixture
@@ -64,23 +77,41 @@ def experiment_folders(tmp_path) -> tuple[Path, Path]:
         for seed in range(first, first + count):
             faulty = role == "faulty"
             write_run(runs / f"{role}{seed}", seed, faulty)
-            cells.append({"role": role, "fault": "broken" if faulty else None, "seed": seed, "overrides": [],
-                          "run_id": f"{role}{seed}"})
+            cells.append(
+                {
+                    "role": role,
+                    "fault": "broken" if faulty else None,
+                    "seed": seed,
+                    "overrides": [],
+                    "run_id": f"{role}{seed}",
+                }
+            )
     report.mkdir()
-    (report / "experiment.json").write_text(json.dumps({
-        "experiment": {
-            "name": "made", "title": "A made-up fault", "faults": {"broken": {"overrides": []}},
-            "detectors": {"early warning": ["early"], "late warning": ["late"], "either": ["early", "late"],
-                          "blind": ["blind"], "flat": ["flat"]},
-            "baseline": "late warning",
-            "figure": {"held-out loss": ["held_out_loss"], "early warning": ["early"]},
-        },
-        "scale": {"name": "tiny", "alpha": 0.10, "seeds": {}},
-        "label": {"ema_span": 5, "min_drawup_nats": 0.10, "healthy_factor": 1.5, "consecutive": 5},
-        "rule": {"chart": "ewma", "weight": 0.2},
-        "sweep": None,
-        "runs": cells,
-    }))
+    (report / "experiment.json").write_text(
+        json.dumps(
+            {
+                "experiment": {
+                    "name": "made",
+                    "title": "A made-up fault",
+                    "faults": {"broken": {"overrides": []}},
+                    "detectors": {
+                        "early warning": ["early"],
+                        "late warning": ["late"],
+                        "either": ["early", "late"],
+                        "blind": ["blind"],
+                        "flat": ["flat"],
+                    },
+                    "baseline": "late warning",
+                    "figure": {"held-out loss": ["held_out_loss"], "early warning": ["early"]},
+                },
+                "scale": {"name": "tiny", "alpha": 0.10, "seeds": {}},
+                "label": {"ema_span": 5, "min_drawup_nats": 0.10, "healthy_factor": 1.5, "consecutive": 5},
+                "rule": {"chart": "ewma", "weight": 0.2},
+                "sweep": None,
+                "runs": cells,
+            }
+        )
+    )
     return report, runs
 
 
@@ -104,7 +135,7 @@ def test_the_report_is_whole_and_self_contained(experiment_folders, capsys):
     make_report(report, runs)
     page = (report / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert "zero spread" in page
     leadtime = pd.read_csv(report / "leadtime.csv")
     assert set(leadtime["kind"]) == {"detector", "signal"}
@@ -116,10 +147,12 @@ def test_the_report_is_whole_and_self_contained(experiment_folders, capsys):
 
 def test_the_report_needs_no_torch(experiment_folders):
     report, runs = experiment_folders
-    code = ("import sys\n"
-            "from analysis.report import main\n"
-            f"main(['runs={runs}', 'report={report}'])\n"
-            "assert 'torch' not in sys.modules")
+    code = (
+        "import sys\n"
+        "from analysis.report import main\n"
+        f"main(['runs={runs}', 'report={report}'])\n"
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
 
@@ -130,13 +163,31 @@ def test_mixed_sources_are_refused(experiment_folders):
     trace.write_manifest(folder, {**trace.read_manifest(folder), "source_sha256": "x" * 64})
     with pytest.raises(trace.TraceError, match="differ in source_sha256"):
         load(report, runs)
+    assert load(report, runs, allow_mixed=True).mixed == ("source_sha256 ssssssssssss, xxxxxxxxxxxx",)
+
+
+def test_a_run_that_ends_before_a_signals_first_sample_is_scored(experiment_folders):
+    report, runs = experiment_folders
+    folder = runs / "faulty3000"
+    short = [row for row in pd.read_parquet(folder / "trace").itertuples(index=False) if row.step <= 30]
+    for part in (folder / "trace").iterdir():
+        part.unlink()
+    trace.write_part(folder, 0, 30, {name: [getattr(row, name) for row in short] for name in trace.SCHEMA.names})
+    trace.write_manifest(folder, {**trace.read_manifest(folder), "end_reason": "non_finite"})
+    table = run_table(load(report, runs)).set_index(["detector", "run_id"])
+    assert pd.isna(table.loc[("early warning", "faulty3000"), "alarm_step"])
+    make_report(report, runs)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (lambda runs: [r for r in runs if r["role"] != "calibration"], ValueError, "calibration=0"),
-        (lambda runs: [r for r in runs if r["seed"] != 1008], ValueError, "8 calibration runs cannot support alpha=0.1"),
+        (
+            lambda runs: [r for r in runs if r["seed"] != 1008],
+            ValueError,
+            "8 calibration runs cannot support alpha=0.1",
+        ),
         (lambda runs: [{**r, "seed": 1} for r in runs], ValueError, "two roles"),
         (lambda runs: [*runs, {**runs[-1], "run_id": "nowhere"}], trace.TraceError, "nowhere"),
     ],

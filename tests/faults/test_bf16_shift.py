@@ -53,7 +53,7 @@ def test_it_is_pure():
     backward = [fault.sites(step, HEALTHY_SITES) for step in reversed(range(9))][::-1]
     assert forward == backward == [twin.sites(step, HEALTHY_SITES) for step in range(9)]
     assert fault == twin and hash(fault) == hash(twin)
-    assert HEALTHY_SITES == Sites(batch_size=16, lr_scale=0.5)
+    assert Sites(batch_size=16, lr_scale=0.5) == HEALTHY_SITES
 
 
 def test_it_adds_to_what_an_earlier_fault_left():

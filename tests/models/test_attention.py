@@ -306,9 +306,9 @@ def test_a_fault_on_an_output_is_the_bit_operation_on_it(site, phase, rounding, 
 def test_a_fault_stays_in_its_heads(site, phase):
     """The other heads are healthy, and the faulty one is as faulty as if all were, bit for bit."""
     x = inputs()
-    healthy, everywhere, here = (run(*x, n) for n in (
-        HEALTHY_LAYER, layer(site, phase, 6), layer(site, phase, 6, heads=(1,))
-    ))
+    healthy, everywhere, here = (
+        run(*x, n) for n in (HEALTHY_LAYER, layer(site, phase, 6), layer(site, phase, 6, heads=(1,)))
+    )
     for name in NAMES:
         assert torch.equal(here[name][:, [0, 2]], healthy[name][:, [0, 2]]), name
         assert torch.equal(here[name][:, 1], everywhere[name][:, 1]), name
@@ -371,9 +371,9 @@ def test_non_finite_values_at_a_fault_are_counted_in_both_passes():
     do[0, 1, 2, 3] = math.inf
     q[0, 0, 1, 1] = math.nan
     events = torch.zeros((), dtype=torch.int64)
-    numerics = AttentionNumerics((
-        SiteFault("q", "both", "truncate", 7), SiteFault("do", "backward", "truncate", 8, heads=(1,))
-    )).layer(0)
+    numerics = AttentionNumerics(
+        (SiteFault("q", "both", "truncate", 7), SiteFault("do", "backward", "truncate", 8, heads=(1,)))
+    ).layer(0)
     leaf = q.requires_grad_()
     o = flash_attention(leaf, k, v, numerics, events)
     assert events.item() == 1

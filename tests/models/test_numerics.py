@@ -206,7 +206,8 @@ def test_zero_bits_leave_a_layer_healthy(rounding):
 
 
 def test_a_layer_sees_only_its_own_faults():
-    numerics = AttentionNumerics((fault("o", layers=(1,)), fault("do", bits=0), fault("q", phase="both", layers=(0, 2))))
+    faults = fault("o", layers=(1,)), fault("do", bits=0), fault("q", phase="both", layers=(0, 2))
+    numerics = AttentionNumerics(faults)
     touched = [
         {(s, p) for s, p in itertools.product(SITES, ("forward", "backward")) if numerics.layer(i).touches(s, p)}
         for i in range(3)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 
-from models.numerics import AttentionNumerics, SiteFault
+from models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from models.transformer import Rotary, Transformer, TransformerConfig
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -109,7 +108,7 @@ def test_an_impossible_config_is_refused_by_name(change, message):
 
 def test_a_model_needs_its_vocabulary():
     assert config(vocab_size=None).vocab_size is None
-    with pytest.raises(ValueError, match="model.vocab_size=null"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=null"):
         Transformer(config(vocab_size=None))
 
 
@@ -138,9 +137,7 @@ def test_loss_at_initialisation_is_that_of_guessing(variant):
 def test_loss_is_the_mean_next_token_nll():
     net, tokens = perturbed(), batch(T=9)
     logits = net(tokens[:, :-1]).double()
-    nll = [
-        -logits[b, t].log_softmax(-1)[tokens[b, t + 1]] for b, t in itertools.product(range(3), range(8))
-    ]
+    nll = [-logits[b, t].log_softmax(-1)[tokens[b, t + 1]] for b, t in itertools.product(range(3), range(8))]
     assert net.loss(tokens).item() == pytest.approx(torch.stack(nll).mean().item(), rel=1e-6)
 
 
@@ -255,11 +252,13 @@ def test_initial_scales():
         assert parameter.std(correction=0).item() == pytest.approx(expected, rel=5 * standard_error), name
 
 
-def gradients(net, numerics=AttentionNumerics()):
+def gradients(net, numerics=HEALTHY):
     loss = net.loss(batch(), numerics)
-    return loss.detach(), dict(zip(
-        (name for name, _ in net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True
-    ))
+    return loss.detach(), dict(
+        zip(
+            (name for name, _ in net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True
+        )
+    )
 
 
 def test_a_fault_reaches_the_chosen_layer_and_head():

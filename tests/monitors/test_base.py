@@ -44,7 +44,7 @@ LOOKBACKS = [
 def test_history_gives_each_lookback_the_weights_of_its_step(tiny_run, lookbacks):
     run = tiny_run(Watcher(*lookbacks))
     for step in range(1, 45):
-        view = run.advance(lambda name, weight: torch.full_like(weight, float(step)))
+        view = run.advance(lambda name, weight, now=step: torch.full_like(weight, float(now)))
         for lookback in lookbacks:
             if step % lookback.every_steps:
                 continue
@@ -118,7 +118,7 @@ def test_a_step_that_nobody_asked_for_is_not_there(tiny_run):
 
 
 def test_an_impossible_lookback_is_refused():
-    with pytest.raises(ValueError, match="monitor.windows=0 "):
+    with pytest.raises(ValueError, match=r"monitor\.windows=0 "):
         Lookback(0, 1, every_name)
 
 
