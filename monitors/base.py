@@ -73,12 +73,16 @@ class WeightHistory:
         self._lookbacks = tuple(lookbacks)
         self._snapshots: dict[int, dict[str, Tensor]] = {}
 
+    def _readers(self, step: int) -> list[Lookback]:
+        """The lookbacks that will ask for this step's weights."""
+        return [lb for lb in self._lookbacks if (step + lb.steps) % lb.every_steps == 0]
+
     @torch.no_grad()
     def record(self, step: int, model: Transformer) -> None:
         """Forget what no later reading needs, then keep this step's weights for those that will."""
-        for old in [s for s in self._snapshots if all(s + lb.steps < step for lb in self._lookbacks)]:
+        for old in [s for s in self._snapshots if not any(s + lb.steps >= step for lb in self._readers(s))]:
             del self._snapshots[old]
-        due = [lb for lb in self._lookbacks if (step + lb.steps) % lb.every_steps == 0]
+        due = self._readers(step)
         if due:
             self._snapshots[step] = {
                 name: parameter.detach().clone()

@@ -69,7 +69,9 @@ def _core_singular_values(gram_a: Tensor, gram_b: Tensor, a_rows: Callable[[], T
     """
     factor, info = torch.linalg.cholesky_ex(gram_a)
     upper = factor.mT if bool((info == 0).all()) else torch.linalg.qr(a_rows().mT, mode="r").R
-    return _root_eigenvalues(upper @ gram_b @ upper.mT)
+    core = upper @ gram_b @ upper.mT
+    # A NaN in a reaches its Gram matrix, but LAPACK's QR may swallow it.
+    return _root_eigenvalues(core + 0.0 * gram_a.sum((-1, -2), keepdim=True))
 
 
 def qk_increment(w_q0: Tensor, w_k0: Tensor, w_q1: Tensor, w_k1: Tensor, n_heads: int) -> dict[str, Tensor]:
@@ -82,8 +84,8 @@ def qk_increment(w_q0: Tensor, w_k0: Tensor, w_q1: Tensor, w_k1: Tensor, n_heads
         Delta3 = dW_Q dW_K^T
 
     Each comes from a core of 2D (D for Delta3), never from the E x E product; where 2D >= E that
-    product is the small core. The halves of a factor are balanced by their norms, so that a small dW
-    does not drown in W's rounding.
+    product is the small core. A small dW does not drown in W's rounding: the factorisations do not mind how
+    rows are scaled.
 
     w_*: ``nn.Linear`` weights (..., n_heads * D, E), before (0) and after (1) the window; better the
     FP32 masters than BF16 copies. Returns ``delta1``, ``delta2`` (..., n_heads, min(2D, E)) and
@@ -106,14 +108,9 @@ def qk_increment(w_q0: Tensor, w_k0: Tensor, w_q1: Tensor, w_k1: Tensor, n_heads
             "delta3": delta3,
         }
 
-    norms = torch.cat([torch.linalg.matrix_norm(x)[..., None].expand(*x.shape[:-1]) for x in (dq, q0)], -1)
-    balance = torch.where(norms > 0, norms, 1.0)
-    weight = balance[..., :, None] * balance[..., None, :]
-    left = _pair_gram(dq, q0) / weight
+    left = _pair_gram(dq, q0)
 
     def increment(right_k: Tensor) -> Tensor:
-        return _core_singular_values(
-            left, _pair_gram(right_k, dk) * weight, lambda: torch.cat((dq, q0), -2) / balance[..., None]
-        )
+        return _core_singular_values(left, _pair_gram(right_k, dk), lambda: torch.cat((dq, q0), -2))
 
     return {"delta1": increment(k1), "delta2": increment(k0), "delta3": delta3}

@@ -381,6 +381,15 @@ def test_non_finite_values_at_a_fault_are_counted_in_both_passes():
     assert events.item() == 3
 
 
+@pytest.mark.parametrize(("site", "phase"), REACH)
+def test_a_finite_run_counts_nothing_at_any_site(site, phase):
+    """Not even the -inf of masked scores: the fault on S acts before the mask."""
+    q, k, v, do = inputs(T=4)
+    events = torch.zeros((), dtype=torch.int64)
+    flash_attention(q.requires_grad_(), k, v, layer(site, phase, 8), events).backward(do)
+    assert events.item() == 0
+
+
 def test_non_finite_values_propagate():
     q, k, v, do = inputs(T=4)
     do[0, 0, 3, 0] = math.nan

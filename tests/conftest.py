@@ -1,0 +1,72 @@
+"""A tiny run, as everything above models/ and monitors/ is tested on it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from experiments.build import ROOT, build_run
+
+CONF = ROOT / "conf"
+TINY = [
+    "model.d_model=16",
+    "model.n_heads=2",
+    "model.n_layers=2",
+    "model.d_ff=32",
+    "model.context_length=16",
+    "train.batch_size=4",
+    "train.held_out_sequences=4",
+    "train.warmup_steps=5",
+    "train.steps=40",
+    "train.checkpoint_every_steps=10",
+]
+SHORT_WINDOWS = [
+    *(f"monitor.{name}.every_steps=5" for name in ("attention_weight", "delta_w", "qk_increment", "update_to_weight")),
+    "monitor.delta_w.windows=[2,10]",
+    "monitor.qk_increment.windows=[2,10]",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """Some prose with structure, 40 kB."""
+    words = ["when", "the", "saved", "output", "loses", "its", "low", "bits", "every", "row", "errs", "one", "way"]
+    lines = (f"{i}: {' '.join(words[(i * 7) % 8 : (i * 7) % 8 + 6])}\n" for i in itertools.count())
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("".join(itertools.islice(lines, 1000)))
+    return path
+
+
+@pytest.fixture
+def tiny() -> list[str]:
+    """The overrides of a tiny run, for tests that start a process."""
+    return TINY
+
+
+@pytest.fixture
+def make_config(text):
+    """Compose conf/config.yaml for the tiny model on the small text, with further overrides."""
+
+    def make(*overrides: str, tiny: bool = True):
+        small = [*TINY, *SHORT_WINDOWS] if tiny else []
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", overrides=["data=text", f"data.path={text}", *small, *overrides])
+
+    return make
+
+
+@pytest.fixture
+def make_run(make_config):
+    def make(*overrides: str, tiny: bool = True):
+        return build_run(make_config(*overrides, tiny=tiny))
+
+    return make

@@ -1,0 +1,84 @@
+"""Every conf/monitor file keeps the contract of a monitor: alive, read-only, causal."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import trace
+from experiments.build import ROOT
+from experiments.loop import train
+from monitors.base import Monitor, StepView
+
+MONITORS = sorted(path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml"))
+CATALOGUE = {
+    "delta_w_spectral_entropy", "delta_w_stable_rank", "delta_w_norm", "qk_delta1_spectrum", "qk_delta2_spectrum",
+    "qk_delta3_spectrum", "qk_coupling", "weight_norm", "weight_stable_rank", "train_loss_raw", "train_loss_ema",
+    "grad_global_norm", "update_to_weight", "nan_inf_events",
+}  # fmt: skip
+AXES = {(): (1, 1), ("layer",): (2, 1), ("layer", "head"): (2, 2)}
+
+
+@pytest.fixture(scope="module", params=MONITORS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def healthy(make_run, tmp_path):
+    run = make_run("train.steps=60")
+    train(run, tmp_path)
+    return run, trace.read(tmp_path / run.run_id).signals
+
+
+def test_every_signal_is_alive_on_a_healthy_run(healthy):
+    run, signals = healthy
+    for monitor in run.monitors.values():
+        for signal in monitor.signals:
+            series = signals[signal.name]
+            assert series.values.shape[1:] == AXES[signal.axes], signal.name
+            assert np.isfinite(series.values).all(), signal.name
+            assert not series.undefined.any(), signal.name
+            assert (series.steps % signal.every_steps == 0).all(), signal.name
+            constant = np.ptp(series.values) == 0
+            assert constant == signal.constant_when_healthy, signal.name
+
+
+def test_readings_do_not_depend_on_what_comes_later(healthy, make_run, tmp_path):
+    _, longer = healthy
+    short = make_run("train.steps=30")
+    train(short, tmp_path / "short")
+    for signal, series in trace.read(tmp_path / "short" / short.run_id).signals.items():
+        early = longer[signal].steps <= 30
+        assert np.array_equal(longer[signal].values[early], series.values), signal
+
+
+def test_its_signals_are_named_after_the_catalogue(make_run, name):
+    monitor = make_run().monitors[name]
+    assert isinstance(monitor, Monitor)
+    assert {signal.name.split(".")[0] for signal in monitor.signals} <= CATALOGUE
+
+
+def test_observing_changes_nothing(make_run, name):
+    run = make_run()
+    monitor, model, history = run.monitors[name], run.new_model(), run.new_history()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(11):
+        history.record(step, model)
+        if step < 10:
+            loss = model.loss(torch.from_numpy(run.corpus.batch(0, step, 4)))
+            loss.backward()
+            optimizer.step()
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), history.state_dict()))
+    gradients = [p.grad.clone() for p in model.parameters()]
+    random = torch.get_rng_state()
+    view = StepView(10, 640, loss.detach(), torch.ones(()), model, history)
+    assert monitor.observe(view)
+    torch.testing.assert_close(
+        (model.state_dict(), optimizer.state_dict(), history.state_dict()), state, rtol=0, atol=0
+    )
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert torch.equal(torch.get_rng_state(), random)

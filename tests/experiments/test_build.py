@@ -1,0 +1,125 @@
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments import build
+from experiments.build import ROOT, build_run, construct
+from experiments.optimizer import TrainConfig, adamw, learning_rate
+
+CONF = ROOT / "conf"
+
+
+def test_equal_configurations_are_one_run(make_run):
+    one = make_run("fault=bf16_shift")
+    reordered = {key: one.config[key] for key in reversed(one.config)}
+    assert build_run(reordered).run_id == one.run_id == make_run("fault=bf16_shift").run_id
+    assert make_run("fault=bf16_shift", "out=elsewhere", "quiet=true").run_id == one.run_id
+    assert make_run("fault=bf16_shift", "train.device=cpu").run_id == one.run_id
+
+
+@pytest.mark.parametrize(
+    "other", ["seed=1", "train.steps=41", "fault=bf16_shift", "data.held_out=0.1", "model.norm=rmsnorm"]
+)
+def test_whatever_changes_the_result_changes_the_run(make_run, other):
+    assert make_run(other).run_id != make_run().run_id
+
+
+def test_a_change_of_the_sources_changes_the_run(make_run, monkeypatch):
+    before = make_run().run_id
+    monkeypatch.setattr(build, "source_digest", lambda: "0" * 64)
+    assert make_run().run_id != before
+
+
+def test_the_sources_digest_covers_what_determines_a_result():
+    covered = {path.relative_to(ROOT).as_posix() for pattern in build.RESULT_SOURCES for path in ROOT.glob(pattern)}
+    assert {"faults/bf16_shift.py", "models/attention.py", "monitors/spectra.py", "experiments/loop.py"} <= covered
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["fault=bf16_shift", "fault.bits=9"], "bits=9 is not allowed: an integer from 0 to 8"),
+        (["fault=bf16_shift", "fault.heads=[7]"], r"heads=\[7\] does not fit the model: it has 2 heads, 0 to 1"),
+        (["fault=bf16_shift", "fault.layers=[5]"], r"layers=\[5\] does not fit the model: it has 2 layers"),
+        (["fault=bf16_shift", "fault.onset=40"], "fault.onset=40 is after the end: train.steps=40"),
+        (["fault=bf16_shift", "model.backend=sdpa"], "model.backend='sdpa' has no fault sites"),
+        (["fault=bf16_shift", "+fault.bit=3"], r"fault.bit is not a key of BF16Shift \(did you mean 'bits'\?"),
+        (
+            ["fault=bf16_shift", "fault.bits=seven"],
+            "fault.bits='seven' is not allowed: input should be a valid integer",
+        ),
+        (["fault=bf16_shift", "fault.bits=true"], "fault.bits=True is not allowed: input should be a valid integer"),
+        (["fault=bf16_shift", "fault._target_=faults.none.Nothing"], "fault._target_='faults.none.Nothing' cannot"),
+        (["~fault.bits", "fault=bf16_shift"], "fault.bits is missing"),
+        (["model.d_model=15"], "model.d_model=15 is not divisible by model.n_heads=2"),
+        (["model.vocab_size=100"], "model.vocab_size=100 is too small: the data has 256"),
+        (["train.steps=1.5"], "train.steps=1.5 is not allowed"),
+        (["train.steps=0"], "train.steps=0 is not allowed: at least 1"),
+        (["train.device=tpu"], "train.device='tpu' is not allowed"),
+        (["train.betas=[0.9,1.0]"], r"train.betas=\[0.9, 1.0\] is not allowed"),
+        (["train.schedule=cosine", "train.warmup_steps=40"], "train.warmup_steps=40 leaves no step to decay"),
+        (["data.path=???"], "data.path is missing: it has no default"),
+        (["monitor.delta_w.windows=[0]"], "at least 1 step"),
+        (["monitor.delta_w.windows=[50,50]"], "distinct numbers of steps"),
+        (
+            ["+monitor.again={_target_: monitors.optimization.Loss, every_steps: 1, beta: 0.9}"],
+            "two monitors both emit",
+        ),
+        (["seed=-1"], "seed=-1 is not allowed"),
+        (["seed=x"], "seed='x' is not allowed"),
+    ],
+)
+def test_an_impossible_configuration_is_one_line_by_name(make_run, overrides, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_run(*overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_in_yaml_becomes_a_tuple():
+    node = {"_target_": "faults.bf16_shift.BF16Shift", "sites": ["o"], "bits": 1, "layers": [0, 1]}
+    assert construct(node, "fault").layers == (0, 1)
+
+
+def test_the_monitors_of_a_run_are_the_files_that_there_are():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        listed = set(compose("config").monitor)
+    assert listed == {path.stem for path in (CONF / "monitor").glob("*.yaml")}
+
+
+def train_config(**changes) -> TrainConfig:
+    fields = dict(
+        steps=110,
+        batch_size=4,
+        learning_rate=1.0,
+        warmup_steps=10,
+        schedule="constant",
+        final_lr_fraction=0.1,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        clip=1.0,
+        held_out_sequences=4,
+        held_out_every_steps=10,
+        stop_drawup_nats=None,
+        checkpoint_every_steps=10,
+        device="cpu",
+        threads=1,
+    )
+    return TrainConfig(**(fields | changes))
+
+
+def test_learning_rate_schedules():
+    constant, cosine = train_config(), train_config(schedule="cosine")
+    for config in (constant, cosine):
+        assert [learning_rate(config, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert learning_rate(constant, 109) == 1.0
+    assert learning_rate(cosine, 109) == pytest.approx(0.1)
+    middle = 10 + 99 / 2
+    assert learning_rate(cosine, int(middle)) == pytest.approx(0.55, abs=0.01)
+
+
+def test_only_matrices_decay(make_run):
+    model = make_run().new_model()
+    decayed, plain = adamw(model, train_config()).param_groups
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in plain["params"]} == {1}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))

@@ -1,0 +1,61 @@
+import subprocess
+import sys
+
+import pytest
+
+from experiments.build import ROOT
+from experiments.cli import check_overrides
+from experiments.plan import FIRST_SEED, plan
+
+SEEDS = {"reference": 2, "calibration": 3, "test": 1, "faulty": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fault=bf16shift"], r"fault=bf16shift is not an option of fault \(did you mean 'bf16_shift'\?"),
+        (["modle=mha_nano"], r"modle is not a key of the configuration \(did you mean 'model'\?"),
+        (["train.stepz=3"], r"train.stepz is not a key of the configuration \(did you mean 'steps'\?"),
+        (["fault=bf16_shift", "fault.bit=3"], r"fault.bit is not a key .* \(did you mean 'bits'\?"),
+        (["fault=bf16_shift,bf16shift", "-m"], "fault=bf16shift is not an option"),
+        (["fault=[unclosed"], "mismatched|missing|unclosed"),
+    ],
+)
+def test_a_wrong_override_is_one_line_with_the_nearest_match(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check_overrides("config", arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_right_overrides_and_sweeps_pass():
+    check_overrides("config", ["-m", "fault=bf16_shift", "fault.bits=5,7", "seed=0,1"])
+
+
+@pytest.mark.parametrize("module", ["experiments.train", "experiments.reproduce"])
+def test_a_mistake_ends_a_command_with_one_line_and_exit_code_2(module, tmp_path):
+    mistake = {"experiments.train": ["fault=bf16_shift", "fault.bits=9"], "experiments.reproduce": ["scale=desktop"]}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *mistake[module], f"out={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_plan_has_every_run_once_with_disjoint_seeds():
+    runs = plan(SEEDS, {"a": {"overrides": ["fault=bf16_shift"]}, "b": {"overrides": ["fault=none"]}})
+    assert [run.role for run in runs].count("faulty") == 4
+    assert {role: [r.role for r in runs].count(role) for role in SEEDS if role != "faulty"} == {
+        "reference": 2,
+        "calibration": 3,
+        "test": 1,
+    }
+    seeds = {role: {r.seed for r in runs if r.role == role} for role in FIRST_SEED}
+    assert sum(map(len, seeds.values())) == len(set().union(*seeds.values()))
+    assert all(run.overrides[-1] == f"seed={run.seed}" for run in runs)
+
+
+@pytest.mark.parametrize("seeds", [{**SEEDS, "other": 1}, {**SEEDS, "test": -1}, {**SEEDS, "faulty": 1001}])
+def test_impossible_seed_numbers_are_errors(seeds):
+    with pytest.raises(ValueError, match=r"scale\.seeds"):
+        plan(seeds, {})

@@ -1,0 +1,222 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import loop, trace
+from experiments.build import ROOT, build_run
+from experiments.loop import RunError, train
+
+WEIGHTS = "weights.safetensors"
+
+
+def signals_equal(one: Path, other: Path) -> bool:
+    a, b = trace.read(one).signals, trace.read(other).signals
+    return a.keys() == b.keys() and all(
+        np.array_equal(a[name].steps, b[name].steps)
+        and np.array_equal(a[name].values, b[name].values, equal_nan=True)
+        and np.array_equal(a[name].undefined, b[name].undefined)
+        for name in a
+    )
+
+
+def assert_same_result(one: Path, other: Path) -> None:
+    assert (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
+    assert signals_equal(one, other)
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop_at(step: int):
+    def progress(now, loss, readings):
+        if now == step:
+            raise Killed
+
+    return progress
+
+
+@pytest.fixture
+def whole(make_run, tmp_path) -> Path:
+    run = make_run("fault=bf16_shift")
+    train(run, tmp_path / "whole")
+    return tmp_path / "whole" / run.run_id
+
+
+@pytest.mark.parametrize("stops", [[3], [10], [11], [25], [39], [7, 19, 20, 33]])
+def test_a_stopped_run_resumes_to_the_same_bits(make_run, tmp_path, whole, stops):
+    for step in stops:
+        with pytest.raises(Killed):
+            train(make_run("fault=bf16_shift"), tmp_path / "out", stop_at(step))
+    manifest = train(make_run("fault=bf16_shift"), tmp_path / "out")
+    assert manifest["end_reason"] == "completed"
+    assert_same_result(tmp_path / "out" / manifest["run_id"], whole)
+
+
+def test_a_part_written_after_the_last_checkpoint_is_cut_back(make_run, tmp_path, whole, monkeypatch):
+    """A kill between a part and its checkpoint leaves rows that no checkpoint knows."""
+    saved = loop._save_checkpoint
+
+    def killed_at_20(folder, state):
+        if state["step"] == 20:
+            raise Killed
+        saved(folder, state)
+
+    monkeypatch.setattr(loop, "_save_checkpoint", killed_at_20)
+    with pytest.raises(Killed):
+        train(make_run("fault=bf16_shift"), tmp_path / "out")
+    folder = tmp_path / "out" / whole.name
+    assert [path.stem[-9:] for path in sorted((folder / "trace").iterdir())] == ["000000010", "000000020"]
+    monkeypatch.setattr(loop, "_save_checkpoint", saved)
+    train(make_run("fault=bf16_shift"), tmp_path / "out")
+    assert_same_result(folder, whole)
+
+
+def test_a_sigkill_loses_nothing_that_a_resume_does_not_bring_back(tiny, text, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.train",
+        "data=text",
+        f"data.path={text}",
+        *tiny,
+        "train.steps=400",
+        "quiet=true",
+    ]
+    out = tmp_path / "killed"
+    process = subprocess.Popen([*command, f"out={out}"], cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    folder = next(out.iterdir())
+    assert not (folder / WEIGHTS).exists()
+    for target in (out, tmp_path / "whole"):
+        subprocess.run([*command, f"out={target}"], cwd=ROOT, check=True)
+    assert_same_result(folder, tmp_path / "whole" / folder.name)
+
+
+def test_a_finished_run_is_skipped(make_run, tmp_path):
+    run = make_run()
+    train(run, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / run.run_id).rglob("*") if path.name != "lock"}
+    assert train(make_run(), tmp_path, stop_at(1)) == trace.read_manifest(tmp_path / run.run_id)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_monitors_do_not_change_a_bit_of_training(make_run, tmp_path):
+    watched = make_run()
+    train(watched, tmp_path)
+    config = dict(watched.config)
+    config["monitor"] = {"loss": config["monitor"]["loss"]}
+    alone = build_run(config)
+    train(alone, tmp_path)
+    assert alone.run_id != watched.run_id
+    assert (tmp_path / alone.run_id / WEIGHTS).read_bytes() == (tmp_path / watched.run_id / WEIGHTS).read_bytes()
+
+
+def test_a_fault_changes_nothing_before_its_onset(make_run, tmp_path):
+    healthy, faulty = make_run(), make_run("fault=bf16_shift", "fault.onset=20")
+    for run in (healthy, faulty):
+        train(run, tmp_path)
+    a, b = (trace.read(tmp_path / run.run_id).signals for run in (healthy, faulty))
+    assert trace.read(tmp_path / faulty.run_id).onset == 21
+    for name in a:
+        early = a[name].steps <= 20
+        assert np.array_equal(a[name].values[early], b[name].values[early], equal_nan=True), name
+    after = a["grad_global_norm"].steps == 21
+    assert a["grad_global_norm"].values[after] != b["grad_global_norm"].values[after]
+
+
+def test_zero_bits_is_the_healthy_run_bit_for_bit(make_run, tmp_path):
+    healthy, control = make_run(), make_run("fault=bf16_shift", "fault.bits=0")
+    for run in (healthy, control):
+        train(run, tmp_path)
+    assert_same_result(tmp_path / healthy.run_id, tmp_path / control.run_id)
+
+
+def test_a_non_finite_loss_ends_the_run_as_data(make_run, tmp_path):
+    run = make_run("train.learning_rate=1e30", "train.warmup_steps=0", "train.clip=null")
+    manifest = train(run, tmp_path)
+    assert manifest["end_reason"] == "non_finite"
+    assert manifest["steps_done"] < 40
+    read = trace.read(tmp_path / run.run_id)
+    assert read.signals["held_out_loss"].steps[-1] == manifest["steps_done"]
+    assert not np.isfinite(read.signals["train_loss_raw"].values).all()
+    assert read.signals["nan_inf_events"].values[-1] > 0
+
+
+def test_a_run_may_end_as_diverged(make_run, tmp_path):
+    run = make_run("train.stop_drawup_nats=0.5", "train.learning_rate=3.0", "train.warmup_steps=0", "train.steps=200")
+    manifest = train(run, tmp_path)
+    assert manifest["end_reason"] in ("diverged", "non_finite")
+    assert manifest["steps_done"] < 200
+
+
+def test_two_processes_cannot_share_a_run_folder(make_run, tmp_path):
+    run = make_run()
+    with loop.locked(tmp_path / run.run_id), pytest.raises(RunError, match="in use by another process"):
+        train(run, tmp_path)
+    assert train(run, tmp_path)["end_reason"] == "completed"
+
+
+def test_a_corrupted_checkpoint_is_named_and_nothing_is_lost(make_run, tmp_path):
+    run = make_run()
+    with pytest.raises(Killed):
+        train(run, tmp_path, stop_at(25))
+    path = tmp_path / run.run_id / "checkpoint.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    parts = sorted((tmp_path / run.run_id / "trace").iterdir())
+    with pytest.raises(RunError, match=r"checkpoint\.pt is corrupted"):
+        train(make_run(), tmp_path)
+    assert sorted((tmp_path / run.run_id / "trace").iterdir()) == parts
+
+
+def test_a_full_disk_keeps_what_is_measured_and_the_run_resumes(make_run, tmp_path, whole, monkeypatch):
+    write, written = trace.write_whole, []
+
+    def full_after_20(path, data):
+        if path.suffix == ".parquet" and len(written) >= 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.append(path) if path.suffix == ".parquet" else None
+        write(path, data)
+
+    monkeypatch.setattr(trace, "write_whole", full_after_20)
+    with pytest.raises(OSError, match="No space left"):
+        train(make_run("fault=bf16_shift"), tmp_path / "out")
+    folder = tmp_path / "out" / whole.name
+    assert len(list((folder / "trace").glob("*.parquet"))) == 2
+    assert trace.read_manifest(folder)["end_reason"] == "failed"
+    monkeypatch.setattr(trace, "write_whole", write)
+    train(make_run("fault=bf16_shift"), tmp_path / "out")
+    assert_same_result(folder, whole)
+
+
+def test_an_output_that_is_no_folder_is_an_error(make_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        train(make_run(), tmp_path / "file")
+
+
+def test_the_manifest_says_where_a_result_comes_from(make_run, tmp_path):
+    run = make_run("seed=7")
+    manifest = train(run, tmp_path)
+    assert manifest["seed"] == 7
+    assert manifest["data_sha256"] == run.corpus.digest
+    assert len(manifest["source_sha256"]) == 64
+    assert manifest["steps_done"] == 40
+    assert manifest["tokens_done"] == 40 * 4 * 16
+    assert manifest["versions"]["torch"].startswith(manifest["torch"])
+    assert manifest["onset_step"] is None
+    assert {"wall_s", "cpu_s", "git_commit", "git_dirty", "device", "dtype"} <= manifest.keys()
+    assert set(trace.read(tmp_path / run.run_id).signals) == set(manifest["signals"])
