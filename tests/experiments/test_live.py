@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from experiments.bench import qk_core_speedup
+from experiments.live import LiveAlarms
+from experiments.progress import RunProgress
+from monitors.base import Masked, Signal
+
+UP, DOWN = Signal("up", "1", "up"), Signal("down", "nats", "down", ("layer", "head"))
+
+
+def noise(generator, *shape):
+    return torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize(("signal", "jump", "raised"), [(UP, 40.0, True), (UP, -40.0, False), (DOWN, -40.0, True)])
+def test_a_jump_in_the_bad_direction_of_one_head_is_named(signal, jump, raised):
+    generator, live = torch.Generator().manual_seed(0), LiveAlarms([signal])
+    shape = (2, 2) if signal.axes else ()
+    for _ in range(21):
+        live.add({signal.name: noise(generator, *shape)})
+        assert not live.raised()
+    value = noise(generator, *shape)
+    if signal.axes:
+        value[1, 0] += jump
+    else:
+        value = value + jump
+    live.add({signal.name: value})
+    assert (signal.name in live.raised()) == raised
+
+
+def test_missing_samples_raise_nothing():
+    live = LiveAlarms([DOWN])
+    for _ in range(25):
+        live.add({"down": Masked(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))})
+    assert live.raised() == {}
+
+
+def test_a_run_says_where_it_stands_while_it_trains_and_cleans_up(tmp_path):
+    with RunProgress(tmp_path, 10, [UP], show=False) as progress:
+        progress._last = (-1e9, 0)
+        progress(5, torch.tensor(2.5), {"up": torch.tensor(1.0)})
+        assert '"step": 5' in (tmp_path / "status.json").read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bench_measures_the_qk_core():
+    result = qk_core_speedup(64, 2, 8, repeats=1)
+    assert result["dense_over_core"] == pytest.approx(result["dense_ms"] / result["core_ms"])

@@ -1,0 +1,25 @@
+"""Scoring of saved real runs gives the saved table, to the last digit."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.experiment import load
+from analysis.table import lead_table
+
+GOLDEN = Path(__file__).parent / "paper_attention"
+
+
+def test_the_table_of_the_golden_runs_has_not_changed(tmp_path):
+    lead_table(load(GOLDEN, GOLDEN / "runs")).to_csv(tmp_path / "table.csv", index=False)
+    now, expected = pd.read_csv(tmp_path / "table.csv"), pd.read_csv(GOLDEN / "expected.csv")
+    pd.testing.assert_frame_equal(now, expected, check_exact=False, rtol=1e-12)
+
+
+def test_the_golden_runs_show_the_fault_before_the_loss_does():
+    table = pd.read_csv(GOLDEN / "expected.csv").set_index("detector")
+    delta2 = table.loc["Delta2 entropy"]
+    assert delta2["lead"] == 3
+    assert np.isfinite(delta2["median_divergence_step"])
+    assert delta2["rmlt_steps"] > 0
