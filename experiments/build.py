@@ -47,6 +47,8 @@ RESULT_SOURCES = (
 
 def did_you_mean(word: str, known: list[str]) -> str:
     """`` (did you mean 'x'? known: a, b, x)``."""
+    if not known:
+        return " (it has no keys)"
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" ({f'did you mean {close[0]!r}? ' if close else ''}known: {', '.join(known)})"
 

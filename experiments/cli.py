@@ -24,35 +24,39 @@ USER_ERRORS = (ValueError, OSError, RunError, TraceError, MemoryError)
 """Errors that a person can mend: shown in one line. Anything else is a bug and keeps its traceback."""
 
 
-def _explain(error: Exception, config_name: str, override: Sequence[str]) -> str:
-    """One line for a configuration that does not compose, with the nearest known key or option."""
-    text = str(error).strip()
-    first = text.splitlines()[0]
-    for line in override:
+def _groups() -> set[str]:
+    return {path.name for path in Path(CONF).iterdir() if path.is_dir()}
+
+
+def _explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
+    """One line for overrides that do not compose, with the nearest option or key where one of them is to blame."""
+    chosen = [line for line in overrides if line.split("=")[0] in _groups()]
+    for line in chosen:
+        group, option = line.split("=", 1)
+        known = sorted(path.stem for path in (Path(CONF) / group).glob("*.yaml"))
+        for name in option.strip("[]").split(","):
+            if name and name not in known:
+                return f"{group}={option} is not an option of {group}{did_you_mean(name, known)}"
+    config = compose(config_name, overrides=chosen)
+    for line in overrides:
         key = line.lstrip("+~").split("=")[0]
-        if f"'{key}'" not in text and f"{key}/" not in text and key not in first:
-            continue
-        group = ROOT / "conf" / key
-        if group.is_dir() and "=" in line:
-            known = sorted(path.stem for path in group.glob("*.yaml"))
-            value = line.split("=", 1)[1]
-            if value not in known:
-                return f"{key}={value} is not an option of {key}{did_you_mean(value, known)}"
         parent, _, leaf = key.rpartition(".")
-        others = [o for o in override if o != line and (ROOT / "conf" / o.split("=")[0]).is_dir()]
-        config = OmegaConf.create(compose(config_name, overrides=others))
         node = OmegaConf.select(config, parent) if parent else config
-        if isinstance(node, DictConfig) and leaf not in node:
-            known = sorted(
-                {str(k) for k in node} | ({p.name for p in Path(CONF).iterdir() if p.is_dir()} if not parent else set())
-            )
-            return f"{key} is not a key of the configuration{did_you_mean(leaf, known)}"
-    return " ".join(text.split())
+        if (
+            line not in chosen
+            and "/" not in key
+            and not line.startswith("+")
+            and isinstance(node, DictConfig)
+            and leaf not in node
+        ):
+            known = {str(name) for name in node if name != "_target_"} | (set() if parent else _groups())
+            return f"{key} is not a key of the configuration{did_you_mean(leaf, sorted(known))}"
+    return " ".join(str(error).split())
 
 
 def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     """Compose every combination that the command line asks for. Raises ValueError with one line."""
-    lines = [a for a in arguments if not a.startswith("-")]
+    lines = [a for a in arguments if "=" in a or a.startswith("~")]  # the rest are Hydra's own flags
     with initialize_config_dir(CONF, version_base="1.3"):
         try:
             choices = []
