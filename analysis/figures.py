@@ -160,7 +160,7 @@ def lead_figure(experiment: Experiment, path: Path) -> str:
             else:
                 axis.plot(lead, y + offset, "o", color=colour, markersize=6, markeredgecolor="white")
     axis.axvline(0, color=ALARM, linewidth=1.2)
-    axis.text(0, len(names) - 0.35, " loss diverges", ha="center", va="bottom", fontsize=10, color=ALARM)
+    axis.text(0, len(names) - 0.35, "loss diverges", ha="left", va="bottom", fontsize=10, color=ALARM)
     if any(lead is None for _, lead in rows):
         axis.text(never, -0.75, "never", ha="center", va="center", fontsize=9, color="0.45")
     axis.set_yticks(range(len(names)), [pretty(name) for name in names])
