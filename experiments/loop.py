@@ -55,6 +55,9 @@ class Recorder:
     """Readings since the last part; they stay on the device until the part is written."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.first_step: int | None = None
         self._readings: dict[str, list[tuple[int, Tensor, Tensor | None]]] = {}
 
@@ -189,7 +192,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         """Part, then checkpoint, then manifest: a resume cuts the trace back to the checkpoint it finds."""
         if recorder.first_step is not None:
             trace.write_part(folder, recorder.first_step, step, recorder.columns())
-            recorder.__init__()
+            recorder.clear()
         if end_reason == "running":
             _save_checkpoint(
                 folder,
@@ -280,6 +283,8 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
                 break
         if now % config.checkpoint_every_steps == 0 and now < config.steps:
             save(now, "running")
+    if end_reason == "completed" and not bool(finite):  # broke after the last evaluation
+        end_reason = "non_finite"
     save(now, end_reason)
 
 

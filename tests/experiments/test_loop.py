@@ -154,6 +154,11 @@ def test_a_non_finite_loss_ends_the_run_as_data(make_run, tmp_path):
     assert read.signals["nan_inf_events"].values[-1] > 0
 
 
+def test_a_loss_that_breaks_after_the_last_evaluation_is_still_non_finite(make_run, tmp_path):
+    broken = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.clip=null"]
+    assert train(make_run(*broken, "train.steps=9"), tmp_path)["end_reason"] == "non_finite"
+
+
 def test_a_run_may_end_as_diverged(make_run, tmp_path):
     run = make_run("train.stop_drawup_nats=0.5", "train.learning_rate=3.0", "train.warmup_steps=0", "train.steps=200")
     manifest = train(run, tmp_path)
