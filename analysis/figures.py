@@ -224,7 +224,8 @@ def fault_figure(experiment: Experiment, path: Path) -> str:
         for name, colour in zip(shown, (_COLOURS[3], _COLOURS[0], _COLOURS[2]), strict=False):
             when = alarm(fault, name)
             if not np.isnan(when):
-                axis.plot(when, y, markers[name], color=colour, markersize=9, markeredgecolor="white", zorder=4)
+                aside = 0.17 * (1 - shown.index(name))  # equal steps stay visible side by side
+                axis.plot(when, y + aside, markers[name], color=colour, markersize=9, markeredgecolor="white", zorder=4)
     axis.set_yticks(range(len(faults)), faults)
     axis.set_ylabel("corrupted tensor" if experiment.index["experiment"]["name"] == "fault_sites" else "fault")
     axis.set_xlabel("optimizer step")
