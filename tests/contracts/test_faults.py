@@ -17,8 +17,14 @@ def name(request) -> str:
     return request.param
 
 
-def test_it_is_pure_frozen_and_travels_to_other_processes(make_run, name):
-    fault = make_run(f"fault={name}").fault
+@pytest.fixture
+def overrides(name) -> list[str]:
+    """The fault from step 11 on, whatever onset its YAML has."""
+    return [f"fault={name}"] + ([] if name == "none" else ["fault.onset=11"])
+
+
+def test_it_is_pure_frozen_and_travels_to_other_processes(make_run, overrides):
+    fault = make_run(*overrides).fault
     assert isinstance(fault, Fault)
     assert pickle.loads(pickle.dumps(fault)) == fault
     for step in (0, 7, 39):
@@ -28,12 +34,11 @@ def test_it_is_pure_frozen_and_travels_to_other_processes(make_run, name):
         fault.onset = 3
 
 
-def test_it_is_healthy_before_its_onset_and_acts_at_it(make_run, name):
-    onset = [] if name == "none" else ["fault.onset=11"]
-    fault = make_run(f"fault={name}", *onset).fault
+def test_it_is_healthy_before_its_onset_and_acts_at_it(make_run, name, overrides):
+    fault = make_run(*overrides).fault
     assert fault.sites(10, HEALTHY) is HEALTHY
     assert (fault.sites(11, HEALTHY) == HEALTHY) == (name == "none")
 
 
-def test_it_trains(make_run, name, tmp_path):
-    assert train(make_run(f"fault={name}", "train.steps=12"), tmp_path)["steps_done"] == 12
+def test_it_trains(make_run, overrides, tmp_path):
+    assert train(make_run(*overrides, "train.steps=12"), tmp_path)["steps_done"] == 12
