@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from scipy.signal import lfilter
 
-from experiments.trace import Series
+from analysis.align import Aligned, broken
 
 MAD_TO_SIGMA = 1.4826
 MIN_REFERENCE_RUNS = 4
@@ -100,10 +100,9 @@ def make_rule(chart: str, **parameters: float) -> AlarmRule:
     return CHARTS[chart](**parameters)
 
 
-def _finite_or_inf(series: Series) -> np.ndarray:
+def _finite_or_inf(series: Aligned) -> np.ndarray:
     """Values with missing samples as NaN, and everything that is not finite from then on as Inf, per layer and head."""
-    broken = np.maximum.accumulate(~np.isfinite(series.values) & ~series.undefined, axis=0)
-    return np.where(broken, np.inf, np.where(series.undefined, np.nan, series.values))
+    return np.where(broken(series), np.inf, np.where(series.undefined, np.nan, series.values))
 
 
 @dataclass(frozen=True)
@@ -114,18 +113,18 @@ class Band:
     absolute residual pooled over runs, heads and +-10 samples (the reference track of the protocol).
     """
 
-    steps: np.ndarray
+    positions: np.ndarray
     centre: np.ndarray
     scale: np.ndarray
 
     @classmethod
-    def fit(cls, name: str, reference: Sequence[Series]) -> Band:
-        """Raises DeclinedSignal for fewer than 4 runs, differing steps, missing or constant values."""
+    def fit(cls, name: str, reference: Sequence[Aligned]) -> Band:
+        """Raises DeclinedSignal for fewer than 4 runs, differing positions, missing or constant values."""
         if len(reference) < MIN_REFERENCE_RUNS:
             raise DeclinedSignal(f"{name}: {len(reference)} reference runs, at least {MIN_REFERENCE_RUNS} needed")
-        steps = reference[0].steps
-        if any(not np.array_equal(series.steps, steps) for series in reference):
-            raise DeclinedSignal(f"{name}: reference runs were sampled at different steps")
+        positions = reference[0].positions
+        if any(not np.array_equal(series.positions, positions) for series in reference):
+            raise DeclinedSignal(f"{name}: reference runs were sampled at different positions")
         values = np.concatenate([_finite_or_inf(series) for series in reference], axis=2)
         if np.isinf(values).any():
             raise DeclinedSignal(f"{name}: a reference run is not finite")
@@ -141,15 +140,13 @@ class Band:
             scale = MAD_TO_SIGMA * np.nanmedian(windows.reshape(*windows.shape[:2], -1), axis=2)
         if np.any(scale == 0):
             raise DeclinedSignal(f"{name}: zero spread in the reference runs")
-        return cls(steps, centre, scale)
+        return cls(positions, centre, scale)
 
-    def z(self, series: Series) -> np.ndarray:
-        """(T, layers, heads) z-scores; NaN where a sample is missing, Inf kept. Raises ValueError on unknown steps."""
-        index = np.searchsorted(self.steps, series.steps)
-        if np.any(index >= len(self.steps)) or np.any(
-            self.steps[np.minimum(index, len(self.steps) - 1)] != series.steps
-        ):
-            raise ValueError("a run has samples at steps that the reference runs do not have")
+    def z(self, series: Aligned) -> np.ndarray:
+        """(T, layers, heads) z-scores; NaN where a sample is missing, Inf kept. Raises ValueError on unknown positions."""
+        index = np.searchsorted(self.positions, series.positions)
+        if np.any(index >= len(self.positions)) or np.any(self.positions[index] != series.positions):
+            raise ValueError("a run has samples at positions that the reference runs do not have")
         return (_finite_or_inf(series) - self.centre[index][..., None]) / self.scale[index][..., None]
 
 
@@ -186,7 +183,7 @@ def conformal_threshold(maxima: Sequence[float], alpha: float) -> float:
     return float(maxima[rank - 1])
 
 
-def first_alarm(statistic: np.ndarray, steps: np.ndarray, threshold: float) -> int | None:
-    """The first step at which the statistic stands strictly above the threshold, or None."""
+def first_alarm(statistic: np.ndarray, positions: np.ndarray, threshold: float) -> int | None:
+    """The first position at which the statistic stands strictly above the threshold, or None."""
     above = np.flatnonzero(statistic > threshold)
-    return int(steps[above[0]]) if len(above) else None
+    return int(positions[above[0]]) if len(above) else None

@@ -1,83 +1,51 @@
-"""The pictures: signals against step, lead time a detector, lead time a fault."""
+"""The pictures of lead time: signals against step, lead a detector, lead a fault."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
-from analysis.experiment import Experiment, ScoredRun
+from analysis.drawing import (
+    ALARM,
+    COLOURS,
+    FAULTY,
+    HEALTHY,
+    PLAIN,
+    SMOOTHING_SAMPLES,
+    THOUSANDS,
+    drawn_curve,
+    label_positions,
+    pretty,
+    save,
+    style,
+    value_label,
+)
+from analysis.experiment import HEALTHY_ROLES, Experiment, ScoredRun
 from analysis.table import median_step
-
-_COLOURS = sns.color_palette("colorblind")
-HEALTHY, FAULTY, ALARM = _COLOURS[0], _COLOURS[3], "#222222"
-THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
-PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
-SMOOTHING_STEPS = 50
-"""Signals sampled at every step are drawn as a rolling median over so many, which is causal."""
-
-
-def _style() -> None:
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "savefig.dpi": 150})
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-
-
-def pretty(name: str) -> str:
-    """Detector names with their symbols."""
-    for plain, symbol in (("Delta W", "ΔW"), ("Delta1", "Δ₁"), ("Delta2", "Δ₂"), ("Delta3", "Δ₃")):
-        name = name.replace(plain, symbol)
-    return name
-
-
-def worst_curve(run: ScoredRun, signals: Sequence[str]) -> pd.Series:
-    """The worst value over signals, layers and heads against step: lowest where down is bad, else highest."""
-    down = run.trace.manifest["signals"][signals[0]]["bad"] == "down"
-    series = [run.signal(name) for name in signals]
-    worst = np.fmin if down else np.fmax
-    each = [worst.reduce(np.where(s.undefined, np.nan, s.values), axis=(1, 2)) for s in series]
-    curve = pd.Series(worst.reduce(each, axis=0), index=series[0].steps)
-    dense = len(curve) > 1 and curve.index[1] - curve.index[0] < 5
-    return curve.rolling(SMOOTHING_STEPS, min_periods=1).median() if dense else curve
-
-
-def _axis_label(experiment: Experiment, name: str, signals: Sequence[str]) -> str:
-    signal = experiment.runs[0].trace.manifest["signals"][signals[0]]
-    unit = "" if signal["unit"] == "1" else f"\n({signal['unit']})"
-    worst = "\nworst head" if signal["axes"] else ""
-    return f"{pretty(name)}{worst}{unit}"
 
 
 def central_figure(experiment: Experiment, path: Path) -> str:
     """The paper's figure: signals against step, healthy band, faulty runs, alarms, divergence. Returns a caption."""
-    _style()
-    panels = experiment.index["experiment"]["figure"]
-    healthy = experiment.of("reference", "calibration", "test")
+    style()
+    panels = experiment.panels
+    healthy = experiment.of(*HEALTHY_ROLES)
     faulty = experiment.of("faulty")
     divergences = [run.divergence for run in faulty if run.divergence is not None]
     figure, axes = plt.subplots(len(panels), 1, figsize=(9.5, 2.3 * len(panels)), sharex=True, squeeze=False)
-    for axis, (name, signals) in zip(axes[:, 0], panels.items(), strict=True):
-        band = pd.concat([worst_curve(run, signals) for run in healthy], axis=1)
+    for axis, (name, panel) in zip(axes[:, 0], panels.items(), strict=True):
+        band = pd.concat([drawn_curve(experiment, run, panel) for run in healthy], axis=1)
         axis.fill_between(band.index, band.min(axis=1), band.max(axis=1), color=HEALTHY, alpha=0.25, linewidth=0)
         axis.plot(band.index, band.median(axis=1), color=HEALTHY, linewidth=1.4)
         detector = experiment.detectors.get(name)
         alarms = {} if detector is None else detector.alarms
         for run in faulty:
-            curve = worst_curve(run, signals)
+            curve = drawn_curve(experiment, run, panel)
             axis.plot(curve.index, curve, color=FAULTY, linewidth=1.0, alpha=0.75)
             alarm = alarms.get(run.trace.run_id)
             if alarm is not None:
@@ -96,10 +64,8 @@ def central_figure(experiment: Experiment, path: Path) -> str:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(PLAIN)
             axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.set_ylabel(_axis_label(experiment, name, signals))
-    axes[-1, 0].set_xlabel("optimizer step")
-    axes[-1, 0].set_xlim(0, experiment.horizon)
-    axes[-1, 0].xaxis.set_major_formatter(THOUSANDS)
+        axis.set_ylabel(value_label(experiment, name, panel))
+    label_positions(axes[-1, 0], experiment)
     figure.align_ylabels()
     handles = [
         Patch(color=HEALTHY, alpha=0.25, label=f"{len(healthy)} healthy runs, range"),
@@ -121,18 +87,18 @@ def central_figure(experiment: Experiment, path: Path) -> str:
     title = experiment.index["experiment"]["title"]
     figure.suptitle(title, y=0.975, fontsize=14, weight="bold")
     figure.subplots_adjust(top=0.885, hspace=0.28)
-    _save(figure, path)
+    save(figure, path)
     return (
         f"{title}. Lines are single runs; entropies are those of the worst layer and head, training signals a rolling "
-        f"median over {SMOOTHING_STEPS} steps. Alarms at {experiment.alpha:.0%} false alarms per run."
+        f"median over {SMOOTHING_SAMPLES} samples. Alarms at {experiment.alpha:.0%} false alarms per run."
     )
 
 
 def lead_figure(experiment: Experiment, path: Path) -> str:
     """Each named detector's alarm in each faulty run, in steps before that run's divergence. Returns a caption."""
-    _style()
+    style()
     faulty = [run for run in experiment.of("faulty") if run.divergence is not None]
-    names = [n for n in experiment.index["experiment"]["detectors"] if not experiment.detectors[n].declined]
+    names = [n for n in experiment.named_detectors if not experiment.detectors[n].declined]
     rows = []
     for name in names:
         for run in faulty:
@@ -165,7 +131,8 @@ def lead_figure(experiment: Experiment, path: Path) -> str:
         axis.text(never, -0.75, "never", ha="center", va="center", fontsize=9, color="0.45")
     axis.set_yticks(range(len(names)), [pretty(name) for name in names])
     axis.set_ylim(-0.9, len(names) - 0.3)
-    axis.set_xlabel("lead time: optimizer steps between first alarm and divergence")
+    unit = "optimizer steps" if experiment.axis == "steps" else "training tokens"
+    axis.set_xlabel(f"lead time: {unit} between first alarm and divergence")
     axis.xaxis.set_major_formatter(THOUSANDS)
     axis.set_title(
         f"Who feels it first? {len(faulty)} diverging runs at {experiment.alpha:.0%} false alarms per run",
@@ -174,7 +141,7 @@ def lead_figure(experiment: Experiment, path: Path) -> str:
         weight="bold",
         pad=18,
     )
-    _save(figure, path)
+    save(figure, path)
     return (
         "Lead time of each detector: dots are runs, bars their median, a cross is a run without alarm; "
         "left of the line the alarm came after the loss had diverged."
@@ -183,7 +150,7 @@ def lead_figure(experiment: Experiment, path: Path) -> str:
 
 def fault_figure(experiment: Experiment, path: Path) -> str:
     """Each fault's divergence and the named detectors' median alarms, on one step axis. Returns a caption."""
-    _style()
+    style()
     shown = [n for n in ("Delta2 entropy", "Delta W entropy", "gradient norm") if n in experiment.detectors]
     shown = [n for n in shown if not experiment.detectors[n].declined]
 
@@ -221,26 +188,26 @@ def fault_figure(experiment: Experiment, path: Path) -> str:
                 fontsize=9,
                 color="0.35",
             )
-        for name, colour in zip(shown, (_COLOURS[3], _COLOURS[0], _COLOURS[2]), strict=False):
+        for name, colour in zip(shown, (COLOURS[3], COLOURS[0], COLOURS[2]), strict=False):
             when = alarm(fault, name)
             if not np.isnan(when):
                 aside = 0.17 * (1 - shown.index(name))  # equal steps stay visible side by side
                 axis.plot(when, y + aside, markers[name], color=colour, markersize=9, markeredgecolor="white", zorder=4)
-    axis.set_yticks(range(len(faults)), faults)
+    axis.set_yticks(range(len(faults)), [experiment.label(fault) for fault in faults])
     axis.set_ylabel("corrupted tensor" if experiment.index["experiment"]["name"] == "fault_sites" else "fault")
     axis.set_xlabel("optimizer step")
     axis.set_xlim(0, experiment.horizon * 1.02)
     axis.xaxis.set_major_formatter(THOUSANDS)
     handles = [
         Line2D([], [], color=c, marker=markers[n], linestyle="", markersize=9, label=f"{pretty(n)} alarms")
-        for n, c in zip(shown, (_COLOURS[3], _COLOURS[0], _COLOURS[2]), strict=False)
+        for n, c in zip(shown, (COLOURS[3], COLOURS[0], COLOURS[2]), strict=False)
     ]
     handles.append(
         Line2D([], [], color=ALARM, marker="|", linestyle="", markersize=14, markeredgewidth=3, label="loss diverges")
     )
     axis.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncol=4, frameon=False, fontsize=10)
     axis.set_title(experiment.index["experiment"]["title"], loc="left", fontsize=13, weight="bold", pad=32)
-    _save(figure, path)
+    save(figure, path)
     return (
         f"{experiment.index['experiment']['title']}: median over {len(runs(faults[0]))} runs of first alarm and "
         f"divergence, horizon {experiment.horizon:,} steps, {experiment.alpha:.0%} false alarms per run."

@@ -1,6 +1,6 @@
 """The report of an experiment: figures, tables and one self-contained page.
 
-python -m analysis.report runs=DIR report=DIR      # score and draw saved runs again, in seconds
+python -m analysis.report runs=DIR report=DIR [align=steps|tokens]     # score and draw saved runs again, in seconds
 """
 
 from __future__ import annotations
@@ -8,40 +8,52 @@ from __future__ import annotations
 import base64
 import html
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from analysis.experiment import Experiment, load
+from analysis.claims import check_claims
+from analysis.experiment import HEALTHY_ROLES, Experiment, load, views
 from analysis.figures import central_figure, fault_figure, lead_figure
-from analysis.table import lead_table, run_table
+from analysis.readings import end_table
+from analysis.router_figures import dose_figure, grid_figure, selectivity_figure
+from analysis.selectivity import alarm_matrix, off_diagonal
+from analysis.table import in_unit, lead_table, run_table
 from experiments.trace import TraceError
 
 COLUMNS = {
     "detector": "detector",
-    "median_alarm_step": "median alarm (step)",
-    "median_divergence_step": "median divergence (step)",
-    "rmlt_steps": "mean lead (steps)",
-    "relative_lead_steps": "lead over baseline (steps)",
+    "median_alarm_step": "median alarm",
+    "median_divergence_step": "median divergence",
+    "rmlt_steps": "mean lead",
+    "relative_lead_steps": "lead over baseline",
     "detected": "detected",
     "late": "late",
     "missed": "missed",
     "false_alarm": "false",
     "healthy": "healthy alarms",
 }
+DRAWINGS = ("central", "faults", "doses", "grid", "selectivity")
+"""Kinds of central figure, the key ``draw`` of an experiment."""
+
+
+def _headings(axis: str) -> dict[str, str]:
+    placed = ("median_alarm_step", "median_divergence_step", "rmlt_steps", "relative_lead_steps")
+    return {column: f"{said} ({axis})" if column in placed else said for column, said in COLUMNS.items()}
 
 
 def summary(experiment: Experiment) -> str:
     """What the report shows, in a few sentences that hold whatever came out."""
-    faulty, healthy = experiment.of("faulty"), experiment.of("reference", "calibration", "test")
+    faulty, healthy = experiment.of("faulty"), experiment.of(*HEALTHY_ROLES)
     diverged = [run for run in faulty if run.divergence is not None]
     degraded = sum(run.degraded for run in faulty)
     healthy_diverged = sum(run.divergence is not None for run in healthy)
     counts = {role: len(experiment.of(role)) for role in ("reference", "calibration", "test")}
     return (
-        f"{len(diverged)} of {len(faulty)} faulty runs diverge by step {experiment.horizon:,}"
+        f"{len(diverged)} of {len(faulty)} faulty runs diverge within {experiment.horizon:,} {experiment.axis}"
         f"{f', {degraded} more end degraded' if degraded else ''}; {healthy_diverged} of {len(healthy)} healthy runs do. "
         f"Divergence: the held-out loss stands {experiment.drawup_threshold_nats:.2f} nats above its minimum, "
         f"a margin set by {counts['reference']} reference runs. "
@@ -71,10 +83,12 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
 
 def print_table(experiment: Experiment, table: pd.DataFrame, console: Console) -> None:
     """The named detectors in the terminal, one table a fault."""
+    view = f"{experiment.model}, " if len(experiment.index["experiment"]["models"]) > 1 else ""
     for fault in experiment.faults:
         shown = _shown(table[(table["fault"] == fault) & (table["kind"] == "detector")])
-        grid = Table(title=f"{experiment.index['experiment']['title']}: {fault}", title_justify="left")
-        for column, heading in COLUMNS.items():
+        title = f"{experiment.index['experiment']['title']}: {view}{experiment.label(fault)}"
+        grid = Table(title=title, title_justify="left")
+        for column, heading in _headings(experiment.axis).items():
             grid.add_column(heading, justify="left" if column == "detector" else "right")
         for _, row in shown.iterrows():
             grid.add_row(*(str(row[column]) for column in COLUMNS))
@@ -82,83 +96,150 @@ def print_table(experiment: Experiment, table: pd.DataFrame, console: Console) -
     console.print(summary(experiment))
 
 
-def _page(experiment: Experiment, table: pd.DataFrame, figures: dict[str, Path]) -> str:
-    def picture(caption: str, path: Path) -> str:
-        data = base64.b64encode(path.read_bytes()).decode()
-        return (
-            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        )
+def _picture(caption: str, path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def _tables(experiment: Experiment, table: pd.DataFrame) -> str:
+    """One view's part of the page: summary, detectors, single signals, what was declined."""
 
     def grid(kind: str) -> str:
         parts = []
         for fault in experiment.faults:
             shown = _shown(table[(table["fault"] == fault) & (table["kind"] == kind)])
-            parts.append(
-                f"<h3>{html.escape(fault)}</h3>" + shown[list(COLUMNS)].rename(columns=COLUMNS).to_html(index=False)
-            )
+            shown = shown[list(COLUMNS)].rename(columns=_headings(experiment.axis))
+            parts.append(f"<h3>{html.escape(experiment.label(fault))}</h3>" + shown.to_html(index=False))
         return "".join(parts)
 
     declined = table[table["declined"].notna()].drop_duplicates("detector")
-    manifest = experiment.runs[0].trace.manifest
+    said = "".join(f"<li>{html.escape(reason)}</li>" for reason in declined["declined"])
+    return f"""<h2>{html.escape(experiment.model)}, aligned by {experiment.axis}</h2><p>{html.escape(summary(experiment))}</p>
+<h3>Detectors</h3>{grid("detector")}
+<p>Mean lead counts a missed or late alarm as 0. Baseline: {html.escape(experiment.index["experiment"]["baseline"])}, one detector
+calibrated jointly. A dash: the median run raises no alarm, or does not diverge.</p>
+<details><summary><b>Every signal by itself</b></summary>{grid("signal")}</details>
+{f"<h3>Declined</h3><ul>{said}</ul>" if len(declined) else ""}"""
+
+
+def _claims(claims: pd.DataFrame) -> str:
+    if claims.empty:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(row.claim)}</td><td>{'holds' if row.holds else '<b>does not hold</b>'}</td>"
+        f"<td>{html.escape(row.measured)} ({html.escape(row.model)})</td></tr>"
+        for row in claims.itertuples()
+    )
+    return f"<h2>The paper's claims</h2><table class=claims><tr><th>claim</th><th>here</th><th>measured</th></tr>{rows}</table>"
+
+
+def _page(
+    experiments: Sequence[Experiment], tables: Sequence[pd.DataFrame], claims: pd.DataFrame, figures: dict[str, Path]
+) -> str:
+    index, runs = experiments[0].index, {run.trace.run_id: run for e in experiments for run in e.runs}
+    manifest = experiments[0].runs[0].trace.manifest
     provenance = {
-        "config": f"experiment={experiment.index['experiment']['name']} scale={experiment.index['scale']['name']}",
+        "config": f"experiment={index['experiment']['name']} scale={index['scale']['name']}",
         "sources (SHA-256)": manifest["source_sha256"],
         "data (SHA-256)": manifest["data_sha256"],
         "commit": f"{manifest['git_commit']}{' with uncommitted changes' if manifest['git_dirty'] else ''}",
         "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
         "device": manifest["device"],
-        "sweep": ", ".join(f"{k} {v}" for k, v in (experiment.index["sweep"] or {"trained": 0}).items()),
-        "runs": ", ".join(run.trace.run_id for run in experiment.runs),
+        "sweep": ", ".join(f"{k} {v}" for k, v in (index["sweep"] or {"trained": 0}).items()),
+        "runs": ", ".join(runs),
     }
-    title = f"{experiment.index['experiment']['title']} ({experiment.index['scale']['name']})"
+    title = f"{index['experiment']['title']} ({index['scale']['name']})"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 img {{ width: 100%; }} figure {{ margin: 2rem 0; }} figcaption {{ color: #555; }}
 table {{ border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }}
 th, td {{ border: 0; border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }} dt {{ font-weight: 600; }} dd {{ overflow-wrap: anywhere; }}
+th:first-child, td:first-child, .claims th, .claims td {{ text-align: left; }}
+dt {{ font-weight: 600; }} dd {{ overflow-wrap: anywhere; }}
 </style></head><body>
-<h1>{html.escape(title)}</h1><p>{html.escape(summary(experiment))}</p>
-{"".join(picture(caption, path) for caption, path in figures.items())}
-<h2>Detectors</h2>{grid("detector")}
-<p>Mean lead counts a missed or late alarm as 0 steps. Baseline: {html.escape(experiment.index["experiment"]["baseline"])}, one detector
-calibrated jointly. A dash: the median run raises no alarm, or does not diverge.</p>
-<details><summary><b>Every signal by itself</b></summary>{grid("signal")}</details>
-{f"<h2>Declined</h2><ul>{''.join(f'<li>{html.escape(reason)}</li>' for reason in declined['declined'])}</ul>" if len(declined) else ""}
+<h1>{html.escape(title)}</h1>
+{"".join(_picture(caption, path) for caption, path in figures.items())}
+{_claims(claims)}
+{"".join(_tables(experiment, table) for experiment, table in zip(experiments, tables, strict=True))}
 <h2>Provenance</h2><dl>{"".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in provenance.items())}</dl>
 </body></html>
 """
 
 
-def make_report(report: Path, runs: Path, allow_mixed: bool = False) -> Experiment:
-    """Score the runs that ``report/experiment.json`` lists and write figures, CSV files and ``index.html`` there."""
-    experiment = load(report, runs, allow_mixed)
-    table = lead_table(experiment)
-    table.to_csv(report / "leadtime.csv", index=False, float_format="%.6g")
-    run_table(experiment).to_csv(report / "runs.csv", index=False)
-    figures = {}
-    if len(experiment.faults) == 1:
-        figures[central_figure(experiment, report / "figure.png")] = report / "figure.png"
-        if any(run.divergence is not None for run in experiment.of("faulty")):
-            figures[lead_figure(experiment, report / "leadtime.png")] = report / "leadtime.png"
+def _draw(experiments: Sequence[Experiment], report: Path) -> dict[str, Path]:
+    """The central figure of the experiment's kind, and a lead-time figure for each view with one diverging fault."""
+    kind, path = experiments[0].index["experiment"]["draw"], report / "figure.png"
+    if kind not in DRAWINGS:
+        raise ValueError(f"experiment.draw={kind!r} is not allowed: one of {', '.join(DRAWINGS)}")
+    if kind == "doses":
+        figures = {dose_figure(experiments, path): path}
     else:
-        figures[fault_figure(experiment, report / "figure.png")] = report / "figure.png"
-    (report / "index.html").write_text(_page(experiment, table, figures), encoding="utf-8")
+        draw = {
+            "central": central_figure,
+            "faults": fault_figure,
+            "grid": grid_figure,
+            "selectivity": selectivity_figure,
+        }
+        figures = {draw[kind](experiments[0], path): path}
+    for experiment in experiments:
+        if len(experiment.faults) == 1 and any(run.divergence is not None for run in experiment.of("faulty")):
+            name = "leadtime" if len(experiments) == 1 else f"leadtime-{experiment.model}-{experiment.axis}"
+            figures[lead_figure(experiment, report / f"{name}.png")] = report / f"{name}.png"
+    return figures
+
+
+def _write_csv(experiments: Sequence[Experiment], tables: Sequence[pd.DataFrame], report: Path) -> None:
+    """``leadtime.csv`` and ``runs.csv`` with all models, once an axis: in tokens they are ``leadtime-tokens.csv`` ..."""
+    for axis in dict.fromkeys(experiment.axis for experiment in experiments):
+        suffix = "" if axis == "steps" else f"-{axis}"
+        of_axis = [(e, t) for e, t in zip(experiments, tables, strict=True) if e.axis == axis]
+        leads = in_unit(pd.concat([t for _, t in of_axis]), axis)
+        leads.to_csv(report / f"leadtime{suffix}.csv", index=False, float_format="%.6g")
+        in_unit(pd.concat([run_table(e) for e, _ in of_axis]), axis).to_csv(report / f"runs{suffix}.csv", index=False)
+        ends = pd.concat([end_table(e) for e, _ in of_axis])
+        ends.to_csv(report / f"ends{suffix}.csv", index=False, float_format="%.6g")
+
+
+def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str | None = None) -> list[Experiment]:
+    """Score the runs that ``report/experiment.json`` lists and write figures, CSV files and ``index.html`` there.
+
+    align: ``steps`` or ``tokens``, or None for what the experiment asks for. Returns its views, scored.
+    """
+    chosen = dict.fromkeys((model, align or axis) for model, axis in views(report))
+    experiments = [load(report, runs, allow_mixed, model, axis) for model, axis in chosen]
+    tables = [lead_table(experiment) for experiment in experiments]
+    _write_csv(experiments, tables, report)
+    claims = pd.concat([check_claims(experiment) for experiment in experiments])
+    if len(claims):
+        claims.to_csv(report / "claims.csv", index=False)
+    figures = _draw(experiments, report)
+    (report / "index.html").write_text(_page(experiments, tables, claims, figures), encoding="utf-8")
     console = Console(width=None if sys.stdout.isatty() else 150)
-    print_table(experiment, table, console)
+    for experiment, table in zip(experiments, tables, strict=True):
+        print_table(experiment, table, console)
+    if experiments[0].index["experiment"]["draw"] == "selectivity":
+        matrix = alarm_matrix(experiments[0])
+        matrix.to_csv(report / "selectivity.csv", index_label="detector")
+        ignored = off_diagonal(experiments[0], matrix)
+        ignored.to_csv(report / "off_diagonal.csv", index=False)
+        console.print(ignored.to_string(index=False))
+    for claim in claims.itertuples():
+        console.print(f"{'holds' if claim.holds else 'DOES NOT HOLD'}: {claim.claim} [{claim.model}]: {claim.measured}")
     console.print(f"{report / 'index.html'}")
-    return experiment
+    return experiments
 
 
 def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    mixed = given.pop("allow_mixed", "false")
+    mixed, align = given.pop("allow_mixed", "false"), given.pop("align", None)
     if set(given) != {"runs", "report"} or mixed not in ("true", "false"):
-        sys.exit("usage: python -m analysis.report runs=DIR report=DIR [allow_mixed=true]")
+        sys.exit("usage: python -m analysis.report runs=DIR report=DIR [align=steps|tokens] [allow_mixed=true]")
     try:
-        make_report(Path(given["report"]), Path(given["runs"]), allow_mixed=mixed == "true")
+        make_report(Path(given["report"]), Path(given["runs"]), allow_mixed=mixed == "true", align=align)
     except (ValueError, OSError, TraceError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 
@@ -19,7 +21,10 @@ def median_step(steps: list[int | None]) -> float:
 
 
 def run_table(experiment: Experiment) -> pd.DataFrame:
-    """Every faulty and healthy test run under every detector: alarm, divergence, outcome, restricted lead."""
+    """Every faulty and healthy test run under every detector: alarm, divergence, outcome, restricted lead.
+
+    Columns named after steps hold positions on the experiment's axis; ``in_unit`` names them after it.
+    """
     rows = []
     for detector in experiment.detectors.values():
         if detector.declined:
@@ -28,6 +33,7 @@ def run_table(experiment: Experiment) -> pd.DataFrame:
             result = experiment.score(detector, run)
             rows.append(
                 {
+                    "model": experiment.model,
                     "fault": run.fault or "healthy",
                     "detector": detector.name,
                     "seed": run.seed,
@@ -53,17 +59,19 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
     where the median run has none; rmlt_steps: mean restricted lead over diverging runs, a miss counting
     0; relative_lead_steps: mean of baseline alarm minus alarm, both at most the horizon; detected: share
     of runs with an alarm from onset and before divergence (or the horizon); healthy_test_alarms: alarms
-    in healthy test runs, of how many; the outcome columns count runs.
+    in healthy test runs, of how many; the outcome columns count runs. Columns named after steps hold
+    positions on the experiment's axis; ``in_unit`` names them after it.
     """
     baseline = experiment.detectors[experiment.index["experiment"]["baseline"]]
     if baseline.declined:
         raise ValueError(f"the baseline detector {baseline.name!r} cannot be judged: {baseline.declined}")
-    named = set(experiment.index["experiment"]["detectors"])
+    named = set(experiment.named_detectors)
     rows = []
     for fault in experiment.faults:
         runs = experiment.of("faulty", fault=fault)
         for detector in experiment.detectors.values():
             row = {
+                "model": experiment.model,
                 "fault": fault,
                 "detector": detector.name,
                 "kind": "detector" if detector.name in named else "signal",
@@ -100,3 +108,8 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     table["_order"] = table["fault"].map({fault: i for i, fault in enumerate(experiment.faults)})
     return table.sort_values(["_order", "kind", "median_alarm_step"], na_position="last").drop(columns="_order")
+
+
+def in_unit(table: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """The table with its step columns named after the axis: ``rmlt_steps`` becomes ``rmlt_tokens``."""
+    return table.rename(columns=lambda name: re.sub(r"_steps?$", f"_{axis}", name) if axis != "steps" else name)

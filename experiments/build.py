@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -53,16 +53,21 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f" ({f'did you mean {close[0]!r}? ' if close else ''}known: {', '.join(known)})"
 
 
-def construct(node: Mapping[str, Any], where: str) -> Any:
-    """Build the object that a config node describes. Raises ValueError that names ``where`` and the key."""
-    arguments = dict(node)
-    target = arguments.pop("_target_", None)
+def _class_of(node: Mapping[str, Any], where: str) -> type:
+    target = node.get("_target_")
     if target is None:
         raise ValueError(f"{where} names no _target_ class")
     try:
-        cls = get_class(target)
+        return get_class(target)
     except Exception as error:
         raise ValueError(f"{where}._target_={target!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def construct(node: Mapping[str, Any], where: str) -> Any:
+    """Build the object that a config node describes. Raises ValueError that names ``where`` and the key."""
+    arguments = dict(node)
+    cls = _class_of(node, where)
+    arguments.pop("_target_")
     # A dataclass field may go by another key in YAML where its own name is taken by a method.
     fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     key_of = {field.name: field.metadata["key"] for field in fields if "key" in field.metadata}
@@ -76,7 +81,12 @@ def construct(node: Mapping[str, Any], where: str) -> Any:
             raise ValueError(f"{where}.{key} is not a key of {cls.__name__}{did_you_mean(key, sorted(parameters))}")
         if arguments[key] == "???":
             raise ValueError(f"{where}.{key} is missing: it has no default")
-    schema = create_model(cls.__name__, __config__=ConfigDict(strict=True, extra="forbid"), **parameters)
+    nested = {key: _construct_inside(value, f"{where}.{key}") for key, value in arguments.items() if _has_target(value)}
+    for key in nested:
+        del arguments[key], parameters[key]
+    schema = create_model(
+        cls.__name__, __config__=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True), **parameters
+    )
     try:
         checked = schema.model_validate_json(json.dumps(arguments))
     except ValidationError as error:
@@ -86,12 +96,25 @@ def construct(node: Mapping[str, Any], where: str) -> Any:
             raise ValueError(f"{key} is missing") from None
         raise ValueError(f"{key}={first['input']!r} is not allowed: {first['msg'].lower()}") from None
     field_of = {key: name for name, key in key_of.items()}
-    values = {field_of.get(key, key): getattr(checked, key) for key in parameters}
+    values = {field_of.get(key, key): getattr(checked, key) for key in parameters} | nested
     try:
         return cls(**values)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(where.split(".")[0]) else f"{where}: {message}") from None
+
+
+def _has_target(value: Any) -> bool:
+    """Whether a config value is a node with a ``_target_``, or a mapping of such nodes by name."""
+    return isinstance(value, Mapping) and (
+        "_target_" in value or any(isinstance(v, Mapping) and "_target_" in v for v in value.values())
+    )
+
+
+def _construct_inside(value: Mapping[str, Any], where: str) -> Any:
+    if "_target_" in value:
+        return construct(value, where)
+    return {name: construct(node, f"{where}.{name}") for name, node in value.items()}
 
 
 @lru_cache(maxsize=1)
@@ -115,7 +138,10 @@ def resolve_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that one run needs, checked against each other but not yet on a device."""
+    """Everything that one run needs, checked against each other but not yet on a device.
+
+    left_out_monitors: names of configured monitors that the model cannot have.
+    """
 
     config: Mapping[str, Any]
     seed: int
@@ -124,6 +150,7 @@ class Run:
     train: TrainConfig
     corpus: Corpus
     monitors: Mapping[str, Monitor]
+    left_out_monitors: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -162,15 +189,42 @@ class Run:
 
 
 def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> None:
-    """Raise ValueError where fault, model and length do not fit together."""
+    """Raise ValueError where fault, model and length do not fit together, at whichever step that shows."""
     if fault.onset is None:
         return
     if fault.onset >= train.steps:
         raise ValueError(f"fault.onset={fault.onset} is after the end: train.steps={train.steps}")
-    sites = fault.sites(fault.onset, Sites(batch_size=train.batch_size))
-    sites.numerics.check_fits(model.n_layers, model.n_heads)
-    if sites.numerics.faults and model.backend != "reference":
-        raise ValueError(f"model.backend={model.backend!r} has no fault sites: use 'reference'")
+    healthy = Sites(batch_size=train.batch_size)
+    for step in range(fault.onset, train.steps):
+        sites = fault.sites(step, healthy)
+        sites.numerics.check_fits(model.n_layers, model.n_heads)
+        if sites.numerics.faults and model.backend != "reference":
+            raise ValueError(f"model.backend={model.backend!r} has no fault sites: use 'reference'")
+        if sites.balance_scale != 1 and not (model.moe and model.moe.balances):
+            raise ValueError(
+                "the fault switches off load balancing, but the model has none: it needs model.moe.aux_coef above 0 "
+                "or model.moe.bias_update_speed, as model=moe_nano has"
+            )
+        without_router = replace(sites, lr_scale=replace(sites.lr_scale, router=1.0))
+        if not model.moe and sites is not healthy and without_router == healthy != sites:
+            raise ValueError("fault.groups=['router'] has no effect on a dense model: choose model=moe_nano")
+
+
+def _fitting(monitors: Mapping[str, Any], model: TransformerConfig) -> tuple[dict[str, Any], list[str]]:
+    """The monitors' nodes that fit the model, and the names of those left out.
+
+    "Every monitor", all files of conf/monitor, leaves out the ones that need experts on a dense model. Where
+    the configuration chooses among them, asking for such a one is an error.
+    """
+    unfit = [
+        name
+        for name, node in sorted(monitors.items())
+        if model.moe is None and getattr(_class_of(node, f"monitor.{name}"), "needs_experts", False)
+    ]
+    every = {path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml")}
+    if unfit and not every <= set(monitors):
+        raise ValueError(f"monitor.{unfit[0]} needs experts, and the model has none: leave it out, or model=moe_nano")
+    return {name: node for name, node in monitors.items() if name not in unfit}, unfit
 
 
 def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = None) -> Run:
@@ -190,13 +244,14 @@ def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = No
     train: TrainConfig = construct(plain["train"], "train")
     fault: Fault = construct(plain["fault"], "fault")
     _check_fit(fault, model, train)
+    plain["monitor"], left_out = _fitting(plain["monitor"], model)
     monitors = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]
     if len(set(names)) != len(names):
         raise ValueError(f"two monitors both emit {next(n for n in names if names.count(n) > 1)!r}")
     corpus = corpus or Corpus(data, model.context_length)
     if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=corpus.vocab_size)
+        model = replace(model, vocab_size=corpus.vocab_size)
     elif model.vocab_size < corpus.vocab_size:
         raise ValueError(f"model.vocab_size={model.vocab_size} is too small: the data has {corpus.vocab_size} tokens")
-    return Run(plain, plain["seed"], fault, model, train, corpus, monitors)
+    return Run(plain, plain["seed"], fault, model, train, corpus, monitors, tuple(left_out))

@@ -1,12 +1,13 @@
 """The training loop, with every injection and observation point marked.
 
     for step in range(steps):                        # updates applied so far
-        sites = fault.sites(step, healthy)           # INJECT: all that a fault may change
-        batch = corpus.batch(seed, step, sites.batch_size)
-        loss  = model.loss(batch, sites.numerics)    # INJECT: forward faults
-        loss.backward()                              # INJECT: backward faults
+        sites = fault.sites(step, healthy)           # all that a fault may change
+        batch = corpus.batch(seed, step, sites.batch_size)  # INJECT: batch
+        loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)  # INJECT: forward
+        (loss + auxiliary).backward()                # INJECT: backward faults
         grad_norm = clip(gradients)
-        optimizer.step(lr(step) * sites.lr_scale)
+        optimizer.step(lr(step) * sites.lr_scale)    # INJECT: learning rates
+        model.update_balance(routings)               # routers with a balancing bias
         history.record(step + 1)                     # weights that a monitor will ask for later
         monitor.observe(view of step + 1)            # OBSERVE: read-only, when a signal is due
         held-out loss                                # LABEL: the same batch for every run
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from experiments import trace
 from experiments.build import ROOT, Run
-from experiments.optimizer import adamw, learning_rate
+from experiments.optimizer import adamw, learning_rate, set_learning_rate
 from monitors.base import Masked, Reading, Signal, StepView, state_of
 
 HELD_OUT = Signal("held_out_loss", "nats/token", "up")
@@ -59,24 +60,25 @@ class Recorder:
 
     def clear(self) -> None:
         self.first_step: int | None = None
-        self._readings: dict[str, list[tuple[int, Tensor, Tensor | None]]] = {}
+        self._readings: dict[str, list[tuple[int, int, Tensor, Tensor | None]]] = {}
 
-    def add(self, step: int, name: str, reading: Reading) -> None:
+    def add(self, step: int, tokens: int, name: str, reading: Reading) -> None:
         value, undefined = (reading.value, reading.undefined) if isinstance(reading, Masked) else (reading, None)
         self.first_step = step if self.first_step is None else self.first_step
-        self._readings.setdefault(name, []).append((step, value, undefined))
+        self._readings.setdefault(name, []).append((step, tokens, value, undefined))
 
     def columns(self) -> dict[str, Any]:
         """The columns of a part, one copy to the host a signal."""
         blocks: dict[str, list[np.ndarray]] = {name: [] for name in trace.SCHEMA.names}
         for name, readings in self._readings.items():
-            values = torch.stack([value.double() for _, value, _ in readings]).cpu().numpy()
+            values = torch.stack([value.double() for _, _, value, _ in readings]).cpu().numpy()
             undefined = np.zeros(values.shape, bool)
-            if readings[0][2] is not None:
-                undefined = torch.stack([mask for _, _, mask in readings]).cpu().numpy()
+            if readings[0][3] is not None:
+                undefined = torch.stack([mask for _, _, _, mask in readings]).cpu().numpy()
             index = np.indices(values.shape).reshape(values.ndim, -1)
             size = values.size
-            blocks["step"].append(np.array([step for step, _, _ in readings])[index[0]])
+            blocks["step"].append(np.array([step for step, _, _, _ in readings])[index[0]])
+            blocks["tokens"].append(np.array([tokens for _, tokens, _, _ in readings])[index[0]])
             blocks["signal"].append(np.full(size, name, dtype=object))
             blocks["layer"].append(index[1] if values.ndim > 1 else np.full(size, -1))
             blocks["head"].append(index[2] if values.ndim > 2 else np.full(size, -1))
@@ -133,6 +135,7 @@ def new_manifest(run: Run) -> dict[str, Any]:
         **run.identity,
         "seed": run.seed,
         "onset_step": None if onset is None else onset + 1,
+        "left_out_monitors": list(run.left_out_monitors),
         "signals": {signal.name: asdict(signal) for signal in signals},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if dirty is None else bool(dirty),
@@ -185,7 +188,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         with torch.no_grad():
             losses = [model.loss(chunk, numerics) * len(chunk) for chunk in held_out.split(config.batch_size)]
         loss = torch.stack(losses).sum() / len(held_out)
-        recorder.add(step, HELD_OUT.name, loss)
+        recorder.add(step, tokens, HELD_OUT.name, loss)
         return loss
 
     def save(step: int, end_reason: str) -> None:
@@ -247,20 +250,20 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         batch = torch.from_numpy(run.corpus.batch(run.seed, step, sites.batch_size)).to(device)
         tokens += batch[:, 1:].numel()
 
-        loss = model.loss(batch, sites.numerics)
+        loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + auxiliary).backward()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step) * sites.lr_scale
+        set_learning_rate(optimizer, learning_rate(config, step), sites.lr_scale)
         optimizer.step()
+        model.update_balance(routings, sites.balance_scale)
 
         now = step + 1
         history.record(now, model)
         finite = finite & torch.isfinite(loss.detach())
-        view = StepView(now, tokens, loss.detach(), grad_norm, model, history)
+        view = StepView(now, tokens, loss.detach(), grad_norm, model, history, routings)
         readings: dict[str, Reading] = {}
         for name, monitor in run.monitors.items():
             if due[name](now):
@@ -268,7 +271,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
                 wanted = [s.name for s in monitor.signals if now % s.every_steps == 0 and s.name in seen]
                 readings |= {signal: seen[signal] for signal in wanted}
         for signal, reading in readings.items():
-            recorder.add(now, signal, reading)
+            recorder.add(now, tokens, signal, reading)
         if progress is not None:
             progress(now, loss.detach(), readings)
 

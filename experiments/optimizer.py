@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from faults.base import LearningRateScale
+from models.transformer import parameter_group
+
 SCHEDULES = ("constant", "cosine")
 
 
@@ -83,10 +86,22 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the FP32 parameters; matrices decay, norms do not."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    """AdamW over the FP32 parameters; matrices decay, norms do not. Each group's ``name`` is its parameter group."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((parameter_group(name), parameter.ndim >= 2), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "name": name}
+            for (name, decays), parameters in groups.items()
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, scale: LearningRateScale) -> None:
+    """Give each parameter group the scheduled rate times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * getattr(scale, group["name"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,31 +15,41 @@ FIRST_SEED = {"reference": 0, "calibration": 1000, "test": 2000, "faulty": 3000}
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One cell of an experiment: its role (``faulty`` for a fault's runs), fault name or None, seed, overrides."""
+    """One cell of an experiment: model, role (``faulty`` for a fault's runs), fault name or None, seed, overrides."""
 
+    model: str
     role: str
     fault: str | None
     seed: int
     overrides: tuple[str, ...]
 
 
-def plan(seeds: Mapping[str, int], faults: Mapping[str, Mapping[str, Any]]) -> list[PlannedRun]:
+def plan(
+    seeds: Mapping[str, int],
+    faults: Mapping[str, Mapping[str, Any]],
+    models: Sequence[str],
+    overrides: Sequence[str] = (),
+) -> list[PlannedRun]:
     """Every run of an experiment, faulty ones first so that the pictures' subject exists early.
 
-    seeds: number of seeds a role; faults: name -> ``overrides`` that switch the fault on.
-    Raises ValueError on an unknown role or a number that is not from 0 to 1000.
+    seeds: number of seeds a role; faults: name -> ``overrides`` that switch the fault on; models: names in
+    conf/model, each with all of the runs; overrides: of every run. Raises ValueError on an unknown role, a number
+    that is not from 0 to 1000, or no model.
     """
     if set(seeds) != set(FIRST_SEED):
         raise ValueError(f"scale.seeds={dict(seeds)} is not allowed: needs {', '.join(FIRST_SEED)}, and nothing else")
     for role, count in seeds.items():
         if not 0 <= count <= 1000:
             raise ValueError(f"scale.seeds.{role}={count} is not allowed: 0 to 1000")
+    if not models or len(set(models)) != len(models):
+        raise ValueError(f"experiment.models={list(models)} is not allowed: distinct names of conf/model")
 
-    def of(role: str, fault: str | None, overrides: tuple[str, ...]) -> list[PlannedRun]:
+    def of(role: str, fault: str | None, switch: Sequence[str]) -> list[PlannedRun]:
         return [
-            PlannedRun(role, fault, seed, (*overrides, f"seed={seed}"))
+            PlannedRun(model, role, fault, seed, (f"model={model}", *overrides, *switch, f"seed={seed}"))
+            for model in models
             for seed in range(FIRST_SEED[role], FIRST_SEED[role] + seeds[role])
         ]
 
-    runs = [run for name, fault in faults.items() for run in of("faulty", name, tuple(fault["overrides"]))]
+    runs = [run for name, fault in faults.items() for run in of("faulty", name, fault["overrides"])]
     return runs + [run for role in ROLES for run in of(role, None, ("fault=none",))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -76,10 +76,10 @@ class RunProgress:
 class SweepProgress:
     """One bar for a sweep: watches the runs' folders from a thread while a launcher works."""
 
-    def __init__(self, folders: Sequence[Path], steps: int) -> None:
-        self._folders, self._steps = folders, steps
+    def __init__(self, steps_of: Mapping[Path, int]) -> None:
+        self._steps_of = steps_of
         self._bar = _bar()
-        self._task = self._bar.add_task("runs", total=steps * len(folders), info="")
+        self._task = self._bar.add_task("runs", total=sum(steps_of.values()), info="")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -99,15 +99,15 @@ class SweepProgress:
 
     def refresh(self) -> None:
         done_steps, done_runs, losses, rate = 0, 0, [], 0.0
-        for folder in self._folders:
+        for folder, steps in self._steps_of.items():
             status = _json(folder / "status.json")
             if status is not None:
                 done_steps += status["step"]
                 rate += status["steps_per_s"]
                 losses.append(f"{status['loss']:.2f}")
             elif (folder / "weights.safetensors").exists():
-                done_steps, done_runs = done_steps + self._steps, done_runs + 1
-        info = f"{done_runs}/{len(self._folders)} runs  loss {' '.join(losses)}  {rate:.0f} steps/s"
+                done_steps, done_runs = done_steps + steps, done_runs + 1
+        info = f"{done_runs}/{len(self._steps_of)} runs  loss {' '.join(losses)}  {rate:.0f} steps/s"
         self._bar.update(self._task, completed=done_steps, info=info)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hydra.core.utils import JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from analysis.align import AXES
 from analysis.report import make_report
 from experiments import trace
 from experiments.build import Run, build_run
@@ -85,7 +86,7 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
     if not pending:
         return None
     started = time.monotonic()
-    with SweepProgress([out / run.run_id for run in runs], runs[0].train.steps):
+    with SweepProgress({out / run.run_id: run.train.steps for run in runs}):
         results = launch([cell for cell, _ in pending], given)
     wall_s = time.monotonic() - started
     failed = [(run, result) for (_, run), result in zip(pending, results, strict=True) if "error" in result]
@@ -105,23 +106,42 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
     }
 
 
+def planned_runs(settings: Mapping[str, Any], given: Sequence[str]) -> list[PlannedRun]:
+    """The cells of a composed experiment. Raises ValueError on settings that it would not use."""
+    experiment = settings["experiment"]
+    for line in given:
+        if line.startswith("model="):
+            raise ValueError(
+                f"{line} has no effect on an experiment: set experiment.models=[...], or scale.dense and scale.moe"
+            )
+    unknown = [axis for axis in experiment["align"] if axis not in AXES]
+    if unknown or not experiment["align"]:
+        raise ValueError(f"align={','.join(experiment['align'])} is not allowed: {' or '.join(AXES)}")
+    return plan(settings["scale"]["seeds"], experiment["faults"], experiment["models"], experiment.get("overrides", ()))
+
+
 @hydra.main(version_base="1.3", config_path=CONF, config_name=CONFIG_NAME)
 @one_line_errors
 def main(config: DictConfig) -> None:
     settings = OmegaConf.to_container(config, resolve=True)
     given = list(HydraConfig.get().overrides.task)
-    planned = plan(settings["scale"]["seeds"], settings["experiment"]["faults"])
+    experiment = settings["experiment"]
+    if settings["align"] is not None:
+        experiment["align"] = [settings["align"]]
+    planned = planned_runs(settings, given)
     runs = build_all(planned, given)
     if config.dry_run:
         for cell, run in zip(planned, runs, strict=True):
-            print(f"{run.run_id}  {cell.role:<11}  seed {cell.seed:<5} {cell.fault or 'healthy'}")
-        print(f"each: {describe(runs[0])}")
+            print(f"{run.run_id}  {cell.model:<9}  {cell.role:<11}  seed {cell.seed:<5} {cell.fault or 'healthy'}")
+        for model in experiment["models"]:
+            cell_of_model = [cell.model for cell in planned].index(model)
+            print(f"{model}, each: {describe(runs[cell_of_model])}")
         return
     out, report = Path(config.out), Path(config.report)
     timing = None if config.score_only else sweep(planned, runs, out, given)
     report.mkdir(parents=True, exist_ok=True)
     index = {
-        "experiment": settings["experiment"],
+        "experiment": experiment,
         "scale": settings["scale"],
         "label": settings["label"],
         "rule": settings["rule"],

@@ -4,9 +4,9 @@ A run's folder holds ``manifest.json``, ``trace/part-<first>-<last>.parquet`` (s
 ``checkpoint.pt`` while it is unfinished and ``weights.safetensors`` once it is done. Every file is
 written whole under another name and renamed into place, so a kill leaves whole files only.
 
-Columns of a part: step, signal, layer and head (-1 where the signal has no such axis), value, and
-undefined: true marks a missing sample (a zero update has no entropy), while a NaN or Inf that is not
-undefined arose from a nonzero computation.
+Columns of a part: step, tokens (training tokens seen by then), signal, layer and head (-1 where the
+signal has no such axis), value, and undefined: true marks a missing sample (a zero update has no entropy),
+while a NaN or Inf that is not undefined arose from a nonzero computation.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
+        ("tokens", pa.int64()),
         ("signal", pa.dictionary(pa.int32(), pa.string())),
         ("layer", pa.int16()),
         ("head", pa.int16()),
@@ -119,9 +120,13 @@ def cut_back(folder: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class Series:
-    """One signal of one run: steps (N,), values and undefined (N, layers, heads); an absent axis has length 1."""
+    """One signal of one run: steps and tokens (N,), values and undefined (N, layers, heads).
+
+    An absent axis has length 1.
+    """
 
     steps: np.ndarray
+    tokens: np.ndarray
     values: np.ndarray
     undefined: np.ndarray
 
@@ -159,8 +164,8 @@ class Trace:
         if isinstance(name_column, pa.ChunkedArray):
             name_column = name_column.chunk(0) if name_column.num_chunks else pa.DictionaryArray.from_arrays([], [])
         codes = name_column.indices.to_numpy(zero_copy_only=False)
-        step, layer, head, value, undefined = (
-            table[name].to_numpy() for name in ("step", "layer", "head", "value", "undefined")
+        step, tokens, layer, head, value, undefined = (
+            table[name].to_numpy() for name in ("step", "tokens", "layer", "head", "value", "undefined")
         )
         order = np.lexsort((head, layer, step, codes))
         bounds = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)) if len(order) else []
@@ -172,7 +177,8 @@ class Trace:
             steps = np.unique(step[rows])
             if len(steps) * shape[1] * shape[2] != len(rows):
                 raise TraceError(f"run {self.run_id}: signal {name!r} has missing or repeated steps in {self.folder}")
-            signals[name] = Series(steps, value[rows].reshape(shape), undefined[rows].reshape(shape))
+            seen = tokens[rows].reshape(shape)[:, 0, 0]
+            signals[name] = Series(steps, seen, value[rows].reshape(shape), undefined[rows].reshape(shape))
         return signals
 
 

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from models.numerics import HEALTHY, AttentionNumerics
+from models.transformer import PARAMETER_GROUPS
+
+
+@dataclass(frozen=True)
+class LearningRateScale:
+    """Factor on the scheduled learning rate of each parameter group (``models.transformer.PARAMETER_GROUPS``)."""
+
+    embedding: float = 1.0
+    attention: float = 1.0
+    mlp: float = 1.0
+    router: float = 1.0
+    norm: float = 1.0
+
+    def times(self, factor: float, groups: tuple[str, ...] = PARAMETER_GROUPS) -> LearningRateScale:
+        """These factors with those of ``groups`` (default: all) multiplied by ``factor``."""
+        return replace(self, **{group: getattr(self, group) * factor for group in groups})
 
 
 @dataclass(frozen=True)
 class Sites:
     """Everything that a fault may touch in one step. The defaults are a healthy step.
 
-    numerics: which BF16 operation is done to which attention tensor;
-    batch_size: sequences in this step's batch; lr_scale: factor on the scheduled learning rate.
+    batch_size: sequences in this step's batch; numerics: which BF16 operation is done to which attention
+    tensor; lr_scale: factors on the scheduled learning rate; balance_scale: factor on what keeps the loads
+    of experts even, the load-balance loss's coefficient and the balancing bias's step.
     """
 
     batch_size: int
     numerics: AttentionNumerics = HEALTHY
-    lr_scale: float = 1.0
+    lr_scale: LearningRateScale = field(default_factory=LearningRateScale)
+    balance_scale: float = 1.0
 
 
 @runtime_checkable
@@ -50,19 +68,3 @@ class Window:
 
     def __contains__(self, step: int) -> bool:
         return step >= self.onset and (self.duration is None or step < self.onset + self.duration)
-
-
-@dataclass(frozen=True)
-class Composed:
-    """Several faults in one run; each acts on what the one before it left. Its onset is the earliest."""
-
-    faults: tuple[Fault, ...]
-
-    @property
-    def onset(self) -> int | None:
-        return min((fault.onset for fault in self.faults if fault.onset is not None), default=None)
-
-    def sites(self, step: int, healthy: Sites) -> Sites:
-        for fault in self.faults:
-            healthy = fault.sites(step, healthy)
-        return healthy

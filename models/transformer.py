@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, E d_model, H heads, D d_head, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,21 +15,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import BACKENDS, attention
+from models.mlp import KINDS, MLP
+from models.moe import MoE, MoEConfig, Routing, auxiliary_loss
 from models.numerics import HEALTHY, AttentionNumerics, LayerNumerics
 
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "positions": ("learned", "rope"),
-    "mlp": ("gelu", "swiglu"),
+    "mlp": KINDS,
     "backend": BACKENDS,
 }
+
+
+PARAMETER_GROUPS = ("embedding", "attention", "mlp", "router", "norm")
+"""Parts of the model whose learning rate a fault may change by itself; experts belong to ``mlp``."""
+
+RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.output", "mlp.output.weight", "mlp.shared.output.weight")
+
+
+def parameter_group(name: str) -> str:
+    """The member of ``PARAMETER_GROUPS`` that a named parameter belongs to (``head`` is an embedding)."""
+    for group, part in (("router", ".mlp.router."), ("attention", ".attention."), ("mlp", ".mlp."), ("norm", "norm.")):
+        if part in name:
+            return group
+    return "embedding"
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """Shape and variant of a model. Every field is a key of ``conf/model/*.yaml``.
 
-    vocab_size: tokens, or None to take the data's; d_ff: hidden width of the MLP;
+    vocab_size: tokens, or None to take the data's; d_ff: hidden width of the MLP, or of each expert;
+    moe: router and experts in place of every MLP, or None for a dense model;
     rope_base: base of the rotary frequencies, used when positions is ``rope``;
     init_std: of every matrix; residual outputs are scaled by 1/sqrt(2 n_layers) (GPT-2).
     """
@@ -47,6 +65,7 @@ class TransformerConfig:
     qk_norm: bool = False
     init_std: float = 0.02
     backend: str = "reference"
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         for field in ("d_model", "n_layers", "n_heads", "d_ff", "context_length"):
@@ -59,6 +78,9 @@ class TransformerConfig:
                 raise ValueError(f"model.{field}={getattr(self, field)!r} is not allowed: one of {', '.join(allowed)}")
         if self.d_model % self.n_heads:
             raise ValueError(f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}")
+        for field in ("d_model", "d_ff") if self.moe else ():
+            if getattr(self, field) % 8:  # rows of 16 bytes, in BF16 too, which the grouped product needs
+                raise ValueError(f"model.{field}={getattr(self, field)} is not allowed with experts: a multiple of 8")
         if self.positions == "rope" and self.d_head % 2:
             raise ValueError(f"model.positions='rope' needs an even d_head, got {self.d_head}")
 
@@ -116,31 +138,20 @@ class Attention(nn.Module):
         return self.o(o_BHTD.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """``gelu``: W_out gelu(W_in x). ``swiglu``: W_out (silu(W_gate x) * W_in x) (Shazeer, arXiv:2002.05202)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        E, hidden = config.d_model, config.d_ff
-        self.input = nn.Linear(E, hidden, bias=False)
-        self.gate = nn.Linear(E, hidden, bias=False) if config.mlp == "swiglu" else None
-        self.output = nn.Linear(hidden, E, bias=False)
-
-    def forward(self, x_BTE: Tensor) -> Tensor:
-        hidden = self.input(x_BTE)
-        hidden = F.gelu(hidden) if self.gate is None else F.silu(self.gate(x_BTE)) * hidden
-        return self.output(hidden)
-
-
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.attention_norm, self.attention = _norm(config, config.d_model), Attention(config)
-        self.mlp_norm, self.mlp = _norm(config, config.d_model), MLP(config)
+        widths = config.d_model, config.d_ff, config.mlp
+        self.mlp_norm = _norm(config, config.d_model)
+        self.mlp = MLP(*widths) if config.moe is None else MoE(*widths, config.moe)
 
-    def forward(self, x_BTE: Tensor, numerics: LayerNumerics) -> Tensor:
+    def forward(self, x_BTE: Tensor, numerics: LayerNumerics) -> tuple[Tensor, Routing | None]:
         x_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), numerics)
-        return x_BTE + self.mlp(self.mlp_norm(x_BTE))
+        y_BTE, routing = self.mlp(self.mlp_norm(x_BTE)), None
+        if isinstance(self.mlp, MoE):
+            y_BTE, routing = y_BTE
+        return x_BTE + y_BTE, routing
 
 
 class Transformer(nn.Module):
@@ -170,23 +181,45 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 continue  # norms keep their ones and zeros
-            residual = name.endswith(("attention.o.weight", "mlp.output.weight"))
+            residual = name.endswith(RESIDUAL_OUTPUTS)
             scale = 1.0 / math.sqrt(2 * self.config.n_layers) if residual else 1.0
             parameter.normal_(0.0, std * scale, generator=generator)
         return self
 
-    def forward(self, tokens_BT: Tensor, numerics: AttentionNumerics = HEALTHY) -> Tensor:
+    def _run(self, tokens_BT: Tensor, numerics: AttentionNumerics) -> tuple[Tensor, tuple[Routing, ...]]:
         x_BTE = self.tokens(tokens_BT)
         if self.positions is not None:
             x_BTE = x_BTE + self.positions.weight[: tokens_BT.shape[1]]
+        routings = []
         for index, block in enumerate(self.blocks):
-            x_BTE = block(x_BTE, numerics.layer(index))
-        return self.head(self.final_norm(x_BTE))
+            x_BTE, routing = block(x_BTE, numerics.layer(index))
+            routings.append(routing)
+        return self.head(self.final_norm(x_BTE)), tuple(r for r in routings if r is not None)
+
+    def forward(self, tokens_BT: Tensor, numerics: AttentionNumerics = HEALTHY) -> Tensor:
+        return self._run(tokens_BT, numerics)[0]
+
+    def objective(
+        self, tokens_BT1: Tensor, numerics: AttentionNumerics = HEALTHY, balance_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor, tuple[Routing, ...]]:
+        """What training minimises, in two terms, and what the routers did: NLL, auxiliary loss, routings.
+
+        The first is ``loss``; the second, in the same unit, the routers' losses with their coefficients, the
+        load-balance term times ``balance_scale``; routings: one a layer, none for a dense model.
+        """
+        logits_BTV, routings = self._run(tokens_BT1[:, :-1], numerics)
+        nll = F.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT1[:, 1:].flatten())
+        auxiliary = auxiliary_loss(routings, self.config.moe, balance_scale) if routings else torch.zeros_like(nll)
+        return nll, auxiliary, routings
 
     def loss(self, tokens_BT1: Tensor, numerics: AttentionNumerics = HEALTHY) -> Tensor:
         """Mean cross-entropy in nats per token of predicting token t+1 from tokens up to t.
 
         tokens_BT1: integer, (B, T + 1). Returns a 0-dim FP32 tensor; NaN and Inf propagate.
         """
-        logits_BTV = self(tokens_BT1[:, :-1], numerics)
-        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT1[:, 1:].flatten())
+        return self.objective(tokens_BT1, numerics)[0]
+
+    def update_balance(self, routings: Sequence[Routing], scale: float) -> None:
+        """Let every router with a balancing bias follow the loads that it saw; nothing for the others."""
+        for block, routing in zip(self.blocks, routings, strict=False):
+            block.mlp.update_balance(routing, scale)

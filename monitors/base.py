@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from models.moe import Routing
 from models.transformer import Transformer
 
 DIRECTIONS = ("up", "down", "both")
@@ -107,7 +108,8 @@ class StepView:
 
     step: updates applied so far, this one included; tokens: training tokens seen so far;
     loss: this batch's mean NLL (0-dim, nats); grad_norm: global L2 norm before the clip (0-dim);
-    model: after the update; history: earlier weights, by ``Lookback``.
+    model: after the update; history: earlier weights, by ``Lookback``; routings: what each layer's router
+    did with this batch, before the update; empty for a dense model.
     """
 
     step: int
@@ -116,6 +118,7 @@ class StepView:
     grad_norm: Tensor
     model: Transformer
     history: WeightHistory
+    routings: tuple[Routing, ...] = ()
 
     def weights_before(self, steps: int) -> Mapping[str, Tensor] | None:
         """Weights ``steps`` updates ago, or None where the run is younger than that."""
@@ -129,7 +132,8 @@ class Monitor(Protocol):
     The loop calls ``observe`` at every step that is a multiple of some signal's cadence, and takes
     the signals that are due. Values are 0-dim, per-layer or per-layer-and-head tensors on the
     device: no ``.item()``. A signal that has no reading yet is left out.
-    A monitor with memory also has ``state_dict`` and ``load_state_dict``.
+    A monitor with memory also has ``state_dict`` and ``load_state_dict``; one that reads routers says so
+    by a class attribute ``needs_experts = True``.
     """
 
     signals: Sequence[Signal]

@@ -18,7 +18,7 @@ TINY = [
     "model.n_layers=2",
     "model.d_ff=32",
     "model.context_length=16",
-    "train.batch_size=4",
+    "train.batch_size=8",
     "train.held_out_sequences=4",
     "train.warmup_steps=5",
     "train.steps=40",
@@ -26,6 +26,7 @@ TINY = [
 ]
 SHORT_WINDOWS = [
     *(f"monitor.{name}.every_steps=5" for name in ("attention_weight", "delta_w", "qk_increment", "update_to_weight")),
+    *(f"monitor.{name}.every_steps=5" for name in ("expert_load", "router_weight", "routing_probability")),
     "monitor.delta_w.windows=[2,10]",
     "monitor.qk_increment.windows=[2,10]",
 ]

@@ -1,6 +1,7 @@
 """Every conf/fault file keeps the contract of a fault."""
 
 import pickle
+from collections.abc import Mapping
 
 import pytest
 
@@ -9,7 +10,7 @@ from experiments.loop import train
 from faults.base import Fault, Sites
 
 FAULTS = sorted(path.stem for path in (ROOT / "conf" / "fault").glob("*.yaml"))
-HEALTHY = Sites(batch_size=4)
+HEALTHY = Sites(batch_size=8)
 
 
 @pytest.fixture(params=FAULTS)
@@ -17,10 +18,19 @@ def name(request) -> str:
     return request.param
 
 
+def _onsets(node, where="fault") -> list[str]:
+    """The keys of every onset in a fault's configuration, those of the faults that it is made of included."""
+    inside = [
+        key for name, value in node.items() if isinstance(value, Mapping) for key in _onsets(value, f"{where}.{name}")
+    ]
+    return ([f"{where}.onset"] if "onset" in node else []) + inside
+
+
 @pytest.fixture
-def overrides(name) -> list[str]:
-    """The fault from step 11 on, whatever onset its YAML has."""
-    return [f"fault={name}"] + ([] if name == "none" else ["fault.onset=11"])
+def overrides(name, make_config) -> list[str]:
+    """The fault from step 11 on, whatever onset its YAML has, on a model that has all there is to break."""
+    chosen = [f"fault={name}", "model=moe_nano", "model.moe.n_experts=4"]
+    return chosen + [f"{key}=11" for key in _onsets(make_config(*chosen).fault)]
 
 
 def test_it_is_pure_frozen_and_travels_to_other_processes(make_run, overrides):
@@ -29,7 +39,7 @@ def test_it_is_pure_frozen_and_travels_to_other_processes(make_run, overrides):
     assert pickle.loads(pickle.dumps(fault)) == fault
     for step in (0, 7, 39):
         assert fault.sites(step, HEALTHY) == fault.sites(step, HEALTHY)
-    assert Sites(batch_size=4) == HEALTHY
+    assert Sites(batch_size=8) == HEALTHY
     with pytest.raises(AttributeError):
         fault.onset = 3
 

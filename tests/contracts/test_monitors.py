@@ -17,7 +17,9 @@ MONITORS = sorted(path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml
 CATALOGUE = {
     "delta_w_spectral_entropy", "delta_w_stable_rank", "delta_w_norm", "qk_delta1_spectrum", "qk_delta2_spectrum",
     "qk_delta3_spectrum", "qk_coupling", "weight_norm", "weight_stable_rank", "train_loss_raw", "train_loss_ema",
-    "grad_global_norm", "update_to_weight", "nan_inf_events",
+    "grad_global_norm", "update_to_weight", "nan_inf_events", "router_weight_similarity", "router_conditioning_ratio",
+    "router_centered_norm", "routing_entropy", "router_topk_margin", "moe_drop_rate", "moe_util_entropy",
+    "moe_load_balance_loss",
 }  # fmt: skip
 AXES = {(): (1, 1), ("layer",): (2, 1), ("layer", "head"): (2, 2)}
 
@@ -27,9 +29,13 @@ def name(request) -> str:
     return request.param
 
 
+MODEL = ("model=moe_nano", "model.moe.n_experts=4", "model.moe.capacity_factor=1.0")
+"""A model that gives every monitor something to see."""
+
+
 @pytest.fixture
 def healthy(make_run, tmp_path):
-    run = make_run("train.steps=60")
+    run = make_run("train.steps=60", *MODEL)
     train(run, tmp_path)
     return run, trace.read(tmp_path / run.run_id).signals
 
@@ -49,7 +55,7 @@ def test_every_signal_is_alive_on_a_healthy_run(healthy):
 
 def test_readings_do_not_depend_on_what_comes_later(healthy, make_run, tmp_path):
     _, longer = healthy
-    short = make_run("train.steps=30")
+    short = make_run("train.steps=30", *MODEL)
     train(short, tmp_path / "short")
     for signal, series in trace.read(tmp_path / "short" / short.run_id).signals.items():
         early = longer[signal].steps <= 30
@@ -57,25 +63,25 @@ def test_readings_do_not_depend_on_what_comes_later(healthy, make_run, tmp_path)
 
 
 def test_its_signals_are_named_after_the_catalogue(make_run, name):
-    monitor = make_run().monitors[name]
+    monitor = make_run(*MODEL).monitors[name]
     assert isinstance(monitor, Monitor)
     assert {signal.name.split(".")[0] for signal in monitor.signals} <= CATALOGUE
 
 
 def test_observing_changes_nothing(make_run, name):
-    run = make_run()
+    run = make_run(*MODEL)
     monitor, model, history = run.monitors[name], run.new_model(), run.new_history()
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(11):
         history.record(step, model)
         if step < 10:
-            loss = model.loss(torch.from_numpy(run.corpus.batch(0, step, 4)))
-            loss.backward()
+            loss, auxiliary, routings = model.objective(torch.from_numpy(run.corpus.batch(0, step, 4)))
+            (loss + auxiliary).backward()
             optimizer.step()
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), history.state_dict()))
     gradients = [p.grad.clone() for p in model.parameters()]
     random = torch.get_rng_state()
-    view = StepView(10, 640, loss.detach(), torch.ones(()), model, history)
+    view = StepView(10, 640, loss.detach(), torch.ones(()), model, history, routings)
     assert monitor.observe(view)
     torch.testing.assert_close(
         (model.state_dict(), optimizer.state_dict(), history.state_dict()), state, rtol=0, atol=0

@@ -3,7 +3,8 @@ from hydra import compose, initialize_config_dir
 
 from experiments import build
 from experiments.build import ROOT, build_run, construct
-from experiments.optimizer import TrainConfig, adamw, learning_rate
+from experiments.optimizer import TrainConfig, adamw, learning_rate, set_learning_rate
+from faults.base import LearningRateScale
 
 CONF = ROOT / "conf"
 
@@ -118,8 +119,19 @@ def test_learning_rate_schedules():
 
 def test_only_matrices_decay(make_run):
     model = make_run().new_model()
-    decayed, plain = adamw(model, train_config()).param_groups
-    assert {p.ndim for p in decayed["params"]} == {2}
-    assert {p.ndim for p in plain["params"]} == {1}
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    groups = adamw(model, train_config()).param_groups
+    for group in groups:
+        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] == 0.1}
+        assert group["weight_decay"] in (0.0, 0.1)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_a_parameter_group_learns_at_its_own_rate(make_run):
+    model = make_run("model=moe_nano").new_model()
+    optimizer = adamw(model, train_config())
+    set_learning_rate(optimizer, 0.5, LearningRateScale(router=4.0, norm=0.0))
+    rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {name: rate_of[id(p)] for name, p in model.named_parameters()}
+    assert rates["blocks.1.mlp.router.weight"] == 2.0
+    assert rates["final_norm.weight"] == rates["blocks.0.mlp_norm.bias"] == 0.0
+    assert rates["blocks.0.mlp.input"] == rates["blocks.0.attention.q.weight"] == rates["tokens.weight"] == 0.5

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from experiments import loop, trace
 from experiments.build import ROOT, build_run
@@ -220,8 +221,78 @@ def test_the_manifest_says_where_a_result_comes_from(make_run, tmp_path):
     assert manifest["data_sha256"] == run.corpus.digest
     assert len(manifest["source_sha256"]) == 64
     assert manifest["steps_done"] == 40
-    assert manifest["tokens_done"] == 40 * 4 * 16
+    assert manifest["tokens_done"] == 40 * 8 * 16
     assert manifest["versions"]["torch"].startswith(manifest["torch"])
     assert manifest["onset_step"] is None
     assert {"wall_s", "cpu_s", "git_commit", "git_dirty", "device", "dtype"} <= manifest.keys()
     assert set(trace.read(tmp_path / run.run_id).signals) == set(manifest["signals"])
+
+
+MOE = (
+    "model=moe_nano", "model.moe.n_experts=4", "model.moe.capacity_factor=1.0", "model.moe.bias_update_speed=0.01",
+    "monitor.expert_load.window=7",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stops", [[10], [11, 25]])
+def test_a_mixture_of_experts_resumes_to_the_same_bits(make_run, tmp_path, stops):
+    """The balancing bias and the load monitor's window are part of the checkpoint."""
+    whole = train(make_run("fault=combined", *MOE), tmp_path / "whole")
+    for step in stops:
+        with pytest.raises(Killed):
+            train(make_run("fault=combined", *MOE), tmp_path / "out", stop_at(step))
+    train(make_run("fault=combined", *MOE), tmp_path / "out")
+    assert_same_result(tmp_path / "out" / whole["run_id"], tmp_path / "whole" / whole["run_id"])
+
+
+def final_weights(run, out) -> dict:
+    train(run, out)
+    return load_file(out / run.run_id / WEIGHTS)
+
+
+def test_tokens_are_counted_as_they_were_trained_on(make_run, tmp_path):
+    """8 sequences of 16 for 20 steps, then 2 of them."""
+    run = make_run("fault=batch_shrink", "fault.factor=0.25", "fault.onset=20")
+    manifest = train(run, tmp_path)
+    loss = trace.read(tmp_path / run.run_id).signals["train_loss_raw"]
+    sizes = np.diff(loss.tokens, prepend=0)
+    assert sizes.tolist() == [8 * 16] * 20 + [2 * 16] * 20
+    assert manifest["tokens_done"] == loss.tokens[-1] == sizes.sum()
+
+
+def test_a_shrunk_batch_is_the_head_of_the_healthy_one(make_run, tmp_path, monkeypatch):
+    seen = {}
+    for name in ("fault=none", "fault=batch_shrink"):
+        run = make_run(name, "train.steps=3")
+        original, batches = run.corpus.batch, []
+        monkeypatch.setattr(
+            run.corpus, "batch", lambda *a, batches=batches, original=original: batches.append(original(*a)) or batches[-1]
+        )
+        train(run, tmp_path / name)
+        seen[name] = batches
+    for healthy, shrunk in zip(seen["fault=none"], seen["fault=batch_shrink"], strict=True):
+        assert np.array_equal(healthy[: len(shrunk)], shrunk) and len(shrunk) == 1
+
+
+def test_a_zero_learning_rate_factor_would_freeze_only_its_group(make_run, tmp_path):
+    """A factor of 1e-12 on the router leaves its weights where they began, and the rest learns."""
+    run = make_run("model=moe_nano", "fault=lr_scale", "fault.factor=1e-12", "fault.groups=[router]")
+    before = {name: p.clone() for name, p in run.new_model().named_parameters()}
+    after = final_weights(run, tmp_path)
+    for name, weight in before.items():
+        moved = float(np.abs(after[name] - weight.detach().numpy()).max()) if name in after else 1.0
+        assert (moved < 1e-9) == (".router." in name), name
+
+
+def test_without_its_auxiliary_loss_only_the_gradient_of_the_nll_is_left(make_run, tmp_path):
+    off = final_weights(make_run("model=moe_nano", "fault=aux_loss_off", "train.steps=5"), tmp_path / "off")
+    never = final_weights(make_run("model=moe_nano", "model.moe.aux_coef=0.0", "train.steps=5"), tmp_path / "never")
+    healthy = final_weights(make_run("model=moe_nano", "train.steps=5"), tmp_path / "healthy")
+    assert all(np.array_equal(off[name], never[name]) for name in off)
+    assert not np.array_equal(off["blocks.0.mlp.router.weight"], healthy["blocks.0.mlp.router.weight"])
+
+
+def test_a_dense_run_says_which_monitors_it_left_out(make_run, tmp_path):
+    manifest = train(make_run("train.steps=1"), tmp_path)
+    assert manifest["left_out_monitors"] == ["expert_load", "router_weight", "routing_probability"]
+    assert train(make_run("train.steps=1", *MOE), tmp_path)["left_out_monitors"] == []

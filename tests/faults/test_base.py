@@ -1,13 +1,14 @@
-"""Windows, and faults composed of others."""
+"""Windows and healthy sites."""
 
 import dataclasses
 
 import pytest
 
-from faults.base import Composed, Fault, Sites, Window
+from faults.base import Fault, LearningRateScale, Sites, Window
 from faults.bf16_shift import BF16Shift
 from faults.none import NoFault
 from models.numerics import HEALTHY
+from models.transformer import PARAMETER_GROUPS
 
 HEALTHY_SITES = Sites(batch_size=16)
 
@@ -39,44 +40,26 @@ def test_an_impossible_window_is_refused_by_name(arguments, message):
 
 
 def test_default_sites_are_healthy():
-    assert HEALTHY_SITES.numerics is HEALTHY and HEALTHY_SITES.lr_scale == 1
+    assert HEALTHY_SITES.numerics is HEALTHY and HEALTHY_SITES.balance_scale == 1
+    assert HEALTHY_SITES.lr_scale == LearningRateScale(1.0, 1.0, 1.0, 1.0, 1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         HEALTHY_SITES.batch_size = 8
 
 
-@pytest.mark.parametrize("fault", [NoFault(), BF16Shift(("o",), 7), Composed(())])
+@pytest.mark.parametrize("fault", [NoFault(), BF16Shift(("o",), 7)])
 def test_every_fault_is_one(fault):
     assert isinstance(fault, Fault)
 
 
-@pytest.mark.parametrize("fault", [NoFault(), Composed(()), Composed((NoFault(), NoFault()))])
-def test_no_fault_returns_the_very_healthy_sites(fault):
-    assert fault.onset is None
-    assert all(fault.sites(step, HEALTHY_SITES) is HEALTHY_SITES for step in (0, 1, 10**9))
+def test_no_fault_returns_the_very_healthy_sites():
+    assert NoFault().onset is None
+    assert all(NoFault().sites(step, HEALTHY_SITES) is HEALTHY_SITES for step in (0, 1, 10**9))
 
 
-def test_composed_faults_act_each_in_its_window():
-    early, late = BF16Shift(("o",), 7, onset=2, duration=3), BF16Shift(("do",), 5, onset=4)
-    both = Composed((late, NoFault(), early))
-    assert both.onset == 2
-    assert both.sites(1, HEALTHY_SITES) is HEALTHY_SITES
-    faults = [both.sites(step, HEALTHY_SITES).numerics.faults for step in (2, 3, 4, 5)]
-    assert faults == [
-        early.numerics.faults,
-        early.numerics.faults,
-        late.numerics.faults + early.numerics.faults,
-        late.numerics.faults,
-    ]
+def test_the_groups_of_the_learning_rate_are_those_of_the_model():
+    assert tuple(field.name for field in dataclasses.fields(LearningRateScale)) == PARAMETER_GROUPS
 
 
-def test_two_faults_on_one_value_are_refused_where_their_windows_meet():
-    both = Composed((BF16Shift(("o", "do"), 7, duration=3), BF16Shift(("o",), 2, onset=2)))
-    both.sites(1, HEALTHY_SITES)
-    both.sites(3, HEALTHY_SITES)
-    with pytest.raises(ValueError, match="two faults on site 'o'"):
-        both.sites(2, HEALTHY_SITES)
-
-
-def test_two_faults_share_a_site_on_different_heads():
-    both = Composed((BF16Shift(("o",), 7, heads=(0,)), BF16Shift(("o",), 2, heads=(1,))))
-    assert [fault.bits for fault in both.sites(0, HEALTHY_SITES).numerics.faults] == [7, 2]
+def test_factors_multiply_group_by_group():
+    scale = LearningRateScale(router=3.0).times(2.0).times(5.0, ("norm",))
+    assert scale == LearningRateScale(2.0, 2.0, 2.0, 6.0, 10.0)

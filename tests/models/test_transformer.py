@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from models.moe import MoEConfig
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from models.transformer import Rotary, Transformer, TransformerConfig
 
@@ -187,8 +188,15 @@ def test_a_tied_head_shares_its_storage(tie):
 
 
 def load(name) -> dict:
+    """The fields that a model file gives, those of the file it builds on included."""
     node = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    for base in node.pop("defaults", []):
+        node = {"_target_": "models.transformer.TransformerConfig"} | load(base) | node
     assert node.pop("_target_") == "models.transformer.TransformerConfig"
+    if isinstance(node["moe"], dict):
+        assert node["moe"].pop("_target_") == "models.moe.MoEConfig"
+        assert set(node["moe"]) == {field.name for field in dataclasses.fields(MoEConfig)}
+        node["moe"] = MoEConfig(**node["moe"])
     return node
 
 
@@ -202,14 +210,18 @@ def test_every_model_file_spells_out_the_whole_config(name):
 def closed_form_size(c: TransformerConfig) -> int:
     E, D = c.d_model, c.d_head
     per_norm = 2 if c.norm == "layernorm" else 1
-    block = 4 * E * E + (3 if c.mlp == "swiglu" else 2) * E * c.d_ff + per_norm * (2 * E + (2 * D if c.qk_norm else 0))
+    experts = c.moe.n_experts if c.moe else 1
+    mlp = experts * (3 if c.mlp == "swiglu" else 2) * E * c.d_ff + (E * c.moe.n_experts if c.moe else 0)
+    block = 4 * E * E + mlp + per_norm * (2 * E + (2 * D if c.qk_norm else 0))
     embeddings = c.vocab_size * E * (1 if c.tie_embeddings else 2) + (
         c.context_length * E if c.positions == "learned" else 0
     )
     return embeddings + c.n_layers * block + per_norm * E
 
 
-@pytest.mark.parametrize(("name", "size", "tolerance"), [("gpt2_124m", 124e6, 0.005), ("paper", 1.2e9, 0.02)])
+@pytest.mark.parametrize(
+    ("name", "size", "tolerance"), [("gpt2_124m", 124e6, 0.005), ("paper", 1.2e9, 0.02), ("moe_paper", 9.72e9, 0.001)]
+)
 def test_published_sizes(name, size, tolerance):
     with torch.device("meta"):
         net = Transformer(TransformerConfig(**load(name)))

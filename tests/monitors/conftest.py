@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.moe import Routing
 from models.transformer import Transformer, TransformerConfig
 from monitors.base import Monitor, StepView, WeightHistory
 
@@ -43,9 +44,10 @@ class TinyRun:
         self._record()
         return self.view()
 
-    def view(self, loss: float = 1.0, grad_norm: float = 2.0) -> StepView:
+    def view(self, loss: float = 1.0, grad_norm: float = 2.0, routings: tuple[Routing, ...] = ()) -> StepView:
+        tokens = 64 * self.step
         return StepView(
-            self.step, 64 * self.step, torch.tensor(loss), torch.tensor(grad_norm), self.model, self.history
+            self.step, tokens, torch.tensor(loss), torch.tensor(grad_norm), self.model, self.history, routings
         )
 
     def delta(self, name: str, window: int) -> Tensor:

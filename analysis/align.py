@@ -1,0 +1,51 @@
+"""Signals on a common axis, optimizer steps or training tokens, so that runs can be compared sample by sample.
+
+At equal steps a run with a smaller batch has learnt less and looks healthier than it is; at equal tokens
+it is judged against what a healthy run looks like after the same text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.trace import Series
+
+AXES = ("steps", "tokens")
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """One signal of one run on a common axis: positions (N,), values and undefined (N, layers, heads)."""
+
+    positions: np.ndarray
+    values: np.ndarray
+    undefined: np.ndarray
+
+
+def positions(series: Series, axis: str) -> np.ndarray:
+    """Where the samples stand on the axis. Raises ValueError for an axis not in ``AXES``."""
+    if axis not in AXES:
+        raise ValueError(f"align={axis!r} is not allowed: one of {', '.join(AXES)}")
+    return series.steps if axis == "steps" else series.tokens
+
+
+def broken(series: Series | Aligned) -> np.ndarray:
+    """True from the first sample on that is not finite and not missing, per layer and head."""
+    return np.maximum.accumulate(~np.isfinite(series.values) & ~series.undefined, axis=0)
+
+
+def hold(series: Series, axis: str, grid: np.ndarray) -> Aligned:
+    """The signal as it was known at each grid position: its latest sample at or before it. Causal.
+
+    Where the samples stand on the grid already, nothing changes. Grid positions before the first sample
+    are left out, and so are those after the last but one: a run that ended between two positions shows its last
+    sample at the later one. A sample that was skipped over still breaks the signal if it was not finite.
+    """
+    at = positions(series, axis)
+    first, last = (np.searchsorted(grid, at[i], "left") if len(at) else 0 for i in (0, -1))
+    grid = grid[first : last + 1] if len(at) else grid[:0]
+    index = np.searchsorted(at, grid, "right") - 1
+    values = np.where(broken(series), np.inf, series.values)
+    return Aligned(grid, values[index], (series.undefined & ~np.isinf(values))[index])

@@ -1,0 +1,67 @@
+"""The paper's claims held against the runs: what was measured, and whether it agrees.
+
+A claim is a node of an experiment's YAML: ``says``, in words, and one of two tests.
+``falls`` or ``rises``: faults in order (``healthy`` among them), with a ``panel`` (signals and reduce); the median over
+runs of its value at the common end must change in that sense from each to the next.
+``alarms``: a fault and a detector, and whether it ``should``. It should where more runs alarm than chance explains, and
+should not where no more do: a binomial tail of 5 % at the false-alarm rate of the threshold.
+``align`` (steps or tokens) and ``model`` confine a claim to one view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binom
+
+from analysis.experiment import Experiment
+from analysis.readings import at_end, common_end
+
+CHANCE = 0.05
+
+
+def check_claims(experiment: Experiment) -> pd.DataFrame:
+    """Columns model, align, claim, measured, holds; one row a claim that this view can answer."""
+    rows = []
+    for claim in experiment.index["experiment"].get("claims", []):
+        if (
+            claim.get("align", experiment.axis) != experiment.axis
+            or claim.get("model", experiment.model) != experiment.model
+        ):
+            continue
+        test = _alarms if "alarms" in claim else _order
+        measured, holds = test(experiment, claim)
+        rows.append((experiment.model, experiment.axis, claim["says"], measured, holds))
+    return pd.DataFrame(rows, columns=["model", "align", "claim", "measured", "holds"])
+
+
+def _order(experiment: Experiment, claim: Mapping[str, Any]) -> tuple[str, bool]:
+    sense = 1 if "rises" in claim else -1
+    order = claim["rises" if sense > 0 else "falls"]
+    faults = [None if name == "healthy" else name for name in order]
+    end = common_end(experiment, faults)
+    values = [at_end(experiment, fault, claim["panel"], end) for fault in faults]
+    medians = np.array([np.median(v) for v in values])
+    said = ", ".join(
+        f"{experiment.label(fault)} {median:.3g} ({v.min():.3g} to {v.max():.3g}, n={len(v)})"
+        for fault, median, v in zip(faults, medians, values, strict=True)
+    )
+    return f"{said} at {end:,} {experiment.axis}", bool(np.all(sense * np.diff(medians) > 0))
+
+
+def _alarms(experiment: Experiment, claim: Mapping[str, Any]) -> tuple[str, bool]:
+    detector = experiment.detectors[claim["alarms"]["detector"]]
+    fault = claim["alarms"]["fault"]
+    if detector.declined:
+        return f"declined: {detector.declined}", False
+    runs = experiment.of("faulty", fault=fault)
+    count = sum(experiment.score(detector, run).outcome in ("lead", "benign_alarm") for run in runs)
+    chance = float(binom.sf(count - 1, len(runs), experiment.alpha))
+    said = (
+        f"{detector.name} alarms in time in {count} of {len(runs)} runs of {experiment.label(fault)} at "
+        f"{experiment.alpha:.0%} false alarms (by chance {chance:.2g})"
+    )
+    return said, (chance < CHANCE) == claim["alarms"]["should"]

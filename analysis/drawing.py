@@ -1,0 +1,66 @@
+"""What all pictures share: colours, names, axes, files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.ticker import FuncFormatter
+
+from analysis.experiment import Experiment, ScoredRun
+from analysis.readings import curve
+
+COLOURS = sns.color_palette("colorblind")
+HEALTHY, FAULTY, ALARM = COLOURS[0], COLOURS[3], "#222222"
+THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
+MILLIONS = FuncFormatter(lambda value, _: f"{value / 1e6:g}")
+PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
+SMOOTHING_SAMPLES = 50
+"""Signals sampled at every step are drawn as a rolling median over so many, which is causal."""
+
+
+def style() -> None:
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "savefig.dpi": 150})
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
+def pretty(name: str) -> str:
+    """Detector names with their symbols."""
+    for plain, symbol in (("Delta W", "ΔW"), ("Delta1", "Δ₁"), ("Delta2", "Δ₂"), ("Delta3", "Δ₃")):
+        name = name.replace(plain, symbol)
+    return name
+
+
+def drawn_curve(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]) -> pd.Series:
+    """A run's curve as pictures show it: densely sampled signals as their rolling median."""
+    values = curve(experiment, run, panel)
+    dense = experiment.signals[panel["signals"][0]]["every_steps"] < 5
+    return values.rolling(SMOOTHING_SAMPLES, min_periods=1).median() if dense else values
+
+
+def value_label(experiment: Experiment, name: str, panel: Mapping[str, Any]) -> str:
+    signal = experiment.signals[panel["signals"][0]]
+    unit = "" if signal["unit"] == "1" else f"\n({signal['unit']})"
+    if panel.get("reduce") == "mean":
+        return f"{pretty(name)}\nlayer mean{unit}"
+    worst = {0: "", 1: "\nworst layer", 2: "\nworst head"}[len(signal["axes"])]
+    return f"{pretty(name)}{worst}{unit}"
+
+
+def label_positions(axis: plt.Axes, experiment: Experiment) -> None:
+    """Name and format a position axis by the experiment's alignment."""
+    axis.set_xlabel("optimizer step" if experiment.axis == "steps" else "training tokens (millions)")
+    axis.set_xlim(0, experiment.horizon)
+    axis.xaxis.set_major_formatter(THOUSANDS if experiment.axis == "steps" else MILLIONS)

@@ -1,0 +1,59 @@
+"""Faults composed of others."""
+
+import pytest
+
+from faults.base import LearningRateScale, Sites
+from faults.batch_shrink import BatchShrink
+from faults.bf16_shift import BF16Shift
+from faults.combined import Combined
+from faults.lr_scale import LRScale
+from faults.none import NoFault
+
+HEALTHY = Sites(batch_size=16)
+
+
+def combined(*faults) -> Combined:
+    return Combined({str(i): fault for i, fault in enumerate(faults)})
+
+
+def test_each_acts_in_its_own_window():
+    early, late = BF16Shift(("o",), 7, onset=2, duration=3), BF16Shift(("do",), 5, onset=4)
+    both = combined(late, NoFault(), early)
+    assert both.onset == 2
+    assert both.sites(1, HEALTHY) is HEALTHY
+    faults = [both.sites(step, HEALTHY).numerics.faults for step in (2, 3, 4, 5)]
+    assert faults == [
+        early.numerics.faults,
+        early.numerics.faults,
+        late.numerics.faults + early.numerics.faults,
+        late.numerics.faults,
+    ]
+
+
+def test_each_acts_on_what_the_one_before_left():
+    both = combined(BatchShrink(factor=0.5), BatchShrink(factor=0.5, lr_rule="linear"), LRScale(3.0))
+    assert both.sites(0, HEALTHY) == Sites(batch_size=4, lr_scale=LearningRateScale().times(1.5))
+
+
+def test_it_is_healthy_without_a_faulty_member():
+    nothing = combined(NoFault(), NoFault())
+    assert nothing.onset is None
+    assert nothing.sites(5, HEALTHY) is HEALTHY
+
+
+def test_an_empty_one_is_refused():
+    with pytest.raises(ValueError, match=r"fault.faults=\{\}"):
+        Combined({})
+
+
+def test_two_faults_on_one_value_are_refused_where_their_windows_meet():
+    both = combined(BF16Shift(("o", "do"), 7, duration=3), BF16Shift(("o",), 2, onset=2))
+    both.sites(1, HEALTHY)
+    both.sites(3, HEALTHY)
+    with pytest.raises(ValueError, match="two faults on site 'o'"):
+        both.sites(2, HEALTHY)
+
+
+def test_two_faults_share_a_site_on_different_heads():
+    both = combined(BF16Shift(("o",), 7, heads=(0,)), BF16Shift(("o",), 2, heads=(1,)))
+    assert [fault.bits for fault in both.sites(0, HEALTHY).numerics.faults] == [7, 2]
