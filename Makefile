@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup reproduce test bench clean
+ROUTER_EXPERIMENTS := paper_router_lr paper_router_batch paper_aux_loss paper_combined paper_router_grid paper_selectivity paper_router_ramp
+
+.PHONY: setup reproduce routers test bench clean
 
 setup: $(VENV)/.locked
 
@@ -17,6 +19,12 @@ $(VENV)/.locked: requirements.lock
 # The paper's central experiment, its figure and its lead-time table: ARGS="scale=desk" for the hour-long one.
 reproduce: setup
 	$(BIN)/python -m experiments.reproduce $(ARGS)
+
+# The seven experiments on a mixture of experts, one report each; they share their healthy runs.
+routers: setup
+	@for experiment in $(ROUTER_EXPERIMENTS); do \
+		$(BIN)/python -m experiments.reproduce experiment=$$experiment $(ARGS) || exit $$?; \
+	done
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -143,7 +143,10 @@ class Band:
         return cls(positions, centre, scale)
 
     def z(self, series: Aligned) -> np.ndarray:
-        """(T, layers, heads) z-scores; NaN where a sample is missing, Inf kept. Raises ValueError on unknown positions."""
+        """(T, layers, heads) z-scores; NaN where a sample is missing, Inf kept.
+
+        Raises ValueError on positions that the reference runs do not have.
+        """
         index = np.searchsorted(self.positions, series.positions)
         if np.any(index >= len(self.positions)) or np.any(self.positions[index] != series.positions):
             raise ValueError("a run has samples at positions that the reference runs do not have")

@@ -27,15 +27,25 @@ def check_claims(experiment: Experiment) -> pd.DataFrame:
     """Columns model, align, claim, measured, holds; one row a claim that this view can answer."""
     rows = []
     for claim in experiment.index["experiment"].get("claims", []):
-        if (
-            claim.get("align", experiment.axis) != experiment.axis
-            or claim.get("model", experiment.model) != experiment.model
-        ):
-            continue
-        test = _alarms if "alarms" in claim else _order
-        measured, holds = test(experiment, claim)
-        rows.append((experiment.model, experiment.axis, claim["says"], measured, holds))
+        if _answerable(experiment, claim):
+            test = _alarms if "alarms" in claim else _order
+            rows.append((experiment.model, experiment.axis, claim["says"], *test(experiment, claim)))
     return pd.DataFrame(rows, columns=["model", "align", "claim", "measured", "holds"])
+
+
+def _answerable(experiment: Experiment, claim: Mapping[str, Any]) -> bool:
+    """Whether this view has the claim's axis, model, faults, detector and signals."""
+    if (
+        claim.get("align", experiment.axis) != experiment.axis
+        or claim.get("model", experiment.model) != experiment.model
+    ):
+        return False
+    known = {"healthy", *experiment.faults}
+    if "alarms" in claim:
+        return claim["alarms"]["fault"] in known and claim["alarms"]["detector"] in experiment.named_detectors
+    return {*claim.get("falls", []), *claim.get("rises", [])} <= known and {*claim["panel"]["signals"]} <= {
+        *experiment.signals
+    }
 
 
 def _order(experiment: Experiment, claim: Mapping[str, Any]) -> tuple[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 def pretty(name: str) -> str:
     """Detector names with their symbols."""
-    for plain, symbol in (("Delta W", "ΔW"), ("Delta1", "Δ₁"), ("Delta2", "Δ₂"), ("Delta3", "Δ₃")):
+    for plain, symbol in (("Delta-", "Δ-"), ("Delta W", "ΔW"), ("Delta1", "Δ₁"), ("Delta2", "Δ₂"), ("Delta3", "Δ₃")):
         name = name.replace(plain, symbol)
     return name
 
@@ -53,10 +54,11 @@ def drawn_curve(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]
 def value_label(experiment: Experiment, name: str, panel: Mapping[str, Any]) -> str:
     signal = experiment.signals[panel["signals"][0]]
     unit = "" if signal["unit"] == "1" else f"\n({signal['unit']})"
+    name = textwrap.fill(pretty(name), 18)
     if panel.get("reduce") == "mean":
-        return f"{pretty(name)}\nlayer mean{unit}"
+        return f"{name}\nlayer mean{unit}"
     worst = {0: "", 1: "\nworst layer", 2: "\nworst head"}[len(signal["axes"])]
-    return f"{pretty(name)}{worst}{unit}"
+    return f"{name}{worst}{unit}"
 
 
 def label_positions(axis: plt.Axes, experiment: Experiment) -> None:

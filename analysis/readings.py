@@ -26,7 +26,7 @@ def curve(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]) -> p
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce={reduce!r} is not allowed: one of {', '.join(REDUCTIONS)}")
     series = [run.signal(name) for name in signals]
-    values = [np.where(s.undefined, np.nan, s.values).reshape(len(s.steps), -1) for s in series]
+    values = [np.where(s.undefined, np.nan, s.values).reshape(len(s.steps), s.values[:1].size or 1) for s in series]
     table = pd.DataFrame(np.concatenate(values, axis=1), index=positions(series[0], experiment.axis))
     if reduce == "mean":
         reduced = table.mean(axis=1)

@@ -228,7 +228,8 @@ def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str 
         ignored.to_csv(report / "off_diagonal.csv", index=False)
         console.print(ignored.to_string(index=False))
     for claim in claims.itertuples():
-        console.print(f"{'holds' if claim.holds else 'DOES NOT HOLD'}: {claim.claim} [{claim.model}]: {claim.measured}")
+        verdict = "holds" if claim.holds else "DOES NOT HOLD"
+        console.print(f"{verdict}: {claim.claim}. {claim.model}: {claim.measured}", highlight=False)
     console.print(f"{report / 'index.html'}")
     return experiments
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,8 +12,20 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from analysis.drawing import ALARM, COLOURS, HEALTHY, drawn_curve, label_positions, pretty, save, style, value_label
+from analysis.drawing import (
+    ALARM,
+    COLOURS,
+    HEALTHY,
+    PLAIN,
+    drawn_curve,
+    label_positions,
+    pretty,
+    save,
+    style,
+    value_label,
+)
 from analysis.experiment import HEALTHY_ROLES, Experiment
 from analysis.readings import at_end, common_end, runs_of
 from analysis.selectivity import alarm_matrix
@@ -24,106 +37,123 @@ def _fault_colours(faults: Sequence[str], doses: bool) -> dict[str, tuple]:
     return dict(zip(faults, palette, strict=False))
 
 
+def _panel(axis: plt.Axes, experiment: Experiment, panel: Mapping[str, Any], colours: Mapping[str, tuple]) -> None:
+    """The healthy band, every faulty run over it, and a tick at the foot where a run diverged."""
+    band = pd.concat([drawn_curve(experiment, run, panel) for run in experiment.of(*HEALTHY_ROLES)], axis=1)
+    axis.fill_between(band.index, band.min(axis=1), band.max(axis=1), color=HEALTHY, alpha=0.25, linewidth=0)
+    axis.plot(band.index, band.median(axis=1), color=HEALTHY, linewidth=1.6)
+    foot = axis.get_xaxis_transform()
+    for fault, colour in colours.items():
+        for run in experiment.of("faulty", fault=fault):
+            values = drawn_curve(experiment, run, panel)
+            axis.plot(values.index, values, color=colour, linewidth=1.1, alpha=0.85)
+            if run.divergence is not None:
+                tick = {"color": colour, "markersize": 10, "markeredgewidth": 2, "clip_on": False}
+                axis.plot(run.divergence, 0.03, "|", transform=foot, **tick)
+    if panel.get("log"):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(PLAIN)
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def dose_figure(experiments: Sequence[Experiment], path: Path) -> str:
-    """Signals of every fault over the healthy band: a row a panel, a column a view (model or axis). Returns a caption."""
+    """Signals of every fault over the healthy band, a row a panel and a column a view. Returns a caption."""
     style()
     settings = experiments[0].index["experiment"]
     panels = list(settings["figure"])
     colours = _fault_colours(experiments[0].faults, settings.get("doses", False))
+    alone = len(experiments) == 1
+    size = (9.5 if alone else 6.2 * len(experiments), 2.35 * len(panels))
     figure, axes = plt.subplots(
-        len(panels),
-        len(experiments),
-        figsize=(9.5 if len(experiments) == 1 else 6.2 * len(experiments), 2.35 * len(panels)),
-        squeeze=False,
-        sharex="col",
-        sharey="row",
-    )
+        len(panels), len(experiments), figsize=size, squeeze=False, sharex="col", sharey="row"
+    )  # fmt: skip
     for column, experiment in enumerate(experiments):
-        healthy = experiment.of(*HEALTHY_ROLES)
         for row, name in enumerate(panels):
-            axis = axes[row, column]
-            panel = experiment.panels.get(name)
+            axis, panel = axes[row, column], experiment.panels.get(name)
             if panel is None:
                 axis.set_axis_off()
-                axis.text(0.5, 0.5, f"no {name}: this model has no router", ha="center", transform=axis.transAxes)
+                axis.text(
+                    0.5,
+                    0.5,
+                    f"{experiment.model} has no router",
+                    ha="center",
+                    color="0.4",
+                    fontsize=12,
+                    transform=axis.transAxes,
+                )
                 continue
-            band = pd.concat([drawn_curve(experiment, run, panel) for run in healthy], axis=1)
-            axis.fill_between(band.index, band.min(axis=1), band.max(axis=1), color=HEALTHY, alpha=0.25, linewidth=0)
-            axis.plot(band.index, band.median(axis=1), color=HEALTHY, linewidth=1.6)
-            for fault, colour in colours.items():
-                for run in experiment.of("faulty", fault=fault):
-                    values = drawn_curve(experiment, run, panel)
-                    axis.plot(values.index, values, color=colour, linewidth=1.1, alpha=0.85)
-                    if run.divergence is not None:
-                        axis.plot(
-                            run.divergence, 0.03, "|", transform=axis.get_xaxis_transform(), color=colour,
-                            markersize=10, markeredgewidth=2, clip_on=False,
-                        )  # fmt: skip
-            if panel.get("log"):
-                axis.set_yscale("log")
+            _panel(axis, experiment, panel, colours)
             if column == 0 or experiments[0].panels.get(name) is None:
                 axis.set_ylabel(value_label(experiment, name, panel), fontsize=11)
                 axis.yaxis.set_tick_params(labelleft=True)
         label_positions(axes[-1, column], experiment)
-        if len(experiments) > 1:
-            title = experiment.model if len({e.model for e in experiments}) > 1 else f"at equal {experiment.axis}"
-            axes[0, column].set_title(title, fontsize=13)
-    diverging = any(run.divergence is not None for e in experiments for run in e.of("faulty"))
+        if not alone:
+            same_model = len({e.model for e in experiments}) == 1
+            axes[0, column].set_title(f"at equal {experiment.axis}" if same_model else experiment.model, fontsize=13)
     handles = [Patch(color=HEALTHY, alpha=0.25, label=f"healthy, {len(experiments[0].of(*HEALTHY_ROLES))} runs")]
     handles += [Line2D([], [], color=c, linewidth=2.5, label=experiments[0].label(f)) for f, c in colours.items()]
-    if diverging:
-        handles.append(
-            Line2D([], [], color="0.4", marker="|", linestyle="", markersize=11, markeredgewidth=2, label="diverges")
-        )
+    if any(run.divergence is not None for e in experiments for run in e.of("faulty")):
+        tick = {"marker": "|", "linestyle": "", "markersize": 11, "markeredgewidth": 2}
+        handles.append(Line2D([], [], color="0.4", label="loss diverges", **tick))
     height = figure.get_size_inches()[1]
-    figure.align_ylabels()
-    figure.subplots_adjust(top=1 - (1.25 if len(experiments) > 1 else 0.95) / height, hspace=0.2, wspace=0.08)
+    figure.align_ylabels(axes[:, 0])
+    figure.subplots_adjust(top=1 - (0.95 if alone else 1.25) / height, hspace=0.2, wspace=0.08)
     figure.suptitle(settings["title"], y=1 - 0.12 / height, fontsize=14, weight="bold")
     figure.legend(
         handles=handles, loc="upper center", ncol=len(handles), frameon=False, fontsize=10.5,
         bbox_to_anchor=(0.5, 1 - 0.42 / height), columnspacing=1.2, handlelength=1.5,
     )  # fmt: skip
     save(figure, path)
-    return f"{settings['title']}. Lines are single runs, the band the range of all healthy runs, the thick line their median."
+    return (
+        f"{settings['title']}. Thin lines are single runs, the band is the range of all healthy runs, "
+        "the thick line their median."
+    )
 
 
 def grid_figure(experiment: Experiment, path: Path) -> str:
-    """Two heat maps over the product of two faults: the panels' medians at the common end. Returns a caption."""
+    """A heat map a panel over the product of two faults: medians over runs at the common end. Returns a caption."""
     style()
     settings = experiment.index["experiment"]
-    cells = {tuple(node["cell"]): fault for fault, node in settings["faults"].items()} | {
-        tuple(settings["healthy_cell"]): None
-    }
-    columns, rows = (sorted({cell[i] for cell in cells}, key=float) for i in (0, 1))
-    rows = rows[::-1]
+    cells = {tuple(node["cell"]): fault for fault, node in settings["faults"].items()}
+    cells[tuple(settings["healthy_cell"])] = None
+    factors, shares = (sorted({cell[i] for cell in cells}) for i in (0, 1))
+    shares = shares[::-1]
     end = common_end(experiment, list(cells.values()))
-    figure, axes = plt.subplots(1, len(experiment.panels), figsize=(5.3 * len(experiment.panels), 3.9), sharey=True)
-    values = {
-        name: pd.DataFrame(
-            [[np.median(at_end(experiment, cells[column, row], panel, end)) for column in columns] for row in rows]
-        )
+
+    def cell(factor: float, share: float, panel: Mapping[str, Any]) -> float:
+        known = (factor, share) in cells  # an experiment may leave cells out
+        return float(np.median(at_end(experiment, cells[factor, share], panel, end))) if known else np.nan
+
+    tables = {
+        name: np.array([[cell(factor, share, panel) for factor in factors] for share in shares])
         for name, panel in experiment.panels.items()
     }
-    low, high = (
-        extreme(table.to_numpy().min() if extreme is min else table.to_numpy().max() for table in values.values())
-        for extreme in (min, max)
-    )
-    for axis, (name, panel) in zip(np.atleast_1d(axes), experiment.panels.items(), strict=True):
-        last = axis is np.atleast_1d(axes)[-1]
+    low, high = np.nanmin(list(tables.values())), np.nanmax(list(tables.values()))
+    figure, axes = plt.subplots(1, len(tables), figsize=(5.3 * len(tables), 3.6), sharey=True, squeeze=False)
+    for index, (axis, (name, panel)) in enumerate(zip(axes[0], experiment.panels.items(), strict=True)):
         sns.heatmap(
-            values[name], ax=axis, vmin=low, vmax=high, cmap="viridis", annot=True, fmt=".2f", cbar=last,
-            xticklabels=[f"×{c:g}" for c in columns], yticklabels=[_share(r) for r in rows],
-            cbar_kws={"label": "fraction of ln E"}, linewidths=1.5, linecolor="white", square=False,
+            tables[name], ax=axis, vmin=low, vmax=high, cmap="viridis", annot=True, fmt=".2f",
+            cbar=index == len(tables) - 1, cbar_kws={"label": "routing entropy / ln E"}, linewidths=1.5,
+            linecolor="white",
+            xticklabels=[f"×{factor:g}" for factor in factors], yticklabels=[_share(share) for share in shares],
         )  # fmt: skip
         axis.set_title("layer mean" if panel.get("reduce") == "mean" else "worst layer", fontsize=12)
         axis.set_xlabel("learning rate")
-        axis.set_ylabel("batch" if axis is np.atleast_1d(axes)[0] else "")
+        axis.set_ylabel("" if index else "batch")
         axis.tick_params(axis="y", rotation=0)
-    title = f"{settings['title']}, at {end:,} {experiment.axis}"
-    figure.suptitle(title, fontsize=13, weight="bold", y=1.03)
+    title = (
+        f"{settings['title']}, after {end / 1e6:.2f} million tokens"
+        if experiment.axis == "tokens"
+        else settings["title"]
+    )
+    figure.suptitle(title, fontsize=13, weight="bold", y=1.04)
     save(figure, path)
-    counts = sorted({len(runs_of(experiment, fault)) for fault in cells.values()})
-    return f"{title}. Each cell is the median of its runs ({counts[0]} to {counts[-1]}; the most are healthy)."
+    counts = sorted(len(runs_of(experiment, fault)) for fault in cells.values())
+    return (
+        f"{title}. Each cell is the median of {counts[0]} runs, the healthy one of {counts[-1]}, "
+        f"at {end:,} {experiment.axis}."
+    )
 
 
 def _share(value: float) -> str:
@@ -141,8 +171,9 @@ def selectivity_figure(experiment: Experiment, path: Path) -> str:
     counts["healthy"] = len(experiment.of("test"))
     figure, axis = plt.subplots(figsize=(1.15 * len(matrix.columns) + 3.2, 0.42 * len(matrix) + 2.0))
     sns.heatmap(
-        matrix.astype(float), ax=axis, vmin=0, vmax=1, cmap="rocket_r", annot=True, fmt=".1f", linewidths=1.2, linecolor="white",
-        cbar_kws={"label": "share of runs with an alarm in time"}, annot_kws={"fontsize": 10},
+        matrix.astype(float), ax=axis, vmin=0, vmax=1, cmap="rocket_r", annot=True, fmt=".1f", linewidths=1.2,
+        linecolor="white", cbar_kws={"label": "share of runs with an alarm in time", "shrink": 0.5, "aspect": 15},
+        annot_kws={"fontsize": 10},
     )  # fmt: skip
     axis.set_xticklabels(
         [f"{experiment.label(None if f == 'healthy' else f)}\nn={counts[f]}" for f in matrix.columns],
@@ -154,12 +185,11 @@ def selectivity_figure(experiment: Experiment, path: Path) -> str:
     axis.tick_params(length=0)
     for rows in experiment.index["experiment"].get("groups", []):
         axis.axhline(list(matrix.index).index(rows), color=ALARM, linewidth=1.5)
-    axis.set_title(
-        f"{experiment.index['experiment']['title']}: alarms at {experiment.alpha:.0%} false alarms per run",
-        fontsize=13, weight="bold", pad=16, loc="left", x=-0.25,
-    )  # fmt: skip
+    title = f"{experiment.index['experiment']['title']}, at {experiment.alpha:.0%} false alarms per run"
+    axis.set_title(title, fontsize=13, weight="bold", pad=16, loc="left", x=-0.25)
     save(figure, path)
     return (
-        f"{experiment.index['experiment']['title']}: share of runs in which each detector (row) alarms from the onset on and "
-        f"before divergence, or the run's end, under each fault (column), at {experiment.alpha:.0%} false alarms per run."
+        f"{experiment.index['experiment']['title']}: share of runs in which each detector (row) alarms from the "
+        f"onset on and before divergence, or the run's end, under each fault (column), at {experiment.alpha:.0%} "
+        "false alarms per run."
     )

@@ -38,5 +38,6 @@ def off_diagonal(experiment: Experiment, matrix: pd.DataFrame) -> pd.DataFrame:
         for family, ignores in experiment.index["experiment"].get("should_ignore", {}).items()
         if family in matrix.index
         for fault in ignores
+        if fault in matrix.columns
     ]
     return pd.DataFrame(rows, columns=["family", "fault", "alarm_probability", "runs", "alpha"])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +28,7 @@ from monitors.base import StepView
 from monitors.spectra import qk_increment
 
 STEPS = {"mha_nano": 120, "mha_small": 24}
+DENSE_TWIN = {"moe_nano": "mha_nano", "moe_small": "mha_small"}
 LAPTOP_SWEEP = ROOT / "report" / "paper_attention-laptop" / "experiment.json"
 
 
@@ -36,63 +38,85 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _step_of(run: Run) -> Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.nn.Module]]:
+def _step_of(run: Run) -> Callable[[int], StepView]:
     """One training step as the loop does it, without monitors and label; also the bare loop, on the sdpa backend."""
-    model, healthy = run.new_model(), run.healthy_sites()
+    model, healthy, history = run.new_model(), run.healthy_sites(), run.new_history()
     optimizer, parameters = adamw(model, run.train), list(model.parameters())
 
-    def step(index: int):
+    def step(index: int) -> StepView:
         sites = run.fault.sites(index, healthy)
         batch = torch.from_numpy(run.corpus.batch(run.seed, index, sites.batch_size))
-        loss = model.loss(batch, sites.numerics)
+        loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + auxiliary).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, run.train.clip)
         optimizer.step()
-        return loss.detach(), norm, model
+        model.update_balance(routings, sites.balance_scale)
+        return StepView(index + 1, index + 1, loss.detach(), norm, model, history, routings)
 
     return step
 
 
-def step_costs(model: str) -> dict[str, float]:
-    """Fault sites present but idle against a bare SDPA loop, and all monitors against the step.
+def _alternate(steps: dict[str, Callable[[int], StepView]], count: int) -> dict[str, float]:
+    """The median time of each step, measured in turns; the first five are warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(count + 5):
+        for name, step in steps.items():
+            times[name].append(_seconds(lambda step=step, index=index: step(index)))
+    return {name: median(values[5:]) for name, values in times.items()}
 
-    The monitors' cost is their time over 500 steps with every window full, divided by those steps' number
-    and by the median step. It does not depend on what training does, so the weights are nudged, not trained.
+
+def _monitor_seconds(run: Run, view: StepView, names: Iterable[str]) -> float:
+    """Time a step of these monitors and of the snapshots they need, over 500 steps with every window full.
+
+    It does not depend on what training does, so the weights are nudged, not trained.
     """
+    history, spent, windows = run.new_history(), 0.0, 500
+    for now in range(2 * windows + 1):
+        if now:
+            with torch.no_grad():
+                for parameter in view.model.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+        cost = _seconds(lambda now=now: history.record(now, view.model))
+        seen = replace(view, step=now, tokens=now, history=history)
+        for name in names if now else ():
+            monitor = run.monitors[name]
+            if any(now % signal.every_steps == 0 for signal in monitor.signals):
+                cost += _seconds(lambda monitor=monitor, seen=seen: monitor.observe(seen))
+        spent += cost if now > windows else 0.0
+    return spent / windows
+
+
+def step_costs(model: str) -> dict[str, float]:
+    """Fault sites present but idle against a bare SDPA loop, and all monitors against the step."""
     torch.set_num_threads(1)
     runs = {
         name: build_run(compose("config", overrides=[f"model={model}", f"model.backend={name}"]))
         for name in ("reference", "sdpa")
     }
     steps = {name: _step_of(run) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(STEPS[model] + 5):
-        for name, step in steps.items():
-            times[name].append(_seconds(lambda step=step, index=index: step(index)))
-    typical = {name: median(values[5:]) for name, values in times.items()}
-
-    run = runs["reference"]
-    loss, norm, trained = steps["reference"](0)
-    history, spent = run.new_history(), 0.0
-    windows = 500
-    for now in range(2 * windows + 1):
-        if now:
-            with torch.no_grad():
-                for parameter in trained.parameters():
-                    parameter.add_(torch.randn_like(parameter), alpha=1e-3)
-        cost = _seconds(lambda now=now: history.record(now, trained))
-        view = StepView(now, now, loss, norm, trained, history)
-        if now:
-            for monitor in run.monitors.values():
-                if any(now % signal.every_steps == 0 for signal in monitor.signals):
-                    cost += _seconds(lambda monitor=monitor, view=view: monitor.observe(view))
-        spent += cost if now > windows else 0.0
+    typical = _alternate(steps, STEPS[model])
+    monitors = _monitor_seconds(runs["reference"], steps["reference"](0), runs["reference"].monitors)
     return {
         "step_ms": 1e3 * typical["reference"],
         "bare_sdpa_step_ms": 1e3 * typical["sdpa"],
         "step_over_bare_sdpa": typical["reference"] / typical["sdpa"],
-        "monitors_share_of_step": spent / windows / typical["reference"],
+        "monitors_share_of_step": monitors / typical["reference"],
+    }
+
+
+def expert_costs(model: str, dense: str) -> dict[str, float]:
+    """A step with experts against the dense step with as many active parameters, and its router monitors."""
+    torch.set_num_threads(1)
+    runs = {name: build_run(compose("config", overrides=[f"model={name}"])) for name in (model, dense)}
+    steps = {name: _step_of(run) for name, run in runs.items()}
+    typical = _alternate(steps, STEPS[dense])
+    router = [name for name, monitor in runs[model].monitors.items() if getattr(monitor, "needs_experts", False)]
+    alone = replace(runs[model], monitors={name: runs[model].monitors[name] for name in router})
+    return {
+        "step_ms": 1e3 * typical[model],
+        "step_over_dense": typical[model] / typical[dense],
+        "router_monitors_share_of_step": _monitor_seconds(alone, steps[model](0), router) / typical[model],
     }
 
 
@@ -117,6 +141,7 @@ def qk_core_speedup(d_model: int, n_heads: int, d_head: int, repeats: int = 5) -
 def measure() -> dict[str, Any]:
     with initialize_config_dir(CONF, version_base="1.3"):
         results: dict[str, Any] = {model: step_costs(model) for model in STEPS}
+        results |= {model: expert_costs(model, dense) for model, dense in DENSE_TWIN.items()}
     results["qk core, d=768, 12 heads of 64"] = qk_core_speedup(768, 12, 64)
     results["qk core, d=2048, 4 heads of 64"] = qk_core_speedup(2048, 4, 64)
     if LAPTOP_SWEEP.exists() and (sweep := json.loads(LAPTOP_SWEEP.read_text())["sweep"]):
@@ -128,6 +153,8 @@ def measure() -> dict[str, Any]:
 GOALS = {
     "step_over_bare_sdpa": "at most 1.25",
     "monitors_share_of_step": "at most 0.03",
+    "step_over_dense": "at most 1.5",
+    "router_monitors_share_of_step": "at most 0.01",
     "busy_share_of_cores": "above 0.90",
 }
 

@@ -106,18 +106,20 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
     }
 
 
-def planned_runs(settings: Mapping[str, Any], given: Sequence[str]) -> list[PlannedRun]:
-    """The cells of a composed experiment. Raises ValueError on settings that it would not use."""
-    experiment = settings["experiment"]
+def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """The composed experiment, its ``align`` replaced by a top-level one.
+
+    Raises ValueError on an unknown axis, and on an override that every run would undo.
+    """
     for line in given:
         if line.startswith("model="):
             raise ValueError(
                 f"{line} has no effect on an experiment: set experiment.models=[...], or scale.dense and scale.moe"
             )
-    unknown = [axis for axis in experiment["align"] if axis not in AXES]
-    if unknown or not experiment["align"]:
-        raise ValueError(f"align={','.join(experiment['align'])} is not allowed: {' or '.join(AXES)}")
-    return plan(settings["scale"]["seeds"], experiment["faults"], experiment["models"], experiment.get("overrides", ()))
+    align = settings["experiment"]["align"] if settings["align"] is None else [settings["align"]]
+    if not align or not set(align) <= set(AXES):
+        raise ValueError(f"align={','.join(align)} is not allowed: {' or '.join(AXES)}")
+    return {**settings["experiment"], "align": align}
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name=CONFIG_NAME)
@@ -125,10 +127,10 @@ def planned_runs(settings: Mapping[str, Any], given: Sequence[str]) -> list[Plan
 def main(config: DictConfig) -> None:
     settings = OmegaConf.to_container(config, resolve=True)
     given = list(HydraConfig.get().overrides.task)
-    experiment = settings["experiment"]
-    if settings["align"] is not None:
-        experiment["align"] = [settings["align"]]
-    planned = planned_runs(settings, given)
+    experiment = chosen_experiment(settings, given)
+    planned = plan(
+        settings["scale"]["seeds"], experiment["faults"], experiment["models"], experiment.get("overrides", ())
+    )
     runs = build_all(planned, given)
     if config.dry_run:
         for cell, run in zip(planned, runs, strict=True):

@@ -14,18 +14,18 @@ from analysis.alarms import (
     first_alarm,
     make_rule,
 )
-from experiments.trace import Series
+from analysis.align import Aligned
 
 RULES = [Shewhart(), EWMA(0.2), CUSUM(0.5)]
 STEPS = np.arange(50, 50 * 41, 50)
 
 
-def series(values: np.ndarray, undefined: np.ndarray | None = None) -> Series:
+def series(values: np.ndarray, undefined: np.ndarray | None = None) -> Aligned:
     values = values.reshape(len(values), *values.shape[1:], *([1] * (3 - values.ndim)))
-    return Series(STEPS[: len(values)], values, np.zeros(values.shape, bool) if undefined is None else undefined)
+    return Aligned(STEPS[: len(values)], values, np.zeros(values.shape, bool) if undefined is None else undefined)
 
 
-def reference(layers: int = 1, heads: int = 1, runs: int = 6, level=0.0) -> list[Series]:
+def reference(layers: int = 1, heads: int = 1, runs: int = 6, level=0.0) -> list[Aligned]:
     generator = np.random.default_rng(7)
     return [series(level + generator.normal(size=(len(STEPS), layers, heads))) for _ in range(runs)]
 
@@ -79,7 +79,7 @@ def test_z_scores_are_taken_per_layer_before_the_worst_is_chosen():
 
 def test_heads_of_a_layer_share_one_band():
     runs = reference(heads=2)
-    swapped = [Series(s.steps, s.values[:, :, ::-1], s.undefined) for s in runs]
+    swapped = [Aligned(s.positions, s.values[:, :, ::-1], s.undefined) for s in runs]
     one, other = Band.fit("s", runs), Band.fit("s", swapped)
     assert np.array_equal(one.centre, other.centre)
     assert np.array_equal(one.scale, other.scale)
@@ -124,7 +124,7 @@ def test_an_undefined_value_is_a_missing_sample_and_never_an_alarm():
     [
         (reference(runs=3), "at least 4"),
         ([series(np.ones(40))] * 4, "zero spread"),
-        ([*reference(runs=3), series(np.ones(30))], "different steps"),
+        ([*reference(runs=3), series(np.ones(30))], "different positions"),
         ([*reference(runs=4), series(np.full(40, np.inf))], "not finite"),
     ],
 )
@@ -135,8 +135,8 @@ def test_a_signal_that_cannot_be_judged_is_declined_by_name(runs, message):
 
 def test_samples_that_the_reference_does_not_have_are_an_error():
     band = Band.fit("s", reference())
-    with pytest.raises(ValueError, match="steps that the reference"):
-        band.z(Series(np.array([50, 75]), np.zeros((2, 1, 1)), np.zeros((2, 1, 1), bool)))
+    with pytest.raises(ValueError, match="positions that the reference"):
+        band.z(Aligned(np.array([50, 75]), np.zeros((2, 1, 1)), np.zeros((2, 1, 1), bool)))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 
 from analysis.experiment import load
 from analysis.report import make_report
+from analysis.selectivity import alarm_matrix, off_diagonal
 from analysis.table import lead_table, median_step, run_table
 from experiments import trace
 
-STEPS, EVERY = 1000, 10
+STEPS, EVERY, TOKENS = 1000, 10, 64
 SIGNALS = {
     "early": {"unit": "nats", "bad": "down", "axes": ["layer", "head"], "every_steps": 50},
     "late": {"unit": "1", "bad": "up", "axes": [], "every_steps": 10},
@@ -23,6 +25,14 @@ SIGNALS = {
     "held_out_loss": {"unit": "nats/token", "bad": "up", "axes": [], "every_steps": EVERY},
 }
 SHAPES = {"early": (2, 2), "late": (1, 1), "blind": (2, 1), "flat": (1, 1), "held_out_loss": (1, 1)}
+CLAIMS = [
+    {"says": "early falls", "falls": ["healthy", "broken"], "panel": {"signals": ["early"]}},
+    {"says": "early rises", "rises": ["healthy", "broken"], "panel": {"signals": ["early"], "reduce": "mean"}},
+    {"says": "early alarms", "alarms": {"detector": "early warning", "fault": "broken", "should": True}},
+    {"says": "early is quiet", "alarms": {"detector": "early warning", "fault": "broken", "should": False}},
+    {"says": "of tokens", "align": "tokens", "alarms": {"detector": "blind", "fault": "broken", "should": False}},
+    {"says": "flat alarms", "alarms": {"detector": "flat", "fault": "broken", "should": True}},
+]
 FAULT_SHOWS = {"early": 400, "late": 700}
 DIVERGES = 800
 
@@ -43,7 +53,13 @@ def write_run(folder: Path, seed: int, faulty: bool, **manifest) -> None:
             # one head of one layer goes wrong; a mean would dilute it
             values[steps >= FAULT_SHOWS[name], -1, -1] += 5.0 if meta["bad"] == "up" else -1.9
         for (i, layer, head), value in np.ndenumerate(values):
-            row = (steps[i], name, layer if "layer" in meta["axes"] else -1, head if "head" in meta["axes"] else -1)
+            row = (
+                steps[i],
+                TOKENS * steps[i],
+                name,
+                layer if "layer" in meta["axes"] else -1,
+                head if "head" in meta["axes"] else -1,
+            )
             for column, cell in zip(trace.SCHEMA.names, (*row, value, False), strict=True):
                 columns[column].append(cell)
     folder.mkdir(parents=True)
@@ -60,6 +76,7 @@ def write_run(folder: Path, seed: int, faulty: bool, **manifest) -> None:
             "source_sha256": "s" * 64,
             "data_sha256": "d" * 64,
             "torch": "2",
+            "tokens_done": TOKENS * STEPS,
             "git_commit": None,
             "git_dirty": None,
             "versions": {"python": "3"},
@@ -79,6 +96,7 @@ def experiment_folders(tmp_path) -> tuple[Path, Path]:
             write_run(runs / f"{role}{seed}", seed, faulty)
             cells.append(
                 {
+                    "model": "mha_nano",
                     "role": role,
                     "fault": "broken" if faulty else None,
                     "seed": seed,
@@ -93,16 +111,25 @@ def experiment_folders(tmp_path) -> tuple[Path, Path]:
                 "experiment": {
                     "name": "made",
                     "title": "A made-up fault",
-                    "faults": {"broken": {"overrides": []}},
+                    "models": ["mha_nano"],
+                    "align": ["steps"],
+                    "draw": "central",
+                    "faults": {"broken": {"label": "broken kernel", "overrides": []}},
                     "detectors": {
                         "early warning": ["early"],
                         "late warning": ["late"],
                         "either": ["early", "late"],
                         "blind": ["blind"],
                         "flat": ["flat"],
+                        "of another model": ["absent"],
                     },
                     "baseline": "late warning",
-                    "figure": {"held-out loss": ["held_out_loss"], "early warning": ["early"]},
+                    "figure": {
+                        "held-out loss": {"signals": ["held_out_loss"]},
+                        "early warning": {"signals": ["early"], "reduce": "mean"},
+                        "of another model": {"signals": ["absent"]},
+                    },
+                    "claims": CLAIMS,
                 },
                 "scale": {"name": "tiny", "alpha": 0.10, "seeds": {}},
                 "label": {"ema_span": 5, "min_drawup_nats": 0.10, "healthy_factor": 1.5, "consecutive": 5},
@@ -143,6 +170,110 @@ def test_the_report_is_whole_and_self_contained(experiment_folders, capsys):
     assert set(by_run["fault"]) == {"broken", "healthy"}
     assert (report / "figure.png").stat().st_size > 10_000
     assert "early warning" in capsys.readouterr().out
+    ends = pd.read_csv(report / "ends.csv").groupby(["panel", "fault"])["value"].median()
+    assert ends["held-out loss", "broken"] - ends["held-out loss", "healthy"] == pytest.approx(2.0, abs=0.01)
+    assert ends["early warning", "healthy"] - ends["early warning", "broken"] == pytest.approx(1.9 / 4, abs=0.1)
+    claims = pd.read_csv(report / "claims.csv").set_index("claim")["holds"]
+    assert claims.to_dict() == {
+        "early falls": True,
+        "early rises": False,
+        "early alarms": True,
+        "early is quiet": False,
+        "flat alarms": False,
+    }
+    assert "does not hold" in page
+
+
+def test_positions_in_tokens_are_steps_times_tokens_where_all_batches_are_equal(experiment_folders):
+    """The same runs on the other axis: every position scales, nothing else changes."""
+    report, runs = experiment_folders
+    make_report(report, runs)
+    make_report(report, runs, align="tokens")
+    steps, tokens = pd.read_csv(report / "leadtime.csv"), pd.read_csv(report / "leadtime-tokens.csv")
+    pd.testing.assert_series_equal(
+        TOKENS * steps["median_alarm_step"], tokens["median_alarm_tokens"], check_names=False, check_dtype=False
+    )
+    pd.testing.assert_series_equal(
+        TOKENS * steps["rmlt_steps"], tokens["rmlt_tokens"], check_names=False, check_dtype=False
+    )
+    pd.testing.assert_series_equal(steps["threshold"], tokens["threshold"])
+    assert (report / "runs-tokens.csv").exists() and (report / "ends-tokens.csv").exists()
+    assert "of tokens" in set(pd.read_csv(report / "claims.csv")["claim"])
+
+
+def shrink(folder: Path, factor: int) -> None:
+    """Make a run one that saw ``factor`` times fewer tokens at every step."""
+    rows = pd.read_parquet(folder / "trace")
+    for part in (folder / "trace").iterdir():
+        part.unlink()
+    rows["signal"], rows["tokens"] = rows["signal"].astype(str), rows["tokens"] // factor
+    trace.write_part(folder, 0, STEPS, {name: rows[name].to_numpy() for name in trace.SCHEMA.names})
+
+
+def test_a_smaller_batch_is_judged_at_equal_tokens(experiment_folders):
+    """At a quarter of the tokens a step, what shows at step 400 shows at the tokens of healthy step 100."""
+    report, runs = experiment_folders
+    for seed in range(3000, 3003):
+        shrink(runs / f"faulty{seed}", 4)
+    experiment = load(report, runs, axis="tokens")
+    assert experiment.horizon == STEPS * TOKENS
+    for run in experiment.of("faulty"):
+        assert run.horizon == STEPS * TOKENS // 4
+        assert run.divergence == pytest.approx(DIVERGES * TOKENS / 4, abs=EVERY * TOKENS)
+        alarm = experiment.detectors["early warning"].alarms[run.trace.run_id]
+        assert FAULT_SHOWS["early"] * TOKENS / 4 <= alarm <= 200 * TOKENS
+    assert {run.horizon for run in experiment.of("calibration")} == {STEPS * TOKENS}
+    by_steps = load(report, runs, axis="steps")
+    assert {run.divergence for run in by_steps.of("faulty")} == {DIVERGES}
+
+
+def test_healthy_runs_of_different_lengths_are_refused_and_faulty_ones_are_not(experiment_folders):
+    report, runs = experiment_folders
+    for name, refused in (("faulty3000", False), ("calibration1003", True)):
+        manifest = trace.read_manifest(runs / name)
+        trace.write_manifest(runs / name, {**manifest, "config": {"train": {"steps": STEPS + 5}}})
+        if refused:
+            with pytest.raises(trace.TraceError, match=r"healthy runs .* different horizons"):
+                load(report, runs)
+        else:
+            assert load(report, runs).horizon == STEPS
+
+
+def test_the_share_of_alarms_is_the_matrix_of_selectivity(experiment_folders):
+    report, runs = experiment_folders
+    experiment = load(report, runs)
+    matrix = alarm_matrix(experiment)
+    assert list(matrix.columns) == ["healthy", "broken"]
+    assert matrix.loc["early warning", "broken"] == 1.0
+    assert "flat" not in matrix.index and "of another model" not in matrix.index
+    counted = [
+        experiment.score(experiment.detectors["blind"], run).outcome in ("lead", "benign_alarm")
+        for run in experiment.of("faulty")
+    ]
+    assert matrix.loc["blind", "broken"] == np.mean(counted)
+    index = {"should_ignore": {"blind": ["broken"], "nobody": ["broken"]}}
+    confined = replace(
+        experiment, index={**experiment.index, "experiment": {**experiment.index["experiment"], **index}}
+    )
+    ignored = off_diagonal(confined, matrix)
+    assert ignored[["family", "fault", "runs", "alpha"]].to_numpy().tolist() == [["blind", "broken", 3, 0.10]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"draw": "pie"}, "experiment.draw='pie' is not allowed: one of central"),
+        ({"figure": {"a": {"signals": ["early"], "reduce": "max"}}}, "reduce='max' is not allowed: one of worst, mean"),
+        ({"align": ["time"]}, "align='time' is not allowed"),
+    ],
+)
+def test_impossible_report_settings_are_errors_by_name(experiment_folders, settings, message):
+    report, runs = experiment_folders
+    index = json.loads((report / "experiment.json").read_text())
+    index["experiment"] |= settings
+    (report / "experiment.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        make_report(report, runs)
 
 
 def test_the_report_needs_no_torch(experiment_folders):

@@ -5,13 +5,22 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from analysis.report import DRAWINGS
 from experiments import reproduce
 from experiments.build import ROOT, build_run
 from experiments.plan import plan
+from experiments.reproduce import chosen_experiment
 from experiments.train import describe
 from models.transformer import Transformer
 
 CONF = ROOT / "conf"
+SHORT = [
+    "scale.router_steps=60",
+    "scale.combined_steps=60",
+    "scale.ramp={steps: 60, onset: 10, ramp_steps: 40}",
+    "scale.batch_steps={half: 60, quarter: 60, eighth: 60}",
+    "scale.grid_steps={quarter: 60, eighth: 60}",
+]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 SCALES = sorted(path.stem for path in (CONF / "scale").glob("*.yaml"))
 
@@ -24,40 +33,82 @@ def test_every_cell_composes_and_builds(experiment, scale, text):
         if scale == "paper":
             given += ["data.held_out=0.3"]
         settings = OmegaConf.to_container(compose("reproduce", given), resolve=True)
-        cells = plan(settings["scale"]["seeds"], settings["experiment"]["faults"])
-        one_of_each = list({(cell.fault, cell.role): cell for cell in cells}.values())
+        experiment = chosen_experiment(settings, given)
+        cells = plan(
+            settings["scale"]["seeds"], experiment["faults"], experiment["models"], experiment.get("overrides", ())
+        )
+        one_of_each = list({(cell.model, cell.fault, cell.role): cell for cell in cells}.values())
         runs = [build_run(compose("reproduce", [*given, *cell.overrides])) for cell in one_of_each]
-    bits = settings["scale"]["attention_bits"]
     for cell, run in zip(one_of_each, runs, strict=True):
         assert run.seed == cell.seed
-        if cell.fault:
-            assert run.fault.bits == bits
+        assert (run.fault.onset is None) == (cell.fault is None)
     assert len({run.run_id for run in runs}) == len(runs)
-    known = {signal.name for monitor in runs[0].monitors.values() for signal in monitor.signals} | {"held_out_loss"}
-    shown = [*settings["experiment"]["detectors"].values(), *settings["experiment"]["figure"].values()]
-    assert {name for names in shown for name in names} <= known
+    assert len({run.train.steps for cell, run in zip(one_of_each, runs, strict=True) if cell.fault is None}) == 1
+    known = {signal.name for run in runs for monitor in run.monitors.values() for signal in monitor.signals}
+    panels = [*experiment["figure"].values(), *(c["panel"] for c in experiment.get("claims", []) if "panel" in c)]
+    used = [*experiment["detectors"].values(), *(panel["signals"] for panel in panels)]
+    assert {name for names in used for name in names} <= known | {"held_out_loss"}
+    assert experiment["baseline"] in experiment["detectors"]
+    assert experiment["draw"] in DRAWINGS
     with torch.device("meta"):
         Transformer(runs[0].model_config)
     assert "parameters" in describe(runs[0])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, tmp_path, monkeypatch):
-    """The real command with its launcher, on the tiny model: two faults at most, few seeds, 60 steps."""
+def test_every_name_that_a_claim_uses_exists(experiment):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        faults = list(compose("reproduce", [f"experiment={experiment}"]).experiment.faults)
+        settings = OmegaConf.to_container(compose("reproduce", [f"experiment={experiment}"]), resolve=True)[
+            "experiment"
+        ]
+    faults = {*settings["faults"], "healthy"}
+    for claim in settings.get("claims", []):
+        assert ("alarms" in claim) + ("falls" in claim) + ("rises" in claim) == 1, claim
+        assert claim.get("align", settings["align"][0]) in settings["align"]
+        assert claim.get("model", settings["models"][0]) in settings["models"]
+        if "alarms" in claim:
+            assert claim["alarms"]["detector"] in settings["detectors"] and claim["alarms"]["fault"] in faults
+        else:
+            assert {*claim.get("falls", []), *claim.get("rises", [])} <= faults
+    for family, ignored in settings.get("should_ignore", {}).items():
+        assert family in settings["detectors"] and set(ignored) <= faults
+
+
+def test_experiments_of_a_scale_share_their_healthy_runs(text):
+    """The seven router experiments train one set of healthy runs at laptop scale, the dense ones another."""
+    healthy: dict[str, set[str]] = {}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for name in EXPERIMENTS:
+            given = [f"experiment={name}", "data=text", f"data.path={text}"]
+            settings = OmegaConf.to_container(compose("reproduce", given), resolve=True)
+            for model in settings["experiment"]["models"]:
+                overrides = [f"model={model}", *settings["experiment"].get("overrides", ()), "fault=none", "seed=0"]
+                run = build_run(compose("reproduce", [*given, *overrides]))
+                healthy.setdefault(model, set()).add(run.run_id)
+    assert {model: len(ids) for model, ids in healthy.items()} == {"mha_nano": 1, "moe_nano": 1}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, tmp_path, monkeypatch):
+    """The real command with its launcher, on the tiny model: three faults at most, few seeds, 60 steps."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = compose("reproduce", [f"experiment={experiment}"]).experiment
+        faults, models = list(settings.faults), list(settings.models)
     arguments = [
-        f"experiment={experiment}", "data=text", f"data.path={text}", *tiny, "train.steps=60",
+        f"experiment={experiment}", "data=text", f"data.path={text}", *tiny, "train.steps=60", *SHORT,
         "monitor.qk_increment.every_steps=10", "monitor.delta_w.every_steps=10", "scale.alpha=0.5",
         "scale.seeds={reference: 4, calibration: 1, test: 1, faulty: 1}",
-        *(f"~experiment.faults.{name}" for name in faults[2:]),
+        *(f"~experiment.faults.{name}" for name in faults[3:]),
         f"out={tmp_path / 'runs'}", f"report={tmp_path / 'report'}",
     ]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["reproduce", *arguments])
     reproduce.main()
     report = tmp_path / "report"
-    assert {"index.html", "leadtime.csv", "runs.csv", "figure.png", "experiment.json"} <= {
-        p.name for p in report.iterdir()
-    }
+    written = {path.name for path in report.iterdir()}
+    assert {"index.html", "figure.png", "experiment.json"} <= written
+    for axis in settings.align:
+        suffix = "" if axis == "steps" else f"-{axis}"
+        assert {f"{table}{suffix}.csv" for table in ("leadtime", "runs", "ends")} <= written
+    assert ("claims.csv" in written) == bool(settings.get("claims"))
     trained = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert len(trained) == 6 + len(faults[:2])
+    assert len(trained) == len(models) * (6 + len(faults[:3]))

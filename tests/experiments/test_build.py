@@ -66,6 +66,35 @@ def test_the_sources_digest_covers_what_determines_a_result():
             "two monitors both emit",
         ),
         (["seed=-1"], "seed=-1 is not allowed"),
+        (["model=moe_nano", "model.moe.top_k=9"], "model.moe.top_k=9 is not allowed: 1 to n_experts=8"),
+        (["model=moe_nano", "model.moe.capacity_factor=0.0"], "model.moe.capacity_factor=0.0 is not allowed: above 0"),
+        (["model=moe_nano", "+model.moe.topk=2"], r"model.moe.topk is not a key of MoEConfig \(did you mean 'top_k'\?"),
+        (["model=moe_nano", "model.moe.top_k=two"], "model.moe.top_k='two' is not allowed"),
+        (["model=moe_nano", "model.d_ff=12"], "model.d_ff=12 is not allowed with experts: a multiple of 8"),
+        (["fault=lr_scale", "fault.factor=0.0"], "fault.factor=0.0 is not allowed: above 0"),
+        (
+            ["fault=lr_scale", "fault.groups=[gate]"],
+            r"fault.groups=\['gate'\] is not allowed: distinct names of embedding",
+        ),
+        (["fault=lr_scale", "fault.groups=[router]"], r"fault.groups=\['router'\] has no effect on a dense model"),
+        (["fault=batch_shrink", "fault.factor=0.01"], "fault.factor=0.01 shrinks the batch of 8 below one sequence"),
+        (["fault=batch_shrink", "fault.factor=null", "fault.batch_size=9"], "fault.batch_size=9 is above the healthy"),
+        (["fault=aux_loss_off"], "switches off load balancing, but the model has none"),
+        (["fault=aux_loss_off", "model=moe_nano", "model.moe.aux_coef=0.0"], "it needs model.moe.aux_coef above 0"),
+        (
+            ["fault=combined", "fault.faults.attention.layers=[2]"],
+            r"fault.layers=\[2\] does not fit the model: it has 2",
+        ),
+        (["fault=combined", "fault.faults.attention.bits=9"], "bits=9 is not allowed"),
+        (["fault=combined", "+fault.faults.attention.bit=1"], "fault.faults.attention.bit is not a key of BF16Shift"),
+        (
+            ["fault=combined", "~fault.faults.attention", "~fault.faults.learning_rate"],
+            r"fault.faults=\{\} is not allowed",
+        ),
+        (
+            ["fault=combined", "+fault@fault.faults.again=bf16_shift", "fault.faults.again.onset=20"],
+            "two faults on site 'o' in the backward pass meet",
+        ),
         (["seed=x"], "seed='x' is not allowed"),
     ],
 )
@@ -73,6 +102,17 @@ def test_an_impossible_configuration_is_one_line_by_name(make_run, overrides, me
     with pytest.raises(ValueError, match=message) as error:
         make_run(*overrides)
     assert "\n" not in str(error.value)
+
+
+def test_router_monitors_are_left_out_of_every_monitor_and_refused_by_name(make_run):
+    """On a dense model all monitors but those; a choice that names one of them is an error."""
+    dense, sparse = make_run(), make_run("model=moe_nano")
+    assert dense.left_out_monitors == ("expert_load", "router_weight", "routing_probability")
+    assert set(sparse.monitors) - set(dense.monitors) == set(dense.left_out_monitors)
+    assert not set(dense.config["monitor"]) & set(dense.left_out_monitors)
+    with pytest.raises(ValueError, match="monitor.routing_probability needs experts, and the model has none"):
+        make_run("monitor=[loss,routing_probability]", tiny=False)
+    make_run("monitor=[loss,routing_probability]", "model=moe_nano", tiny=False)
 
 
 def test_a_list_in_yaml_becomes_a_tuple():

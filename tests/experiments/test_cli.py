@@ -2,10 +2,13 @@ import subprocess
 import sys
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from experiments.build import ROOT
-from experiments.cli import check_overrides
+from experiments.cli import CONF, check_overrides
 from experiments.plan import FIRST_SEED, plan
+from experiments.reproduce import chosen_experiment
 
 SEEDS = {"reference": 2, "calibration": 3, "test": 1, "faulty": 2}
 
@@ -43,7 +46,7 @@ def test_a_mistake_ends_a_command_with_one_line_and_exit_code_2(module, tmp_path
 
 
 def test_a_plan_has_every_run_once_with_disjoint_seeds():
-    runs = plan(SEEDS, {"a": {"overrides": ["fault=bf16_shift"]}, "b": {"overrides": ["fault=none"]}})
+    runs = plan(SEEDS, {"a": {"overrides": ["fault=bf16_shift"]}, "b": {"overrides": ["fault=none"]}}, ["mha_nano"])
     assert [run.role for run in runs].count("faulty") == 4
     assert {role: [r.role for r in runs].count(role) for role in SEEDS if role != "faulty"} == {
         "reference": 2,
@@ -58,4 +61,35 @@ def test_a_plan_has_every_run_once_with_disjoint_seeds():
 @pytest.mark.parametrize("seeds", [{**SEEDS, "other": 1}, {**SEEDS, "test": -1}, {**SEEDS, "faulty": 1001}])
 def test_impossible_seed_numbers_are_errors(seeds):
     with pytest.raises(ValueError, match=r"scale\.seeds"):
-        plan(seeds, {})
+        plan(seeds, {}, ["mha_nano"])
+
+
+def test_every_model_has_all_the_runs_of_one():
+    faults = {"a": {"overrides": ["fault=bf16_shift", "train.steps=9"]}}
+    both = plan(SEEDS, faults, ["mha_nano", "moe_nano"], ["train.steps=5"])
+    for model in ("mha_nano", "moe_nano"):
+        assert [run for run in both if run.model == model] == plan(SEEDS, faults, [model], ["train.steps=5"])
+    assert both[0].overrides == (
+        "model=mha_nano", "train.steps=5", "fault=bf16_shift", "train.steps=9", f"seed={FIRST_SEED['faulty']}"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("models", [[], ["mha_nano", "mha_nano"]])
+def test_an_experiment_needs_distinct_models(models):
+    with pytest.raises(ValueError, match=r"experiment.models=\["):
+        plan(SEEDS, {}, models)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["model=mha_small"], "model=mha_small has no effect on an experiment: set experiment.models"),
+        (["align=token"], "align=token is not allowed: steps or tokens"),
+        (["experiment.align=[]"], "align= is not allowed: steps or tokens"),
+    ],
+)
+def test_settings_that_an_experiment_would_not_use_are_errors(given, message):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        settings = OmegaConf.to_container(compose("reproduce", overrides=given), resolve=True)
+    with pytest.raises(ValueError, match=message):
+        chosen_experiment(settings, given)

@@ -266,7 +266,9 @@ def test_a_shrunk_batch_is_the_head_of_the_healthy_one(make_run, tmp_path, monke
         run = make_run(name, "train.steps=3")
         original, batches = run.corpus.batch, []
         monkeypatch.setattr(
-            run.corpus, "batch", lambda *a, batches=batches, original=original: batches.append(original(*a)) or batches[-1]
+            run.corpus,
+            "batch",
+            lambda *a, batches=batches, original=original: batches.append(original(*a)) or batches[-1],
         )
         train(run, tmp_path / name)
         seen[name] = batches

@@ -19,10 +19,10 @@ MANIFEST = {
 
 
 def columns(steps) -> dict[str, list]:
-    """A scalar every step and a (2 layers, 2 heads) signal every 10."""
-    rows = [(step, "loss", -1, -1, float(step), False) for step in steps]
+    """A scalar every step and a (2 layers, 2 heads) signal every 10; 8 tokens a step."""
+    rows = [(step, 8 * step, "loss", -1, -1, float(step), False) for step in steps]
     rows += [
-        (step, "head", layer, head, 100.0 * layer + 10 * head + step, step == 20 and layer == 1)
+        (step, 8 * step, "head", layer, head, 100.0 * layer + 10 * head + step, step == 20 and layer == 1)
         for step in steps
         if step % 10 == 0
         for layer in range(2)
@@ -43,6 +43,7 @@ def test_what_is_written_is_read(folder):
     signals = trace.read(folder).signals
     assert set(signals) == {"loss", "head"}
     assert np.array_equal(signals["loss"].steps, np.arange(1, 31))
+    assert np.array_equal(signals["loss"].tokens, 8 * np.arange(1, 31))
     assert np.array_equal(signals["loss"].values.ravel(), np.arange(1.0, 31.0))
     head = signals["head"]
     assert head.values.shape == (3, 2, 2)
@@ -107,7 +108,7 @@ def test_repeated_steps_are_an_error(folder):
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ({"schema": 99}, "schema version 99, this code reads 1"),
+        ({"schema": 99}, "schema version 99, this code reads 2"),
         ({"end_reason": "running"}, "unfinished"),
         ({"end_reason": "failed"}, "unfinished"),
     ],
