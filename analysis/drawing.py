@@ -45,16 +45,24 @@ def pretty(name: str) -> str:
 
 
 def drawn_curve(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]) -> pd.Series:
-    """A run's curve as pictures show it: densely sampled signals as their rolling median."""
+    """A run's curve as pictures show it, with a point where a healthy run has one: a causal rolling median.
+
+    At equal tokens a small batch has several samples there. Signals of every step are smoothed further.
+    """
     values = curve(experiment, run, panel)
+    healthy = curve(experiment, experiment.of("reference")[0], panel)
     dense = experiment.signals[panel["signals"][0]]["every_steps"] < 5
-    return values.rolling(SMOOTHING_SAMPLES, min_periods=1).median() if dense else values
+    if len(values) < 2 or len(healthy) < 2:
+        return values
+    ratio = max(1, round((healthy.index[1] - healthy.index[0]) / (values.index[1] - values.index[0])))
+    smooth = values.rolling(ratio * (SMOOTHING_SAMPLES if dense else 1), min_periods=1).median()
+    return smooth.iloc[ratio - 1 :: ratio]
 
 
 def value_label(experiment: Experiment, name: str, panel: Mapping[str, Any]) -> str:
     signal = experiment.signals[panel["signals"][0]]
     unit = "" if signal["unit"] == "1" else f"\n({signal['unit']})"
-    name = textwrap.fill(pretty(name), 18)
+    name = textwrap.fill(pretty(name), 22)
     if panel.get("reduce") == "mean":
         return f"{name}\nlayer mean{unit}"
     worst = {0: "", 1: "\nworst layer", 2: "\nworst head"}[len(signal["axes"])]

@@ -162,11 +162,12 @@ def _share(value: float) -> str:
 
 
 def selectivity_figure(experiment: Experiment, path: Path) -> str:
-    """P[detector, fault] as a heat map; the frames mark what each family was built for. Returns a caption."""
+    """P[detector, fault] as a heat map; the lines part the groups of detectors. Returns a caption."""
     style()
     matrix = alarm_matrix(experiment)
     if matrix["healthy"].isna().all():
         matrix = matrix.drop(columns="healthy")
+    declined = [name for name in experiment.named_detectors if name not in matrix.index]
     counts = {fault: len(experiment.of("faulty", fault=fault)) for fault in experiment.faults}
     counts["healthy"] = len(experiment.of("test"))
     figure, axis = plt.subplots(figsize=(1.15 * len(matrix.columns) + 3.2, 0.42 * len(matrix) + 2.0))
@@ -192,4 +193,5 @@ def selectivity_figure(experiment: Experiment, path: Path) -> str:
         f"{experiment.index['experiment']['title']}: share of runs in which each detector (row) alarms from the "
         f"onset on and before divergence, or the run's end, under each fault (column), at {experiment.alpha:.0%} "
         "false alarms per run."
+        + (f" Declined, for want of spread in healthy runs: {', '.join(declined)}." if declined else "")
     )
