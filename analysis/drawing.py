@@ -29,7 +29,7 @@ SMOOTHING_SAMPLES = 50
 
 def style() -> None:
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "savefig.dpi": 150})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110, "savefig.dpi": 120})
 
 
 def save(figure: plt.Figure, path: Path) -> None:

@@ -49,7 +49,7 @@ def dense_reference(moe: MoE, x: torch.Tensor, w: dict[str, torch.Tensor]) -> to
     limit = math.inf if c.capacity_factor is None else math.ceil(c.capacity_factor * len(x) * c.top_k / c.n_experts)
     rows = []
     for n in range(len(x)):
-        chosen = sorted(range(c.n_experts), key=lambda e: -float((p[n] + bias)[e]))[: c.top_k]
+        chosen = sorted(range(c.n_experts), key=lambda e: -(p[n] + bias)[e].item())[: c.top_k]
         total = sum(p[n, e] for e in chosen) if c.renormalise else 1.0
         row = [torch.zeros((), dtype=torch.float64)] * c.n_experts
         for e in chosen:
