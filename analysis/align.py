@@ -47,5 +47,6 @@ def hold(series: Series, axis: str, grid: np.ndarray) -> Aligned:
     first, last = (np.searchsorted(grid, at[i], "left") if len(at) else 0 for i in (0, -1))
     grid = grid[first : last + 1] if len(at) else grid[:0]
     index = np.searchsorted(at, grid, "right") - 1
-    values = np.where(broken(series), np.inf, series.values)
-    return Aligned(grid, values[index], (series.undefined & ~np.isinf(values))[index])
+    lost = broken(series)
+    values = np.where(lost, np.inf, series.values)
+    return Aligned(grid, values[index], (series.undefined & ~lost)[index])

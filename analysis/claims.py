@@ -1,21 +1,24 @@
 """The paper's claims held against the runs: what was measured, and whether it agrees.
 
 A claim is a node of an experiment's YAML: ``says``, in words, and one of two tests.
-``falls`` or ``rises``: faults in order (``healthy`` among them), with a ``panel`` (signals and reduce); the median over
-runs of its value at the common end must change in that sense from each to the next.
+``falls`` or ``rises``: faults in order (``healthy`` among them), with a ``panel`` (signals and reduce); the
+value of its runs at the common end must change in that sense from each to the next, each step with an exact one-sided
+Mann-Whitney p of at most 5 % (three runs against three can just reach it).
 ``alarms``: a fault and a detector, and whether it ``should``. It should where more runs alarm than chance explains, and
-should not where no more do: a binomial tail of 5 % at the false-alarm rate of the threshold.
+should not where no more do: a binomial tail of 5 % at the false-alarm rate of the threshold. A single run can never
+show an alarm by that test, and few runs cannot show silence beyond it. A declined detector leaves ``holds`` empty.
 ``align`` (steps or tokens) and ``model`` confine a claim to one view.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binom
+from scipy.stats import binom, mannwhitneyu
 
 from analysis.experiment import Experiment
 from analysis.readings import at_end, common_end
@@ -54,24 +57,29 @@ def _order(experiment: Experiment, claim: Mapping[str, Any]) -> tuple[str, bool]
     faults = [None if name == "healthy" else name for name in order]
     end = common_end(experiment, faults)
     values = [at_end(experiment, fault, claim["panel"], end) for fault in faults]
-    medians = np.array([np.median(v) for v in values])
-    said = ", ".join(
-        f"{experiment.label(fault)} {median:.3g} ({v.min():.3g} to {v.max():.3g}, n={len(v)})"
-        for fault, median, v in zip(faults, medians, values, strict=True)
+    chance = max(
+        mannwhitneyu(later, earlier, alternative="greater" if sense > 0 else "less", method="exact").pvalue
+        for earlier, later in pairwise(values)
     )
-    return f"{said} at {end:,} {experiment.axis}", bool(np.all(sense * np.diff(medians) > 0))
+    said = ", ".join(
+        f"{experiment.label(fault)} {np.median(v):.3g} ({v.min():.3g} to {v.max():.3g}, n={len(v)})"
+        for fault, v in zip(faults, values, strict=True)
+    )
+    return f"{said} at {end:,} {experiment.axis}; p at most {chance:.2g}", bool(chance <= CHANCE)
 
 
-def _alarms(experiment: Experiment, claim: Mapping[str, Any]) -> tuple[str, bool]:
+def _alarms(experiment: Experiment, claim: Mapping[str, Any]) -> tuple[str, bool | None]:
     detector = experiment.detectors[claim["alarms"]["detector"]]
     fault = claim["alarms"]["fault"]
     if detector.declined:
-        return f"declined: {detector.declined}", False
+        return f"declined: {detector.declined}", None
     runs = experiment.of("faulty", fault=fault)
-    count = sum(experiment.score(detector, run).outcome in ("lead", "benign_alarm") for run in runs)
+    should = claim["alarms"]["should"]
+    counted = ("lead", "benign_alarm") if should else ("lead", "benign_alarm", "late")  # silence is silence to the end
+    count = sum(experiment.score(detector, run).outcome in counted for run in runs)
     chance = float(binom.sf(count - 1, len(runs), experiment.alpha))
     said = (
-        f"{detector.name} alarms in time in {count} of {len(runs)} runs of {experiment.label(fault)} at "
-        f"{experiment.alpha:.0%} false alarms (by chance {chance:.2g})"
+        f"{detector.name} alarms {'in time ' if should else ''}in {count} of {len(runs)} runs of "
+        f"{experiment.label(fault)} at {experiment.alpha:.0%} false alarms (by chance {chance:.2g})"
     )
-    return said, (chance < CHANCE) == claim["alarms"]["should"]
+    return said, (chance < CHANCE) == should

@@ -228,9 +228,10 @@ def load(
 
     settings = index["label"]
     raw = [t.signals[LABEL_SIGNAL] for t in traces]
-    healthy = next((s for s, cell in zip(raw, cells, strict=True) if cell["role"] == "reference"), raw[0])
-    grid = positions(healthy, axis)
-    horizon = lengths[0] if axis == "steps" else int(grid[-1])
+    healthy = [i for i, cell in enumerate(cells) if cell["fault"] is None]
+    longest = max(healthy, key=lambda i: len(raw[i].steps))  # a healthy run that broke off must not cut the others
+    grid = positions(raw[longest], axis)
+    horizon = lengths[0] if axis == "steps" else traces[longest].manifest["tokens_done"]
     held_out = [hold(series, axis, grid) for series in raw]
     losses = {
         role: [s.values.ravel() for s, cell in zip(held_out, cells, strict=True) if cell["role"] == role]
@@ -238,17 +239,21 @@ def load(
     }
     threshold = drawup_threshold(losses["reference"], **{k: v for k, v in settings.items() if k != "consecutive"})
     scored = []
-    for cell, one, series, label in zip(cells, traces, raw, held_out, strict=True):
+    for cell, one, label in zip(cells, traces, held_out, strict=True):
         loss = label.values.ravel()
         divergence = divergence_step(loss, healthy_losses=losses["reference"], steps=label.positions, **settings)
-        reached = horizon if one.end_reason != "completed" else min(horizon, int(positions(series, axis)[-1]))
+        done = one.manifest["steps_done" if axis == "steps" else "tokens_done"]
+        reached = horizon if one.end_reason != "completed" else min(horizon, done)
         finals = [healthy[: len(loss)] for healthy in losses["calibration"]]
         degraded = divergence is None and is_degraded(loss, finals, settings["ema_span"])
-        onset = None if one.onset is None else _position_of_step(series, axis, one.onset)
+        onset = None if one.onset is None else _position_of_step(one, axis, one.onset)
         scored.append(ScoredRun(cell["role"], cell["fault"], cell["seed"], one, onset, divergence, degraded, reached))
     return Experiment(index, model, axis, tuple(scored), horizon, threshold, mixed)
 
 
-def _position_of_step(series: Series, axis: str, step: int) -> int:
-    """A step on the axis; between two evaluations the batch has one size, so tokens are linear there."""
-    return step if axis == "steps" else int(np.interp(step, series.steps, series.tokens))
+def _position_of_step(run: Trace, axis: str, step: int) -> int:
+    """A step on the axis, exact where some signal has a sample at every step, else linear between samples."""
+    if axis == "steps":
+        return step
+    densest = max(run.signals.values(), key=lambda series: len(series.steps))
+    return int(np.interp(step, densest.steps, densest.tokens))

@@ -54,11 +54,13 @@ def central_figure(experiment: Experiment, path: Path) -> str:
                 axis.axvline(run.divergence, color=ALARM, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.7)
         if detector is not None and alarms:
             when = median_step([alarms[run.trace.run_id] for run in faulty])
-            said = "median run: no alarm" if np.isnan(when) else f"median alarm: step {when:,.0f}"
+            said = "median run: no alarm" if np.isnan(when) else f"median alarm: {when:,.0f} {experiment.axis}"
             axis.set_title(said, loc="right", fontsize=11, color=ALARM, pad=3)
         elif divergences:
             when = median_step([run.divergence for run in faulty])
-            said = "median run does not diverge" if np.isnan(when) else f"median divergence: step {when:,.0f}"
+            said = (
+                "median run does not diverge" if np.isnan(when) else f"median divergence: {when:,.0f} {experiment.axis}"
+            )
             axis.set_title(said, loc="right", fontsize=11, color=ALARM, pad=3)
         if "norm" in name:
             axis.set_yscale("log")
@@ -195,9 +197,8 @@ def fault_figure(experiment: Experiment, path: Path) -> str:
                 axis.plot(when, y + aside, markers[name], color=colour, markersize=9, markeredgecolor="white", zorder=4)
     axis.set_yticks(range(len(faults)), [experiment.label(fault) for fault in faults])
     axis.set_ylabel("corrupted tensor" if experiment.index["experiment"]["name"] == "fault_sites" else "fault")
-    axis.set_xlabel("optimizer step")
+    label_positions(axis, experiment)
     axis.set_xlim(0, experiment.horizon * 1.02)
-    axis.xaxis.set_major_formatter(THOUSANDS)
     handles = [
         Line2D([], [], color=c, marker=markers[n], linestyle="", markersize=9, label=f"{pretty(n)} alarms")
         for n, c in zip(shown, (COLOURS[3], COLOURS[0], COLOURS[2]), strict=False)
@@ -210,5 +211,5 @@ def fault_figure(experiment: Experiment, path: Path) -> str:
     save(figure, path)
     return (
         f"{experiment.index['experiment']['title']}: median over {len(runs(faults[0]))} runs of first alarm and "
-        f"divergence, horizon {experiment.horizon:,} steps, {experiment.alpha:.0%} false alarms per run."
+        f"divergence, horizon {experiment.horizon:,} {experiment.axis}, {experiment.alpha:.0%} false alarms per run."
     )

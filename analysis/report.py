@@ -125,11 +125,15 @@ calibrated jointly. A dash: the median run raises no alarm, or does not diverge.
 {f"<h3>Declined</h3><ul>{said}</ul>" if len(declined) else ""}"""
 
 
+def _verdict(holds: bool | None) -> str:
+    return "no verdict" if pd.isna(holds) else "holds" if holds else "<b>does not hold</b>"
+
+
 def _claims(claims: pd.DataFrame) -> str:
     if claims.empty:
         return ""
     rows = "".join(
-        f"<tr><td>{html.escape(row.claim)}</td><td>{'holds' if row.holds else '<b>does not hold</b>'}</td>"
+        f"<tr><td>{html.escape(row.claim)}</td><td>{_verdict(row.holds)}</td>"
         f"<td>{html.escape(row.measured)} ({html.escape(row.model)})</td></tr>"
         for row in claims.itertuples()
     )
@@ -228,7 +232,7 @@ def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str 
         ignored.to_csv(report / "off_diagonal.csv", index=False)
         console.print(ignored.to_string(index=False))
     for claim in claims.itertuples():
-        verdict = "holds" if claim.holds else "DOES NOT HOLD"
+        verdict = "no verdict" if pd.isna(claim.holds) else "holds" if claim.holds else "DOES NOT HOLD"
         console.print(f"{verdict}: {claim.claim}. {claim.model}: {claim.measured}", highlight=False)
     console.print(f"{report / 'index.html'}")
     return experiments

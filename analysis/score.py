@@ -19,7 +19,7 @@ class Score:
 
 
 def score(*, alarm: int | None, onset: int | None, divergence: int | None, horizon: int) -> Score:
-    """Outcome and restricted lead of one run. All arguments are steps; ``onset=None`` is a healthy run.
+    """Outcome and restricted lead of one run. All arguments are steps, or all tokens; ``onset=None`` is a healthy run.
 
     ``lead``: onset <= alarm < divergence. ``late``: alarm at or after divergence. ``missed``: divergence
     without alarm. ``false_alarm``: alarm before onset, or any in a healthy run. ``benign_alarm``: alarm
@@ -28,7 +28,7 @@ def score(*, alarm: int | None, onset: int | None, divergence: int | None, horiz
     horizon counts as none. Raises ValueError for an alarm beyond the horizon.
     """
     if alarm is not None and alarm > horizon:
-        raise ValueError(f"alarm={alarm} is beyond the horizon of {horizon} steps")
+        raise ValueError(f"alarm={alarm} is beyond the horizon of {horizon}")
     diverges = divergence is not None and divergence <= horizon
     if alarm is not None and (onset is None or alarm < onset):
         return Score("false_alarm", 0 if diverges else None)

@@ -29,7 +29,7 @@ def alarm_matrix(experiment: Experiment) -> pd.DataFrame:
 
 
 def off_diagonal(experiment: Experiment, matrix: pd.DataFrame) -> pd.DataFrame:
-    """Each family on the faults it should ignore: ``families`` of the experiment's YAML, jointly calibrated.
+    """Each family, a jointly calibrated detector, on the faults that ``should_ignore`` of the experiment's YAML names.
 
     Columns family, fault, alarm_probability, runs, and alpha, the rate that chance alone would give.
     """

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from analysis.experiment import Experiment
+from analysis.experiment import Experiment, ScoredRun
 from analysis.score import OUTCOMES, restricted_mean_lead
 
 
@@ -52,12 +52,17 @@ def run_table(experiment: Experiment) -> pd.DataFrame:
     return table
 
 
+def _restricted(alarm: int | None, run: ScoredRun) -> int:
+    """An alarm's position, at most the run's horizon, which also stands for "never"."""
+    return run.horizon if alarm is None else min(alarm, run.horizon)
+
+
 def lead_table(experiment: Experiment) -> pd.DataFrame:
     """One row a fault and detector, in the order of the median first alarm.
 
     threshold: of the chart, at false-alarm rate ``alpha``; median_alarm_step, median_divergence_step: NaN
     where the median run has none; rmlt_steps: mean restricted lead over diverging runs, a miss counting
-    0; relative_lead_steps: mean of baseline alarm minus alarm, both at most the horizon; detected: share
+    0; relative_lead_steps: mean of baseline alarm minus alarm, both at most the run's horizon; detected: share
     of runs with an alarm from onset and before divergence (or the horizon); healthy_test_alarms: alarms
     in healthy test runs, of how many; the outcome columns count runs. Columns named after steps hold
     positions on the experiment's axis; ``in_unit`` names them after it.
@@ -83,8 +88,7 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
             alarms = [detector.alarms[run.trace.run_id] for run in runs]
             healthy = [detector.alarms[run.trace.run_id] for run in experiment.of("test")]
             relative = [
-                min(baseline.alarms[run.trace.run_id] or experiment.horizon, experiment.horizon)
-                - (experiment.horizon if alarm is None else alarm)
+                _restricted(baseline.alarms[run.trace.run_id], run) - _restricted(alarm, run)
                 for run, alarm in zip(runs, alarms, strict=True)
             ]
             detected = [s.outcome in ("lead", "benign_alarm") for s in scores]

@@ -26,6 +26,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from experiments.data import Corpus, DataConfig
 from experiments.optimizer import TrainConfig
 from faults.base import Fault, Sites
+from faults.combined import Combined
 from models.transformer import Transformer, TransformerConfig
 from monitors.base import Monitor, WeightHistory
 
@@ -192,6 +193,8 @@ def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> No
     """Raise ValueError where fault, model and length do not fit together, at whichever step that shows."""
     if fault.onset is None:
         return
+    for member in fault.faults.values() if isinstance(fault, Combined) else ():
+        _check_fit(member, model, train)
     if fault.onset >= train.steps:
         raise ValueError(f"fault.onset={fault.onset} is after the end: train.steps={train.steps}")
     healthy = Sites(batch_size=train.batch_size)

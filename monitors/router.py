@@ -54,7 +54,7 @@ def routing_entropy(logits: Tensor) -> Tensor:
     """Mean over tokens of the entropy of the full softmax, -sum_e p_e ln p_e, in nats: in [0, ln E].
 
     Source: arXiv:2606.28116 section 5. logits: (..., N, E). Returns (...). A probability of 0 adds 0; NaN or
-    +Inf among the logits gives NaN. FP32 logits are taken in FP64 after the softmax.
+    +Inf among the logits gives NaN. The softmax and the logarithm are taken in FP64.
     """
     _experts(logits.mT)
     return torch.special.entr(logits.double().softmax(-1)).sum(-1).mean(-1)

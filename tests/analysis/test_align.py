@@ -14,7 +14,7 @@ def series(steps, tokens, values, undefined=None) -> Series:
 
 
 def test_samples_on_the_grid_stay_as_they_are():
-    one = series([10, 20, 30], [100, 200, 300], [1.0, 2.0, 3.0], [False, True, False])
+    one = series([10, 20, 30], [100, 200, 300], [1.0, np.inf, 3.0], [False, True, False])
     for axis, grid in (("steps", one.steps), ("tokens", one.tokens)):
         held = hold(one, axis, grid)
         assert np.array_equal(held.positions, grid)

@@ -18,6 +18,7 @@ SHORT = [
     "scale.router_steps=60",
     "scale.combined_steps=60",
     "scale.ramp={steps: 60, onset: 10, ramp_steps: 40}",
+    "scale.router_ramp={onset: 10, ramp_steps: 40}",
     "scale.batch_steps={half: 60, quarter: 60, eighth: 60}",
     "scale.grid_steps={quarter: 60, eighth: 60}",
 ]

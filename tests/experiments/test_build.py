@@ -86,6 +86,8 @@ def test_the_sources_digest_covers_what_determines_a_result():
             r"fault.layers=\[2\] does not fit the model: it has 2",
         ),
         (["fault=combined", "fault.faults.attention.bits=9"], "bits=9 is not allowed"),
+        (["fault=combined", "fault.faults.attention.onset=99"], "fault.onset=99 is after the end: train.steps=40"),
+        (["fault=lr_and_batch", "fault.faults.learning_rate.groups=[router]"], "has no effect on a dense model"),
         (["fault=combined", "+fault.faults.attention.bit=1"], "fault.faults.attention.bit is not a key of BF16Shift"),
         (
             ["fault=combined", "~fault.faults.attention", "~fault.faults.learning_rate"],
