@@ -128,9 +128,8 @@ def main(config: DictConfig) -> None:
     settings = OmegaConf.to_container(config, resolve=True)
     given = list(HydraConfig.get().overrides.task)
     experiment = chosen_experiment(settings, given)
-    planned = plan(
-        settings["scale"]["seeds"], experiment["faults"], experiment["models"], experiment.get("overrides", ())
-    )
+    seeds = experiment.get("seeds", settings["scale"]["seeds"])
+    planned = plan(seeds, experiment["faults"], experiment["models"], experiment.get("overrides", ()))
     runs = build_all(planned, given)
     if config.dry_run:
         for cell, run in zip(planned, runs, strict=True):

@@ -26,17 +26,18 @@ def is_attention_matrix(name: str) -> bool:
     return name.endswith(tuple(f".attention.{matrix}.weight" for matrix in MATRICES))
 
 
-def _stack(weights: Mapping[str, Tensor], n_layers: int, matrix: str) -> Tensor:
+def stack_matrix(weights: Mapping[str, Tensor], n_layers: int, matrix: str) -> Tensor:
     """One projection of every layer: (layers, E, E), rows grouped by head (W_O is transposed for that)."""
     stacked = torch.stack([weights[f"blocks.{layer}.attention.{matrix}.weight"] for layer in range(n_layers)])
     return stacked.mT if matrix == "o" else stacked
 
 
-def _now(model: Transformer) -> dict[str, Tensor]:
+def attention_weights(model: Transformer) -> dict[str, Tensor]:
+    """The attention matrices as they are now, by parameter name."""
     return {name: p.detach() for name, p in model.named_parameters() if is_attention_matrix(name)}
 
 
-def _check(every_steps: int, windows: Sequence[int]) -> None:
+def check_windows(every_steps: int, windows: Sequence[int]) -> None:
     if not windows or len(set(windows)) != len(windows):
         raise ValueError(f"monitor.windows={list(windows)} is not allowed: distinct numbers of steps")
     if every_steps < 1 or min(windows) < 1:
@@ -66,7 +67,7 @@ class DeltaW:
     """
 
     def __init__(self, every_steps: int, windows: Sequence[int], whole: bool) -> None:
-        _check(every_steps, windows)
+        check_windows(every_steps, windows)
         self.windows, self.whole, self.every_steps = tuple(windows), whole, every_steps
         self.lookbacks = tuple(Lookback(w, every_steps, is_attention_matrix) for w in windows)
         blocks = [(matrix, PER_HEAD) for matrix in MATRICES]
@@ -86,14 +87,13 @@ class DeltaW:
     def observe(self, view: StepView) -> dict[str, Reading]:
         readings: dict[str, Reading] = {}
         config = view.model.config
-        now = _now(view.model)
+        now = attention_weights(view.model)
         for window in self.windows:
             before = view.weights_before(window)
             if before is None:
                 continue
-            delta = torch.stack(
-                [_stack(now, config.n_layers, m).double() - _stack(before, config.n_layers, m) for m in MATRICES]
-            )
+            new, old = (torch.stack([stack_matrix(w, config.n_layers, m) for m in MATRICES]) for w in (now, before))
+            delta = new.double() - old
             spectra = {"": singular_values(delta.unflatten(-2, (config.n_heads, -1)))}
             if self.whole:
                 spectra["_whole"] = singular_values(delta)
@@ -115,7 +115,7 @@ class QKIncrement:
     """
 
     def __init__(self, every_steps: int, windows: Sequence[int]) -> None:
-        _check(every_steps, windows)
+        check_windows(every_steps, windows)
         self.windows, self.every_steps = tuple(windows), every_steps
         self.lookbacks = tuple(Lookback(w, every_steps, is_attention_matrix) for w in windows)
         self.signals = tuple(
@@ -141,10 +141,10 @@ class QKIncrement:
         known = {w: before for w in self.windows if (before := view.weights_before(w)) is not None}
         if not known:
             return {}
-        now = _now(view.model)
+        now = attention_weights(view.model)
         # Every window of every layer goes through one batched call.
-        q0, k0 = (torch.stack([_stack(b, config.n_layers, m) for b in known.values()]) for m in "qk")
-        q1, k1 = (_stack(now, config.n_layers, m).expand_as(q0) for m in "qk")
+        q0, k0 = (torch.stack([stack_matrix(b, config.n_layers, m) for b in known.values()]) for m in "qk")
+        q1, k1 = (stack_matrix(now, config.n_layers, m).expand_as(q0) for m in "qk")
         spectra = qk_increment(q0, k0, q1, k1, config.n_heads)
         dq, dk = (
             torch.linalg.matrix_norm((w1.double() - w0).unflatten(-2, (config.n_heads, -1)))
@@ -179,8 +179,8 @@ class AttentionWeight:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        now = _now(view.model)
-        spectra = singular_values(torch.stack([_stack(now, view.model.config.n_layers, m) for m in MATRICES]))
+        now = attention_weights(view.model)
+        spectra = singular_values(torch.stack([stack_matrix(now, view.model.config.n_layers, m) for m in MATRICES]))
         norm, rank = torch.linalg.vector_norm(spectra, dim=-1), stable_rank(spectra)
         readings: dict[str, Reading] = {}
         for index, matrix in enumerate(MATRICES):

@@ -99,18 +99,19 @@ def qk_increment(w_q0: Tensor, w_k0: Tensor, w_q1: Tensor, w_k1: Tensor, n_heads
         raise ValueError(f"n_heads={n_heads} does not divide the {w_q0.shape[-2]} rows of the weights")
     q0, k0, q1, k1 = (w.double().unflatten(-2, (n_heads, -1)) for w in (w_q0, w_k0, w_q1, w_k1))
     dq, dk = q1 - q0, k1 - k0
-    D, E = dq.shape[-2:]
     delta3 = _core_singular_values(dq @ dq.mT, dk @ dk.mT, lambda: dq)
-    if 2 * D >= E:
-        return {
-            "delta1": singular_values(dq.mT @ k1 + q0.mT @ dk),
-            "delta2": singular_values(dq.mT @ k0 + q0.mT @ dk),
-            "delta3": delta3,
-        }
+    return {
+        "delta1": increment_singular_values(q0, dq, k1, dk),
+        "delta2": increment_singular_values(q0, dq, k0, dk),
+        "delta3": delta3,
+    }
 
-    left = _pair_gram(dq, q0)
 
-    def increment(right_k: Tensor) -> Tensor:
-        return _core_singular_values(left, _pair_gram(right_k, dk), lambda: torch.cat((dq, q0), -2))
+def increment_singular_values(q0: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
+    """Singular values of dq^T k + q0^T dk = [dq, q0]^T [k, dk], from its small core where that is smaller.
 
-    return {"delta1": increment(k1), "delta2": increment(k0), "delta3": delta3}
+    All (..., D, E), FP64; k before the window gives Delta2, k after it Delta1. Returns (..., min(2D, E)), descending.
+    """
+    if 2 * dq.shape[-2] >= dq.shape[-1]:
+        return singular_values(dq.mT @ k + q0.mT @ dk)
+    return _core_singular_values(_pair_gram(dq, q0), _pair_gram(k, dk), lambda: torch.cat((dq, q0), -2))

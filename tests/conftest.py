@@ -29,6 +29,8 @@ SHORT_WINDOWS = [
     *(f"monitor.{name}.every_steps=5" for name in ("expert_load", "router_weight", "routing_probability")),
     "monitor.delta_w.windows=[2,10]",
     "monitor.qk_increment.windows=[2,10]",
+    "monitor.random_matrix.every_steps=5",
+    "monitor.random_matrix.window=10",
 ]
 
 

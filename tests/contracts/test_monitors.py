@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -14,13 +15,7 @@ from experiments.loop import train
 from monitors.base import Monitor, StepView
 
 MONITORS = sorted(path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml"))
-CATALOGUE = {
-    "delta_w_spectral_entropy", "delta_w_stable_rank", "delta_w_norm", "qk_delta1_spectrum", "qk_delta2_spectrum",
-    "qk_delta3_spectrum", "qk_coupling", "weight_norm", "weight_stable_rank", "train_loss_raw", "train_loss_ema",
-    "grad_global_norm", "update_to_weight", "nan_inf_events", "router_weight_similarity", "router_conditioning_ratio",
-    "router_centered_norm", "routing_entropy", "router_topk_margin", "moe_drop_rate", "moe_util_entropy",
-    "moe_load_balance_loss",
-}  # fmt: skip
+CATALOGUE = set(pd.read_csv(ROOT / "monitors" / "catalogue.csv")["id"])
 AXES = {(): (1, 1), ("layer",): (2, 1), ("layer", "head"): (2, 2)}
 
 
