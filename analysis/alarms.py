@@ -1,29 +1,18 @@
-"""From a signal to an alarm: band, z-score, worst head, chart, conformal threshold.
+"""From z-scores to an alarm: charts, and the threshold at a false-alarm rate.
 
-Order matters: every layer and head is z-scored first, then the worst of them is taken, because layers
-differ in level and a mean or a raw minimum hides the one that collapses. Arrays are (T samples, layers,
-heads); an absent axis has length 1.
+A chart turns one causal series into a statistic, larger is worse; the threshold is set on healthy runs alone.
+``analysis.tracks`` says where the z-scores come from.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from scipy.signal import lfilter
-
-from analysis.align import Aligned, broken
-
-MAD_TO_SIGMA = 1.4826
-MIN_REFERENCE_RUNS = 4
-POOL_SAMPLES = 10
-
-
-class DeclinedSignal(ValueError):
-    """A signal that this track cannot judge, with the reason."""
 
 
 @runtime_checkable
@@ -31,31 +20,49 @@ class AlarmRule(Protocol):
     """A chart: turns a series of z-scores into a statistic. Causal: statistic(x[:t]) == statistic(x)[:t].
 
     x: (T,), positive is bad; NaN is a missing sample, which leaves the statistic as it was; +inf stays.
+    ``calibrate`` returns the chart fitted to series of healthy reference runs; most charts need none.
     """
+
+    def calibrate(self, healthy: Sequence[np.ndarray]) -> AlarmRule: ...
 
     def statistic(self, x: np.ndarray) -> np.ndarray: ...
 
 
-def _skipping_missing(x: np.ndarray, chart) -> np.ndarray:
-    """Run a chart over the samples that exist and hold its value over those that do not; NaN before the first."""
-    x = np.asarray(x, float)
-    present = ~np.isnan(x)
-    out = np.full(x.shape, np.nan)
-    out[present] = chart(x[present])
-    last = np.maximum.accumulate(np.where(present, np.arange(len(x)), -1))
-    return np.where(last >= 0, out[last], np.nan)
+class Chart:
+    """What the charts share: missing samples are skipped, a +inf is an alarm for good, nothing is fitted.
 
+    A chart gives ``_of``, its statistic of a finite series without gaps, (T,) -> (T,).
+    """
 
-@dataclass(frozen=True)
-class Shewhart:
-    """Each z-score by itself."""
+    def calibrate(self, healthy: Sequence[np.ndarray]) -> AlarmRule:
+        return self
+
+    def _of(self, z: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
 
     def statistic(self, x: np.ndarray) -> np.ndarray:
-        return _skipping_missing(x, lambda z: z)
+        x = np.asarray(x, float)
+        present = ~np.isnan(x)
+        z = x[present]
+        infinite = np.maximum.accumulate(np.isposinf(z))
+        with np.errstate(over="ignore"):
+            charted = np.where(infinite, np.inf, self._of(np.where(infinite, 0.0, z)))
+        out = np.full(x.shape, np.nan)
+        out[present] = charted
+        last = np.maximum.accumulate(np.where(present, np.arange(len(x)), -1))
+        return np.where(last >= 0, out[last], np.nan)
 
 
 @dataclass(frozen=True)
-class EWMA:
+class Shewhart(Chart):
+    """Each z-score by itself (Shewhart 1931)."""
+
+    def _of(self, z: np.ndarray) -> np.ndarray:
+        return z
+
+
+@dataclass(frozen=True)
+class EWMA(Chart):
     """E_t = (1 - weight) E_(t-1) + weight z_t from E = 0 (Roberts 1959). The primary chart, weight 0.2."""
 
     weight: float
@@ -64,107 +71,138 @@ class EWMA:
         if not 0 < self.weight <= 1:
             raise ValueError(f"rule.weight={self.weight} is not allowed: above 0, at most 1")
 
-    def statistic(self, x: np.ndarray) -> np.ndarray:
-        def chart(z: np.ndarray) -> np.ndarray:
-            # An infinite sample stays an alarm for good; 0 x inf inside the filter would make it NaN.
-            infinite = np.maximum.accumulate(np.isposinf(z))
-            filtered = lfilter([self.weight], [1.0, self.weight - 1.0], np.where(infinite, 0.0, z))
-            return np.where(infinite, np.inf, filtered)
-
-        return _skipping_missing(x, chart)
+    def _of(self, z: np.ndarray) -> np.ndarray:
+        return lfilter([self.weight], [1.0, self.weight - 1.0], z)
 
 
 @dataclass(frozen=True)
-class CUSUM:
+class CUSUM(Chart):
     """C_t = max(0, C_(t-1) + z_t - drift) from C = 0 (Page 1954)."""
 
     drift: float
 
-    def statistic(self, x: np.ndarray) -> np.ndarray:
-        def chart(z: np.ndarray) -> np.ndarray:
-            # The reflected walk is the walk minus its running minimum (and 0).
-            infinite = np.maximum.accumulate(np.isposinf(z))
-            walk = np.cumsum(np.where(infinite, 0.0, z - self.drift))
-            return np.where(infinite, np.inf, walk - np.minimum(0.0, np.minimum.accumulate(walk)))
-
-        return _skipping_missing(x, chart)
-
-
-CHARTS: dict[str, type] = {"shewhart": Shewhart, "ewma": EWMA, "cusum": CUSUM}
-
-
-def make_rule(chart: str, **parameters: float) -> AlarmRule:
-    """The chart of a ``conf/rule`` file. Raises ValueError on an unknown one."""
-    if chart not in CHARTS:
-        raise ValueError(f"rule.chart={chart!r} is not allowed: one of {', '.join(CHARTS)}")
-    return CHARTS[chart](**parameters)
-
-
-def _finite_or_inf(series: Aligned) -> np.ndarray:
-    """Values with missing samples as NaN, and everything that is not finite from then on as Inf, per layer and head."""
-    return np.where(broken(series), np.inf, np.where(series.undefined, np.nan, series.values))
+    def _of(self, z: np.ndarray) -> np.ndarray:
+        # The reflected walk is the walk minus its running minimum (and 0).
+        walk = np.cumsum(z - self.drift)
+        return walk - np.minimum(0.0, np.minimum.accumulate(walk))
 
 
 @dataclass(frozen=True)
-class Band:
-    """What a signal does in healthy runs: per sample and layer, the heads of a layer sharing one band.
+class GLR(Chart):
+    """Windowed generalised likelihood ratio of an upward shift of unknown size and onset (Lai 1995).
 
-    centre: (T, layers) median over reference runs and heads; scale: (T, layers) 1.4826 x the median
-    absolute residual pooled over runs, heads and +-10 samples (the reference track of the protocol).
+    G_t = max over 1 <= n <= window of (z_(t-n+1) + ... + z_t)_+^2 / (2 n), for unit-variance Gaussian samples.
     """
 
-    positions: np.ndarray
-    centre: np.ndarray
-    scale: np.ndarray
+    window: int
 
-    @classmethod
-    def fit(cls, name: str, reference: Sequence[Aligned]) -> Band:
-        """Raises DeclinedSignal for fewer than 4 runs, differing positions, missing or constant values."""
-        if len(reference) < MIN_REFERENCE_RUNS:
-            raise DeclinedSignal(f"{name}: {len(reference)} reference runs, at least {MIN_REFERENCE_RUNS} needed")
-        positions = reference[0].positions
-        if any(not np.array_equal(series.positions, positions) for series in reference):
-            raise DeclinedSignal(f"{name}: reference runs were sampled at different positions")
-        values = np.concatenate([_finite_or_inf(series) for series in reference], axis=2)
-        if np.isinf(values).any():
-            raise DeclinedSignal(f"{name}: a reference run is not finite")
-        if np.isnan(values).all(axis=2).any():
-            raise DeclinedSignal(f"{name}: some sample is defined in no reference run")
-        with np.errstate(all="ignore"):
-            centre = np.nanmedian(values, axis=2)
-            residual = np.abs(values - centre[..., None])
-            edge = np.full((POOL_SAMPLES, *residual.shape[1:]), np.nan)
-            windows = np.lib.stride_tricks.sliding_window_view(
-                np.concatenate((edge, residual, edge)), 2 * POOL_SAMPLES + 1, axis=0
-            )
-            scale = MAD_TO_SIGMA * np.nanmedian(windows.reshape(*windows.shape[:2], -1), axis=2)
-        if np.any(scale == 0):
-            raise DeclinedSignal(f"{name}: zero spread in the reference runs")
-        return cls(positions, centre, scale)
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"rule.window={self.window} is not allowed: at least 1 sample")
 
-    def z(self, series: Aligned) -> np.ndarray:
-        """(T, layers, heads) z-scores; NaN where a sample is missing, Inf kept.
-
-        Raises ValueError on positions that the reference runs do not have.
-        """
-        index = np.searchsorted(self.positions, series.positions)
-        if np.any(index >= len(self.positions)) or np.any(self.positions[index] != series.positions):
-            raise ValueError("a run has samples at positions that the reference runs do not have")
-        return (_finite_or_inf(series) - self.centre[index][..., None]) / self.scale[index][..., None]
+    def _of(self, z: np.ndarray) -> np.ndarray:
+        sums = np.concatenate(([0.0], np.cumsum(z)))
+        best = np.zeros(len(z))
+        for n in range(1, min(self.window, len(z)) + 1):
+            recent = np.maximum(sums[n:] - sums[:-n], 0.0)
+            best[n - 1 :] = np.maximum(best[n - 1 :], recent**2 / (2 * n))
+        return best
 
 
-def _worst(z: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class ShiryaevRoberts(Chart):
+    """log of the Shiryaev-Roberts e-detector, averaged over ``shifts``, on series whitened as AR(1).
+
+    w_t = (z_t - mean - phi (z_(t-1) - mean)) / sigma; R_t = (1 + R_(t-1)) exp(d w_t - d^2 / 2) for each shift d of
+    the whitened mean. Under independent standard normal w the average of R_t - t is a martingale, so that within N
+    samples R rises above N / alpha with probability at most alpha (Shin, Ramdas & Rinaldo, arXiv:2203.03532):
+    ``anytime_threshold``, valid without healthy runs beyond those that fitted the whitening.
+    ``calibrate`` fits mean, phi and sigma. Raises ValueError without a shift above 0.
+    """
+
+    shifts: tuple[float, ...]
+    mean: float = 0.0
+    phi: float = 0.0
+    sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.shifts or min(self.shifts) <= 0:
+            raise ValueError(f"rule.shifts={list(self.shifts)} is not allowed: at least one, each above 0")
+
+    def calibrate(self, healthy: Sequence[np.ndarray]) -> ShiryaevRoberts:
+        """The chart whitened by healthy series, pooled. Raises ValueError where they do not vary."""
+        series = [x[np.isfinite(x)] for x in healthy]
+        if not any(len(x) > 2 for x in series):
+            raise ValueError("whitening needs a healthy series of at least 3 finite samples")
+        mean = float(np.concatenate(series).mean())
+        before = np.concatenate([x[:-1] - mean for x in series])
+        after = np.concatenate([x[1:] - mean for x in series])
+        spread = float(before @ before)
+        if spread == 0:
+            raise ValueError("whitening needs healthy series that vary")
+        phi = float(np.clip(before @ after / spread, -0.99, 0.99))
+        return replace(self, mean=mean, phi=phi, sigma=float(np.std(after - phi * before)) or 1.0)
+
+    def _of(self, z: np.ndarray) -> np.ndarray:
+        centred = z - self.mean
+        whitened = centred.copy()
+        whitened[1:] -= self.phi * centred[:-1]
+        whitened[:1] *= math.sqrt(1 - self.phi**2)  # the first sample has the stationary variance
+        logs = []
+        for shift in self.shifts:
+            # R_t = sum over onsets k of the likelihood ratio of samples k..t, all in logarithms.
+            ratio = np.cumsum(shift * whitened / self.sigma - shift**2 / 2)
+            onsets = np.concatenate(([0.0], -ratio[:-1]))
+            logs.append(ratio + np.logaddexp.accumulate(onsets) if len(z) else ratio)
+        return np.logaddexp.reduce(logs, axis=0) - math.log(len(self.shifts))
+
+
+CHARTS: dict[str, Callable[..., AlarmRule]] = {
+    "shewhart": Shewhart,
+    "ewma": EWMA,
+    "cusum": CUSUM,
+    "glr": GLR,
+    "shiryaev_roberts": lambda shifts: ShiryaevRoberts(tuple(shifts)),
+}
+
+
+def make_rule(chart: str, **parameters) -> AlarmRule:
+    """The chart of a ``conf/rule`` file. Raises ValueError on an unknown one or on wrong parameters."""
+    from analysis.entrants import RIVER, RiverDetector  # river takes a second to import
+
+    if chart in RIVER:
+        return RiverDetector(chart, parameters)
+    if chart not in CHARTS:
+        raise ValueError(f"rule.chart={chart!r} is not allowed: one of {', '.join((*CHARTS, *RIVER))}")
+    return CHARTS[chart](**parameters)
+
+
+def worst(z: np.ndarray) -> np.ndarray:
     """(T, layers, heads) -> (T,): the largest; NaN where every layer and head is missing."""
-    worst = np.where(np.isnan(z), -np.inf, z).max(axis=(1, 2), initial=-np.inf)
-    return np.where(np.isneginf(worst), np.nan, worst)
+    largest = np.where(np.isnan(z), -np.inf, z).max(axis=(1, 2), initial=-np.inf)
+    return np.where(np.isneginf(largest), np.nan, largest)
+
+
+def oriented(z: np.ndarray, bad: str) -> list[np.ndarray]:
+    """The worst of (T, layers, heads) z-scores, positive is bad: one series (T,), or two for ``both``."""
+    broken = np.isposinf(z)  # a broken value is bad in every direction
+    sides = {"up": (z,), "down": (-z,), "both": (z, -z)}[bad]
+    return [worst(np.where(broken, np.inf, side)) for side in sides]
 
 
 def chart_statistic(z: np.ndarray, bad: str, rule: AlarmRule) -> np.ndarray:
     """The chart over the worst layer and head; ``both`` is the larger of two one-sided charts. (T, L, H) -> (T,)."""
-    non_finite = np.isposinf(z)  # a broken value is bad in every direction
-    sides = {"up": (z,), "down": (-z,), "both": (z, -z)}[bad]
-    statistics = [rule.statistic(_worst(np.where(non_finite, np.inf, side))) for side in sides]
-    return np.fmax.reduce(statistics)
+    return np.fmax.reduce([rule.statistic(side) for side in oriented(z, bad)])
+
+
+def conformal_rank(n: int, alpha: float) -> int:
+    """ceil((n + 1)(1 - alpha)), the rank of the threshold among n maxima; errors as of ``conformal_threshold``."""
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1")
+    rank = math.ceil((n + 1) * (1 - alpha) - 1e-9)
+    if rank > n:
+        raise ValueError(f"{n} calibration runs cannot support alpha={alpha}: the smallest is {1 / (n + 1):.4g}")
+    return rank
 
 
 def conformal_threshold(maxima: Sequence[float], alpha: float) -> float:
@@ -175,18 +213,37 @@ def conformal_threshold(maxima: Sequence[float], alpha: float) -> float:
     the smallest alpha that n supports, 1 / (n + 1); also on NaN.
     """
     maxima = np.sort(np.asarray(maxima, float))
-    n = len(maxima)
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1")
+    rank = conformal_rank(len(maxima), alpha)
     if np.isnan(maxima).any():
         raise ValueError("a calibration run has no statistic (NaN)")
-    rank = math.ceil((n + 1) * (1 - alpha) - 1e-9)
-    if rank > n:
-        raise ValueError(f"{n} calibration runs cannot support alpha={alpha}: the smallest is {1 / (n + 1):.4g}")
     return float(maxima[rank - 1])
 
 
-def first_alarm(statistic: np.ndarray, positions: np.ndarray, threshold: float) -> int | None:
-    """The first position at which the statistic stands strictly above the threshold, or None."""
-    above = np.flatnonzero(statistic > threshold)
-    return int(positions[above[0]]) if len(above) else None
+def maximum_threshold(maxima: Sequence[float]) -> tuple[float, float]:
+    """The largest of n maxima, and the false-alarm rate that it keeps with 95 % confidence: 1 - 0.05^(1/n).
+
+    59 runs keep 5 %. Another promise than the conformal one, which holds on average. Raises ValueError on NaN or none.
+    """
+    maxima = np.asarray(maxima, float)
+    if not len(maxima) or np.isnan(maxima).any():
+        raise ValueError("the largest statistic needs calibration runs, each with a statistic")
+    return float(maxima.max()), 1 - 0.05 ** (1 / len(maxima))
+
+
+def anytime_threshold(samples: int, alpha: float) -> float:
+    """log(samples / alpha): in so many healthy samples ``ShiryaevRoberts`` passes it with probability <= alpha."""
+    if samples < 1 or not 0 < alpha < 1:
+        raise ValueError(f"samples={samples}, alpha={alpha}: at least 1 sample and alpha between 0 and 1")
+    return math.log(samples / alpha)
+
+
+def first_alarm(statistic: np.ndarray, positions: np.ndarray, threshold: float, persistence: int = 1) -> int | None:
+    """The position at which an alarm is raised, or None: the statistic is strictly above the threshold for the
+    ``persistence``-th sample in a row. The wait is part of the alarm's time, and so is the cadence of the samples."""
+    if persistence < 1:
+        raise ValueError(f"persistence={persistence} is not allowed: at least 1 sample")
+    above = np.asarray(statistic) > threshold
+    if persistence > 1:
+        above = np.convolve(above, np.ones(persistence), mode="full")[: len(above)] >= persistence
+    raised = np.flatnonzero(above)
+    return int(positions[raised[0]]) if len(raised) else None

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from analysis.alarms import (
-    Band,
-    DeclinedSignal,
-    chart_statistic,
-    conformal_threshold,
-    first_alarm,
-    make_rule,
-)
+from analysis import reduced
+from analysis.alarms import make_rule
 from analysis.align import AXES, hold, positions
+from analysis.detection import Detection, Detector
 from analysis.labels import divergence_step, drawup_threshold, is_degraded
 from analysis.score import Score, score
 from experiments import trace
@@ -52,21 +47,6 @@ class ScoredRun:
         if name in self.trace.manifest["signals"]:
             return Series(np.empty(0, int), np.empty(0, int), np.empty((0, 1, 1)), np.empty((0, 1, 1), bool))
         raise trace.TraceError(f"run {self.trace.run_id} has no signal {name!r}: it was trained without its monitor")
-
-
-@dataclass(frozen=True)
-class Detector:
-    """Some signals that share one threshold: an alarm is raised when any of their charts is above it.
-
-    alarms: by run id, positions on the experiment's axis; declined: why the reference track cannot judge
-    it, or None.
-    """
-
-    name: str
-    signals: tuple[str, ...]
-    threshold: float = float("nan")
-    alarms: Mapping[str, int | None] = field(default_factory=dict)
-    declined: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,49 +101,18 @@ class Experiment:
         return {name: panel for name, panel in panels.items() if set(panel["signals"]) <= set(self.signals)}
 
     @cached_property
+    def single_signals(self) -> dict[str, tuple[str, ...]]:
+        """Every signal but the label's, as a detector by itself."""
+        return {name: (name,) for name in sorted(self.signals) if name != LABEL_SIGNAL}
+
+    @cached_property
     def detectors(self) -> dict[str, Detector]:
         """The experiment's named detectors, then every signal by itself, each calibrated on its own."""
-        alone = {name: (name,) for name in sorted(self.signals) if name != LABEL_SIGNAL}
-        used = sorted({s for signals in self.named_detectors.values() for s in signals} | set(alone))
-        statistics = {name: self._statistics(name) for name in used}
+        detection, rule = Detection(self), make_rule(**self.index["rule"])
         return {
-            name: self._detector(name, signals, statistics) for name, signals in (self.named_detectors | alone).items()
+            name: detection.detect(name, signals, rule, self.alpha)
+            for name, signals in (self.named_detectors | self.single_signals).items()
         }
-
-    def _statistics(self, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]] | DeclinedSignal:
-        """run id -> (positions, chart statistic) of one signal, on the reference track."""
-        reference = [run.signal(name) for run in self.of("reference")]
-        if not any(len(series.steps) for series in reference):
-            return DeclinedSignal(f"{name}: no sample in {self.horizon:,} {self.axis}")
-        grid = positions(reference[0], self.axis)
-        try:
-            band = Band.fit(name, [hold(series, self.axis, grid) for series in reference])
-        except DeclinedSignal as reason:
-            return reason
-        rule = make_rule(**self.index["rule"])
-        statistics = {}
-        for run in self.of("calibration", "test", "faulty"):
-            aligned = hold(run.signal(name), self.axis, grid)
-            statistics[run.trace.run_id] = (
-                aligned.positions,
-                chart_statistic(band.z(aligned), self.signals[name]["bad"], rule),
-            )
-        return statistics
-
-    def _detector(self, name: str, signals: Sequence[str], statistics: Mapping[str, Any]) -> Detector:
-        declined = [str(statistics[s]) for s in signals if isinstance(statistics[s], DeclinedSignal)]
-        if declined:
-            return Detector(name, tuple(signals), declined="; ".join(declined))
-        maxima = [
-            max(float(np.nanmax(statistics[s][run.trace.run_id][1])) for s in signals) for run in self.of("calibration")
-        ]
-        threshold = conformal_threshold(maxima, self.alpha)
-        alarms = {}
-        for run in self.of("test", "faulty"):
-            charts = [statistics[s][run.trace.run_id] for s in signals]
-            found = [first_alarm(statistic, where, threshold) for where, statistic in charts]
-            alarms[run.trace.run_id] = min((alarm for alarm in found if alarm is not None), default=None)
-        return Detector(name, tuple(signals), threshold, alarms)
 
     def score(self, detector: Detector, run: ScoredRun) -> Score:
         return score(
@@ -191,6 +140,38 @@ def _check_roles(cells: Sequence[Mapping[str, Any]]) -> None:
     healthy_seeds = [cell["seed"] for cell in cells if cell["fault"] is None]
     if len(set(healthy_seeds)) != len(healthy_seeds):
         raise ValueError("a healthy seed serves two roles: reference, calibration and test must be disjoint")
+    both = sorted(set(healthy_seeds) & {cell["seed"] for cell in cells if cell["role"] == "faulty"})
+    if both:
+        raise ValueError(f"seed {both[0]} is healthy and faulty: a faulty run must not share what set its threshold")
+
+
+def _check_alike(traces: Sequence[Trace]) -> None:
+    """Healthy runs set one threshold together, so all but the seed must be one configuration."""
+
+    def flat(node: Any, path: str = "") -> dict[str, Any]:
+        if not isinstance(node, Mapping):
+            return {path: node}
+        return {key: v for name, child in node.items() for key, v in flat(child, f"{path}.{name}".lstrip(".")).items()}
+
+    configs = [flat({**one.manifest["config"], "seed": None}) for one in traces]
+    for key in dict.fromkeys(key for config in configs for key in config):
+        values = {json.dumps(config.get(key)): one.run_id for config, one in zip(configs, traces, strict=True)}
+        if len(values) > 1:
+            (first, a), (second, b) = list(values.items())[:2]
+            raise trace.TraceError(
+                f"healthy runs of one calibration differ in {key}: {first} in {a}, {second} in {b}; score them apart"
+            )
+
+
+def read_runs(folder: Path, run_ids: Sequence[str]) -> list[Trace]:
+    """Finished runs by id, from run folders or from a reduced folder. Raises TraceError where one is missing."""
+    if not reduced.is_reduced(folder):
+        return [trace.read(folder / run_id) for run_id in run_ids]
+    known = reduced.read(folder)
+    missing = [run_id for run_id in run_ids if run_id not in known]
+    if missing:
+        raise trace.TraceError(f"{folder} has no run {missing[0]}")
+    return [known[run_id] for run_id in run_ids]
 
 
 def _differences(traces: Sequence[Trace]) -> tuple[str, ...]:
@@ -206,32 +187,35 @@ def load(
 
     model, axis: one of the experiment's views, or None for its first. Runs made by different sources, data or
     torch versions are refused unless ``allow_mixed``, and then named. Raises TraceError where runs are missing,
-    unfinished, damaged, mixed, or healthy ones have different lengths; ValueError where a role has no run, seeds
+    unfinished, damaged, mixed, or healthy ones differ in more than the seed; ValueError where a role has no run, seeds
     of two roles overlap, or the view does not exist.
     """
-    index = _index(report)
+    return label_runs(_index(report), runs, allow_mixed, model, axis)
+
+
+def label_runs(
+    index: Mapping[str, Any], runs: Path, allow_mixed: bool = False, model: str | None = None, axis: str | None = None
+) -> Experiment:
+    """The runs that an index lists, read from ``runs`` and labelled: ``load`` for an index that is no file."""
     model = index["experiment"]["models"][0] if model is None else model
     axis = index["experiment"]["align"][0] if axis is None else axis
     if axis not in AXES:
         raise ValueError(f"align={axis!r} is not allowed: one of {', '.join(AXES)}")
     cells = [cell for cell in index["runs"] if cell["model"] == model]
     _check_roles(cells)
-    traces = [trace.read(runs / cell["run_id"]) for cell in cells]
+    traces = read_runs(runs, [cell["run_id"] for cell in cells])
     mixed = _differences(traces)
     if mixed and not allow_mixed:
         raise trace.TraceError(
             f"the runs in {runs} differ in {'; '.join(mixed)}: train them again together, or pass allow_mixed=true"
         )
-    lengths = sorted({t.horizon for t, cell in zip(traces, cells, strict=True) if cell["fault"] is None})
-    if len(lengths) > 1:
-        raise trace.TraceError(f"the healthy runs in {runs} have different horizons: {lengths}")
-
+    _check_alike([t for t, cell in zip(traces, cells, strict=True) if cell["fault"] is None])
     settings = index["label"]
     raw = [t.signals[LABEL_SIGNAL] for t in traces]
     healthy = [i for i, cell in enumerate(cells) if cell["fault"] is None]
     longest = max(healthy, key=lambda i: len(raw[i].steps))  # a healthy run that broke off must not cut the others
     grid = positions(raw[longest], axis)
-    horizon = lengths[0] if axis == "steps" else traces[longest].manifest["tokens_done"]
+    horizon = traces[longest].horizon if axis == "steps" else traces[longest].manifest["tokens_done"]
     held_out = [hold(series, axis, grid) for series in raw]
     losses = {
         role: [s.values.ravel() for s, cell in zip(held_out, cells, strict=True) if cell["role"] == role]
@@ -241,7 +225,13 @@ def load(
     scored = []
     for cell, one, label in zip(cells, traces, held_out, strict=True):
         loss = label.values.ravel()
-        divergence = divergence_step(loss, healthy_losses=losses["reference"], steps=label.positions, **settings)
+        divergence = divergence_step(
+            loss,
+            healthy_losses=losses["reference"],
+            steps=label.positions,
+            stopped=one.end_reason == "diverged",
+            **settings,
+        )
         done = one.manifest["steps_done" if axis == "steps" else "tokens_done"]
         reached = horizon if one.end_reason != "completed" else min(horizon, done)
         finals = [healthy[: len(loss)] for healthy in losses["calibration"]]

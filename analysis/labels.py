@@ -1,15 +1,18 @@
-"""When a run diverged, judged from its held-out loss alone. Evaluations are rows, runs are columns.
+"""When a run diverged, judged from its losses alone.
 
 The label is the same for every fault: the loss on a fixed held-out batch, since the training loss of a
-shrunk batch rises by noise alone.
+shrunk batch rises by noise alone. Other rules that are in use, on the training loss, are here to see whether a
+ranking depends on the label; none of them is ever shown to a detector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+
+OTHER_LABELS = ("delta x0.5", "delta x2", "training loss", "OLMo", "LLM-Foundry")
 
 
 def smoothed(loss: np.ndarray, ema_span: int = 5) -> np.ndarray:
@@ -51,31 +54,115 @@ def divergence_step(
     min_drawup_nats: float = 0.10,
     healthy_factor: float = 1.5,
     consecutive: int = 5,
+    delta_scale: float = 1.0,
+    stopped: bool = False,
 ) -> int | None:
     """The step at which a run diverged, or None.
 
-    It is the start of the first excursion in which the drawup stays at or above ``drawup_threshold``
-    for ``consecutive`` evaluations, or the first evaluation with a non-finite loss, whichever is earlier.
+    It is the start of the first excursion in which the drawup stays at or above ``delta_scale`` x
+    ``drawup_threshold`` for ``consecutive`` evaluations, or the first evaluation with a non-finite loss, whichever
+    is earlier. A run that its trainer ``stopped`` as diverged may end within its excursion, however short.
 
     loss: (N,) held-out losses in nats; steps: (N,) their steps, increasing; healthy_losses: those of the
     reference runs at the same horizon. Raises ValueError where the shapes or the order do not fit.
     """
+    loss, steps = _checked(loss, steps)
+    broken = np.flatnonzero(~np.isfinite(loss))
+    end = broken[0] if len(broken) else len(loss)
+    threshold = delta_scale * drawup_threshold(
+        healthy_losses, ema_span=ema_span, min_drawup_nats=min_drawup_nats, healthy_factor=healthy_factor
+    )
+    above = drawup(loss[:end], ema_span) >= threshold
+    start = _first_streak(above, consecutive, cut_short=stopped and not len(broken))
+    if start is not None:
+        return int(steps[start])
+    return int(steps[end]) if len(broken) else None
+
+
+def _checked(loss: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     loss, steps = np.asarray(loss, float), np.asarray(steps)
     if loss.shape != steps.shape or loss.ndim != 1:
         raise ValueError(f"loss has shape {loss.shape} and steps {steps.shape}: both (N,)")
     if np.any(np.diff(steps) <= 0):
         raise ValueError("steps must increase: they are unsorted or repeated")
-    broken = np.flatnonzero(~np.isfinite(loss))
-    end = broken[0] if len(broken) else len(loss)
-    threshold = drawup_threshold(
-        healthy_losses, ema_span=ema_span, min_drawup_nats=min_drawup_nats, healthy_factor=healthy_factor
-    )
-    above = drawup(loss[:end], ema_span) >= threshold
-    excursion = np.lib.stride_tricks.sliding_window_view(above, consecutive).all(1) if end >= consecutive else above[:0]
-    starts = np.flatnonzero(excursion)
-    if len(starts):
-        return int(steps[starts[0]])
-    return int(steps[end]) if len(broken) else None
+    return loss, steps
+
+
+def _first_streak(above: np.ndarray, length: int, cut_short: bool = False) -> int | None:
+    """Where the first streak of at least ``length`` begins; ``cut_short``: a shorter one at the very end counts too."""
+    edges = np.diff(np.concatenate(([False], above, [False])).astype(int))
+    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    long = ends - starts >= length
+    if cut_short:
+        long |= ends == len(above)
+    return int(starts[long][0]) if long.any() else None
+
+
+def rolling_sigma_step(
+    loss: np.ndarray, *, steps: np.ndarray, window: int = 1000, sigmas: float = 7.0, min_history: int = 100
+) -> int | None:
+    """First step with a loss more than ``sigmas`` deviations above the mean of the ``window`` steps before it.
+
+    OLMo's spike rule (arXiv:2501.00656 section 3.1), one-sided; from ``min_history`` steps on. Non-finite counts.
+    """
+    loss, steps = _checked(loss, steps)
+    before = pd.Series(loss).shift(1).rolling(window, min_periods=min_history)
+    return _first(steps, (loss > before.mean() + sigmas * before.std()) | ~np.isfinite(loss))
+
+
+def running_mean_step(
+    loss: np.ndarray, *, steps: np.ndarray, window: int = 100, factor: float = 2.0, consecutive: int = 5
+) -> int | None:
+    """Start of the first ``consecutive`` steps with a loss of at least ``factor`` x the mean of ``window`` before.
+
+    LLM-Foundry's rule for stopping a run (``KillLossSpike``). Non-finite counts at once.
+    """
+    loss, steps = _checked(loss, steps)
+    mean = pd.Series(loss).shift(1).rolling(window, min_periods=window).mean().to_numpy()
+    start = _first_streak(loss >= factor * mean, consecutive)
+    broken = _first(steps, ~np.isfinite(loss))
+    found = [step for step in (None if start is None else int(steps[start]), broken) if step is not None]
+    return min(found, default=None)
+
+
+def _first(steps: np.ndarray, where: np.ndarray) -> int | None:
+    hits = np.flatnonzero(where)
+    return int(steps[hits[0]]) if len(hits) else None
+
+
+def sensitivity_labels(
+    held_out: tuple[np.ndarray, np.ndarray],
+    training: tuple[np.ndarray, np.ndarray],
+    *,
+    healthy_held_out: Sequence[np.ndarray],
+    healthy_training: Sequence[np.ndarray],
+    settings: Mapping[str, float],
+    stopped: bool = False,
+) -> dict[str, int | None]:
+    """Divergence by every other label: Delta x 0.5 and x 2, the training loss, OLMo's and LLM-Foundry's rules.
+
+    held_out, training: (steps, loss) of the run; healthy_*: losses of the reference runs; settings: of the primary
+    label. The training label is the drawup of an EMA of span 20 over 50 consecutive steps.
+    """
+    steps, loss = held_out
+    training_steps, training_loss = training
+    scaled = {
+        f"delta x{scale:g}": divergence_step(
+            loss, healthy_losses=healthy_held_out, steps=steps, delta_scale=scale, stopped=stopped, **settings
+        )
+        for scale in (0.5, 2.0)
+    }
+    return scaled | {
+        "training loss": divergence_step(
+            training_loss,
+            healthy_losses=healthy_training,
+            steps=training_steps,
+            stopped=stopped,
+            **{**settings, "ema_span": 20, "consecutive": 50},
+        ),
+        "OLMo": rolling_sigma_step(training_loss, steps=training_steps),
+        "LLM-Foundry": running_mean_step(training_loss, steps=training_steps),
+    }
 
 
 def is_degraded(loss: np.ndarray, calibration_losses: Sequence[np.ndarray], ema_span: int = 5) -> bool:

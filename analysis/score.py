@@ -45,3 +45,11 @@ def restricted_mean_lead(scores: Sequence[Score]) -> float:
     """RMLT: the mean restricted lead over the runs that diverge, misses included as 0; NaN if none diverges."""
     leads = [s.restricted_lead_steps for s in scores if s.restricted_lead_steps is not None]
     return float(np.mean(leads)) if leads else float("nan")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from analysis.replay import main
+
+    main(sys.argv[1:])

@@ -120,6 +120,20 @@ def expert_costs(model: str, dense: str) -> dict[str, float]:
     }
 
 
+def monitor_shares(model: str) -> dict[str, Any]:
+    """Each monitor by itself, its share of the step and its signals: the cost column of the leaderboard."""
+    torch.set_num_threads(1)
+    run = build_run(compose("config", overrides=[f"model={model}"]))
+    step = _step_of(run)
+    typical = _alternate({model: step}, STEPS[DENSE_TWIN.get(model, model)])[model]
+    view, shares = step(0), {}
+    for name, monitor in run.monitors.items():
+        alone = replace(run, monitors={name: monitor})
+        share = _monitor_seconds(alone, view, [name]) / typical
+        shares[name] = {"share_of_step": share, "signals": [signal.name for signal in monitor.signals]}
+    return shares
+
+
 def qk_core_speedup(d_model: int, n_heads: int, d_head: int, repeats: int = 5) -> dict[str, float]:
     """The three increments of every head from their small cores against dense FP64 SVDs of the d x d products."""
     torch.set_num_threads(2)
@@ -142,6 +156,7 @@ def measure() -> dict[str, Any]:
     with initialize_config_dir(CONF, version_base="1.3"):
         results: dict[str, Any] = {model: step_costs(model) for model in STEPS}
         results |= {model: expert_costs(model, dense) for model, dense in DENSE_TWIN.items()}
+        results["monitors"] = {model: monitor_shares(model) for model in (*STEPS, *DENSE_TWIN)}
     results["qk core, d=768, 12 heads of 64"] = qk_core_speedup(768, 12, 64)
     results["qk core, d=2048, 4 heads of 64"] = qk_core_speedup(2048, 4, 64)
     if LAPTOP_SWEEP.exists() and (sweep := json.loads(LAPTOP_SWEEP.read_text())["sweep"]):
@@ -168,8 +183,14 @@ def main(arguments: list[str]) -> None:
     results = measure()
     write_whole(out, json.dumps(results, indent=1).encode() + b"\n")
     table = Table("what", "measure", "value", "goal")
-    for what, values in results.items():
-        for measure_name, value in values.items() if isinstance(values, dict) else ():
+    shares = {
+        f"{model}, monitor {name}": {"share_of_step": one["share_of_step"]}
+        for model, monitors in results["monitors"].items()
+        for name, one in monitors.items()
+    }
+    ratios = {what: values for what, values in results.items() if isinstance(values, dict) and what != "monitors"}
+    for what, values in (ratios | shares).items():
+        for measure_name, value in values.items():
             goal = GOALS.get(measure_name, "")
             if measure_name == "dense_over_core":
                 goal = "at least 25" if "768" in what else "at least 200"

@@ -154,32 +154,37 @@ class Trace:
         return self.manifest["config"]["train"]["steps"]
 
     @cached_property
-    def signals(self) -> dict[str, Series]:
+    def signals(self) -> Mapping[str, Series]:
         """Every saved signal (or those asked for). Raises TraceError on damaged parts or repeated steps."""
         parts = _parts(self.folder)
         if not parts:
             raise TraceError(f"run {self.run_id} in {self.folder} has no trace")
         table = pa.concat_tables(_read_part(path, self.wanted) for _, _, path in parts).combine_chunks()
-        name_column = table["signal"].unify_dictionaries().combine_chunks()
-        if isinstance(name_column, pa.ChunkedArray):
-            name_column = name_column.chunk(0) if name_column.num_chunks else pa.DictionaryArray.from_arrays([], [])
-        codes = name_column.indices.to_numpy(zero_copy_only=False)
-        step, tokens, layer, head, value, undefined = (
-            table[name].to_numpy() for name in ("step", "tokens", "layer", "head", "value", "undefined")
-        )
-        order = np.lexsort((head, layer, step, codes))
-        bounds = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)) if len(order) else []
-        signals = {}
-        for start, stop in pairwise(bounds):
-            rows = order[start:stop]
-            shape = (-1, len(np.unique(layer[rows])), len(np.unique(head[rows])))
-            name = name_column.dictionary[int(codes[rows[0]])].as_py()
-            steps = np.unique(step[rows])
-            if len(steps) * shape[1] * shape[2] != len(rows):
-                raise TraceError(f"run {self.run_id}: signal {name!r} has missing or repeated steps in {self.folder}")
-            seen = tokens[rows].reshape(shape)[:, 0, 0]
-            signals[name] = Series(steps, seen, value[rows].reshape(shape), undefined[rows].reshape(shape))
-        return signals
+        return series_of(table, self.run_id)
+
+
+def series_of(table: pa.Table, run_id: str) -> dict[str, Series]:
+    """One run's rows, in any order, as series by signal. Raises TraceError on missing or repeated steps."""
+    name_column = table["signal"].unify_dictionaries().combine_chunks()
+    if isinstance(name_column, pa.ChunkedArray):
+        name_column = name_column.chunk(0) if name_column.num_chunks else pa.DictionaryArray.from_arrays([], [])
+    codes = name_column.indices.to_numpy(zero_copy_only=False)
+    step, tokens, layer, head, value, undefined = (
+        table[name].to_numpy() for name in ("step", "tokens", "layer", "head", "value", "undefined")
+    )
+    order = np.lexsort((head, layer, step, codes))
+    bounds = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)) if len(order) else []
+    signals = {}
+    for start, stop in pairwise(bounds):
+        rows = order[start:stop]
+        shape = (-1, len(np.unique(layer[rows])), len(np.unique(head[rows])))
+        name = name_column.dictionary[int(codes[rows[0]])].as_py()
+        steps = np.unique(step[rows])
+        if len(steps) * shape[1] * shape[2] != len(rows):
+            raise TraceError(f"run {run_id}: signal {name!r} has missing or repeated steps")
+        seen = tokens[rows].reshape(shape)[:, 0, 0]
+        signals[name] = Series(steps, seen, value[rows].reshape(shape), undefined[rows].reshape(shape))
+    return signals
 
 
 def read(folder: Path | str, signals: Iterable[str] | None = None) -> Trace:

@@ -6,17 +6,18 @@ import pytest
 from analysis.alarms import (
     CUSUM,
     EWMA,
-    Band,
-    DeclinedSignal,
+    GLR,
     Shewhart,
+    ShiryaevRoberts,
     chart_statistic,
     conformal_threshold,
     first_alarm,
     make_rule,
 )
 from analysis.align import Aligned
+from analysis.tracks import DeclinedSignal, ReferenceBand
 
-RULES = [Shewhart(), EWMA(0.2), CUSUM(0.5)]
+RULES = [Shewhart(), EWMA(0.2), CUSUM(0.5), GLR(50), ShiryaevRoberts((0.5, 1.0, 2.0), phi=0.3)]
 STEPS = np.arange(50, 50 * 41, 50)
 
 
@@ -69,7 +70,7 @@ def test_empty_and_constant_input_are_defined(rule):
 def test_z_scores_are_taken_per_layer_before_the_worst_is_chosen():
     """A quiet layer that collapses inside the level of a loud one must still be seen."""
     level = np.array([[[1.0], [100.0]]])
-    band = Band.fit("s", reference(layers=2, level=level))
+    band = ReferenceBand.fit("s", reference(layers=2, level=level))
     broken = series(np.broadcast_to(level, (len(STEPS), 2, 1)).copy())
     broken.values[20:, 0] = 90.0  # below the other layer's raw values, so a raw maximum would miss it
     statistic = chart_statistic(band.z(broken), "up", Shewhart())
@@ -80,7 +81,7 @@ def test_z_scores_are_taken_per_layer_before_the_worst_is_chosen():
 def test_heads_of_a_layer_share_one_band():
     runs = reference(heads=2)
     swapped = [Aligned(s.positions, s.values[:, :, ::-1], s.undefined) for s in runs]
-    one, other = Band.fit("s", runs), Band.fit("s", swapped)
+    one, other = ReferenceBand.fit("s", runs), ReferenceBand.fit("s", swapped)
     assert np.array_equal(one.centre, other.centre)
     assert np.array_equal(one.scale, other.scale)
 
@@ -88,12 +89,12 @@ def test_heads_of_a_layer_share_one_band():
 def test_scale_is_the_mad_of_residuals_in_units_of_sigma():
     generator = np.random.default_rng(0)
     runs = [series(3.0 * generator.normal(size=(40, 1, 1))) for _ in range(400)]
-    assert np.median(Band.fit("s", runs).scale) == pytest.approx(3.0, rel=0.03)
+    assert np.median(ReferenceBand.fit("s", runs).scale) == pytest.approx(3.0, rel=0.03)
 
 
 @pytest.mark.parametrize(("bad", "side"), [("up", 1), ("down", -1), ("both", 1), ("both", -1)])
 def test_direction_of_harm(bad, side):
-    band = Band.fit("s", reference())
+    band = ReferenceBand.fit("s", reference())
     shifted = series(np.full(len(STEPS), 20.0 * side))
     assert chart_statistic(band.z(shifted), bad, Shewhart()).min() > 5
     if bad != "both":
@@ -106,7 +107,7 @@ def test_direction_of_harm(bad, side):
 def test_a_defined_non_finite_value_alarms_from_then_on_in_every_direction(bad, value):
     values = np.zeros((len(STEPS), 1, 2))
     values[9, 0, 1] = value
-    statistic = chart_statistic(Band.fit("s", reference()).z(series(values)), bad, EWMA(0.2))
+    statistic = chart_statistic(ReferenceBand.fit("s", reference()).z(series(values)), bad, EWMA(0.2))
     assert np.all(np.isfinite(statistic[:9]))
     assert np.all(np.isposinf(statistic[9:]))
 
@@ -114,7 +115,7 @@ def test_a_defined_non_finite_value_alarms_from_then_on_in_every_direction(bad, 
 def test_an_undefined_value_is_a_missing_sample_and_never_an_alarm():
     values, undefined = np.zeros((len(STEPS), 1, 2)), np.zeros((len(STEPS), 1, 2), bool)
     values[9], undefined[9] = np.nan, True
-    statistic = chart_statistic(Band.fit("s", reference()).z(series(values, undefined)), "down", EWMA(0.2))
+    statistic = chart_statistic(ReferenceBand.fit("s", reference()).z(series(values, undefined)), "down", EWMA(0.2))
     assert np.all(np.isfinite(statistic))
     assert statistic[9] == statistic[8]
 
@@ -130,11 +131,11 @@ def test_an_undefined_value_is_a_missing_sample_and_never_an_alarm():
 )
 def test_a_signal_that_cannot_be_judged_is_declined_by_name(runs, message):
     with pytest.raises(DeclinedSignal, match=f"signal_x.*{message}"):
-        Band.fit("signal_x", runs)
+        ReferenceBand.fit("signal_x", runs)
 
 
 def test_samples_that_the_reference_does_not_have_are_an_error():
-    band = Band.fit("s", reference())
+    band = ReferenceBand.fit("s", reference())
     with pytest.raises(ValueError, match="positions that the reference"):
         band.z(Aligned(np.array([50, 75]), np.zeros((2, 1, 1)), np.zeros((2, 1, 1), bool)))
 

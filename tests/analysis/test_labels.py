@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from analysis.labels import divergence_step, drawup, drawup_threshold, is_degraded, smoothed
+from analysis.labels import (
+    divergence_step,
+    drawup,
+    drawup_threshold,
+    is_degraded,
+    rolling_sigma_step,
+    running_mean_step,
+    sensitivity_labels,
+    smoothed,
+)
 
 STEPS = np.arange(0, 1000, 10)
 HEALTHY = [5.0 * np.exp(-STEPS / 200.0) + 1.5] * 4
@@ -80,3 +89,60 @@ def test_degraded_means_ending_above_every_calibration_run():
 def test_impossible_input_is_an_error_that_says_why(loss, steps, healthy, message):
     with pytest.raises(ValueError, match=message):
         divergence_step(loss, healthy_losses=healthy, steps=steps)
+
+
+def test_a_run_stopped_as_diverged_counts_with_its_short_last_excursion():
+    loss = np.r_[np.full(50, 2.0), 4.0, 5.0]
+    steps = 10 * np.arange(len(loss))
+    assert divergence_step(loss, healthy_losses=HEALTHY, steps=steps) is None
+    assert divergence_step(loss, healthy_losses=HEALTHY, steps=steps, stopped=True) == 500
+    broken = np.r_[loss, np.nan]
+    assert divergence_step(broken, healthy_losses=HEALTHY, steps=10 * np.arange(len(broken))) == 520
+
+
+def test_half_of_delta_sees_half_the_rise():
+    loss = np.r_[np.full(50, 2.0), np.full(50, 2.08)]
+    args = dict(healthy_losses=HEALTHY, steps=STEPS)
+    assert [divergence_step(loss, **args, delta_scale=s) for s in (0.5, 1.0)] == [520, None]
+
+
+TRAINING_STEPS = np.arange(1, 2001)
+
+
+def noisy_loss(seed: int = 0) -> np.ndarray:
+    return 2.0 + 0.1 * np.random.default_rng(seed).normal(size=len(TRAINING_STEPS))
+
+
+def test_olmos_rule_needs_seven_sigma_above_the_steps_before():
+    loss = noisy_loss()
+    assert rolling_sigma_step(loss, steps=TRAINING_STEPS) is None
+    loss[1500] = 2.0 + 0.1 * 7.5
+    assert rolling_sigma_step(loss, steps=TRAINING_STEPS) == 1501
+    loss[1500] = 2.0 + 0.1 * 6.0
+    assert rolling_sigma_step(loss, steps=TRAINING_STEPS) is None
+    loss[50] = 90.0  # before there is any history
+    assert rolling_sigma_step(loss, steps=TRAINING_STEPS) is None
+
+
+def test_llm_foundrys_rule_needs_twice_the_mean_for_five_steps():
+    loss = noisy_loss()
+    loss[1500:1504] = 4.5
+    assert running_mean_step(loss, steps=TRAINING_STEPS) is None
+    loss[1500:1505] = 4.5
+    assert running_mean_step(loss, steps=TRAINING_STEPS) == 1501
+    loss[700] = np.nan
+    assert running_mean_step(loss, steps=TRAINING_STEPS) == 701
+
+
+def test_every_other_label_agrees_on_a_gross_divergence_and_on_health():
+    settings = dict(ema_span=5, min_drawup_nats=0.10, healthy_factor=1.5, consecutive=5)
+    common = dict(healthy_held_out=HEALTHY, healthy_training=[noisy_loss(s) for s in range(1, 5)], settings=settings)
+    healthy = sensitivity_labels((STEPS, HEALTHY[0]), (TRAINING_STEPS, noisy_loss()), **common)
+    assert healthy == dict.fromkeys(("delta x0.5", "delta x2", "training loss", "OLMo", "LLM-Foundry"))
+    held_out, training = HEALTHY[0].copy(), noisy_loss()
+    held_out[60:] += 6.0
+    training[600:] += 6.0
+    gross = sensitivity_labels((STEPS, held_out), (TRAINING_STEPS, training), **common)
+    assert gross == dict.fromkeys(("delta x0.5", "delta x2"), 600) | dict.fromkeys(
+        ("training loss", "OLMo", "LLM-Foundry"), 601
+    )

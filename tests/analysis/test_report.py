@@ -241,7 +241,7 @@ def test_healthy_runs_of_different_lengths_are_refused_and_faulty_ones_are_not(e
         manifest = trace.read_manifest(runs / name)
         trace.write_manifest(runs / name, {**manifest, "config": {"train": {"steps": STEPS + 5}}})
         if refused:
-            with pytest.raises(trace.TraceError, match=r"healthy runs .* different horizons"):
+            with pytest.raises(trace.TraceError, match=r"healthy runs .* differ in train.steps"):
                 load(report, runs)
         else:
             assert load(report, runs).horizon == STEPS

@@ -1,0 +1,132 @@
+"""Detectors that were not written here: river's drift detectors, and anyone's own file.
+
+A detector is a Python file with a function ``statistic(x)``: x is (T,) float, positive is bad, NaN a missing
+sample; it returns (T,), larger is worse, and must be causal: statistic(x[:t]) equals statistic(x)[:t]. Two names are
+optional: ``signals``, a list of signals that share its threshold (default: those of the baseline), and
+``calibrate(healthy)``, which may return anything that has a ``statistic`` (healthy: series of reference runs).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from analysis.alarms import AlarmRule, Chart
+
+RIVER = {"adwin": "ADWIN", "page_hinkley": "PageHinkley", "kswin": "KSWIN"}
+"""Names of conf/rule and classes of river.drift."""
+
+
+class BadEntrant(ValueError):
+    """A detector that cannot enter: it looks ahead, raises, or returns something else than a statistic."""
+
+
+@dataclass(frozen=True)
+class RiverDetector(Chart):
+    """One of river's drift detectors; the statistic is how many drifts it has reported so far.
+
+    They report a change in either direction, and a threshold of their own decides what a change is; counting makes them
+    comparable: an alarm is one drift more than healthy runs have at the false-alarm rate.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        try:
+            self._new()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rule.{self.name}={dict(self.parameters)} is not allowed: {error}") from None
+
+    def _new(self) -> Any:
+        from river import drift
+
+        return getattr(drift, RIVER[self.name])(**self.parameters)
+
+    def _of(self, z: np.ndarray) -> np.ndarray:
+        detector, drifts = self._new(), np.zeros(len(z))
+        for i, value in enumerate(z.tolist()):
+            detector.update(value)
+            drifts[i] = detector.drift_detected
+        return np.cumsum(drifts)
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """A rule made of a file's functions; what it returns is checked."""
+
+    compute: Callable[[np.ndarray], np.ndarray]
+    fit: Callable[[Sequence[np.ndarray]], Any] | None = None
+
+    def calibrate(self, healthy: Sequence[np.ndarray]) -> AlarmRule:
+        if self.fit is None:
+            return self
+        try:
+            return FromFile(self.fit([series.copy() for series in healthy]).statistic)
+        except Exception as error:  # whatever a stranger's code raises
+            raise BadEntrant(f"calibrate raised {type(error).__name__}: {error}") from None
+
+    def statistic(self, x: np.ndarray) -> np.ndarray:
+        try:
+            found = np.asarray(self.compute(x.copy()), float)
+        except Exception as error:  # whatever a stranger's code raises
+            raise BadEntrant(f"statistic raised {type(error).__name__}: {error}") from None
+        if found.shape != x.shape:
+            raise BadEntrant(f"statistic returned shape {found.shape} for {x.shape}: one value a sample is needed")
+        # A detector that loses an infinite sample, or its own mind, must not fall silent.
+        infinite = np.maximum.accumulate(np.isposinf(x))
+        lost = np.isnan(found) & ~np.isnan(x)
+        return np.where(infinite | np.maximum.accumulate(lost), np.inf, found)
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """Somebody's detector: its name (the file's), its signals (empty: the baseline's) and its rule."""
+
+    name: str
+    signals: tuple[str, ...]
+    rule: AlarmRule
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"entrant_{path.stem}", path)
+    if spec is None or not path.exists():
+        raise ValueError(f"detector={path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a stranger's code raises
+        raise ValueError(f"detector={path} cannot be loaded: {type(error).__name__}: {error}") from None
+    return module
+
+
+def load_entrant(path: Path) -> Entrant:
+    """The detector in a Python file. Raises ValueError where the file has no ``statistic``."""
+    module = _module(path)
+    compute, signals = getattr(module, "statistic", None), getattr(module, "signals", ())
+    if not callable(compute):
+        raise ValueError(f"detector={path} has no function statistic(x)")
+    if isinstance(signals, str) or not all(isinstance(name, str) for name in signals):
+        raise ValueError(f"detector={path}: signals={signals!r} is not allowed: a list of signal names")
+    return Entrant(path.stem, tuple(signals), FromFile(compute, getattr(module, "calibrate", None)))
+
+
+def check_causal(rule: AlarmRule, x: np.ndarray) -> None:
+    """Raises BadEntrant where the statistic of a series' beginning depends on what comes after it.
+
+    x: (T,). Looks at prefixes of a quarter, half and all but one of its samples, and at another future.
+    """
+    whole = rule.statistic(x)
+    for t in sorted({len(x) // 4, len(x) // 2, len(x) - 1} - {0}):
+        other = np.concatenate((x[:t], -3.0 * x[t:] + 7.0))
+        for series in (x[:t], other):
+            early = rule.statistic(series)[:t]
+            changed = np.flatnonzero(~np.isclose(early, whole[:t], rtol=1e-9, atol=1e-12, equal_nan=True))
+            if len(changed):
+                raise BadEntrant(f"it looks ahead: its statistic at sample {changed[0]} changes with what follows {t}")

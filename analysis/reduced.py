@@ -1,0 +1,186 @@
+"""Runs reduced to what scoring needs, small enough to commit: one file of signals, one of manifests.
+
+A reduced folder holds ``experiment.json`` (the experiment's index), ``runs.json`` (manifests, what all share
+written once) and ``signals.parquet``: the rows of a trace (``experiments.trace``) with the run's id, for the signals
+of the experiment's detectors and the label, at most every 10 steps, as FP32 with ``MANTISSA_BITS`` explicit bits:
+rounding is far below every healthy band. Labels that need the whole training loss are computed before it is thinned.
+
+    python -m analysis.reduced report=DIR runs=DIR out=DIR
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from experiments import trace
+from experiments.trace import Series, Trace, TraceError
+
+EVERY_STEPS = 10
+MANTISSA_BITS = 11
+SIGNALS, RUNS = "signals.parquet", "runs.json"
+
+
+def rounded(values: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
+    """FP32 with the nearest mantissa of ``bits`` explicit bits, ties away from zero; NaN and Inf stay. Same shape."""
+    raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    drop = np.uint32(23 - bits)
+    nearest = ((raw + (np.uint32(1) << (drop - np.uint32(1)))) >> drop) << drop
+    return np.where(np.isfinite(values), nearest, raw).astype(np.uint32).view(np.float32)
+
+
+def common(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The keys and values that all records have alike, nested mappings included."""
+    first, found = records[0], {}
+    for key, value in first.items():
+        others = [record.get(key) for record in records]
+        if all(other == value for other in others):
+            found[key] = value
+        elif all(isinstance(other, Mapping) for other in others):
+            found[key] = common(others)
+    return found
+
+
+def without(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``merged(shared, ...)`` needs to give the record again."""
+    rest = {}
+    for key, value in record.items():
+        if key not in shared:
+            rest[key] = value
+        elif value != shared[key]:
+            rest[key] = without(value, shared[key])
+    return rest
+
+
+def merged(shared: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of which ``common`` and ``without`` made two."""
+    record = dict(shared)
+    for key, value in rest.items():
+        record[key] = merged(shared[key], value) if isinstance(shared.get(key), Mapping) else value
+    return record
+
+
+def _rows(run: Trace, signals: Sequence[str]) -> pa.Table:
+    parts = []
+    for name in signals:
+        if name not in run.signals:
+            continue
+        series = run.signals[name]
+        kept = np.flatnonzero(series.steps % EVERY_STEPS == 0)
+        values, undefined = series.values[kept], series.undefined[kept]
+        # A sample between two kept ones must not hide that the signal broke there.
+        broken = np.maximum.accumulate(~np.isfinite(series.values) & ~series.undefined, axis=0)[kept]
+        values = np.where(broken & ~undefined, np.inf, values)
+        sample, layer, head = np.indices(values.shape).reshape(3, -1)
+        axes = run.manifest["signals"][name]["axes"] if name in run.manifest["signals"] else []
+        parts.append(
+            {
+                "step": series.steps[kept][sample],
+                "tokens": series.tokens[kept][sample],
+                "signal": np.full(values.size, name, object),
+                "layer": layer if "layer" in axes else np.full(values.size, -1),
+                "head": head if "head" in axes else np.full(values.size, -1),
+                "value": rounded(values.ravel()),
+                "undefined": undefined.ravel(),
+            }
+        )
+    columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    return pa.table({"run": np.full(len(columns["step"]), run.run_id, object), **columns})
+
+
+def write(index: Mapping[str, Any], runs: Sequence[Trace], labels: Mapping[str, Mapping], out: Path) -> None:
+    """Write a reduced folder. labels: by run id, divergence by every other label, kept in the manifests."""
+    wanted = ["held_out_loss", *dict.fromkeys(s for names in index["experiment"]["detectors"].values() for s in names)]
+    table = pa.concat_tables(_rows(run, wanted) for run in runs)
+    # Rows that follow one another are then alike in all but the value.
+    table = table.sort_by([(name, "ascending") for name in ("signal", "layer", "head", "run", "step")])
+    for name, kind in (("step", pa.int32()), ("layer", pa.int8()), ("head", pa.int8())):
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
+    manifests = {}
+    for run in runs:
+        manifest = {**run.manifest, "labels": labels[run.run_id]}
+        manifest["signals"] = {name: manifest["signals"][name] for name in wanted if name in manifest["signals"]}
+        manifest["config"] = {key: value for key, value in manifest["config"].items() if key != "monitor"}
+        manifests[run.run_id] = manifest
+    shared = common(list(manifests.values()))
+    out.mkdir(parents=True, exist_ok=True)
+    pq.write_table(
+        table.replace_schema_metadata({"foreshock.schema": str(trace.SCHEMA_VERSION)}),
+        out / SIGNALS,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=["run", "signal", "layer", "head", "step", "tokens"],
+        column_encoding={"value": "BYTE_STREAM_SPLIT"},
+    )
+    per_run = {run: without(manifest, shared) for run, manifest in manifests.items()}
+    lines = ",\n".join(f"{json.dumps(run)}: {json.dumps(rest, sort_keys=True)}" for run, rest in per_run.items())
+    (out / RUNS).write_text(f'{{"shared": {json.dumps(shared, indent=1, sort_keys=True)},\n"runs": {{\n{lines}\n}}}}\n')
+    (out / "experiment.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+class ReducedTrace(Trace):
+    """A run out of a reduced folder; its signals are there already."""
+
+    def __init__(self, run_id: str, folder: Path, manifest: Mapping[str, Any], signals: Mapping[str, Series]) -> None:
+        super().__init__(run_id, folder, manifest)
+        self.__dict__["signals"] = signals
+
+
+def is_reduced(folder: Path) -> bool:
+    return (folder / SIGNALS).exists()
+
+
+def read(folder: Path) -> dict[str, Trace]:
+    """Every run of a reduced folder, by id. Raises TraceError where it is damaged or of another schema version."""
+    try:
+        table = pq.read_table(folder / SIGNALS)
+        records = json.loads((folder / RUNS).read_text())
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise TraceError(f"the reduced runs in {folder} are damaged: {str(error).splitlines()[0]}") from None
+    version = int((table.schema.metadata or {}).get(b"foreshock.schema", b"0"))
+    if version != trace.SCHEMA_VERSION:
+        raise TraceError(f"{folder / SIGNALS} has schema version {version}, this code reads {trace.SCHEMA_VERSION}")
+    signal = table.column_names.index("signal")
+    table = table.set_column(signal, "signal", pc.dictionary_encode(table["signal"])).sort_by("run")
+    runs = table["run"].to_numpy()
+    bounds = [0, *(np.flatnonzero(runs[1:] != runs[:-1]) + 1).tolist(), len(runs)]
+    found = {}
+    for start, stop in pairwise(bounds):
+        run_id = runs[start]
+        series = trace.series_of(table.slice(start, stop - start), run_id)
+        manifest = merged(records["shared"], records["runs"][run_id])
+        found[run_id] = ReducedTrace(run_id, folder, manifest, series)
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    from analysis.experiment import load
+    from analysis.leaderboard import other_labels
+
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if set(given) != {"report", "runs", "out"}:
+        sys.exit("usage: python -m analysis.reduced report=DIR runs=DIR out=DIR")
+    report, out = Path(given["report"]), Path(given["out"])
+    try:
+        experiment = load(report, Path(given["runs"]))
+    except (ValueError, OSError, TraceError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    shutil.rmtree(out, ignore_errors=True)
+    write(experiment.index, [run.trace for run in experiment.runs], other_labels(experiment), out)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{out}: {len(experiment.runs)} runs, {size / 2**20:.2f} MiB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

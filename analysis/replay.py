@@ -1,0 +1,316 @@
+"""Score saved runs again, in seconds, with any detector: python -m analysis.score runs=DIR out=DIR
+
+runs=DIR            reduced folders, folders with experiment.json beside their runs, or bare run folders
+out=DIR             tables: leaderboard, runs, labels, charts, halves, selectivity, cross_talk, diagnosis, confusion
+detector=FILE.py    one's own detector (analysis/entrants.py); may be given again
+alarms=FILE.csv     one's own alarms: run_id, monitor, step; may be given again
+rule=NAME           a file of conf/rule for every signal, instead of the experiment's own
+alpha=NUMBER        false-alarm rate of a run, instead of the experiment's own
+tracks=A,B          of reference, self, floor, published; all by default
+singles=true        every signal by itself too
+allow_mixed=true    accept runs of different sources, data or torch, and say so
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from analysis.alarms import anytime_threshold, make_rule
+from analysis.attribution import alarm_probabilities, cross_talk, diagnose, selectivity
+from analysis.costs import monitor_costs
+from analysis.detection import Detection
+from analysis.entrants import RIVER, Entrant, load_entrant
+from analysis.found import conf, find
+from analysis.inference import performance_profile
+from analysis.leaderboard import (
+    ALL_FAULTS,
+    RANKED,
+    Contest,
+    board,
+    contest,
+    halves,
+    label_sensitivity,
+    read_alarms,
+    run_scores,
+)
+from analysis.score import score
+from analysis.tracks import TRACKS, catalogue, family
+from experiments.trace import TraceError
+
+CHARTS = ("shewhart", "ewma", "cusum", "glr", "shiryaev_roberts")
+PROFILE_SHARES = tuple(i / 20 for i in range(21))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line."""
+
+    runs: Path
+    out: Path
+    detectors: tuple[Path, ...] = ()
+    alarms: tuple[Path, ...] = ()
+    rule: str | None = None
+    alpha: float | None = None
+    tracks: tuple[str, ...] = TRACKS
+    singles: bool = False
+    allow_mixed: bool = False
+
+
+@dataclass
+class Tables:
+    """Every table of a replay, by the name of its file."""
+
+    parts: dict[str, list[pd.DataFrame]] = field(default_factory=dict)
+
+    def add(self, name: str, table: pd.DataFrame) -> None:
+        if len(table):
+            self.parts.setdefault(name, []).append(table)
+
+    def get(self, name: str) -> pd.DataFrame:
+        return pd.concat(self.parts[name], ignore_index=True) if name in self.parts else pd.DataFrame()
+
+    def write(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in self.parts:
+            self.get(name).to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
+
+
+def entrants(request: Request, track: str) -> Iterator[Entrant]:
+    """river's detectors on the baseline's signals, where there is a chart at all, and the files that were given."""
+    if track in ("reference", "self"):
+        for name in RIVER:
+            yield Entrant(f"river {name}", (), make_rule(**conf("rule", name)))
+        for path in request.detectors:
+            yield load_entrant(path)
+
+
+def replay(request: Request) -> Tables:
+    """Score every experiment of the folder on every track. Raises ValueError, OSError or TraceError in one line."""
+    unknown = [track for track in request.tracks if track not in TRACKS]
+    if unknown:
+        raise ValueError(f"tracks={unknown[0]} is not allowed: of {', '.join(TRACKS)}")
+    rule = None if request.rule is None else make_rule(**conf("rule", request.rule))
+    experiments, tables = find(request.runs, request.allow_mixed), Tables()
+    external = {name: found for path in request.alarms for name, found in read_alarms(path, experiments).items()}
+    for experiment in experiments:
+        for track in request.tracks:
+            detection = Detection(experiment, track)
+            one = contest(
+                experiment,
+                track,
+                detection=detection,
+                rule=rule,
+                alpha=request.alpha,
+                entrants=entrants(request, track),
+                external=external if track == "published" else None,
+                singles=request.singles,
+            )
+            _score(one, tables)
+            if track == "reference":
+                tables.add("charts", charts(detection, one.alpha))
+                tables.add("labels", label_sensitivity(one))
+    tables.write(request.out)
+    return tables
+
+
+def _score(one: Contest, tables: Tables) -> None:
+    scores = run_scores(one)
+    tables.add("runs", scores)
+    tables.add("leaderboard", board(one, scores, monitor_costs(one.experiment.model)))
+    keys = {"model": one.experiment.model, "track": one.track}
+    if one.track != "published":
+        half, tau = halves(one)
+        tables.add("halves", half.assign(**keys, tau=tau))
+    tables.add("profiles", profiles(one, scores))
+    competing = scores[scores["kind"].isin(RANKED)]
+    matrix = alarm_probabilities(competing)
+    tables.add(
+        "selectivity",
+        matrix.assign(selectivity=selectivity(matrix)).rename_axis("detector").reset_index().assign(**keys),
+    )
+    families = {name: family(detector.signals[0]) for name, detector in one.detectors.items() if detector.signals}
+    tables.add("cross_talk", cross_talk(matrix, families, designed_for(one)).assign(**keys))
+    if one.track == "reference":
+        found = diagnose(competing)
+        summary = {"accuracy": found.accuracy, "null_accuracy": found.null_accuracy, "p_value": found.p_value}
+        tables.add("diagnosis", pd.DataFrame([{**keys, "runs": len(found.predictions), **summary}]))
+        tables.add("confusion", found.confusion.reset_index().assign(**keys))
+
+
+ANSWERS = {
+    "attention numerics": ("attention", "both"),
+    "lr": ("ramp", "both"),
+    "batch": ("batch8",),
+    "aux loss off": ("aux_off",),
+}
+"""What the catalogue's ``answers_to`` calls the faults of the reference set."""
+
+
+def designed_for(one: Contest) -> dict[str, set[str]]:
+    """By family, the faults that the catalogue says its monitors answer to."""
+    found: dict[str, set[str]] = {}
+    for _, row in catalogue().iterrows():
+        for cause in str(row["answers_to"]).split("; "):
+            found.setdefault(row["family"], set()).update(set(ANSWERS.get(cause, ())) & set(one.experiment.faults))
+    return found
+
+
+def profiles(one: Contest, scores: pd.DataFrame) -> pd.DataFrame:
+    """Performance profiles: the share of diverging runs with at least so much of onset to divergence as lead."""
+    parts = []
+    for name, mine in scores[scores["normalised_lead"].notna()].groupby("detector", sort=False):
+        share = performance_profile(mine["normalised_lead"], PROFILE_SHARES)
+        parts.append(pd.DataFrame({"detector": name, "normalised_lead": PROFILE_SHARES, "share_of_runs": share}))
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return table.assign(model=one.experiment.model, track=one.track) if parts else table
+
+
+def charts(detection: Detection, alpha: float) -> pd.DataFrame:
+    """Whether the ranking depends on the chart: every detector's mean restricted lead and false alarms under each.
+
+    ``anytime`` is the Shiryaev-Roberts chart with the threshold of its theory instead of the conformal one.
+    """
+    parts = []
+    for name in CHARTS:
+        rule = make_rule(**conf("rule", name))
+        one = contest(detection.experiment, detection.track, rule=rule, alpha=alpha, detection=detection)
+        parts.append(_chart_rows(one, name, {n: d.alarms for n, d in one.detectors.items()}))
+        if name == "shiryaev_roberts":
+            found = {}
+            for detector in one.detectors.values():
+                samples = max((len(where) for chart in detector.charts.values() for where, _ in chart), default=0)
+                if samples:
+                    share = alpha / len(detector.signals)  # a union over the signals of a family
+                    found[detector.name] = detector.alarms_at(anytime_threshold(samples, share))
+            parts.append(_chart_rows(one, "shiryaev_roberts, anytime threshold", found))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _chart_rows(one: Contest, chart: str, alarms: dict[str, dict[str, int | None]]) -> pd.DataFrame:
+    rows = []
+    for name, found in alarms.items():
+        if one.kinds[name] != "detector" or one.detectors[name].declined:
+            continue
+        results = [
+            score(
+                alarm=found[run.trace.run_id],
+                onset=run.onset,
+                divergence=run.divergence,
+                horizon=one.experiment.horizon,
+            )
+            for run in one.experiment.of("faulty")
+        ]
+        leads = [r.restricted_lead_steps for r in results if r.restricted_lead_steps is not None]
+        healthy = [found[run.trace.run_id] is not None for run in one.experiment.of("test")]
+        rows.append(
+            {
+                "model": one.experiment.model,
+                "chart": chart,
+                "detector": name,
+                "rmlt_steps": sum(leads) / len(leads) if leads else float("nan"),
+                "detected": sum(r.outcome in ("lead", "benign_alarm") for r in results) / len(results),
+                "healthy_alarms": sum(healthy),
+                "healthy_runs": len(healthy),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+COLUMNS = {
+    "detector": "detector",
+    "runs": "runs",
+    "healthy": "false alarms",
+    "detected": "detected",
+    "rmlt": "mean lead (steps)",
+    "relative": "over baseline",
+    "rank": "rank",
+    "cost": "cost",
+}
+
+
+def print_board(tables: Tables, console: Console) -> None:
+    """Each model and track: the rows over all faults, best first; then what was declined."""
+    leaderboard = tables.get("leaderboard")
+    for (model, track), rows in leaderboard[leaderboard["fault"] == ALL_FAULTS].groupby(["model", "track"], sort=False):
+        grid = Table(title=f"{model}, {track} track, all faults", title_justify="left")
+        for column, heading in COLUMNS.items():
+            grid.add_column(heading, justify="left" if column == "detector" else "right")
+        known = rows[rows["declined"].isna()] if "declined" in rows else rows
+        for row in known.sort_values(["rank", "rmlt_steps"], ascending=[True, False]).itertuples():
+            grid.add_row(*_cells(row))
+        console.print(grid)
+        for row in rows[rows["declined"].notna()].itertuples():
+            console.print(f"declined: {row.detector}: {row.declined}", highlight=False, markup=False)
+
+
+def _interval(low: float, high: float) -> str:
+    return "" if pd.isna(low) else f" ({low:,.0f} to {high:,.0f})"
+
+
+def _cells(row) -> list[str]:
+    kind = "" if row.kind == "detector" else f" [{row.kind}]"
+    return [
+        f"{row.detector}{kind}".replace("[", r"\["),
+        f"{row.runs:.0f}{'*' if row.exploratory else ''}",
+        f"{row.healthy_alarms:.0f}/{row.healthy_runs:.0f}",
+        f"{row.detected:.0%}",
+        "–" if pd.isna(row.rmlt_steps) else f"{row.rmlt_steps:,.0f}{_interval(row.rmlt_low, row.rmlt_high)}",
+        "–" if pd.isna(row.relative_lead_steps) else f"{row.relative_lead_steps:+,.0f}",
+        "–" if pd.isna(row.rank) else f"{row.rank:g}{_interval(row.rank_low, row.rank_high)}",
+        "–" if pd.isna(row.cost_share_of_step) else f"{row.cost_share_of_step:.2%}",
+    ]
+
+
+def _request(arguments: Sequence[str]) -> Request:
+    given: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        given.setdefault(key, []).append(value)
+    several = {"detector": "detectors", "alarms": "alarms"}
+    single = {"runs", "out", "rule", "alpha", "tracks", "singles", "allow_mixed"}
+    for key, values in given.items():
+        if key not in several and key not in single:
+            raise ValueError(f"{key} is not an option: {', '.join(sorted({*several, *single}))}")
+        if key in single and len(values) > 1:
+            raise ValueError(f"{key} is given {len(values)} times")
+    for key in ("runs", "out"):
+        if not given.get(key, [""])[0]:
+            raise ValueError(f"{key}=DIR is missing: python -m analysis.score runs=DIR out=DIR")
+    for key in ("singles", "allow_mixed"):
+        if given.get(key, ["false"])[0] not in ("true", "false"):
+            raise ValueError(f"{key}={given[key][0]} is not allowed: true or false")
+    alpha = given.get("alpha", [None])[0]
+    try:
+        rate = None if alpha is None else float(alpha)
+    except ValueError:
+        raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1") from None
+    return Request(
+        runs=Path(given["runs"][0]),
+        out=Path(given["out"][0]),
+        detectors=tuple(Path(path) for path in given.get("detector", ())),
+        alarms=tuple(Path(path) for path in given.get("alarms", ())),
+        rule=given.get("rule", [None])[0],
+        alpha=rate,
+        tracks=tuple(given["tracks"][0].split(",")) if "tracks" in given else TRACKS,
+        singles=given.get("singles", ["false"])[0] == "true",
+        allow_mixed=given.get("allow_mixed", ["false"])[0] == "true",
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    try:
+        request = _request(arguments)
+        tables = replay(request)
+    except (ValueError, OSError, TraceError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    print_board(tables, console)
+    console.print(f"{request.out}: {', '.join(f'{name}.csv' for name in tables.parts)}", highlight=False)

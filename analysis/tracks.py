@@ -1,0 +1,184 @@
+"""What a signal is held against, three ways that are never mixed in one table, and a fourth that needs no history.
+
+``reference``: the per-sample median of healthy reference runs (the paper's own setting, not deployable).
+``self``: the run's own lagged window (deployable; it cannot see a fault that is there from step 0).
+``floor``: nothing; the signal is already a ratio to what noise alone would give.
+``published``: the number that the source of the signal gives (``monitors/catalogue.csv``).
+The first three give z-scores, (T samples, layers, heads), which charts and a conformal threshold follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.align import Aligned, broken
+
+TRACKS = ("reference", "self", "floor", "published")
+FLOOR_FAMILIES = ("random_matrix", "conservation")
+"""Families whose signals are ratios to predicted noise."""
+
+CATALOGUE = Path(__file__).resolve().parent.parent / "monitors" / "catalogue.csv"
+MAD_TO_SIGMA = 1.4826
+MIN_REFERENCE_RUNS = 4
+POOL_SAMPLES = 10
+SELF_WINDOW = 10
+"""W of the self track, in samples."""
+UNHEARD_OF = 1e9
+"""The z-score of a change after a window that did not vary at all: large, and finite, as nothing is broken."""
+
+
+class DeclinedSignal(ValueError):
+    """A signal that a track cannot judge, with the reason."""
+
+
+def finite_or_inf(series: Aligned) -> np.ndarray:
+    """Values with missing samples as NaN, and everything that is not finite from then on as Inf, per layer and head."""
+    return np.where(broken(series), np.inf, np.where(series.undefined, np.nan, series.values))
+
+
+@dataclass(frozen=True)
+class ReferenceBand:
+    """What a signal does in healthy runs: per sample and layer, the heads of a layer sharing one band.
+
+    centre: (T, layers) median over reference runs and heads; scale: (T, layers) 1.4826 x the median
+    absolute residual pooled over runs, heads and +-10 samples (the reference track of the protocol).
+    """
+
+    positions: np.ndarray
+    centre: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def fit(cls, name: str, reference: Sequence[Aligned]) -> ReferenceBand:
+        """Raises DeclinedSignal for fewer than 4 runs, differing positions, missing or constant values."""
+        if len(reference) < MIN_REFERENCE_RUNS:
+            raise DeclinedSignal(f"{name}: {len(reference)} reference runs, at least {MIN_REFERENCE_RUNS} needed")
+        positions = reference[0].positions
+        if any(not np.array_equal(series.positions, positions) for series in reference):
+            raise DeclinedSignal(f"{name}: reference runs were sampled at different positions")
+        if not len(positions):
+            raise DeclinedSignal(f"{name}: no sample in the reference runs")
+        values = np.concatenate([finite_or_inf(series) for series in reference], axis=2)
+        if np.isinf(values).any():
+            raise DeclinedSignal(f"{name}: a reference run is not finite")
+        if np.isnan(values).all(axis=2).any():
+            raise DeclinedSignal(f"{name}: some sample is defined in no reference run")
+        with np.errstate(all="ignore"):
+            centre = np.nanmedian(values, axis=2)
+            residual = np.abs(values - centre[..., None])
+            edge = np.full((POOL_SAMPLES, *residual.shape[1:]), np.nan)
+            windows = np.lib.stride_tricks.sliding_window_view(
+                np.concatenate((edge, residual, edge)), 2 * POOL_SAMPLES + 1, axis=0
+            )
+            scale = MAD_TO_SIGMA * np.nanmedian(windows.reshape(*windows.shape[:2], -1), axis=2)
+        if np.any(scale == 0):
+            raise DeclinedSignal(f"{name}: zero spread in the reference runs")
+        return cls(positions, centre, scale)
+
+    def z(self, series: Aligned) -> np.ndarray:
+        """(T, layers, heads) z-scores; NaN where a sample is missing, Inf kept.
+
+        Raises ValueError on positions that the reference runs do not have.
+        """
+        index = np.searchsorted(self.positions, series.positions)
+        if np.any(index >= len(self.positions)) or np.any(self.positions[index] != series.positions):
+            raise ValueError("a run has samples at positions that the reference runs do not have")
+        return (finite_or_inf(series) - self.centre[index][..., None]) / self.scale[index][..., None]
+
+
+@dataclass(frozen=True)
+class SelfBand:
+    """A signal against the run's own past: z_t = (x_t - mean) / standard deviation of x_(t-2W) ... x_(t-W).
+
+    The lag of W samples keeps a slow change out of its own yardstick; the first 2W samples have no z-score. Each layer
+    and head by itself. A window without spread gives 0 where x_t equals it and +-``UNHEARD_OF`` where it does not.
+    """
+
+    window: int = SELF_WINDOW
+
+    def z(self, series: Aligned) -> np.ndarray:
+        """(T, layers, heads) z-scores; NaN where x_t or more than half of its window is missing, Inf kept."""
+        x = finite_or_inf(series)
+        z = np.full(x.shape, np.nan)
+        if len(x) > 2 * self.window:
+            past = np.lib.stride_tricks.sliding_window_view(x, self.window + 1, axis=0)[: len(x) - 2 * self.window]
+            now = x[2 * self.window :]
+            known = np.isfinite(past).sum(-1) > self.window // 2
+            finite = np.where(np.isfinite(past), past, np.nan)
+            with np.errstate(all="ignore"):
+                count = np.isfinite(finite).sum(-1)
+                mean = np.nansum(finite, -1) / count
+                residual = finite - mean[..., None]
+                spread = np.sqrt(np.nansum(residual**2, -1) / (count - 1))
+                constant = np.nanmax(np.abs(residual), -1, initial=0.0) == 0
+                change = np.sign(now - mean) * UNHEARD_OF
+                ratio = np.where(constant, np.where(now == mean, 0.0, change), (now - mean) / spread)
+            z[2 * self.window :] = np.where(known & np.isfinite(now), ratio, np.nan)
+        return np.where(np.isposinf(x), np.inf, z)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A signal that is its own z-score: a ratio to what noise alone would give, at any step of any run."""
+
+    def z(self, series: Aligned) -> np.ndarray:
+        """The values, (T, layers, heads); NaN where a sample is missing, Inf kept."""
+        return finite_or_inf(series)
+
+
+Band = ReferenceBand | SelfBand | Floor
+
+
+def fit_band(track: str, name: str, reference: Sequence[Aligned]) -> Band:
+    """The band of a signal on a track. Raises DeclinedSignal where the track cannot judge it."""
+    if track == "reference":
+        return ReferenceBand.fit(name, reference)
+    if track == "self":
+        return SelfBand()
+    if track == "floor":
+        if family(name) not in FLOOR_FAMILIES:
+            raise DeclinedSignal(f"{name}: no ratio to predicted noise, so the floor track has no say")
+        return Floor()
+    raise ValueError(f"track={track!r} gives no z-scores: one of {', '.join(TRACKS[:3])}")
+
+
+@lru_cache(maxsize=1)
+def catalogue() -> pd.DataFrame:
+    """Every monitor's definition, family and published rule, by id."""
+    return pd.read_csv(CATALOGUE).set_index("id")
+
+
+def family(signal: str) -> str:
+    """The family of a signal, whose name begins with its catalogue id; ``unknown`` for a monitor not in there."""
+    known, name = catalogue(), signal.split(".")[0]
+    return str(known.loc[name, "family"]) if name in known.index else "unknown"
+
+
+@dataclass(frozen=True)
+class PublishedRule:
+    """An alarm where a raw reading stands strictly above ``above`` or below ``below``, as its source says."""
+
+    above: float
+    below: float
+
+    def broken_at(self, series: Aligned) -> np.ndarray:
+        """(T,): whether any layer or head breaks the rule; a non-finite value does, a missing one does not."""
+        x = finite_or_inf(series)
+        return ((x > self.above) | (x < self.below)).any(axis=(1, 2))
+
+
+def published_rule(signal: str) -> PublishedRule:
+    """The numeric rule of a signal's source. Raises DeclinedSignal where the source gives no number."""
+    known: Mapping = catalogue()
+    name = signal.split(".")[0]
+    limits = known.loc[name, ["alarm_above", "alarm_below"]].astype(float) if name in known.index else None
+    if limits is None or limits.isna().all():
+        raise DeclinedSignal(f"{signal}: no published threshold")
+    above, below = limits
+    return PublishedRule(np.inf if np.isnan(above) else above, -np.inf if np.isnan(below) else below)
