@@ -101,12 +101,13 @@ class GLR(Chart):
             raise ValueError(f"rule.window={self.window} is not allowed: at least 1 sample")
 
     def _of(self, z: np.ndarray) -> np.ndarray:
-        sums = np.concatenate(([0.0], np.cumsum(z)))
-        best = np.zeros(len(z))
-        for n in range(1, min(self.window, len(z)) + 1):
-            recent = np.maximum(sums[n:] - sums[:-n], 0.0)
-            best[n - 1 :] = np.maximum(best[n - 1 :], recent**2 / (2 * n))
-        return best
+        if not len(z):
+            return z
+        sums = np.concatenate((np.full(self.window - 1, np.nan), [0.0], np.cumsum(z)))
+        earlier = np.lib.stride_tricks.sliding_window_view(sums[:-1], self.window)  # S_(t-window) ... S_(t-1)
+        n = np.arange(self.window, 0, -1)
+        rise = np.fmax(sums[self.window :, None] - earlier, 0.0)  # fmax: before the first sample there is none
+        return (rise**2 / (2 * n)).max(axis=1)
 
 
 @dataclass(frozen=True)

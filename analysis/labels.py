@@ -8,6 +8,7 @@ ranking depends on the label; none of them is ever shown to a detector.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -37,12 +38,19 @@ def drawup_threshold(
 
     Raises ValueError without reference runs or where one of them has a non-finite loss.
     """
-    if not len(healthy_losses):
+    losses = tuple(np.asarray(loss, float).tobytes() for loss in healthy_losses)
+    return max(min_drawup_nats, healthy_factor * _largest_drawup(losses, ema_span))
+
+
+@lru_cache(maxsize=16)
+def _largest_drawup(healthy_losses: tuple[bytes, ...], ema_span: int) -> float:
+    """Of any run; the same reference runs judge every run of an experiment."""
+    losses = [np.frombuffer(loss) for loss in healthy_losses]
+    if not losses:
         raise ValueError("a divergence threshold needs at least one healthy reference run, got none")
-    if not all(np.all(np.isfinite(loss)) for loss in healthy_losses):
+    if not all(np.all(np.isfinite(loss)) for loss in losses):
         raise ValueError("a healthy reference run has a non-finite loss: it cannot set the divergence threshold")
-    largest = max(float(np.max(drawup(loss, ema_span))) for loss in healthy_losses)
-    return max(min_drawup_nats, healthy_factor * largest)
+    return max(float(np.max(drawup(loss, ema_span))) for loss in losses)
 
 
 def divergence_step(

@@ -27,6 +27,7 @@ from analysis.attribution import alarm_probabilities, cross_talk, diagnose, sele
 from analysis.costs import monitor_costs
 from analysis.detection import Detection
 from analysis.entrants import RIVER, Entrant, load_entrant
+from analysis.experiment import Experiment
 from analysis.found import conf, find
 from analysis.inference import performance_profile
 from analysis.leaderboard import (
@@ -40,6 +41,7 @@ from analysis.leaderboard import (
     read_alarms,
     run_scores,
 )
+from analysis.leaderboard_figure import fault_labels, leaderboard_figure
 from analysis.score import score
 from analysis.tracks import TRACKS, catalogue, family
 from experiments.trace import TraceError
@@ -82,11 +84,14 @@ class Tables:
             self.get(name).to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
 
 
-def entrants(request: Request, track: str) -> Iterator[Entrant]:
-    """river's detectors on the baseline's signals, where there is a chart at all, and the files that were given."""
-    if track in ("reference", "self"):
+def entrants(request: Request, experiment: Experiment, track: str) -> Iterator[Entrant]:
+    """river's detectors on the baseline's first signal, and the files that were given, on tracks with charts."""
+    experiment_index = experiment.index["experiment"]
+    watched = experiment_index["detectors"][experiment_index["baseline"]][:1]
+    if track == "reference":
         for name in RIVER:
-            yield Entrant(f"river {name}", (), make_rule(**conf("rule", name)))
+            yield Entrant(f"river {name}", tuple(watched), make_rule(**conf("rule", name)))
+    if track in ("reference", "self"):
         for path in request.detectors:
             yield load_entrant(path)
 
@@ -108,11 +113,16 @@ def replay(request: Request) -> Tables:
                 detection=detection,
                 rule=rule,
                 alpha=request.alpha,
-                entrants=entrants(request, track),
+                entrants=entrants(request, experiment, track),
                 external=external if track == "published" else None,
                 singles=request.singles,
             )
             _score(one, tables)
+            if track == "reference":
+                rows = tables.parts["leaderboard"][-1]
+                title = f"{experiment.index['experiment']['title']}: who feels it first?"
+                request.out.mkdir(parents=True, exist_ok=True)
+                leaderboard_figure(rows, fault_labels(experiment), request.out / f"{experiment.model}.png", title)
             if track == "reference":
                 tables.add("charts", charts(detection, one.alpha))
                 tables.add("labels", label_sensitivity(one))

@@ -18,7 +18,9 @@ from rich.table import Table
 from analysis.claims import check_claims
 from analysis.experiment import HEALTHY_ROLES, Experiment, load, views
 from analysis.figures import central_figure, fault_figure, lead_figure
+from analysis.leaderboard_figure import leads_figure
 from analysis.readings import end_table
+from analysis.receipts import write_receipts
 from analysis.router_figures import dose_figure, grid_figure, selectivity_figure
 from analysis.selectivity import alarm_matrix, off_diagonal
 from analysis.table import in_unit, lead_table, run_table
@@ -36,7 +38,7 @@ COLUMNS = {
     "false_alarm": "false",
     "healthy": "healthy alarms",
 }
-DRAWINGS = ("central", "faults", "doses", "grid", "selectivity")
+DRAWINGS = ("central", "faults", "doses", "grid", "selectivity", "leads")
 """Kinds of central figure, the key ``draw`` of an experiment."""
 
 
@@ -181,6 +183,8 @@ def _draw(experiments: Sequence[Experiment], report: Path) -> dict[str, Path]:
         raise ValueError(f"experiment.draw={kind!r} is not allowed: one of {', '.join(DRAWINGS)}")
     if kind == "doses":
         figures = {dose_figure(experiments, path): path}
+    elif kind == "leads":
+        figures = {leads_figure(experiments[0], path): path}
     else:
         draw = {
             "central": central_figure,
@@ -209,7 +213,7 @@ def _write_csv(experiments: Sequence[Experiment], tables: Sequence[pd.DataFrame]
 
 
 def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str | None = None) -> list[Experiment]:
-    """Score the runs that ``report/experiment.json`` lists and write figures, CSV files and ``index.html`` there.
+    """Score the runs that ``report/experiment.json`` lists and write figures, CSV files, ``index.html`` and receipts there.
 
     align: ``steps`` or ``tokens``, or None for what the experiment asks for. Returns its views, scored.
     """
@@ -221,6 +225,8 @@ def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str 
     if len(claims):
         claims.to_csv(report / "claims.csv", index=False)
     figures = _draw(experiments, report)
+    for model in dict.fromkeys(experiment.model for experiment in experiments):
+        write_receipts(next(e for e in experiments if e.model == model), report / "receipts")
     (report / "index.html").write_text(_page(experiments, tables, claims, figures), encoding="utf-8")
     console = Console(width=None if sys.stdout.isatty() else 150)
     for experiment, table in zip(experiments, tables, strict=True):

@@ -109,16 +109,16 @@ class SelfBand:
         if len(x) > 2 * self.window:
             past = np.lib.stride_tricks.sliding_window_view(x, self.window + 1, axis=0)[: len(x) - 2 * self.window]
             now = x[2 * self.window :]
-            known = np.isfinite(past).sum(-1) > self.window // 2
-            finite = np.where(np.isfinite(past), past, np.nan)
+            finite = np.isfinite(past)
+            count = finite.sum(-1)
             with np.errstate(all="ignore"):
-                count = np.isfinite(finite).sum(-1)
-                mean = np.nansum(finite, -1) / count
-                residual = finite - mean[..., None]
-                spread = np.sqrt(np.nansum(residual**2, -1) / (count - 1))
-                constant = np.nanmax(np.abs(residual), -1, initial=0.0) == 0
+                mean = np.where(finite, past, 0.0).sum(-1) / count
+                residual = np.where(finite, past - mean[..., None], 0.0)
+                spread = np.sqrt((residual**2).sum(-1) / (count - 1))
                 change = np.sign(now - mean) * UNHEARD_OF
+                constant = (residual == 0).all(-1)
                 ratio = np.where(constant, np.where(now == mean, 0.0, change), (now - mean) / spread)
+            known = count > self.window // 2
             z[2 * self.window :] = np.where(known & np.isfinite(now), ratio, np.nan)
         return np.where(np.isposinf(x), np.inf, z)
 

@@ -175,15 +175,19 @@ def series_of(table: pa.Table, run_id: str) -> dict[str, Series]:
     order = np.lexsort((head, layer, step, codes))
     bounds = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)) if len(order) else []
     signals = {}
+    step, tokens, layer, head, value, undefined = (x[order] for x in (step, tokens, layer, head, value, undefined))
     for start, stop in pairwise(bounds):
-        rows = order[start:stop]
-        shape = (-1, len(np.unique(layer[rows])), len(np.unique(head[rows])))
-        name = name_column.dictionary[int(codes[rows[0]])].as_py()
-        steps = np.unique(step[rows])
-        if len(steps) * shape[1] * shape[2] != len(rows):
+        name = name_column.dictionary[int(codes[order[start]])].as_py()
+        cells = int(np.searchsorted(step[start:stop], step[start], side="right"))
+        layers = len(np.unique(layer[start : start + cells]))
+        at = step[start:stop].reshape(-1, cells) if (stop - start) % cells == 0 else None
+        if at is None or cells % layers or (at != at[:, :1]).any() or (np.diff(at[:, 0]) <= 0).any():
             raise TraceError(f"run {run_id}: signal {name!r} has missing or repeated steps")
-        seen = tokens[rows].reshape(shape)[:, 0, 0]
-        signals[name] = Series(steps, seen, value[rows].reshape(shape), undefined[rows].reshape(shape))
+        shape = (-1, layers, cells // layers)
+        seen = tokens[start:stop:cells]
+        signals[name] = Series(
+            at[:, 0].copy(), seen, value[start:stop].reshape(shape), undefined[start:stop].reshape(shape)
+        )
     return signals
 
 

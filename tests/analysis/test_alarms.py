@@ -9,10 +9,12 @@ from analysis.alarms import (
     GLR,
     Shewhart,
     ShiryaevRoberts,
+    anytime_threshold,
     chart_statistic,
     conformal_threshold,
     first_alarm,
     make_rule,
+    maximum_threshold,
 )
 from analysis.align import Aligned
 from analysis.tracks import DeclinedSignal, ReferenceBand
@@ -185,3 +187,58 @@ def test_rules_by_name():
         make_rule("ewm")
     with pytest.raises(ValueError, match="weight=0"):
         make_rule("ewma", weight=0)
+
+
+def test_glr_by_hand():
+    assert GLR(2).statistic(np.array([1.0, 3.0, -9.0, 2.0])) == pytest.approx([0.5, 4.5, 0.0, 2.0])
+    assert GLR(1).statistic(np.array([-1.0, 2.0])) == pytest.approx([0.0, 2.0])
+
+
+def test_shiryaev_roberts_by_hand():
+    """R_t = (1 + R_(t-1)) exp(d z - d^2 / 2), its logarithm."""
+    found = ShiryaevRoberts((1.0,)).statistic(np.array([0.5, 2.0, -1.0]))
+    r, expected = 0.0, []
+    for z in (0.5, 2.0, -1.0):
+        r = (1 + r) * math.exp(z - 0.5)
+        expected.append(math.log(r))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_persistence_is_part_of_the_alarms_time():
+    steps, statistic = np.arange(10, 80, 10), np.array([0.0, 5.0, 0.0, 5.0, 5.0, 5.0, 0.0])
+    assert [first_alarm(statistic, steps, 1.0, persistence=p) for p in (1, 2, 3, 4)] == [20, 50, 60, None]
+    with pytest.raises(ValueError, match="persistence=0"):
+        first_alarm(statistic, steps, 1.0, persistence=0)
+
+
+def test_the_largest_of_59_keeps_five_percent_with_confidence():
+    threshold, rate = maximum_threshold(np.arange(59.0))
+    assert threshold == 58.0 and rate == pytest.approx(0.05, abs=5e-4)
+    with pytest.raises(ValueError, match="needs calibration runs"):
+        maximum_threshold([])
+
+
+def test_the_anytime_threshold_is_a_logarithm():
+    assert anytime_threshold(50, 0.05) == pytest.approx(math.log(1000))
+    with pytest.raises(ValueError, match="alpha=2"):
+        anytime_threshold(50, 2)
+
+
+@pytest.mark.parametrize(
+    ("chart", "parameters", "message"),
+    [
+        ("glr", {"window": 0}, "window=0"),
+        ("shiryaev_roberts", {"shifts": []}, "shifts"),
+        ("adwin", {"delt": 1}, "rule.adwin=.*delt"),
+    ],
+)
+def test_wrong_parameters_are_named(chart, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        make_rule(chart, **parameters)
+
+
+def test_whitening_needs_something_that_varies():
+    with pytest.raises(ValueError, match="vary"):
+        ShiryaevRoberts((1.0,)).calibrate([np.zeros(10)])
+    with pytest.raises(ValueError, match="at least 3"):
+        ShiryaevRoberts((1.0,)).calibrate([np.zeros(2)])

@@ -246,7 +246,7 @@ def test_max_t_keeps_the_familywise_error_over_correlated_columns():
 
 
 def test_max_t_takes_more_seeds_than_an_integer_has_bits():
-    differences = np.random.default_rng(0).normal(size=(127, 3)) + [0.0, 0.5, 2.0]
+    differences = np.random.default_rng(0).normal([0.0, 0.5, 2.0], size=(127, 3))
     found = max_t_test(differences, resamples=2000)
     assert found.p_adjusted_D[0] > 0.05 and found.p_adjusted_D[2] == found.smallest_p == 1 / 2001
 

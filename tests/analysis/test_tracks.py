@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+
+from analysis.align import Aligned
+from analysis.tracks import (
+    TRACKS,
+    UNHEARD_OF,
+    DeclinedSignal,
+    Floor,
+    PublishedRule,
+    SelfBand,
+    catalogue,
+    family,
+    fit_band,
+    published_rule,
+)
+
+
+def aligned(values, undefined=None) -> Aligned:
+    values = np.asarray(values, float).reshape(-1, 1, 1)
+    mask = np.zeros(values.shape, bool) if undefined is None else np.asarray(undefined).reshape(-1, 1, 1)
+    return Aligned(10 * np.arange(1, len(values) + 1), values, mask)
+
+
+def z_of(values, undefined=None, window: int = 3) -> np.ndarray:
+    return SelfBand(window).z(aligned(values, undefined)).ravel()
+
+
+def test_self_z_is_against_the_window_from_two_w_to_one_w_ago():
+    x = np.random.default_rng(0).normal(size=20)
+    z = z_of(x)
+    assert np.isnan(z[:6]).all()
+    for t in range(6, 20):
+        past = x[t - 6 : t - 2]  # t - 2W ... t - W, both included
+        assert z[t] == pytest.approx((x[t] - past.mean()) / past.std(ddof=1), rel=1e-12)
+
+
+def test_self_z_is_causal():
+    x = np.random.default_rng(1).normal(size=30)
+    whole = z_of(x)
+    for t in (5, 7, 15, 29):
+        assert np.array_equal(z_of(x[:t]), whole[:t], equal_nan=True)
+
+
+def test_a_signal_that_never_varied_is_silent_until_it_moves():
+    x = np.full(20, 0.1)
+    x[12] = 0.3
+    z = z_of(x)
+    assert (z[6:12] == 0).all() and z[12] == UNHEARD_OF
+    assert z_of(-x)[12] == -UNHEARD_OF
+
+
+def test_missing_samples_are_missing_and_do_not_spoil_the_window():
+    x, undefined = np.random.default_rng(2).normal(size=20), np.zeros(20, bool)
+    x[10], undefined[10] = np.nan, True
+    z = z_of(x, undefined)
+    assert np.isnan(z[10]) and np.isfinite(np.delete(z, 10)[6:]).all()
+    undefined[8:11] = True
+    assert np.isnan(z_of(x, undefined)[13])  # three of its four window samples are missing
+
+
+def test_short_input_has_no_z():
+    assert np.isnan(z_of(np.ones(6))).all()
+    assert z_of(np.ones(0)).shape == (0,)
+
+
+def test_the_floor_track_takes_ratios_only():
+    values = aligned([0.5, 2.0, np.inf, 1.0])
+    assert Floor().z(values).ravel().tolist() == [0.5, 2.0, np.inf, np.inf]
+    assert isinstance(fit_band("floor", "delta_w_flip_edge.q.w50", []), Floor)
+    with pytest.raises(DeclinedSignal, match="no ratio to predicted noise"):
+        fit_band("floor", "grad_global_norm", [])
+
+
+def test_a_published_rule_is_strict_and_reads_raw_values():
+    rule = published_rule("update_to_weight")
+    assert (rule.above, rule.below) == (1e-2, 1e-4)
+    series = aligned([1e-3, 1e-2, 1.01e-2, 5e-5, np.nan])
+    assert rule.broken_at(series).tolist() == [False, False, True, True, True]
+    missing = aligned([np.nan, 1e-3], [True, False])
+    assert rule.broken_at(missing).tolist() == [False, False]
+    assert published_rule("moe_drop_rate") == PublishedRule(0.01, -np.inf)
+
+
+@pytest.mark.parametrize("signal", ["qk_delta2_spectrum.entropy.w50", "grad_global_norm", "no_such_monitor"])
+def test_a_rule_without_a_number_is_declined(signal):
+    with pytest.raises(DeclinedSignal, match="no published threshold"):
+        published_rule(signal)
+
+
+def test_the_catalogue_is_whole():
+    known = catalogue()
+    assert known.index.is_unique
+    assert len(known) == 107 + 5  # the catalogue of the paper's field, and the random-matrix scores
+    limits = known[["alarm_above", "alarm_below"]].dropna(how="all")
+    assert known.loc[limits.index, "published_rule"].notna().all()  # a number needs the words that it comes from
+    assert family("qk_delta2_spectrum.entropy.w50") == "attention_update"
+    assert family("mine.q") == "unknown"
+
+
+def test_an_unknown_track_is_an_error():
+    with pytest.raises(ValueError, match="track='published' gives no z-scores"):
+        fit_band("published", "s", [])
+    assert TRACKS == ("reference", "self", "floor", "published")
