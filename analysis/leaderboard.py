@@ -99,8 +99,12 @@ def contest(
 
 
 def _scorable(one: Contest, detector: Detector, run: ScoredRun) -> bool:
-    """On the self track a run counts where its past was healthy for long enough, for this cadence."""
-    return one.track != "self" or not detector.charts or own_past_is_healthy(run, detector, SELF_WINDOW)
+    """On the self track a run counts where its past was healthy for long enough, for the detector's cadence.
+
+    Who has no cadence, a control or a table of alarms, is scored on the baseline's runs.
+    """
+    watched = detector if detector.charts else one.detectors[one.baseline]
+    return one.track != "self" or own_past_is_healthy(run, watched, SELF_WINDOW)
 
 
 def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None) -> pd.DataFrame:
@@ -171,12 +175,15 @@ def _by_seed(scores: pd.DataFrame, names: Sequence[str], column: str) -> tuple[n
 
 
 def _relative(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Adds ``relative``: the baseline's alarm minus the detector's, both at most the run's reach."""
+    """Adds ``relative``: the baseline's alarm minus the detector's, both at most the run's reach; NaN unless it diverges.
+
+    Under a fault that does no harm there is nothing to be early for, and who alarms first may be the worse detector.
+    """
     restricted = scores["alarm"].astype(float).fillna(np.inf).clip(upper=scores["reach"].astype(float))
     table = scores.assign(restricted=restricted)
     reference = table[table["detector"] == baseline].set_index("run_id")
     joined = table["run_id"].map(reference["restricted"])
-    return table.assign(relative=joined - restricted)
+    return table.assign(relative=(joined - restricted).where(table["lead"].notna()))
 
 
 def board(one: Contest, scores: pd.DataFrame, costs: Mapping[str, tuple[str, float]] | None = None) -> pd.DataFrame:
@@ -215,9 +222,9 @@ def _fault_rows(
         return []
     totals_SD, counts_SD = _by_seed(scores, names, "lead")
     ranked = [i for i, name in enumerate(names) if one.kinds[name] in RANKED]
-    # A detector that was not scored on all of these runs cannot be ranked with those that were.
+    # Who was not scored on all of these runs, or alarms in healthy ones more often than allowed, cannot be compared.
     whole = counts_SD.sum(0).max(initial=0.0)
-    ranked = [i for i in ranked if counts_SD[:, i].sum() == whole and whole > 0]
+    ranked = [i for i in ranked if counts_SD[:, i].sum() == whole > 0 and _keeps_rate(one, names[i], healthy)]
     ranks = dict(zip(ranked, rank_intervals(totals_SD[:, ranked], counts_SD[:, ranked]), strict=True)) if ranked else {}
     best = _possibly_best(totals_SD, counts_SD, ranked)
     p_values, smallest_p = _against_baseline(one, names, totals_SD, counts_SD, ranked)
@@ -264,6 +271,12 @@ def _fault_rows(
             }
         )
     return rows
+
+
+def _keeps_rate(one: Contest, name: str, healthy: pd.DataFrame) -> bool:
+    """Whether its healthy test runs leave it possible that a detector alarms in no more than alpha of them."""
+    alarms = healthy.loc[healthy["detector"] == name, "outcome"] == "false_alarm"
+    return not len(alarms) or clopper_pearson_interval(int(alarms.sum()), len(alarms))[0] <= one.alpha
 
 
 def _delay(scores: pd.DataFrame, horizon: int) -> float:

@@ -2,8 +2,9 @@
 
 A reduced folder holds ``experiment.json`` (the experiment's index), ``runs.json`` (manifests, what all share
 written once) and ``signals.parquet``: the rows of a trace (``experiments.trace``) with the run's id, for the signals
-of the experiment's detectors and the label, at most every 10 steps, as FP32 with ``MANTISSA_BITS`` explicit bits:
-rounding is far below every healthy band. Labels that need the whole training loss are computed before it is thinned.
+of the experiment's detectors and the label, at most every 10 steps, as FP32 rounded to ``SHARE_OF_SPREAD`` of the
+spread that the reference runs have at that sample: far below what any z-score can mean. Labels that need the whole
+training loss are computed before it is thinned.
 
     python -m analysis.reduced report=DIR runs=DIR out=DIR
 """
@@ -23,20 +24,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from analysis.align import hold
+from analysis.tracks import DeclinedSignal, ReferenceBand
 from experiments import trace
 from experiments.trace import Series, Trace, TraceError
 
 EVERY_STEPS = 10
-MANTISSA_BITS = 11
+SHARE_OF_SPREAD = 1 / 32
 SIGNALS, RUNS = "signals.parquet", "runs.json"
 
 
-def rounded(values: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
-    """FP32 with the nearest mantissa of ``bits`` explicit bits, ties away from zero; NaN and Inf stay. Same shape."""
-    raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    drop = np.uint32(23 - bits)
-    nearest = ((raw + (np.uint32(1) << (drop - np.uint32(1)))) >> drop) << drop
-    return np.where(np.isfinite(values), nearest, raw).astype(np.uint32).view(np.float32)
+def rounded(values: np.ndarray, quantum: np.ndarray) -> np.ndarray:
+    """The nearest multiples of a quantum, which is lowered to a power of 2, as FP32; NaN, Inf and quantum 0 stay."""
+    step = np.exp2(np.floor(np.log2(np.where(quantum > 0, quantum, 1.0))))
+    with np.errstate(invalid="ignore"):
+        nearest = np.round(values / step) * step
+    return np.where(np.isfinite(values) & (quantum > 0), nearest, values).astype(np.float32)
+
+
+def quanta(name: str, reference: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and, (T, layers), what a signal may be rounded to there; no steps where reference runs have no spread."""
+    try:
+        band = ReferenceBand.fit(name, [hold(one, "steps", one.steps) for one in reference])
+    except DeclinedSignal:
+        return np.empty(0, int), np.empty((0, 1))
+    return band.positions, SHARE_OF_SPREAD * band.scale
 
 
 def common(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -70,9 +82,9 @@ def merged(shared: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]
     return record
 
 
-def _rows(run: Trace, signals: Sequence[str]) -> pa.Table:
+def _rows(run: Trace, signals: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> pa.Table:
     parts = []
-    for name in signals:
+    for name, (known, quantum) in signals.items():
         if name not in run.signals:
             continue
         series = run.signals[name]
@@ -81,6 +93,8 @@ def _rows(run: Trace, signals: Sequence[str]) -> pa.Table:
         # A sample between two kept ones must not hide that the signal broke there.
         broken = np.maximum.accumulate(~np.isfinite(series.values) & ~series.undefined, axis=0)[kept]
         values = np.where(broken & ~undefined, np.inf, values)
+        at = np.isin(series.steps[kept], known)
+        values[at] = rounded(values[at], quantum[np.searchsorted(known, series.steps[kept][at])][..., None])
         sample, layer, head = np.indices(values.shape).reshape(3, -1)
         axes = run.manifest["signals"][name]["axes"] if name in run.manifest["signals"] else []
         parts.append(
@@ -90,7 +104,7 @@ def _rows(run: Trace, signals: Sequence[str]) -> pa.Table:
                 "signal": np.full(values.size, name, object),
                 "layer": layer if "layer" in axes else np.full(values.size, -1),
                 "head": head if "head" in axes else np.full(values.size, -1),
-                "value": rounded(values.ravel()),
+                "value": values.ravel().astype(np.float32),
                 "undefined": undefined.ravel(),
             }
         )
@@ -101,7 +115,14 @@ def _rows(run: Trace, signals: Sequence[str]) -> pa.Table:
 def write(index: Mapping[str, Any], runs: Sequence[Trace], labels: Mapping[str, Mapping], out: Path) -> None:
     """Write a reduced folder. labels: by run id, divergence by every other label, kept in the manifests."""
     wanted = ["held_out_loss", *dict.fromkeys(s for names in index["experiment"]["detectors"].values() for s in names)]
-    table = pa.concat_tables(_rows(run, wanted) for run in runs)
+    roles = {cell["run_id"]: cell["role"] for cell in index["runs"]}
+    reference = [run for run in runs if roles[run.run_id] == "reference"]
+    signals = {
+        name: quanta(name, [run.signals[name] for run in reference])
+        for name in wanted
+        if all(name in run.signals for run in reference)
+    }
+    table = pa.concat_tables(_rows(run, signals) for run in runs)
     # Rows that follow one another are then alike in all but the value.
     table = table.sort_by([(name, "ascending") for name in ("signal", "layer", "head", "run", "step")])
     for name, kind in (("step", pa.int32()), ("layer", pa.int8()), ("head", pa.int8())):

@@ -114,7 +114,7 @@ def replay(request: Request) -> Tables:
                 rule=rule,
                 alpha=request.alpha,
                 entrants=entrants(request, experiment, track),
-                external=external if track == "published" else None,
+                external=external if track == "reference" else None,
                 singles=request.singles,
             )
             _score(one, tables)
@@ -256,8 +256,11 @@ def print_board(tables: Tables, console: Console) -> None:
         for row in known.sort_values(["rank", "rmlt_steps"], ascending=[True, False]).itertuples():
             grid.add_row(*_cells(row))
         console.print(grid)
-        for row in rows[rows["declined"].notna()].itertuples():
-            console.print(f"declined: {row.detector}: {row.declined}", highlight=False, markup=False)
+        declined = rows[rows["declined"].notna()]
+        if len(declined):
+            said = "; ".join(dict.fromkeys(str(reason).split(": ", 1)[-1] for reason in declined["declined"]))
+            names = ", ".join(declined["detector"])
+            console.print(f"not on this track: {names} ({said})\n", highlight=False, markup=False)
 
 
 def _interval(low: float, high: float) -> str:

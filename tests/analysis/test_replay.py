@@ -13,6 +13,7 @@ import pytest
 
 from analysis import reduced
 from analysis.controls import random_timer
+from analysis.detection import Detection
 from analysis.experiment import load
 from analysis.leaderboard import contest, halves, label_sensitivity, other_labels, run_scores
 from analysis.replay import Request, replay
@@ -91,7 +92,7 @@ def test_no_detector_is_scored_on_its_own_past_where_the_fault_is_in_it(made, tm
     early_onset = {"attention": FAULTS["attention"] | {"onset": 1}}
     folder = made(COUNTS, SIGNALS, DETECTORS, early_onset | {"ramp": FAULTS["ramp"]}, baseline="late", name="early")
     table = scored(folder, tmp_path / "out", tracks=("self",))
-    assert "attention" not in table.loc["self"].index.get_level_values("fault")[table.loc["self"]["kind"] == "detector"]
+    assert "attention" not in table.loc["self"].index.get_level_values("fault")
     assert table.loc[("self", "ramp", "early"), "runs"] == 12
 
 
@@ -146,10 +147,21 @@ def test_anyones_alarms_enter_as_a_table(folder, tmp_path):
     rows = [(run.trace.run_id, "mine", 500) for run in experiment.of("faulty", fault="attention")]
     path = tmp_path / "mine.csv"
     pd.DataFrame(rows, columns=["run_id", "monitor", "step"]).to_csv(path, index=False)
-    table = scored(folder, tmp_path / "out", alarms=(path,), tracks=("published",))
-    assert table.loc[("published", "attention", "mine"), "rmlt_steps"] == 300
-    assert table.loc[("published", "ramp", "mine"), "rmlt_steps"] == 0
-    assert table.loc[("published", "all", "mine"), "healthy_alarms"] == 0
+    table = scored(folder, tmp_path / "out", alarms=(path,), tracks=("reference",)).loc["reference"]
+    assert table.loc[("attention", "mine"), "rmlt_steps"] == 300
+    assert table.loc[("ramp", "mine"), "rmlt_steps"] == 0
+    assert table.loc[("all", "mine"), "healthy_alarms"] == 0 and table.loc[("all", "mine"), "rank"] > 0
+
+
+def test_who_alarms_in_healthy_runs_more_often_than_allowed_is_shown_and_not_ranked(folder, tmp_path):
+    experiment = load(folder, folder)
+    rows = [(run.trace.run_id, "trigger-happy", 1) for run in experiment.of("faulty", "test")]
+    path = tmp_path / "mine.csv"
+    pd.DataFrame(rows, columns=["run_id", "monitor", "step"]).to_csv(path, index=False)
+    table = scored(folder, tmp_path / "out", alarms=(path,), tracks=("reference",)).loc[("reference", "all")]
+    row = table.loc["trigger-happy"]
+    assert row["healthy_alarms"] == 6 and row["false_alarm_low"] > 0.1 and np.isnan(row["rank"])
+    assert table.loc["early", "rank"] > 0
 
 
 @pytest.mark.parametrize(
@@ -169,7 +181,7 @@ def test_a_bad_table_of_alarms_is_refused_by_line(folder, tmp_path, lines, messa
     path = tmp_path / "mine.csv"
     path.write_text(lines)
     with pytest.raises(ValueError, match=message):
-        scored(folder, tmp_path / "out", alarms=(path,), tracks=("published",))
+        scored(folder, tmp_path / "out", alarms=(path,), tracks=("reference",))
 
 
 def test_bare_run_folders_find_their_roles_by_seed(folder, tmp_path):
@@ -198,14 +210,24 @@ def test_a_reduced_folder_scores_as_its_runs_do(folder, tmp_path):
     pd.testing.assert_frame_equal(a, b, rtol=0.02)
 
 
-def test_rounding_is_to_the_nearest_and_keeps_what_is_not_finite():
-    values = np.array([1.0, 1 + 2**-12, 1 + 2**-11, -3.14159, 0.0, np.inf, -np.inf, np.nan, 1e30])
-    found = reduced.rounded(values, bits=11)
+def test_rounding_is_to_the_nearest_multiple_and_keeps_what_is_not_finite():
+    values = np.array([1.0, 1.1, 1.13, -3.14159, np.inf, -np.inf, np.nan, 0.3])
+    quantum = np.array([0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.0])
+    found = reduced.rounded(values, quantum)
     assert found.dtype == np.float32
-    assert found[:3].tolist() == [1.0, 1 + 2**-11, 1 + 2**-11]
-    np.testing.assert_allclose(found, values, rtol=2**-12)
-    kept = np.random.default_rng(0).normal(size=1000)
-    assert np.max(np.abs(reduced.rounded(kept) / kept - 1)) <= 2**-12 * 1.001
+    assert found[:4].tolist() == [1.0, 1.0, 1.25, -3.25]  # 0.3 is lowered to a quarter
+    assert np.array_equal(found[4:7], values[4:7].astype(np.float32), equal_nan=True) and found[7] == np.float32(0.3)
+
+
+def test_rounding_moves_z_scores_by_a_small_part_of_a_standard_deviation(folder, tmp_path):
+    """By 1/64 for the value, and as much again for the band, whose centre and scale are of rounded values."""
+    experiment, small = load(folder, folder), tmp_path / "small"
+    reduced.write(experiment.index, [run.trace for run in experiment.runs], other_labels(experiment), small)
+    again = load(small, small)
+    for signal in SIGNALS:
+        before, after = (Detection(one).sides(signal) for one in (experiment, again))
+        z, moved = (np.concatenate([one[run].series[0] for run in before]) for one in (before, after))
+        assert np.max(np.abs(moved - z) / (1 + np.abs(z))) < 4 / 64
 
 
 def test_manifests_are_put_together_again():
