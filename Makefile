@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 ROUTER_EXPERIMENTS := paper_router_lr paper_router_batch paper_aux_loss paper_combined paper_router_grid paper_selectivity paper_router_ramp
 
-.PHONY: setup reproduce routers test bench clean
+.PHONY: setup reproduce routers reference-set leaderboard test bench clean
 
 setup: $(VENV)/.locked
 
@@ -25,6 +25,17 @@ routers: setup
 	@for experiment in $(ROUTER_EXPERIMENTS); do \
 		$(BIN)/python -m experiments.reproduce experiment=$$experiment $(ARGS) || exit $$?; \
 	done
+
+# The runs behind the leaderboard, reduced to what scoring needs: hours, resumable, two runs at a time.
+reference-set: setup
+	@for half in dense moe; do \
+		$(BIN)/python -m experiments.reproduce experiment=reference_set_$$half scale=published $(ARGS) && \
+		$(BIN)/python -m analysis.reduced report=report/reference_set_$$half-published runs=runs out=results/reference_set/$$half || exit $$?; \
+	done
+
+# Score the committed runs again, in seconds: ARGS="detector=mine.py" enters your own.
+leaderboard: setup
+	$(BIN)/python -m analysis.score runs=results/reference_set out=report/leaderboard $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

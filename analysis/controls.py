@@ -11,8 +11,8 @@ from analysis.experiment import Experiment, ScoredRun
 Alarm = Callable[[ScoredRun, Experiment], int | None]
 
 
-def null(run: ScoredRun, experiment: Experiment) -> int | None:
-    """Never."""
+def never(run: ScoredRun, experiment: Experiment) -> int | None:
+    """No alarm at all: what a miss is worth."""
     return None
 
 
@@ -39,7 +39,7 @@ def onset_oracle(run: ScoredRun, experiment: Experiment) -> int | None:
 
 
 CONTROLS: dict[str, Alarm] = {
-    "null": null,
+    "never": never,
     "random timer": random_timer,
     "step counter": step_counter,
     "onset oracle": onset_oracle,

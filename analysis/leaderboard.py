@@ -175,7 +175,7 @@ def _by_seed(scores: pd.DataFrame, names: Sequence[str], column: str) -> tuple[n
 
 
 def _relative(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Adds ``relative``: the baseline's alarm minus the detector's, both at most the run's reach; NaN unless it diverges.
+    """Adds ``relative``: baseline's alarm minus the detector's, both at most the run's reach; NaN unless it diverges.
 
     Under a fault that does no harm there is nothing to be early for, and who alarms first may be the worse detector.
     """

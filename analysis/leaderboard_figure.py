@@ -8,7 +8,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import PercentFormatter
 
 from analysis.drawing import ALARM, COLOURS, FAULTY, HEALTHY, THOUSANDS, pretty, save, style
 from analysis.experiment import Experiment
@@ -71,7 +70,7 @@ def leaderboard_figure(rows: pd.DataFrame, labels: Mapping[str, str], path: Path
         last.axvline(alpha, color=ALARM, linewidth=1, linestyle=":")
     axes[0][0].set_yticks(range(len(names)), [pretty(name) for name in names], fontsize=9.5)
     axes[0][0].set_ylim(-0.7, len(names) - 0.3)
-    figure.suptitle(title, x=0.01, ha="left", y=1.0 + 0.35 / figure.get_figheight(), fontsize=13, weight="bold")
+    figure.suptitle(title, x=0.01, ha="left", y=0.88 + 0.75 / figure.get_figheight(), fontsize=13, weight="bold")
     save(figure, path)
     return (
         "Mean lead before divergence with its 95 % interval over seeds (a miss counts 0; right is better), alarms "
@@ -107,5 +106,4 @@ def _shares(axis: plt.Axes, rows: pd.DataFrame, names: list[str], columns: tuple
             axis.plot([row[low], row[high]], [y, y], color=colour, linewidth=1.5, alpha=0.45)
             axis.plot(row[middle], y, "o", color=colour, markersize=4.5)
     axis.set_xlim(-0.05, 1.05)
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_xticks([0, 0.5, 1])
+    axis.set_xticks([0, 0.5, 1], ["0", "½", "1"])

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
+from analysis.attribution import alarm_probabilities
 from analysis.experiment import Experiment
+from analysis.table import run_table
 
 
 def alarm_matrix(experiment: Experiment) -> pd.DataFrame:
-    """P[detector, fault]: share of runs with an alarm from onset and before divergence, or the run's end.
-
-    The first column, ``healthy``, is the share of healthy test runs with any alarm (NaN without test runs).
-    Declined detectors are left out. Values in [0, 1].
-    """
-    rows = {}
-    for name in experiment.named_detectors:
-        detector = experiment.detectors[name]
-        if detector.declined:
-            continue
-        tests = [detector.alarms[run.trace.run_id] is not None for run in experiment.of("test")]
-        row = {"healthy": np.mean(tests) if tests else np.nan}
-        for fault in experiment.faults:
-            outcomes = [experiment.score(detector, run).outcome for run in experiment.of("faulty", fault=fault)]
-            row[fault] = np.mean([outcome in ("lead", "benign_alarm") for outcome in outcomes])
-        rows[name] = row
-    return pd.DataFrame(rows).T
+    """``attribution.alarm_probabilities`` of the experiment's named detectors; declined ones are left out."""
+    outcomes = run_table(experiment)
+    return alarm_probabilities(outcomes[outcomes["detector"].isin(experiment.named_detectors)])
 
 
 def off_diagonal(experiment: Experiment, matrix: pd.DataFrame) -> pd.DataFrame:

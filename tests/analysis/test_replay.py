@@ -67,12 +67,12 @@ def test_the_board_says_what_was_put_in(folder, tmp_path):
 
 def test_controls_earn_what_they_know(folder, tmp_path):
     table = scored(folder, tmp_path / "out", tracks=("reference",)).loc[("reference", "all")]
-    assert table.loc["null", "rmlt_steps"] == table.loc["step counter", "rmlt_steps"] == 0
+    assert table.loc["never", "rmlt_steps"] == table.loc["step counter", "rmlt_steps"] == 0
     assert table.loc["onset oracle", "rmlt_steps"] == pytest.approx(((800 - 301) + (700 - 301)) / 2)
     assert table.loc["onset oracle", "normalised_lead"] == 1 and table.loc["onset oracle", "delay_steps"] == 0
-    assert table.loc["null", "delay_steps"] == 1000 - 301
-    assert table.loc["null", "detected"] == 0 and table.loc["onset oracle", "detected"] == 1
-    assert table.loc[["null", "onset oracle"], "rank"].isna().all()
+    assert table.loc["never", "delay_steps"] == 1000 - 301
+    assert table.loc["never", "detected"] == 0 and table.loc["onset oracle", "detected"] == 1
+    assert table.loc[["never", "onset oracle"], "rank"].isna().all()
 
 
 def test_the_random_timer_keeps_its_rate(folder):
@@ -224,7 +224,7 @@ def test_rounding_moves_z_scores_by_a_small_part_of_a_standard_deviation(folder,
     experiment, small = load(folder, folder), tmp_path / "small"
     reduced.write(experiment.index, [run.trace for run in experiment.runs], other_labels(experiment), small)
     again = load(small, small)
-    for signal in SIGNALS:
+    for signal in (EARLY, LATE):  # what the detectors read
         before, after = (Detection(one).sides(signal) for one in (experiment, again))
         z, moved = (np.concatenate([one[run].series[0] for run in before]) for one in (before, after))
         assert np.max(np.abs(moved - z) / (1 + np.abs(z))) < 4 / 64

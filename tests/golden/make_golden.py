@@ -1,7 +1,10 @@
-"""Cut a finished experiment down to a golden one: python tests/golden/make_golden.py REPORT RUNS OUT
+"""Cut finished runs down to golden ones, and write the table that scoring them gives.
 
-Keeps 4 reference, 9 calibration and 3 faulty runs with the signals of the detectors below, and writes
-the table that scoring them gives. Run it again only when a table is meant to change, and read the difference.
+    python tests/golden/make_golden.py REPORT RUNS OUT    # an experiment's traces and its lead-time table
+    python tests/golden/make_golden.py REDUCED OUT        # a reduced folder and its leaderboard
+
+Keeps 4 reference, 9 calibration and 3 runs of each fault (of a reduced folder also 3 healthy test runs) with the
+signals of a few detectors. Run it again only when a table is meant to change, and read the difference.
 """
 
 import json
@@ -11,7 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis import reduced
 from analysis.experiment import load
+from analysis.leaderboard import board, contest, run_scores
 from analysis.table import lead_table
 from experiments import trace
 
@@ -50,5 +55,34 @@ def main(report: Path, runs: Path, out: Path) -> None:
     lead_table(load(out, out / "runs")).to_csv(out / "expected.csv", index=False)
 
 
+REDUCED_KEEP = {"reference": 4, "calibration": 9, "test": 3, "faulty": 3}
+REDUCED_DETECTORS = ("loss or gradient norm", "Delta2 entropy", "Delta W Tracy-Widom", "routing entropy")
+
+
+def main_reduced(source: Path, out: Path) -> None:
+    index = json.loads((source / "experiment.json").read_text())
+    index["runs"] = [
+        cell
+        for fault in (None, *index["experiment"]["faults"])
+        for role, count in REDUCED_KEEP.items()
+        for cell in [c for c in index["runs"] if (c["role"], c["fault"]) == (role, fault)][:count]
+    ]
+    index["scale"] |= {"alpha": 0.10}
+    detectors = index["experiment"]["detectors"]
+    index["experiment"]["detectors"] = {name: detectors[name] for name in REDUCED_DETECTORS}
+    runs = reduced.read(source)
+    kept = [runs[cell["run_id"]] for cell in index["runs"]]
+    shutil.rmtree(out, ignore_errors=True)
+    reduced.write(index, kept, {run.run_id: run.manifest["labels"] for run in kept}, out)
+    golden_leaderboard(out).to_csv(out / "expected.csv", index=False)
+
+
+def golden_leaderboard(folder: Path) -> pd.DataFrame:
+    """The boards of the reference, self and floor tracks of a reduced folder."""
+    experiment = load(folder, folder)
+    contests = [contest(experiment, track) for track in ("reference", "self", "floor")]
+    return pd.concat([board(one, run_scores(one)) for one in contests], ignore_index=True)
+
+
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:]))
+    (main if len(sys.argv) == 4 else main_reduced)(*(Path(argument) for argument in sys.argv[1:]))
