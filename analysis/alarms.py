@@ -158,6 +158,29 @@ class ShiryaevRoberts(Chart):
         return np.logaddexp.reduce(logs, axis=0) - math.log(len(self.shifts))
 
 
+@dataclass(frozen=True)
+class Persistent:
+    """Another rule that must stay high: the smallest of its last ``samples`` statistics.
+
+    It passes a threshold at the ``samples``-th sample in a row above it, so that the wait is part of the alarm's
+    time, on healthy calibration runs as well; NaN before there are so many.
+    """
+
+    rule: AlarmRule
+    samples: int
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"rule.persistence={self.samples} is not allowed: at least 1 sample")
+
+    def calibrate(self, healthy: Sequence[np.ndarray]) -> Persistent:
+        return replace(self, rule=self.rule.calibrate(healthy))
+
+    def statistic(self, x: np.ndarray) -> np.ndarray:
+        padded = np.concatenate((np.full(self.samples - 1, np.nan), self.rule.statistic(x)))
+        return np.lib.stride_tricks.sliding_window_view(padded, self.samples).min(axis=1)
+
+
 CHARTS: dict[str, Callable[..., AlarmRule]] = {
     "shewhart": Shewhart,
     "ewma": EWMA,
@@ -167,8 +190,13 @@ CHARTS: dict[str, Callable[..., AlarmRule]] = {
 }
 
 
-def make_rule(chart: str, **parameters) -> AlarmRule:
-    """The chart of a ``conf/rule`` file. Raises ValueError on an unknown one or on wrong parameters."""
+def make_rule(chart: str, persistence: int = 1, **parameters) -> AlarmRule:
+    """The chart of a ``conf/rule`` file, which must stay above its threshold for ``persistence`` samples.
+
+    Raises ValueError on an unknown chart or wrong parameters.
+    """
+    if persistence != 1:
+        return Persistent(make_rule(chart, **parameters), persistence)
     from analysis.entrants import RIVER, RiverDetector  # river takes a second to import
 
     if chart in RIVER:
@@ -210,25 +238,14 @@ def conformal_threshold(maxima: Sequence[float], alpha: float) -> float:
     """The ceil((n + 1)(1 - alpha))-th smallest of n healthy runs' largest statistics.
 
     Split conformal on the path maximum: a healthy run's chance to rise strictly above is at most alpha
-    on average, whatever the autocorrelation. Raises ValueError where n is too small for alpha, naming
-    the smallest alpha that n supports, 1 / (n + 1); also on NaN.
+    on average, whatever the autocorrelation. At alpha = 1 / (n + 1) it is the largest of all. Raises ValueError
+    where n is too small for alpha, naming the smallest alpha that n supports, 1 / (n + 1); also on NaN.
     """
     maxima = np.sort(np.asarray(maxima, float))
     rank = conformal_rank(len(maxima), alpha)
     if np.isnan(maxima).any():
         raise ValueError("a calibration run has no statistic (NaN)")
     return float(maxima[rank - 1])
-
-
-def maximum_threshold(maxima: Sequence[float]) -> tuple[float, float]:
-    """The largest of n maxima, and the false-alarm rate that it keeps with 95 % confidence: 1 - 0.05^(1/n).
-
-    59 runs keep 5 %. Another promise than the conformal one, which holds on average. Raises ValueError on NaN or none.
-    """
-    maxima = np.asarray(maxima, float)
-    if not len(maxima) or np.isnan(maxima).any():
-        raise ValueError("the largest statistic needs calibration runs, each with a statistic")
-    return float(maxima.max()), 1 - 0.05 ** (1 / len(maxima))
 
 
 def anytime_threshold(samples: int, alpha: float) -> float:
@@ -238,13 +255,10 @@ def anytime_threshold(samples: int, alpha: float) -> float:
     return math.log(samples / alpha)
 
 
-def first_alarm(statistic: np.ndarray, positions: np.ndarray, threshold: float, persistence: int = 1) -> int | None:
-    """The position at which an alarm is raised, or None: the statistic is strictly above the threshold for the
-    ``persistence``-th sample in a row. The wait is part of the alarm's time, and so is the cadence of the samples."""
-    if persistence < 1:
-        raise ValueError(f"persistence={persistence} is not allowed: at least 1 sample")
-    above = np.asarray(statistic) > threshold
-    if persistence > 1:
-        above = np.convolve(above, np.ones(persistence), mode="full")[: len(above)] >= persistence
-    raised = np.flatnonzero(above)
-    return int(positions[raised[0]]) if len(raised) else None
+def first_alarm(statistic: np.ndarray, positions: np.ndarray, threshold: float) -> int | None:
+    """The first position at which the statistic stands strictly above the threshold, or None.
+
+    The cadence of the samples is part of the alarm's time: what happens between two of them shows at the later one.
+    """
+    above = np.flatnonzero(statistic > threshold)
+    return int(positions[above[0]]) if len(above) else None

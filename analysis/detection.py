@@ -38,13 +38,13 @@ class Detector:
     charts: Mapping[str, Sequence[Chart]] = field(default_factory=dict, repr=False)
     maxima: Mapping[str, float] = field(default_factory=dict, repr=False)
 
-    def alarms_at(self, threshold: float, persistence: int = 1) -> dict[str, int | None]:
+    def alarms_at(self, threshold: float) -> dict[str, int | None]:
         """The alarms that another threshold would have given, by run id."""
-        return {run: _earliest(charts, threshold, persistence) for run, charts in self.charts.items()}
+        return {run: _earliest(charts, threshold) for run, charts in self.charts.items()}
 
 
-def _earliest(charts: Sequence[Chart], threshold: float, persistence: int = 1) -> int | None:
-    found = [first_alarm(statistic, where, threshold, persistence) for where, statistic in charts]
+def _earliest(charts: Sequence[Chart], threshold: float) -> int | None:
+    found = [first_alarm(statistic, where, threshold) for where, statistic in charts]
     return min((alarm for alarm in found if alarm is not None), default=None)
 
 

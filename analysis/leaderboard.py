@@ -24,6 +24,7 @@ from analysis.inference import (
     bca_interval,
     clopper_pearson_interval,
     confidence_set,
+    false_alarm_bound,
     false_alarm_law,
     iqm,
     max_t_test,
@@ -65,16 +66,19 @@ def contest(
     entrants: Iterable[Entrant] = (),
     external: Mapping[str, Mapping[str, int | None]] | None = None,
     singles: bool = False,
+    maximum: bool = False,
     detection: Detection | None = None,
 ) -> Contest:
     """Every detector of an experiment on a track, with the controls and whoever else enters.
 
     rule, alpha: the experiment's own by default; external: by name, alarms by run id; singles: every signal by
-    itself too; detection: one whose z-scores are there already. Raises ValueError where calibration runs are too few
-    for alpha or the baseline cannot be judged.
+    itself too; maximum: the largest of all calibration runs is the threshold, whatever alpha that is; detection: one
+    whose z-scores are there already. Raises ValueError where calibration runs are too few for alpha or the baseline
+    cannot be judged.
     """
     rule = make_rule(**experiment.index["rule"]) if rule is None else rule
     alpha = experiment.alpha if alpha is None else alpha
+    alpha = 1 / (len(experiment.of("calibration")) + 1) if maximum else alpha
     detection, baseline = detection or Detection(experiment, track), experiment.index["experiment"]["baseline"]
     chosen = experiment.named_detectors | (experiment.single_signals if singles else {})
     detectors = {name: detection.detect(name, signals, rule, alpha) for name, signals in chosen.items()}
@@ -302,6 +306,7 @@ def _healthy_columns(one: Contest, name: str, healthy: pd.DataFrame) -> dict[str
         "false_alarm_high": high,
         "false_alarm_law_low": law[1],
         "false_alarm_law_high": law[2],
+        "false_alarm_bound": false_alarm_bound(n, one.alpha) if n else np.nan,
     }
 
 

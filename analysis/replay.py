@@ -61,6 +61,7 @@ class Request:
     rule: str | None = None
     alpha: float | None = None
     tracks: tuple[str, ...] = TRACKS
+    maximum: bool = False
     singles: bool = False
     allow_mixed: bool = False
 
@@ -113,6 +114,7 @@ def replay(request: Request) -> Tables:
                 detection=detection,
                 rule=rule,
                 alpha=request.alpha,
+                maximum=request.maximum,
                 entrants=entrants(request, experiment, track),
                 external=external if track == "reference" else None,
                 singles=request.singles,
@@ -287,7 +289,7 @@ def _request(arguments: Sequence[str]) -> Request:
         key, _, value = argument.partition("=")
         given.setdefault(key, []).append(value)
     several = {"detector": "detectors", "alarms": "alarms"}
-    single = {"runs", "out", "rule", "alpha", "tracks", "singles", "allow_mixed"}
+    single = {"runs", "out", "rule", "alpha", "threshold", "tracks", "singles", "allow_mixed"}
     for key, values in given.items():
         if key not in several and key not in single:
             raise ValueError(f"{key} is not an option: {', '.join(sorted({*several, *single}))}")
@@ -299,6 +301,10 @@ def _request(arguments: Sequence[str]) -> Request:
     for key in ("singles", "allow_mixed"):
         if given.get(key, ["false"])[0] not in ("true", "false"):
             raise ValueError(f"{key}={given[key][0]} is not allowed: true or false")
+    if given.get("threshold", ["conformal"])[0] not in ("conformal", "maximum"):
+        raise ValueError(f"threshold={given['threshold'][0]} is not allowed: conformal or maximum")
+    if "alpha" in given and given.get("threshold") == ["maximum"]:
+        raise ValueError("alpha has no effect with threshold=maximum: the calibration runs are all that sets it")
     alpha = given.get("alpha", [None])[0]
     try:
         rate = None if alpha is None else float(alpha)
@@ -312,6 +318,7 @@ def _request(arguments: Sequence[str]) -> Request:
         rule=given.get("rule", [None])[0],
         alpha=rate,
         tracks=tuple(given["tracks"][0].split(",")) if "tracks" in given else TRACKS,
+        maximum=given.get("threshold") == ["maximum"],
         singles=given.get("singles", ["false"])[0] == "true",
         allow_mixed=given.get("allow_mixed", ["false"])[0] == "true",
     )

@@ -14,12 +14,12 @@ from analysis.alarms import (
     conformal_threshold,
     first_alarm,
     make_rule,
-    maximum_threshold,
 )
 from analysis.align import Aligned
 from analysis.tracks import DeclinedSignal, ReferenceBand
 
 RULES = [Shewhart(), EWMA(0.2), CUSUM(0.5), GLR(50), ShiryaevRoberts((0.5, 1.0, 2.0), phi=0.3)]
+PERSISTENT = make_rule("cusum", persistence=3, drift=0.5)
 STEPS = np.arange(50, 50 * 41, 50)
 
 
@@ -41,7 +41,7 @@ def test_cusum_by_hand_and_reflected_at_zero():
     assert CUSUM(0.5).statistic(np.array([-3.0, 1.0, 2.0, -5.0, 1.5])) == pytest.approx([0.0, 0.5, 2.0, 0.0, 1.0])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, PERSISTENT])
 def test_charts_are_causal(rule):
     x = np.random.default_rng(0).normal(size=60)
     x[[7, 8, 30]] = np.nan
@@ -206,16 +206,11 @@ def test_shiryaev_roberts_by_hand():
 
 def test_persistence_is_part_of_the_alarms_time():
     steps, statistic = np.arange(10, 80, 10), np.array([0.0, 5.0, 0.0, 5.0, 5.0, 5.0, 0.0])
-    assert [first_alarm(statistic, steps, 1.0, persistence=p) for p in (1, 2, 3, 4)] == [20, 50, 60, None]
+    rules = [make_rule("shewhart", persistence=p) for p in (1, 2, 3, 4)]
+    assert [first_alarm(rule.statistic(statistic), steps, 1.0) for rule in rules] == [20, 50, 60, None]
+    assert np.isnan(rules[2].statistic(statistic)[:2]).all()
     with pytest.raises(ValueError, match="persistence=0"):
-        first_alarm(statistic, steps, 1.0, persistence=0)
-
-
-def test_the_largest_of_59_keeps_five_percent_with_confidence():
-    threshold, rate = maximum_threshold(np.arange(59.0))
-    assert threshold == 58.0 and rate == pytest.approx(0.05, abs=5e-4)
-    with pytest.raises(ValueError, match="needs calibration runs"):
-        maximum_threshold([])
+        make_rule("shewhart", persistence=0)
 
 
 def test_the_anytime_threshold_is_a_logarithm():

@@ -9,6 +9,7 @@ from analysis.inference import (
     bca_interval,
     clopper_pearson_interval,
     confidence_set,
+    false_alarm_bound,
     false_alarm_law,
     iqm,
     max_t_test,
@@ -375,3 +376,8 @@ def test_degenerate_input_emits_no_warning():
         iqm([]), performance_profile([], [1.0]), seed_mean([], [])
         restricted_mean_time([0.0], [True], 1.0), restricted_mean_time([5.0], [False], 1.0)
         rank_agreement([1, 1], [1, 2]), rank_agreement([], [])
+
+
+def test_the_largest_of_59_keeps_five_percent_with_confidence():
+    assert false_alarm_bound(59, 1 / 60) == pytest.approx(1 - 0.05 ** (1 / 59)) == pytest.approx(0.05, abs=5e-4)
+    assert false_alarm_bound(59, 0.05) > 0.05

@@ -307,3 +307,13 @@ def test_a_wrong_command_line_ends_in_one_line(arguments, message):
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_largest_calibration_run_is_a_threshold_of_its_own_name(folder, tmp_path):
+    usual, maximum = (
+        scored(folder, tmp_path / "out", tracks=("reference",), alpha=0.2, maximum=chosen).loc[("reference", "all")]
+        for chosen in (False, True)
+    )
+    assert (maximum.loc[["early", "late"], "threshold"] > usual.loc[["early", "late"], "threshold"]).all()
+    assert maximum.loc["early", "alpha"] == pytest.approx(0.1)
+    assert maximum.loc["early", "false_alarm_bound"] == pytest.approx(1 - 0.05 ** (1 / 9))
