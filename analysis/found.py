@@ -100,7 +100,7 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
     calibration = min(
         sum(cell["role"] == "calibration" and cell["model"] == model for cell in cells) for model in models.values()
     )
-    base = conf("experiment/base", "reference_set")
+    base, moe = conf("experiment/base", "reference_set"), conf("experiment", "reference_set_moe")
     return {
         "experiment": {
             "name": folder.name,
@@ -108,7 +108,7 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
             "models": list(models.values()),
             "align": ["steps"],
             "faults": {name: {"label": name} for name in dict.fromkeys(c["fault"] for c in cells) if name},
-            "detectors": base["detectors"],
+            "detectors": base["detectors"] | moe["detectors"],
             "baseline": base["baseline"],
             "figure": {},
         },

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.alarms import anytime_threshold, make_rule
-from analysis.attribution import alarm_probabilities, cross_talk, diagnose, selectivity
+from analysis.attribution import HEALTHY, alarm_probabilities, cross_talk, diagnose, selectivity
 from analysis.costs import monitor_costs
 from analysis.detection import Detection
 from analysis.entrants import RIVER, Entrant, load_entrant
@@ -149,7 +149,8 @@ def _score(one: Contest, tables: Tables) -> None:
     )
     families = {name: family(detector.signals[0]) for name, detector in one.detectors.items() if detector.signals}
     tables.add("cross_talk", cross_talk(matrix, families, designed_for(one)).assign(**keys))
-    if one.track == "reference":
+    faulty = competing[competing["fault"] != HEALTHY]
+    if one.track == "reference" and competing["fault"].nunique() > 1 and faulty["seed"].nunique() > 1:
         found = diagnose(competing)
         summary = {"accuracy": found.accuracy, "null_accuracy": found.null_accuracy, "p_value": found.p_value}
         tables.add("diagnosis", pd.DataFrame([{**keys, "runs": len(found.predictions), **summary}]))

@@ -21,6 +21,7 @@ SHORT = [
     "scale.router_ramp={onset: 10, ramp_steps: 40}",
     "scale.batch_steps={half: 60, quarter: 60, eighth: 60}",
     "scale.grid_steps={quarter: 60, eighth: 60}",
+    "scale.reference_set={steps: 60, ramp: {onset: 10, ramp_steps: 40}}",
 ]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 SCALES = sorted(path.stem for path in (CONF / "scale").glob("*.yaml"))
@@ -35,9 +36,8 @@ def test_every_cell_composes_and_builds(experiment, scale, text):
             given += ["data.held_out=0.3"]
         settings = OmegaConf.to_container(compose("reproduce", given), resolve=True)
         experiment = chosen_experiment(settings, given)
-        cells = plan(
-            settings["scale"]["seeds"], experiment["faults"], experiment["models"], experiment.get("overrides", ())
-        )
+        seeds = experiment.get("seeds", settings["scale"]["seeds"])
+        cells = plan(seeds, experiment["faults"], experiment["models"], experiment.get("overrides", ()))
         one_of_each = list({(cell.model, cell.fault, cell.role): cell for cell in cells}.values())
         runs = [build_run(compose("reproduce", [*given, *cell.overrides])) for cell in one_of_each]
     for cell, run in zip(one_of_each, runs, strict=True):
