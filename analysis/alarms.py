@@ -117,7 +117,8 @@ class ShiryaevRoberts(Chart):
     w_t = (z_t - mean - phi (z_(t-1) - mean)) / sigma; R_t = (1 + R_(t-1)) exp(d w_t - d^2 / 2) for each shift d of
     the whitened mean. Under independent standard normal w the average of R_t - t is a martingale, so that within N
     samples R rises above N / alpha with probability at most alpha (Shin, Ramdas & Rinaldo, arXiv:2203.03532):
-    ``anytime_threshold``, valid without healthy runs beyond those that fitted the whitening.
+    ``anytime_threshold``, without healthy runs beyond those that fitted the whitening. It is as good as that model: the
+    worst of many layers and heads is neither Gaussian nor AR(1), and there the promise can fail.
     ``calibrate`` fits mean, phi and sigma. Raises ValueError without a shift above 0.
     """
 
@@ -177,8 +178,10 @@ class Persistent:
         return replace(self, rule=self.rule.calibrate(healthy))
 
     def statistic(self, x: np.ndarray) -> np.ndarray:
-        padded = np.concatenate((np.full(self.samples - 1, np.nan), self.rule.statistic(x)))
-        return np.lib.stride_tricks.sliding_window_view(padded, self.samples).min(axis=1)
+        found = self.rule.statistic(x)
+        padded = np.concatenate((np.full(self.samples - 1, np.nan), found))
+        lowest = np.lib.stride_tricks.sliding_window_view(padded, self.samples).min(axis=1) if len(found) else found
+        return np.where(np.isposinf(found), np.inf, lowest)  # what is broken need not prove that it stays so
 
 
 CHARTS: dict[str, Callable[..., AlarmRule]] = {
@@ -219,9 +222,14 @@ def oriented(z: np.ndarray, bad: str) -> list[np.ndarray]:
     return [worst(np.where(broken, np.inf, side)) for side in sides]
 
 
-def chart_statistic(z: np.ndarray, bad: str, rule: AlarmRule) -> np.ndarray:
-    """The chart over the worst layer and head; ``both`` is the larger of two one-sided charts. (T, L, H) -> (T,)."""
-    return np.fmax.reduce([rule.statistic(side) for side in oriented(z, bad)])
+def fitted(rule: AlarmRule, reference: Sequence[Sequence[np.ndarray]]) -> list[AlarmRule]:
+    """The rule for each side of a signal, calibrated on that side of the reference runs (runs of sides of (T,))."""
+    return [rule.calibrate(list(side)) for side in zip(*reference, strict=True)]
+
+
+def chart_statistic(sides: Sequence[np.ndarray], rules: Sequence[AlarmRule]) -> np.ndarray:
+    """The larger of the one-sided charts of ``oriented`` series, one rule a side. (T,)."""
+    return np.fmax.reduce([rule.statistic(side) for rule, side in zip(rules, sides, strict=True)])
 
 
 def conformal_rank(n: int, alpha: float) -> int:

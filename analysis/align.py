@@ -36,6 +36,14 @@ def broken(series: Series | Aligned) -> np.ndarray:
     return np.maximum.accumulate(~np.isfinite(series.values) & ~series.undefined, axis=0)
 
 
+def thin(series: Series, every: int) -> Series:
+    """The samples at multiples of ``every`` steps; one that was skipped over still breaks the signal for good."""
+    kept = series.steps % every == 0
+    lost = broken(series)[kept]
+    values = np.where(lost, np.inf, series.values[kept])
+    return Series(series.steps[kept], series.tokens[kept], values, series.undefined[kept] & ~lost)
+
+
 def hold(series: Series, axis: str, grid: np.ndarray) -> Aligned:
     """The signal as it was known at each grid position: its latest sample at or before it. Causal.
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.alarms import AlarmRule, conformal_threshold, first_alarm, oriented
-from analysis.align import Aligned, hold, positions
-from analysis.entrants import BadEntrant, check_causal
+from analysis.alarms import AlarmRule, chart_statistic, conformal_threshold, first_alarm, fitted, oriented
+from analysis.align import Aligned, hold, positions, thin
+from analysis.entrants import BadEntrant, FromFile, check_causal
 from analysis.tracks import DeclinedSignal, fit_band, published_rule
-from experiments.trace import TraceError
+from experiments.trace import Series, TraceError
 
 if TYPE_CHECKING:
     from analysis.experiment import Experiment, ScoredRun
@@ -84,11 +84,13 @@ class Detection:
         experiment = self.experiment
         if signal not in experiment.signals:
             raise DeclinedSignal(f"{signal}: no run of {experiment.model} has this signal")
-        runs = [(run, run.signal(signal)) for run in experiment.runs]
-        grids = [positions(series, experiment.axis) for run, series in runs if run.role == "reference"]
-        grid = next((grid for grid in grids if len(grid)), None)
-        if grid is None:
+        runs = [(run, thin(run.signal(signal), experiment.score_every)) for run in experiment.runs]
+        reference = next((series for run, series in runs if run.role == "reference" and len(series.steps)), None)
+        if reference is None:
             raise DeclinedSignal(f"{signal}: no sample in {experiment.horizon:,} {experiment.axis}")
+        for run, series in runs:
+            _check_whole(signal, run, series, reference, experiment.signals[signal]["every_steps"])
+        grid = positions(reference, experiment.axis)
         return {run.trace.run_id: hold(series, experiment.axis, grid) for run, series in runs}
 
     def _judge(self, signal: str) -> dict[str, Sides]:
@@ -116,10 +118,29 @@ class Detection:
             if np.isnan(values).all():
                 return Detector(name, tuple(signals), declined=f"{name}: too few samples for the {self.track} track")
             maxima[run] = float(np.nanmax(values))
+            if not np.isfinite(maxima[run]):
+                return Detector(name, tuple(signals), declined=f"{name}: not finite in calibration run {run}")
         threshold = conformal_threshold(list(maxima.values()), alpha)
         scored = {run: charts[run] for run in self._runs("test", "faulty")}
         alarms = {run: _earliest(found, threshold) for run, found in scored.items()}
+        if isinstance(rule, FromFile):
+            try:
+                self._check_causal(signals, rule, threshold)
+            except BadEntrant as reason:
+                return Detector(name, tuple(signals), declined=str(reason))
         return Detector(name, tuple(signals), threshold, alarms, None, scored, maxima)
+
+    def _check_causal(self, signals: Sequence[str], rule: AlarmRule, threshold: float) -> None:
+        """Looks for a statistic that knows the future in every run, above all where it decides something."""
+        for signal in signals:
+            sides = self.sides(signal)
+            rules = fitted(rule, [sides[run].series for run in self._runs("reference")])
+            for run in self._runs("calibration", "test", "faulty"):
+                for one, x in zip(rules, sides[run].series, strict=True):
+                    statistic = one.statistic(x)
+                    alarm = np.flatnonzero(statistic > threshold)[:1]
+                    largest = np.flatnonzero(statistic == np.nanmax(statistic, initial=-np.inf))[:1]
+                    check_causal(one, x, [*alarm, *largest])
 
     def _runs(self, *roles: str) -> list[str]:
         return [run.trace.run_id for run in self.experiment.of(*roles)]
@@ -129,20 +150,14 @@ class Detection:
         charts: dict[str, list[Chart]] = {run: [] for run in self._runs("calibration", "test", "faulty")}
         for signal in signals:
             sides = self.sides(signal)
-            reference = [sides[run] for run in self._runs("reference")]
-            fitted = []
-            for side in range(len(reference[0].series)):
-                try:
-                    one = rule.calibrate([run.series[side] for run in reference])
-                except BadEntrant:
-                    raise
-                except ValueError as error:
-                    raise DeclinedSignal(f"{signal}: {error}") from None
-                check_causal(one, reference[0].series[side])
-                fitted.append(one)
+            try:
+                rules = fitted(rule, [sides[run].series for run in self._runs("reference")])
+            except BadEntrant:
+                raise
+            except ValueError as error:
+                raise DeclinedSignal(f"{signal}: {error}") from None
             for run, found in charts.items():
-                statistics = [one.statistic(x) for one, x in zip(fitted, sides[run].series, strict=True)]
-                found.append((sides[run].positions, np.fmax.reduce(statistics)))
+                found.append((sides[run].positions, chart_statistic(sides[run].series, rules)))
         return charts
 
     def _published(self, name: str, signals: Sequence[str]) -> Detector:
@@ -158,6 +173,22 @@ class Detection:
         }
         alarms = {run: _earliest(found, 0.5) for run, found in charts.items()}
         return Detector(name, tuple(signals), float("nan"), alarms, None, charts, {})
+
+
+def _check_whole(signal: str, run: ScoredRun, series: Series, reference: Series, every: int) -> None:
+    """Raises TraceError where a run lacks samples that the reference runs have and that it trained long enough for.
+
+    A run that lost its end, or all of a signal, would look as if nothing had alarmed in it.
+    """
+    done = run.trace.manifest["steps_done"]
+    if run.role == "reference" and len(series.steps) and series.steps[-1] + every <= min(done, reference.steps[-1]):
+        raise TraceError(f"run {run.trace.run_id}: {signal} ends at step {series.steps[-1]}, the run at {done}")
+    last = min(done, reference.steps[-1])
+    expected, found = (steps[steps <= last] for steps in (reference.steps, series.steps))
+    if not np.array_equal(expected, found):
+        lost = np.setdiff1d(expected, found)
+        said = f"no sample of {signal} at step {lost[0]}" if len(lost) else f"samples of {signal} that no other run has"
+        raise TraceError(f"run {run.trace.run_id} has {said}")
 
 
 def own_past_is_healthy(run: ScoredRun, detector: Detector, window: int) -> bool:

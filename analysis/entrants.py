@@ -69,19 +69,19 @@ class FromFile:
             return self
         try:
             return FromFile(self.fit([series.copy() for series in healthy]).statistic)
-        except Exception as error:  # whatever a stranger's code raises
+        except (Exception, SystemExit) as error:  # whatever a stranger's code raises
             raise BadEntrant(f"calibrate raised {type(error).__name__}: {error}") from None
 
     def statistic(self, x: np.ndarray) -> np.ndarray:
         try:
             found = np.asarray(self.compute(x.copy()), float)
-        except Exception as error:  # whatever a stranger's code raises
+        except (Exception, SystemExit) as error:  # whatever a stranger's code raises
             raise BadEntrant(f"statistic raised {type(error).__name__}: {error}") from None
         if found.shape != x.shape:
             raise BadEntrant(f"statistic returned shape {found.shape} for {x.shape}: one value a sample is needed")
-        # A detector that loses an infinite sample, or its own mind, must not fall silent.
+        # A detector that loses an infinite sample, or its own mind, must not fall silent; it may need a while to start.
         infinite = np.maximum.accumulate(np.isposinf(x))
-        lost = np.isnan(found) & ~np.isnan(x)
+        lost = np.isnan(found) & ~np.isnan(x) & np.maximum.accumulate(~np.isnan(found))
         return np.where(infinite | np.maximum.accumulate(lost), np.inf, found)
 
 
@@ -101,7 +101,7 @@ def _module(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a stranger's code raises
+    except (Exception, SystemExit) as error:  # whatever a stranger's code raises
         raise ValueError(f"detector={path} cannot be loaded: {type(error).__name__}: {error}") from None
     return module
 
@@ -117,15 +117,20 @@ def load_entrant(path: Path) -> Entrant:
     return Entrant(path.stem, tuple(signals), FromFile(compute, getattr(module, "calibrate", None)))
 
 
-def check_causal(rule: AlarmRule, x: np.ndarray) -> None:
+CUTS = 8
+"""Prefixes of every run at which a stranger's statistic is computed again."""
+
+
+def check_causal(rule: AlarmRule, x: np.ndarray, also: Sequence[int] = ()) -> None:
     """Raises BadEntrant where the statistic of a series' beginning depends on what comes after it.
 
-    x: (T,). Looks at prefixes of a quarter, half and all but one of its samples, and at another future.
+    x: (T,). Looks at ``CUTS`` prefixes, at those that end with the samples ``also`` (an alarm, a maximum), at each with
+    another future as well.
     """
     whole = rule.statistic(x)
-    for t in sorted({len(x) // 4, len(x) // 2, len(x) - 1} - {0}):
-        other = np.concatenate((x[:t], -3.0 * x[t:] + 7.0))
-        for series in (x[:t], other):
+    cuts = {len(x) * i // CUTS for i in range(1, CUTS)} | {i + 1 for i in also}
+    for t in sorted(cuts - {0, len(x)}):
+        for series in (x[:t], np.concatenate((x[:t], -3.0 * x[t:] + 7.0))):
             early = rule.statistic(series)[:t]
             changed = np.flatnonzero(~np.isclose(early, whole[:t], rtol=1e-9, atol=1e-12, equal_nan=True))
             if len(changed):

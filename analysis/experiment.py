@@ -70,6 +70,11 @@ class Experiment:
         return self.index["scale"]["alpha"]
 
     @property
+    def score_every(self) -> int:
+        """Detectors see samples at multiples of so many steps; 1 unless the experiment says otherwise."""
+        return self.index["experiment"].get("score_every", 1)
+
+    @property
     def faults(self) -> list[str]:
         return list(self.index["experiment"]["faults"])
 
@@ -143,24 +148,56 @@ def _check_roles(cells: Sequence[Mapping[str, Any]]) -> None:
     both = sorted(set(healthy_seeds) & {cell["seed"] for cell in cells if cell["role"] == "faulty"})
     if both:
         raise ValueError(f"seed {both[0]} is healthy and faulty: a faulty run must not share what set its threshold")
+    ids = [cell["run_id"] for cell in cells]
+    twice = next((run_id for run_id in ids if ids.count(run_id) > 1), None)
+    if twice:
+        raise ValueError(f"run {twice} is listed twice: every run has one role")
+
+
+FAULTY_ALONE = ("fault.", "seed", "train.steps", "train.stop_drawup_nats")
+"""Keys of a configuration in which a faulty run may differ from the healthy ones."""
+
+
+def _check_cells(cells: Sequence[Mapping[str, Any]], traces: Sequence[Trace]) -> None:
+    """Raises TraceError where a run is not what the index says: another seed, healthy or not, another fault."""
+    designs: dict[str, tuple[str, Any]] = {}
+    for cell, one in zip(cells, traces, strict=True):
+        if one.manifest.get("seed", cell["seed"]) != cell["seed"]:
+            raise trace.TraceError(f"run {one.run_id} has seed {one.manifest['seed']}, the index says {cell['seed']}")
+        if (one.onset is None) != (cell["fault"] is None):
+            said = "is healthy" if one.onset is None else "has a fault"
+            raise trace.TraceError(f"run {one.run_id} {said}, the index says {cell['fault'] or 'healthy'}")
+        if cell["fault"] is not None:
+            first, design = designs.setdefault(cell["fault"], (one.run_id, one.manifest["config"].get("fault")))
+            if one.manifest["config"].get("fault") != design:
+                raise trace.TraceError(
+                    f"runs {first} and {one.run_id} of fault {cell['fault']!r} have different faults"
+                )
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {path: node}
+    return {key: v for name, child in node.items() for key, v in _flat(child, f"{path}.{name}".lstrip(".")).items()}
 
 
 def _check_alike(traces: Sequence[Trace]) -> None:
-    """Healthy runs set one threshold together, so all but the seed must be one configuration."""
+    """Healthy runs set one threshold together: all but the seed is one configuration; a faulty one adds its fault.
 
-    def flat(node: Any, path: str = "") -> dict[str, Any]:
-        if not isinstance(node, Mapping):
-            return {path: node}
-        return {key: v for name, child in node.items() for key, v in flat(child, f"{path}.{name}".lstrip(".")).items()}
-
-    configs = [flat({**one.manifest["config"], "seed": None}) for one in traces]
-    for key in dict.fromkeys(key for config in configs for key in config):
-        values = {json.dumps(config.get(key)): one.run_id for config, one in zip(configs, traces, strict=True)}
-        if len(values) > 1:
-            (first, a), (second, b) = list(values.items())[:2]
-            raise trace.TraceError(
-                f"healthy runs of one calibration differ in {key}: {first} in {a}, {second} in {b}; score them apart"
-            )
+    Raises TraceError that names the key, both values and runs.
+    """
+    configs = [_flat(one.manifest["config"]) for one in traces]
+    healthy = next(config for config, one in zip(configs, traces, strict=True) if one.onset is None)
+    first = next(one.run_id for one in traces if one.onset is None)
+    for config, one in zip(configs, traces, strict=True):
+        free = ("seed",) if one.onset is None else FAULTY_ALONE
+        for key in dict.fromkeys((*healthy, *config)):
+            if config.get(key) != healthy.get(key) and not key.startswith(free):
+                what = "healthy runs of one calibration" if one.onset is None else "a faulty run and its healthy ones"
+                raise trace.TraceError(
+                    f"{what} differ in {key}: {json.dumps(healthy.get(key))} in {first}, "
+                    f"{json.dumps(config.get(key))} in {one.run_id}; score them apart"
+                )
 
 
 def read_runs(folder: Path, run_ids: Sequence[str]) -> list[Trace]:
@@ -209,8 +246,12 @@ def label_runs(
         raise trace.TraceError(
             f"the runs in {runs} differ in {'; '.join(mixed)}: train them again together, or pass allow_mixed=true"
         )
-    _check_alike([t for t, cell in zip(traces, cells, strict=True) if cell["fault"] is None])
+    _check_cells(cells, traces)
+    _check_alike(traces)
     settings = index["label"]
+    unlabelled = next((one.run_id for one in traces if LABEL_SIGNAL not in one.signals), None)
+    if unlabelled:
+        raise trace.TraceError(f"run {unlabelled} has no {LABEL_SIGNAL}, which tells whether it diverged")
     raw = [t.signals[LABEL_SIGNAL] for t in traces]
     healthy = [i for i, cell in enumerate(cells) if cell["fault"] is None]
     longest = max(healthy, key=lambda i: len(raw[i].steps))  # a healthy run that broke off must not cut the others

@@ -39,9 +39,16 @@ def find(folder: Path, allow_mixed: bool = False) -> list[Experiment]:
         return [label_runs(index, folder, allow_mixed, model) for model in index["experiment"]["models"]]
     found = []
     for path in indices:
-        index = json.loads(path.read_text())
         runs = path.parent / "runs" if (path.parent / "runs").is_dir() else path.parent
-        found += [label_runs(index, runs, allow_mixed, model) for model in index["experiment"]["models"]]
+        try:
+            index = json.loads(path.read_text())
+            found += [label_runs(index, runs, allow_mixed, model) for model in index["experiment"]["models"]]
+        except (KeyError, json.JSONDecodeError) as error:
+            raise TraceError(f"{path} is no index of an experiment: {error}") from None
+    keys = [(one.index["experiment"]["name"], one.model) for one in found]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice:
+        raise TraceError(f"{folder} holds experiment {twice[0]!r} on {twice[1]} twice: score them apart")
     return found
 
 
@@ -107,6 +114,7 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
             "title": folder.name,
             "models": list(models.values()),
             "align": ["steps"],
+            "score_every": base["score_every"],
             "faults": {name: {"label": name} for name in dict.fromkeys(c["fault"] for c in cells) if name},
             "detectors": base["detectors"] | moe["detectors"],
             "baseline": base["baseline"],

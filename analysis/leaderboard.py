@@ -7,7 +7,7 @@ the conclusions over seeds. Anything that can fill the first table can enter.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from analysis.inference import (
 )
 from analysis.labels import OTHER_LABELS, sensitivity_labels
 from analysis.score import score
-from analysis.tracks import SELF_WINDOW
+from analysis.tracks import SELF_WINDOW, family
 from experiments.trace import TraceError
 
 RANKED = ("detector", "entrant", "external")
@@ -55,6 +55,17 @@ class Contest:
     detectors: Mapping[str, Detector]
     kinds: Mapping[str, str]
     baseline: str = field(default="")
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """What tells this contest's rows from those of others."""
+        experiment = self.experiment
+        return {"experiment": experiment.index["experiment"]["name"], "model": experiment.model, "track": self.track}
+
+    def with_alarms(self, alarms: Mapping[str, Mapping[str, int | None]]) -> Contest:
+        """The same contest of the detectors that other alarms are given for, by name and run id."""
+        detectors = {name: replace(self.detectors[name], alarms=found) for name, found in alarms.items()}
+        return replace(self, detectors=detectors)
 
 
 def contest(
@@ -83,6 +94,8 @@ def contest(
     chosen = experiment.named_detectors | (experiment.single_signals if singles else {})
     detectors = {name: detection.detect(name, signals, rule, alpha) for name, signals in chosen.items()}
     kinds = dict.fromkeys(chosen, "detector")
+    if track == "published":  # a number of random-matrix theory is no rule that a source proposes for monitoring
+        kinds |= {name: "theory" for name, signals in chosen.items() if family(signals[0]) == "random_matrix"}
     for entrant in entrants:
         if entrant.name in detectors:
             raise ValueError(f"detector {entrant.name!r} is on the board already: give it a name of its own")
@@ -92,10 +105,11 @@ def contest(
     for name, alarms in (external or {}).items():
         if name in detectors:
             raise ValueError(f"monitor {name!r} is on the board already: give it a name of its own")
-        detectors[name], kinds[name] = Detector(name, (), alarms=alarms), "external"
+        if alarms:
+            detectors[name], kinds[name] = Detector(name, (), alarms=alarms), "external"
     scored = experiment.of("test", "faulty")
     for name, control in CONTROLS.items():
-        alarms = {run.trace.run_id: control(run, experiment) for run in scored}
+        alarms = {run.trace.run_id: control(run, experiment, alpha) for run in scored}
         detectors[name], kinds[name] = Detector(name, (), alarms=alarms), "control"
     if track != "published" and track != "floor" and detectors[baseline].declined:
         raise ValueError(f"the baseline {baseline!r} cannot be judged: {detectors[baseline].declined}")
@@ -114,9 +128,10 @@ def _scorable(one: Contest, detector: Detector, run: ScoredRun) -> bool:
 def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None) -> pd.DataFrame:
     """One row a detector and a faulty or healthy test run.
 
-    Columns: model, track, detector, kind, fault (``healthy`` for test runs), seed, run_id, alarm, onset, divergence,
-    reach (where the run's scoring ends), outcome, lead (restricted; NaN unless it diverges), normalised_lead (of
-    onset to divergence), delay (alarm - onset, or what was waited in vain), detected (an alarm at or after onset).
+    Columns: experiment, model, track, detector, kind, fault (``healthy`` for test runs), seed, run_id, alarm, onset,
+    divergence, reach (where the run's scoring ends), outcome, lead (restricted; NaN unless it diverges),
+    normalised_lead (of onset to divergence), delay (alarm - onset, or what was waited in vain), detected (an alarm at
+    or after onset), degraded (never diverges, ends worse than every calibration run).
     divergences: by run id, another label than the primary. Declined detectors have no rows.
     """
     rows = []
@@ -134,8 +149,7 @@ def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None
             detected = run.onset is not None and alarm is not None and alarm >= run.onset
             rows.append(
                 {
-                    "model": one.experiment.model,
-                    "track": one.track,
+                    **one.keys,
                     "detector": name,
                     "kind": one.kinds[name],
                     "fault": run.fault or "healthy",
@@ -150,6 +164,7 @@ def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None
                     "normalised_lead": lead / (divergence - run.onset) if lead > 0 else lead,
                     "delay": (alarm if detected else _last(run, one)) - run.onset if run.onset is not None else np.nan,
                     "detected": detected,
+                    "degraded": run.degraded,
                 }
             )
     table = pd.DataFrame(rows)
@@ -181,9 +196,11 @@ def _by_seed(scores: pd.DataFrame, names: Sequence[str], column: str) -> tuple[n
 def _relative(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Adds ``relative``: baseline's alarm minus the detector's, both at most the run's reach; NaN unless it diverges.
 
-    Under a fault that does no harm there is nothing to be early for, and who alarms first may be the worse detector.
+    An alarm before the onset counts as none, on either side. A run that was stopped because it diverged reaches to the
+    horizon. Under a fault that does no harm there is nothing to be early for.
     """
-    restricted = scores["alarm"].astype(float).fillna(np.inf).clip(upper=scores["reach"].astype(float))
+    alarm = scores["alarm"].astype(float).where(scores["outcome"] != "false_alarm")
+    restricted = alarm.fillna(np.inf).clip(upper=scores["reach"].astype(float))
     table = scores.assign(restricted=restricted)
     reference = table[table["detector"] == baseline].set_index("run_id")
     joined = table["run_id"].map(reference["restricted"])
@@ -209,8 +226,7 @@ def board(one: Contest, scores: pd.DataFrame, costs: Mapping[str, tuple[str, flo
 
 def _declined_row(one: Contest, detector: Detector) -> dict[str, Any]:
     return {
-        "model": one.experiment.model,
-        "track": one.track,
+        **one.keys,
         "fault": ALL_FAULTS,
         "detector": detector.name,
         "kind": one.kinds[detector.name],
@@ -243,14 +259,14 @@ def _fault_rows(
         outcomes = mine["outcome"].value_counts()
         rows.append(
             {
-                "model": one.experiment.model,
-                "track": one.track,
+                **one.keys,
                 "fault": fault,
                 "detector": name,
                 "kind": one.kinds[name],
                 "runs": len(mine),
                 "seeds": mine["seed"].nunique(),
                 "diverged": int(mine["divergence"].notna().sum()),
+                "degraded": int(mine["degraded"].sum()),
                 **_healthy_columns(one, name, healthy),
                 "detected": detected / len(mine),
                 "detected_low": detected_low,
@@ -263,7 +279,7 @@ def _fault_rows(
                 "relative_lead_steps": mine["relative"].mean(),
                 "p_beats_baseline": p_values.get(i, np.nan),
                 "smallest_p": smallest_p if i in p_values else np.nan,
-                "delay_steps": _delay(waited, one.experiment.horizon),
+                "delay_steps": np.nan if fault == ALL_FAULTS else _delay(waited, one.experiment.horizon),
                 "rank": rank,
                 "rank_low": low,
                 "rank_high": high,
@@ -280,7 +296,9 @@ def _fault_rows(
 def _keeps_rate(one: Contest, name: str, healthy: pd.DataFrame) -> bool:
     """Whether its healthy test runs leave it possible that a detector alarms in no more than alpha of them."""
     alarms = healthy.loc[healthy["detector"] == name, "outcome"] == "false_alarm"
-    return not len(alarms) or clopper_pearson_interval(int(alarms.sum()), len(alarms))[0] <= one.alpha
+    if not len(alarms):  # nothing was seen; a conformal threshold still promises it, nobody else does
+        return one.kinds[name] != "external" and one.track != "published"
+    return clopper_pearson_interval(int(alarms.sum()), len(alarms))[0] <= one.alpha
 
 
 def _delay(scores: pd.DataFrame, horizon: int) -> float:
@@ -351,29 +369,22 @@ def halves(one: Contest) -> tuple[pd.DataFrame, float]:
     order = {
         run.trace.run_id: i for i, run in enumerate(sorted(one.experiment.of("calibration"), key=lambda r: r.seed))
     }
-    rows: dict[str, list[float]] = {}
-    for name, detector in one.detectors.items():
-        if detector.declined or not detector.maxima:
-            continue
-        for half in (0, 1):
+    judged = {name: d for name, d in one.detectors.items() if not d.declined and d.maxima}
+    columns = {}
+    for half, column in enumerate(("rmlt_half_a", "rmlt_half_b")):
+        alarms = {}
+        for name, detector in judged.items():
             maxima = [value for run, value in detector.maxima.items() if order[run] % 2 == half]
-            threshold = conformal_threshold(maxima, max(one.alpha, 1 / (len(maxima) + 1)))
-            alarms = detector.alarms_at(threshold)
-            leads = [
-                score(
-                    alarm=alarms[run.trace.run_id],
-                    onset=run.onset,
-                    divergence=run.divergence,
-                    horizon=one.experiment.horizon,
-                ).restricted_lead_steps
-                for run in one.experiment.of("faulty")
-                if _scorable(one, detector, run)
-            ]
-            known = [lead for lead in leads if lead is not None]
-            rows.setdefault(name, []).append(float(np.mean(known)) if known else np.nan)
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["rmlt_half_a", "rmlt_half_b"]).rename_axis("detector")
+            alarms[name] = detector.alarms_at(conformal_threshold(maxima, max(one.alpha, 1 / (len(maxima) + 1))))
+        columns[column] = mean_leads(run_scores(one.with_alarms(alarms)))
+    table = pd.DataFrame(columns).rename_axis("detector")
     known = table.dropna()
     return table.reset_index(), rank_agreement(-known["rmlt_half_a"], -known["rmlt_half_b"])
+
+
+def mean_leads(scores: pd.DataFrame) -> pd.Series:
+    """RMLT of each detector over all of its faulty runs that diverge; NaN if none does."""
+    return scores[scores["fault"] != "healthy"].groupby("detector", sort=False)["lead"].mean()
 
 
 def other_labels(experiment: Experiment) -> dict[str, dict[str, int | None]]:
@@ -412,7 +423,7 @@ def label_sensitivity(one: Contest) -> pd.DataFrame:
     for label in ("primary", *OTHER_LABELS):
         scores = run_scores(one, None if label == "primary" else {run: found[label] for run, found in labels.items()})
         scores = scores[scores["detector"].isin(names) & (scores["fault"] != "healthy")]
-        mean = scores.groupby("detector")["lead"].mean().reindex(names)
+        mean = mean_leads(scores).reindex(names)
         primary = mean if primary is None else primary
         known = mean.notna() & primary.notna()
         agreement = rank_agreement(-mean[known], -primary[known]) if known.sum() > 1 else np.nan
@@ -420,8 +431,7 @@ def label_sensitivity(one: Contest) -> pd.DataFrame:
         parts.append(
             pd.DataFrame(
                 {
-                    "model": one.experiment.model,
-                    "track": one.track,
+                    **one.keys,
                     "label": label,
                     "diverged": diverged,
                     "tau_to_primary": agreement,
@@ -434,34 +444,47 @@ def label_sensitivity(one: Contest) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def read_alarms(path: Path, experiments: Sequence[Experiment]) -> dict[str, dict[str, int | None]]:
-    """By monitor, alarms by run id, out of a CSV with columns run_id, monitor, step (empty: no alarm).
+def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> list[dict[str, dict[str, int | None]]]:
+    """For each experiment, by monitor, alarms by run id, out of CSV files with columns run_id, monitor, step.
 
-    A run that a monitor does not list had no alarm of it. Raises ValueError on missing columns, unknown or repeated
-    runs, steps that are no whole numbers from 0, and alarms beyond the horizon, naming the line.
+    An empty step is a run without alarm, and so is a run that a monitor does not list; an experiment of which it
+    lists no run it does not enter. Raises ValueError on missing columns, unknown or repeated runs, steps that are no
+    whole numbers from 0, and alarms after a run's end, naming file and line.
     """
-    table = pd.read_csv(path, dtype={"run_id": str, "monitor": str})
-    missing = {"run_id", "monitor", "step"} - set(table.columns)
-    if missing:
-        raise ValueError(f"alarms={path} has no column {sorted(missing)[0]!r}: run_id, monitor, step")
-    horizon = {run.trace.run_id: one.horizon for one in experiments for run in one.runs}
-    scored = {run.trace.run_id for one in experiments for run in one.of("test", "faulty")}
-    found: dict[str, dict[str, int | None]] = {}
-    for line, row in enumerate(table.itertuples(index=False), start=2):
-        if row.run_id not in horizon:
-            raise ValueError(f"alarms={path}, line {line}: run_id={row.run_id!r} is not one of the {len(horizon)} runs")
-        alarms = found.setdefault(row.monitor, dict.fromkeys(scored))
-        if alarms.get(row.run_id) is not None:
-            raise ValueError(f"alarms={path}, line {line}: run {row.run_id} has two alarms of {row.monitor!r}")
-        if pd.isna(row.step):
-            continue
-        step = pd.to_numeric(row.step, errors="coerce")
-        if not step >= 0 or step != int(step):
-            raise ValueError(f"alarms={path}, line {line}: step={row.step!r} is not allowed: a whole number from 0")
-        if step > horizon[row.run_id]:
-            raise ValueError(
-                f"alarms={path}, line {line}: step={int(step)} is beyond the horizon of {horizon[row.run_id]}"
-            )
-        if row.run_id in scored:
-            alarms[row.run_id] = int(step)
+    runs = {run.trace.run_id: (index, run) for index, one in enumerate(experiments) for run in one.runs}
+    found: list[dict[str, dict[str, int | None]]] = [{} for _ in experiments]
+    listed: set[tuple[str, str]] = set()
+    for path in paths:
+        table = pd.read_csv(path, dtype={"run_id": str, "monitor": str})
+        missing = {"run_id", "monitor", "step"} - set(table.columns)
+        if missing:
+            raise ValueError(f"alarms={path} has no column {sorted(missing)[0]!r}: run_id, monitor, step")
+        for line, row in enumerate(table.itertuples(index=False), start=2):
+            where = f"alarms={path}, line {line}"
+            if pd.isna(row.monitor):
+                raise ValueError(f"{where}: monitor is empty: give it a name")
+            if row.run_id not in runs:
+                raise ValueError(f"{where}: run_id={row.run_id!r} is not one of the {len(runs)} runs")
+            if (row.monitor, row.run_id) in listed:
+                raise ValueError(f"{where}: run {row.run_id} has two alarms of {row.monitor!r}")
+            listed.add((row.monitor, row.run_id))
+            index, run = runs[row.run_id]
+            step = _step(row.step, run, experiments[index], where)
+            if run.role in ("test", "faulty"):
+                blank = {one.trace.run_id: None for one in experiments[index].of("test", "faulty")}
+                found[index].setdefault(row.monitor, blank)[row.run_id] = step
     return found
+
+
+def _step(given: Any, run: ScoredRun, experiment: Experiment, where: str) -> int | None:
+    if pd.isna(given):
+        return None
+    step = float(pd.to_numeric(given, errors="coerce"))
+    if not 0 <= step < np.inf or step != int(step):
+        raise ValueError(f"{where}: step={given!r} is not allowed: a whole number from 0")
+    if step > experiment.horizon:
+        raise ValueError(f"{where}: step={int(step)} is beyond the horizon of {experiment.horizon}")
+    done = run.trace.manifest["steps_done"]
+    if experiment.axis == "steps" and step > done:
+        raise ValueError(f"{where}: step={int(step)} is after the run's end at {done}")
+    return int(step)

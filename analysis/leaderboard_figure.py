@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,7 +10,7 @@ import pandas as pd
 
 from analysis.drawing import ALARM, COLOURS, FAULTY, HEALTHY, THOUSANDS, pretty, save, style
 from analysis.experiment import Experiment
-from analysis.leaderboard import ALL_FAULTS, board, contest, run_scores
+from analysis.leaderboard import ALL_FAULTS, Contest, board, contest, run_scores
 
 COLOUR_OF_KIND = {"detector": HEALTHY, "entrant": COLOURS[2], "external": COLOURS[2], "control": "0.55"}
 
@@ -19,22 +18,17 @@ COLOUR_OF_KIND = {"detector": HEALTHY, "entrant": COLOURS[2], "external": COLOUR
 def leads_figure(experiment: Experiment, path: Path) -> str:
     """The leaderboard of an experiment on the reference track. Returns a caption."""
     one = contest(experiment, "reference")
-    table = board(one, run_scores(one))
-    return leaderboard_figure(table, fault_labels(experiment), path, experiment.index["experiment"]["title"])
+    return leaderboard_figure(one, board(one, run_scores(one)), path)
 
 
-def fault_labels(experiment: Experiment) -> dict[str, str]:
-    """Every fault's name for people."""
-    return {fault: experiment.label(fault) for fault in experiment.faults}
-
-
-def leaderboard_figure(rows: pd.DataFrame, labels: Mapping[str, str], path: Path, title: str) -> str:
+def leaderboard_figure(one: Contest, rows: pd.DataFrame, path: Path) -> str:
     """One model on one track: mean restricted lead under faults that diverge, alarms under others and in healthy runs.
 
     Rows are ordered by the mean lead over all faults.
-    rows: of ``leaderboard.board``; labels: fault -> its name for people. Returns a caption.
+    rows: of ``leaderboard.board``. The baseline's name is bold. Returns a caption.
     """
     style()
+    labels = {fault: one.experiment.label(fault) for fault in one.experiment.faults}
     known = rows[rows["declined"].isna()]
     overall = known[known["fault"] == ALL_FAULTS].set_index("detector")
     names = overall["rmlt_steps"].fillna(-1.0).sort_values(kind="stable").index.tolist()
@@ -58,7 +52,8 @@ def leaderboard_figure(rows: pd.DataFrame, labels: Mapping[str, str], path: Path
     for axis, fault in zip(axes[0][len(diverging) :], benign, strict=False):
         of_fault = known[known["fault"] == fault].set_index("detector")
         _shares(axis, of_fault, names, ("detected", "detected_low", "detected_high"), FAULTY)
-        axis.set_title(f"{_one_line(labels[fault])}\nnone diverges", fontsize=11)
+        degraded, runs = of_fault["degraded"].max(), of_fault["runs"].max()
+        axis.set_title(f"{_one_line(labels[fault])}\nnone diverges,\n{degraded:.0f} of {runs:.0f} degrade", fontsize=11)
         axis.set_xlabel("alarms\n(share of runs)")
     healthy = overall.assign(rate=overall["healthy_alarms"] / overall["healthy_runs"].replace(0, np.nan))
     last = axes[0][-1]
@@ -70,7 +65,15 @@ def leaderboard_figure(rows: pd.DataFrame, labels: Mapping[str, str], path: Path
         last.axvline(alpha, color=ALARM, linewidth=1, linestyle=":")
     axes[0][0].set_yticks(range(len(names)), [pretty(name) for name in names], fontsize=9.5)
     axes[0][0].set_ylim(-0.7, len(names) - 0.3)
-    figure.suptitle(title, x=0.01, ha="left", y=0.88 + 0.75 / figure.get_figheight(), fontsize=13, weight="bold")
+    for label, name in zip(axes[0][0].get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if name == one.baseline else "normal")
+    declined = rows.loc[rows["declined"].notna(), "detector"]
+    height = figure.get_figheight()
+    title = f"{one.experiment.index['experiment']['title']}: who feels it first?"
+    figure.text(0.01, 0.88 + 1.15 / height, title, fontsize=14, weight="bold")
+    said = f"{one.track} track at {one.alpha:.0%} false alarms per run; bold: baseline"
+    said += f"; not judged: {', '.join(declined)}" if len(declined) else ""
+    figure.text(0.01, 0.88 + 0.9 / height, said, fontsize=10.5, color="0.35")
     save(figure, path)
     return (
         "Mean lead before divergence with its 95 % interval over seeds (a miss counts 0; right is better), alarms "

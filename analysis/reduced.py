@@ -2,9 +2,9 @@
 
 A reduced folder holds ``experiment.json`` (the experiment's index), ``runs.json`` (manifests, what all share
 written once) and ``signals.parquet``: the rows of a trace (``experiments.trace``) with the run's id, for the signals
-of the experiment's detectors and the label, at most every 10 steps, as FP32 rounded to ``SHARE_OF_SPREAD`` of the
-spread that the reference runs have at that sample: far below what any z-score can mean. Labels that need the whole
-training loss are computed before it is thinned.
+of the experiment's detectors and the label, at multiples of its ``score_every``, as FP32 rounded to
+``SHARE_OF_SPREAD`` of the spread that the reference runs have at that sample: far below what any z-score can mean.
+Labels that need the whole training loss are computed before it is thinned.
 
     python -m analysis.reduced report=DIR runs=DIR out=DIR
 """
@@ -24,12 +24,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.align import hold
+from analysis.align import hold, thin
 from analysis.tracks import DeclinedSignal, ReferenceBand
 from experiments import trace
 from experiments.trace import Series, Trace, TraceError
 
-EVERY_STEPS = 10
 SHARE_OF_SPREAD = 1 / 32
 SIGNALS, RUNS = "signals.parquet", "runs.json"
 
@@ -82,30 +81,26 @@ def merged(shared: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]
     return record
 
 
-def _rows(run: Trace, signals: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> pa.Table:
+def _rows(run: Trace, signals: Mapping[str, tuple[np.ndarray, np.ndarray]], every: int) -> pa.Table:
     parts = []
     for name, (known, quantum) in signals.items():
         if name not in run.signals:
             continue
-        series = run.signals[name]
-        kept = np.flatnonzero(series.steps % EVERY_STEPS == 0)
-        values, undefined = series.values[kept], series.undefined[kept]
-        # A sample between two kept ones must not hide that the signal broke there.
-        broken = np.maximum.accumulate(~np.isfinite(series.values) & ~series.undefined, axis=0)[kept]
-        values = np.where(broken & ~undefined, np.inf, values)
-        at = np.isin(series.steps[kept], known)
-        values[at] = rounded(values[at], quantum[np.searchsorted(known, series.steps[kept][at])][..., None])
+        series = thin(run.signals[name], every)
+        values = series.values.copy()
+        at = np.isin(series.steps, known)
+        values[at] = rounded(values[at], quantum[np.searchsorted(known, series.steps[at])][..., None])
         sample, layer, head = np.indices(values.shape).reshape(3, -1)
         axes = run.manifest["signals"][name]["axes"] if name in run.manifest["signals"] else []
         parts.append(
             {
-                "step": series.steps[kept][sample],
-                "tokens": series.tokens[kept][sample],
+                "step": series.steps[sample],
+                "tokens": series.tokens[sample],
                 "signal": np.full(values.size, name, object),
                 "layer": layer if "layer" in axes else np.full(values.size, -1),
                 "head": head if "head" in axes else np.full(values.size, -1),
                 "value": values.ravel().astype(np.float32),
-                "undefined": undefined.ravel(),
+                "undefined": series.undefined.ravel(),
             }
         )
     columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -115,6 +110,7 @@ def _rows(run: Trace, signals: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> p
 def write(index: Mapping[str, Any], runs: Sequence[Trace], labels: Mapping[str, Mapping], out: Path) -> None:
     """Write a reduced folder. labels: by run id, divergence by every other label, kept in the manifests."""
     wanted = ["held_out_loss", *dict.fromkeys(s for names in index["experiment"]["detectors"].values() for s in names)]
+    every = index["experiment"].get("score_every", 1)
     roles = {cell["run_id"]: cell["role"] for cell in index["runs"]}
     reference = [run for run in runs if roles[run.run_id] == "reference"]
     signals = {
@@ -122,7 +118,7 @@ def write(index: Mapping[str, Any], runs: Sequence[Trace], labels: Mapping[str, 
         for name in wanted
         if all(name in run.signals for run in reference)
     }
-    table = pa.concat_tables(_rows(run, signals) for run in runs)
+    table = pa.concat_tables(_rows(run, signals, every) for run in runs)
     # Rows that follow one another are then alike in all but the value.
     table = table.sort_by([(name, "ascending") for name in ("signal", "layer", "head", "run", "step")])
     for name, kind in (("step", pa.int32()), ("layer", pa.int8()), ("head", pa.int8())):
@@ -168,8 +164,8 @@ def read(folder: Path) -> dict[str, Trace]:
         records = json.loads((folder / RUNS).read_text())
     except (pa.ArrowException, OSError, ValueError) as error:
         raise TraceError(f"the reduced runs in {folder} are damaged: {str(error).splitlines()[0]}") from None
-    version = int((table.schema.metadata or {}).get(b"foreshock.schema", b"0"))
-    if version != trace.SCHEMA_VERSION:
+    version = (table.schema.metadata or {}).get(b"foreshock.schema", b"none").decode()
+    if version != str(trace.SCHEMA_VERSION):
         raise TraceError(f"{folder / SIGNALS} has schema version {version}, this code reads {trace.SCHEMA_VERSION}")
     signal = table.column_names.index("signal")
     table = table.set_column(signal, "signal", pc.dictionary_encode(table["signal"])).sort_by("run")
@@ -178,8 +174,11 @@ def read(folder: Path) -> dict[str, Trace]:
     found = {}
     for start, stop in pairwise(bounds):
         run_id = runs[start]
-        series = trace.series_of(table.slice(start, stop - start), run_id)
-        manifest = merged(records["shared"], records["runs"][run_id])
+        try:
+            series = trace.series_of(table.slice(start, stop - start), run_id)
+            manifest = merged(records["shared"], records["runs"][run_id])
+        except KeyError as error:
+            raise TraceError(f"the reduced runs in {folder} are damaged: {error} is missing for run {run_id}") from None
         found[run_id] = ReducedTrace(run_id, folder, manifest, series)
     return found
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
@@ -25,24 +26,25 @@ from rich.table import Table
 from analysis.alarms import anytime_threshold, make_rule
 from analysis.attribution import HEALTHY, alarm_probabilities, cross_talk, diagnose, selectivity
 from analysis.costs import monitor_costs
-from analysis.detection import Detection
+from analysis.detection import Detection, Detector
 from analysis.entrants import RIVER, Entrant, load_entrant
 from analysis.experiment import Experiment
 from analysis.found import conf, find
-from analysis.inference import performance_profile
+from analysis.inference import clopper_pearson_interval, performance_profile
 from analysis.leaderboard import (
     ALL_FAULTS,
+    IN_TIME,
     RANKED,
     Contest,
     board,
     contest,
     halves,
     label_sensitivity,
+    mean_leads,
     read_alarms,
     run_scores,
 )
-from analysis.leaderboard_figure import fault_labels, leaderboard_figure
-from analysis.score import score
+from analysis.leaderboard_figure import leaderboard_figure
 from analysis.tracks import TRACKS, catalogue, family
 from experiments.trace import TraceError
 
@@ -104,8 +106,8 @@ def replay(request: Request) -> Tables:
         raise ValueError(f"tracks={unknown[0]} is not allowed: of {', '.join(TRACKS)}")
     rule = None if request.rule is None else make_rule(**conf("rule", request.rule))
     experiments, tables = find(request.runs, request.allow_mixed), Tables()
-    external = {name: found for path in request.alarms for name, found in read_alarms(path, experiments).items()}
-    for experiment in experiments:
+    external = read_alarms(request.alarms, experiments)
+    for experiment, alarms in zip(experiments, external, strict=True):
         for track in request.tracks:
             detection = Detection(experiment, track)
             one = contest(
@@ -116,15 +118,15 @@ def replay(request: Request) -> Tables:
                 alpha=request.alpha,
                 maximum=request.maximum,
                 entrants=entrants(request, experiment, track),
-                external=external if track == "reference" else None,
+                external=alarms if track == "reference" else None,
                 singles=request.singles,
             )
             _score(one, tables)
             if track == "reference":
                 rows = tables.parts["leaderboard"][-1]
-                title = f"{experiment.index['experiment']['title']}: who feels it first?"
                 request.out.mkdir(parents=True, exist_ok=True)
-                leaderboard_figure(rows, fault_labels(experiment), request.out / f"{experiment.model}.png", title)
+                name = experiment.index["experiment"]["name"]
+                leaderboard_figure(one, rows, request.out / f"{name}-{experiment.model}.png")
             if track == "reference":
                 tables.add("charts", charts(detection, one.alpha))
                 tables.add("labels", label_sensitivity(one))
@@ -136,7 +138,7 @@ def _score(one: Contest, tables: Tables) -> None:
     scores = run_scores(one)
     tables.add("runs", scores)
     tables.add("leaderboard", board(one, scores, monitor_costs(one.experiment.model)))
-    keys = {"model": one.experiment.model, "track": one.track}
+    keys = one.keys
     if one.track != "published":
         half, tau = halves(one)
         tables.add("halves", half.assign(**keys, tau=tau))
@@ -147,14 +149,21 @@ def _score(one: Contest, tables: Tables) -> None:
         "selectivity",
         matrix.assign(selectivity=selectivity(matrix)).rename_axis("detector").reset_index().assign(**keys),
     )
-    families = {name: family(detector.signals[0]) for name, detector in one.detectors.items() if detector.signals}
+    families = {n: family(d.signals[0]) for n, d in one.detectors.items() if one.kinds[n] == "detector"}
     tables.add("cross_talk", cross_talk(matrix, families, designed_for(one)).assign(**keys))
     faulty = competing[competing["fault"] != HEALTHY]
     if one.track == "reference" and competing["fault"].nunique() > 1 and faulty["seed"].nunique() > 1:
-        found = diagnose(competing)
+        found = diagnose(alarm_sets(competing))
         summary = {"accuracy": found.accuracy, "null_accuracy": found.null_accuracy, "p_value": found.p_value}
         tables.add("diagnosis", pd.DataFrame([{**keys, "runs": len(found.predictions), **summary}]))
         tables.add("confusion", found.confusion.reset_index().assign(**keys))
+
+
+def alarm_sets(scores: pd.DataFrame) -> pd.DataFrame:
+    """Outcomes in which any alarm at any time counts: who names a fault does not know its onset or its end."""
+    alarmed, healthy = scores["alarm"].notna(), scores["fault"] == HEALTHY
+    outcome = np.select([alarmed & healthy, alarmed], ["false_alarm", "lead"], "quiet")
+    return scores.assign(outcome=outcome)
 
 
 ANSWERS = {
@@ -182,58 +191,49 @@ def profiles(one: Contest, scores: pd.DataFrame) -> pd.DataFrame:
         share = performance_profile(mine["normalised_lead"], PROFILE_SHARES)
         parts.append(pd.DataFrame({"detector": name, "normalised_lead": PROFILE_SHARES, "share_of_runs": share}))
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return table.assign(model=one.experiment.model, track=one.track) if parts else table
+    return table.assign(**one.keys) if parts else table
 
 
 def charts(detection: Detection, alpha: float) -> pd.DataFrame:
     """Whether the ranking depends on the chart: every detector's mean restricted lead and false alarms under each.
 
-    ``anytime`` is the Shiryaev-Roberts chart with the threshold of its theory instead of the conformal one.
+    ``anytime`` is the Shiryaev-Roberts chart with the threshold of its theory instead of the conformal one. No lead
+    where healthy test runs alarm more often than alpha allows.
     """
     parts = []
     for name in CHARTS:
         rule = make_rule(**conf("rule", name))
         one = contest(detection.experiment, detection.track, rule=rule, alpha=alpha, detection=detection)
-        parts.append(_chart_rows(one, name, {n: d.alarms for n, d in one.detectors.items()}))
+        own = {n: d for n, d in one.detectors.items() if one.kinds[n] == "detector" and not d.declined}
+        parts.append(_chart_rows(one.with_alarms({n: d.alarms for n, d in own.items()}), name))
         if name == "shiryaev_roberts":
-            found = {}
-            for detector in one.detectors.values():
-                samples = max((len(where) for chart in detector.charts.values() for where, _ in chart), default=0)
-                if samples:
-                    share = alpha / len(detector.signals)  # a union over the signals of a family
-                    found[detector.name] = detector.alarms_at(anytime_threshold(samples, share))
-            parts.append(_chart_rows(one, "shiryaev_roberts, anytime threshold", found))
+            anytime = {n: _anytime_alarms(d, detection, alpha) for n, d in own.items()}
+            parts.append(_chart_rows(one.with_alarms(anytime), "shiryaev_roberts, anytime threshold"))
     return pd.concat(parts, ignore_index=True)
 
 
-def _chart_rows(one: Contest, chart: str, alarms: dict[str, dict[str, int | None]]) -> pd.DataFrame:
-    rows = []
-    for name, found in alarms.items():
-        if one.kinds[name] != "detector" or one.detectors[name].declined:
-            continue
-        results = [
-            score(
-                alarm=found[run.trace.run_id],
-                onset=run.onset,
-                divergence=run.divergence,
-                horizon=one.experiment.horizon,
-            )
-            for run in one.experiment.of("faulty")
-        ]
-        leads = [r.restricted_lead_steps for r in results if r.restricted_lead_steps is not None]
-        healthy = [found[run.trace.run_id] is not None for run in one.experiment.of("test")]
-        rows.append(
-            {
-                "model": one.experiment.model,
-                "chart": chart,
-                "detector": name,
-                "rmlt_steps": sum(leads) / len(leads) if leads else float("nan"),
-                "detected": sum(r.outcome in ("lead", "benign_alarm") for r in results) / len(results),
-                "healthy_alarms": sum(healthy),
-                "healthy_runs": len(healthy),
-            }
-        )
-    return pd.DataFrame(rows)
+def _anytime_alarms(detector: Detector, detection: Detection, alpha: float) -> dict[str, int | None]:
+    """A union over the signals of a family and the sides of each shares alpha."""
+    samples = max(len(where) for charts in detector.charts.values() for where, _ in charts)
+    sides = sum(2 if detection.experiment.signals[s]["bad"] == "both" else 1 for s in detector.signals)
+    return detector.alarms_at(anytime_threshold(samples, alpha / sides))
+
+
+def _chart_rows(one: Contest, chart: str) -> pd.DataFrame:
+    scores = run_scores(one)
+    faulty, healthy = (scores[(scores["fault"] == HEALTHY) == chosen].groupby("detector") for chosen in (False, True))
+    table = pd.DataFrame(
+        {
+            "rmlt_steps": mean_leads(scores),
+            "detected": faulty["outcome"].agg(lambda outcomes: outcomes.isin(IN_TIME).mean()),
+            "healthy_alarms": healthy["outcome"].agg(lambda outcomes: (outcomes == "false_alarm").sum()),
+            "healthy_runs": healthy.size(),
+        }
+    )
+    rates = zip(table["healthy_alarms"].fillna(0), table["healthy_runs"].fillna(0), strict=True)
+    too_often = [clopper_pearson_interval(int(alarms), int(runs))[0] > one.alpha for alarms, runs in rates]
+    table.loc[too_often, "rmlt_steps"] = np.nan
+    return table.rename_axis("detector").reset_index().assign(**one.keys, chart=chart)
 
 
 COLUMNS = {
@@ -251,8 +251,9 @@ COLUMNS = {
 def print_board(tables: Tables, console: Console) -> None:
     """Each model and track: the rows over all faults, best first; then what was declined."""
     leaderboard = tables.get("leaderboard")
-    for (model, track), rows in leaderboard[leaderboard["fault"] == ALL_FAULTS].groupby(["model", "track"], sort=False):
-        grid = Table(title=f"{model}, {track} track, all faults", title_justify="left")
+    overall = leaderboard[leaderboard["fault"] == ALL_FAULTS]
+    for (name, model, track), rows in overall.groupby(["experiment", "model", "track"], sort=False):
+        grid = Table(title=f"{name}: {model}, {track} track, all faults", title_justify="left")
         for column, heading in COLUMNS.items():
             grid.add_column(heading, justify="left" if column == "detector" else "right")
         known = rows[rows["declined"].isna()] if "declined" in rows else rows

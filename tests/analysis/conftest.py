@@ -110,6 +110,7 @@ def made(tmp_path):
             "title": "A made-up fault",
             "models": ["mha_nano"],
             "align": ["steps"],
+            "score_every": 10,
             "draw": "leads",
             "faults": {fault: {"label": fault} for fault in faults},
             "detectors": detectors,

@@ -14,6 +14,7 @@ from analysis.alarms import (
     conformal_threshold,
     first_alarm,
     make_rule,
+    oriented,
 )
 from analysis.align import Aligned
 from analysis.tracks import DeclinedSignal, ReferenceBand
@@ -26,6 +27,11 @@ STEPS = np.arange(50, 50 * 41, 50)
 def series(values: np.ndarray, undefined: np.ndarray | None = None) -> Aligned:
     values = values.reshape(len(values), *values.shape[1:], *([1] * (3 - values.ndim)))
     return Aligned(STEPS[: len(values)], values, np.zeros(values.shape, bool) if undefined is None else undefined)
+
+
+def charted(z, bad: str, rule) -> np.ndarray:
+    sides = oriented(z, bad)
+    return chart_statistic(sides, [rule] * len(sides))
 
 
 def reference(layers: int = 1, heads: int = 1, runs: int = 6, level=0.0) -> list[Aligned]:
@@ -57,6 +63,7 @@ def test_a_missing_sample_holds_the_statistic_and_an_infinite_one_alarms_for_goo
     assert math.isnan(out[0])
     assert out[2] == out[1]
     assert np.array_equal(rule.statistic(np.array([2.0, 1.0])), out[[1, 3]])
+    assert rule.statistic(np.empty(0)).shape == (0,)
     after = rule.statistic(np.array([0.0, np.inf, -9.0, np.nan]))
     if not isinstance(rule, Shewhart):
         assert np.all(np.isposinf(after[1:]))
@@ -75,7 +82,7 @@ def test_z_scores_are_taken_per_layer_before_the_worst_is_chosen():
     band = ReferenceBand.fit("s", reference(layers=2, level=level))
     broken = series(np.broadcast_to(level, (len(STEPS), 2, 1)).copy())
     broken.values[20:, 0] = 90.0  # below the other layer's raw values, so a raw maximum would miss it
-    statistic = chart_statistic(band.z(broken), "up", Shewhart())
+    statistic = charted(band.z(broken), "up", Shewhart())
     assert statistic[19] < 5
     assert statistic[20] > 30
 
@@ -98,10 +105,10 @@ def test_scale_is_the_mad_of_residuals_in_units_of_sigma():
 def test_direction_of_harm(bad, side):
     band = ReferenceBand.fit("s", reference())
     shifted = series(np.full(len(STEPS), 20.0 * side))
-    assert chart_statistic(band.z(shifted), bad, Shewhart()).min() > 5
+    assert charted(band.z(shifted), bad, Shewhart()).min() > 5
     if bad != "both":
         good = series(np.full(len(STEPS), -20.0 * side))
-        assert chart_statistic(band.z(good), bad, Shewhart()).max() < 0
+        assert charted(band.z(good), bad, Shewhart()).max() < 0
 
 
 @pytest.mark.parametrize("bad", ["up", "down", "both"])
@@ -109,7 +116,7 @@ def test_direction_of_harm(bad, side):
 def test_a_defined_non_finite_value_alarms_from_then_on_in_every_direction(bad, value):
     values = np.zeros((len(STEPS), 1, 2))
     values[9, 0, 1] = value
-    statistic = chart_statistic(ReferenceBand.fit("s", reference()).z(series(values)), bad, EWMA(0.2))
+    statistic = charted(ReferenceBand.fit("s", reference()).z(series(values)), bad, EWMA(0.2))
     assert np.all(np.isfinite(statistic[:9]))
     assert np.all(np.isposinf(statistic[9:]))
 
@@ -117,7 +124,7 @@ def test_a_defined_non_finite_value_alarms_from_then_on_in_every_direction(bad, 
 def test_an_undefined_value_is_a_missing_sample_and_never_an_alarm():
     values, undefined = np.zeros((len(STEPS), 1, 2)), np.zeros((len(STEPS), 1, 2), bool)
     values[9], undefined[9] = np.nan, True
-    statistic = chart_statistic(ReferenceBand.fit("s", reference()).z(series(values, undefined)), "down", EWMA(0.2))
+    statistic = charted(ReferenceBand.fit("s", reference()).z(series(values, undefined)), "down", EWMA(0.2))
     assert np.all(np.isfinite(statistic))
     assert statistic[9] == statistic[8]
 
@@ -209,6 +216,8 @@ def test_persistence_is_part_of_the_alarms_time():
     rules = [make_rule("shewhart", persistence=p) for p in (1, 2, 3, 4)]
     assert [first_alarm(rule.statistic(statistic), steps, 1.0) for rule in rules] == [20, 50, 60, None]
     assert np.isnan(rules[2].statistic(statistic)[:2]).all()
+    assert PERSISTENT.statistic(np.empty(0)).shape == (0,)
+    assert PERSISTENT.statistic(np.array([5.0, np.inf]))[1] == np.inf
     with pytest.raises(ValueError, match="persistence=0"):
         make_rule("shewhart", persistence=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from experiments import trace
 
 SIGNALS = {
     "qk_delta2_spectrum.entropy.w50": {"unit": "nats", "bad": "down", "axes": ["layer", "head"], "every_steps": 10},
-    "grad_global_norm": {"unit": "1", "bad": "up", "axes": [], "every_steps": 10},
+    "grad_global_norm": {"unit": "1", "bad": "up", "axes": [], "every_steps": 5},
     "update_to_weight": {"unit": "1", "bad": "both", "axes": ["layer"], "every_steps": 10},
 }
 EARLY, LATE = "qk_delta2_spectrum.entropy.w50", "grad_global_norm"
@@ -66,11 +67,13 @@ def test_the_board_says_what_was_put_in(folder, tmp_path):
 
 
 def test_controls_earn_what_they_know(folder, tmp_path):
-    table = scored(folder, tmp_path / "out", tracks=("reference",)).loc[("reference", "all")]
+    board = scored(folder, tmp_path / "out", tracks=("reference",))
+    table = board.loc[("reference", "all")]
     assert table.loc["never", "rmlt_steps"] == table.loc["step counter", "rmlt_steps"] == 0
     assert table.loc["onset oracle", "rmlt_steps"] == pytest.approx(((800 - 301) + (700 - 301)) / 2)
-    assert table.loc["onset oracle", "normalised_lead"] == 1 and table.loc["onset oracle", "delay_steps"] == 0
-    assert table.loc["never", "delay_steps"] == 1000 - 301
+    assert table.loc["onset oracle", "normalised_lead"] == 1
+    ramp = board.loc[("reference", "ramp"), "delay_steps"]
+    assert ramp["onset oracle"] == 0 and ramp["never"] == 1000 - 301
     assert table.loc["never", "detected"] == 0 and table.loc["onset oracle", "detected"] == 1
     assert table.loc[["never", "onset oracle"], "rank"].isna().all()
 
@@ -81,7 +84,7 @@ def test_the_random_timer_keeps_its_rate(folder):
     alarms = []
     for i in range(2000):
         object.__setattr__(run.trace, "run_id", f"run{i}")
-        alarms.append(random_timer(run, experiment))
+        alarms.append(random_timer(run, experiment, 0.10))
     rate = np.mean([alarm is not None for alarm in alarms])
     assert abs(rate - 0.10) < 4 * np.sqrt(0.1 * 0.9 / 2000)
     early = np.mean([alarm <= 500 for alarm in alarms if alarm is not None])
@@ -123,6 +126,13 @@ ENTRANTS = {
     "fitted": "import numpy as np\nclass Rule:\n    def __init__(self, level):\n        self.level = level\n"
     "    def statistic(self, x):\n        return x - self.level\n"
     "def calibrate(healthy):\n    return Rule(np.concatenate(healthy).mean())\ndef statistic(x):\n    return x\n",
+    # speaks from its first sample where the series ends badly
+    "peeper": "import numpy as np\ndef statistic(x):\n    return np.where(np.nanmax(x) > 20, 9.0, 0.1) + 0 * x\n",
+    # keeps silent about an excursion that will pass
+    "husher": "import numpy as np\ndef statistic(x):\n    return np.where(x[-1] < 3, np.minimum(x, 1.0), x)\n",
+    "warming": "import pandas as pd\ndef statistic(x):\n    return pd.Series(x).rolling(5).mean().to_numpy()\n",
+    "lost": "import numpy as np\ndef statistic(x):\n    return np.where(np.arange(len(x)) == 30, np.nan, x)\n",
+    "quitter": "import sys\ndef statistic(x):\n    sys.exit(0)\n",
     "silent": "import numpy as np\ndef statistic(x):\n    return np.full(len(x), np.nan)\n",
 }
 
@@ -139,7 +149,11 @@ def test_anyones_detector_enters_and_a_bad_one_is_flagged(folder, tmp_path):
     declined = table["declined"]
     assert "looks ahead" in declined["seer"] and "looks ahead" in declined["reverser"]
     assert "TypeError" in declined["fails"] and "shape" in declined["short"]
-    assert table.loc["silent", "rmlt_steps"] == 0  # a statistic that loses its samples alarms on healthy runs as much
+    assert "too few samples" in declined["silent"]
+    assert table.loc["warming", "rmlt_steps"] > 100  # it may need a while before it says something
+    assert "not finite in calibration run" in declined["lost"]
+    assert "looks ahead" in declined["peeper"] and "looks ahead" in declined["husher"]
+    assert "SystemExit" in declined["quitter"]
 
 
 def test_anyones_alarms_enter_as_a_table(folder, tmp_path):
@@ -171,6 +185,8 @@ def test_who_alarms_in_healthy_runs_more_often_than_allowed_is_shown_and_not_ran
         ("run_id,monitor,step\nattention9,mine,5\n", "line 2: run_id='attention9' is not one of"),
         ("run_id,monitor,step\nattention3000,mine,5\nattention3000,mine,7\n", "line 3: .* two alarms"),
         ("run_id,monitor,step\nattention3000,mine,1001\n", "line 2: step=1001 is beyond the horizon of 1000"),
+        ("run_id,monitor,step\nattention3000,mine,inf\n", "line 2: step=inf"),
+        ("run_id,monitor,step\nattention3000,,5\n", "line 2: monitor is empty"),
         ("run_id,monitor,step\nattention3000,mine,soon\n", "line 2: step='soon'"),
         ("run_id,monitor,step\nattention3000,mine,-5\n", "line 2: step=-5"),
         ("run_id,monitor,step\nattention3000,mine,2.5\n", "line 2: step=2.5"),
@@ -267,6 +283,10 @@ def change_manifest(folder: Path, name: str, **changes) -> None:
     trace.write_manifest(folder / name, trace.read_manifest(folder / name) | changes)
 
 
+def config_of(folder: Path, name: str) -> dict:
+    return trace.read_manifest(folder / name)["config"]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -275,6 +295,12 @@ def change_manifest(folder: Path, name: str, **changes) -> None:
             lambda f: change_manifest(f, "calibration1000", config={"train": {"steps": 900}}),
             "healthy runs of one calibration differ in",
         ),
+        (
+            lambda f: change_manifest(f, "ramp3000", config=config_of(f, "ramp3000") | {"data": 1}),
+            "a faulty run and its healthy ones differ in data",
+        ),
+        (lambda f: change_manifest(f, "calibration1000", seed=3), "has seed 3, the index says 1000"),
+        (lambda f: change_manifest(f, "ramp3000", onset_step=None), "ramp3000 is healthy, the index says ramp"),
         (lambda f: change_manifest(f, "test2000", end_reason="running"), "unfinished"),
         (lambda f: shutil.rmtree(f / "test2000"), "test2000"),
     ],
@@ -317,3 +343,41 @@ def test_the_largest_calibration_run_is_a_threshold_of_its_own_name(folder, tmp_
     assert (maximum.loc[["early", "late"], "threshold"] > usual.loc[["early", "late"], "threshold"]).all()
     assert maximum.loc["early", "alpha"] == pytest.approx(0.1)
     assert maximum.loc["early", "false_alarm_bound"] == pytest.approx(1 - 0.05 ** (1 / 9))
+
+
+def test_a_run_listed_twice_is_refused(folder, tmp_path):
+    index = json.loads((folder / "experiment.json").read_text())
+    index["runs"][-1]["run_id"] = index["runs"][-2]["run_id"]
+    (folder / "experiment.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="is listed twice"):
+        scored(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("lost", [slice(50, None), slice(20, 22), slice(0, None)])
+def test_a_run_that_lost_samples_is_flagged_and_not_read_as_silent(folder, tmp_path, lost):
+    part = next((folder / "attention3004" / "trace").glob("*.parquet"))
+    table = pd.read_parquet(part)
+    mine = table.index[table["signal"] == LATE]
+    table = table.drop(mine[lost])
+    part.unlink()
+    columns = {name: table[name].astype(str if name == "signal" else table[name].dtype).to_numpy() for name in table}
+    trace.write_part(folder / "attention3004", 0, 1000, columns)
+    with pytest.raises(ValueError, match="baseline 'late' cannot be judged: run attention3004 has no sample of grad"):
+        scored(folder, tmp_path / "out", tracks=("reference",))
+
+
+def test_two_experiments_of_one_name_are_refused(folder, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(folder, tmp_path / "both" / name)
+    with pytest.raises(trace.TraceError, match="holds experiment 'made' on mha_nano twice"):
+        scored(tmp_path / "both", tmp_path / "out")
+
+
+def test_an_alarm_before_the_onset_earns_nothing_over_the_baseline(folder, tmp_path):
+    experiment = load(folder, folder)
+    rows = [(run.trace.run_id, "hasty", 200) for run in experiment.of("faulty", fault="ramp")]
+    path = tmp_path / "hasty.csv"
+    pd.DataFrame(rows, columns=["run_id", "monitor", "step"]).to_csv(path, index=False)
+    table = scored(folder, tmp_path / "out", alarms=(path,), tracks=("reference",))
+    assert table.loc[("reference", "ramp", "hasty"), "relative_lead_steps"] < 0
+    assert table.loc[("reference", "ramp", "hasty"), "false_alarm"] == 12

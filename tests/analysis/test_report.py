@@ -312,7 +312,7 @@ def test_a_run_that_ends_before_a_signals_first_sample_is_scored(experiment_fold
     for part in (folder / "trace").iterdir():
         part.unlink()
     trace.write_part(folder, 0, 30, {name: [getattr(row, name) for row in short] for name in trace.SCHEMA.names})
-    trace.write_manifest(folder, {**trace.read_manifest(folder), "end_reason": "non_finite"})
+    trace.write_manifest(folder, {**trace.read_manifest(folder), "end_reason": "non_finite", "steps_done": 30})
     table = run_table(load(report, runs)).set_index(["detector", "run_id"])
     assert pd.isna(table.loc[("early warning", "faulty3000"), "alarm_step"])
     make_report(report, runs)

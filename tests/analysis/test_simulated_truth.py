@@ -17,6 +17,8 @@ from analysis.alarms import (
     chart_statistic,
     conformal_threshold,
     first_alarm,
+    fitted,
+    oriented,
 )
 from analysis.align import Aligned
 from analysis.entrants import RiverDetector
@@ -51,9 +53,10 @@ def alarm_rate(band_of, charts, trials: int, alpha: float = ALPHA, bad: str = "b
     for _ in range(trials):
         runs = signals(generator, 4 + N + 1)
         band = band_of(runs[:4])
-        z = [band.z(run) for run in runs[4:]]
+        sides = [oriented(band.z(run), bad) for run in runs]
         for name, chart in charts.items():
-            maxima = [np.nanmax(chart_statistic(one, bad, chart)) for one in z]
+            rules = fitted(chart, sides[:4])
+            maxima = [np.nanmax(chart_statistic(one, rules)) for one in sides[4:]]
             alarms[name] += maxima[-1] > conformal_threshold(maxima[:-1], alpha)
     return {name: count / trials for name, count in alarms.items()}
 
@@ -119,6 +122,7 @@ def test_a_value_that_is_not_finite_is_never_silent(track, value, bad):
     band = ReferenceBand.fit("s", runs[:4]) if track == "reference" else SelfBand()
     z = band.z(Aligned(POSITIONS, values, runs[4].undefined))
     for name, chart in CHARTS.items():
-        statistic = chart_statistic(z, bad, chart)
+        sides = oriented(z, bad)
+        statistic = chart_statistic(sides, [chart] * len(sides))
         assert np.isposinf(statistic[30:]).all(), name
         assert first_alarm(statistic, POSITIONS, 1e300) == POSITIONS[30], name

@@ -79,7 +79,7 @@ def test_a_published_rule_is_strict_and_reads_raw_values():
     assert rule.broken_at(series).tolist() == [False, False, True, True, True]
     missing = aligned([np.nan, 1e-3], [True, False])
     assert rule.broken_at(missing).tolist() == [False, False]
-    assert published_rule("moe_drop_rate") == PublishedRule(0.01, -np.inf)
+    assert published_rule("moe_drop_rate") == PublishedRule(1.0, -np.inf)  # percent, as the signal is
 
 
 @pytest.mark.parametrize("signal", ["qk_delta2_spectrum.entropy.w50", "grad_global_norm", "no_such_monitor"])
