@@ -84,11 +84,16 @@ def test_bca_is_deterministic_by_seed_and_scales_with_the_leads():
     assert first[0] < narrow[0] < seed_mean(totals, counts) < narrow[1] < first[1]
 
 
-def test_bca_draws_seeds_without_runs_and_survives_draws_of_nothing_else():
-    totals, counts = np.zeros(10), np.zeros(10)
-    totals[:2], counts[:2] = (10, 40), (1, 2)
+def test_bca_draws_seeds_without_runs_as_well():
+    """They widen nothing that they do not know, and under 10 seeds with runs there is no interval."""
+    totals, counts = np.zeros(30), np.zeros(30)
+    totals[:10], counts[:10] = np.arange(10.0, 20.0), 1
     low, high = bca_interval(totals, counts)
-    assert (low, high) == (10, 20)
+    alone = bca_interval(totals[:10], counts[:10])
+    assert 10 <= low < seed_mean(totals, counts) < high <= 19
+    assert high - low == pytest.approx(alone[1] - alone[0], rel=0.35)
+    counts[9], totals[9] = 0, 0
+    assert np.isnan(bca_interval(totals, counts)).all()
 
 
 def test_no_bca_interval_under_10_seeds_or_from_one_seed():
