@@ -7,7 +7,10 @@ sides alike; medians throughout. Absolute times are printed for orientation only
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from analysis.simulated import simulate_experiment
 from experiments.build import ROOT, Run, build_run
 from experiments.cli import CONF
 from experiments.optimizer import adamw
@@ -152,6 +156,26 @@ def qk_core_speedup(d_model: int, n_heads: int, d_head: int, repeats: int = 5) -
     return {"core_ms": 1e3 * core, "dense_ms": 1e3 * dense, "dense_over_core": dense / core}
 
 
+def scoring_cost(signals: int = 100) -> dict[str, float]:
+    """A whole replay of 500 made-up runs of 250 samples: every track, chart, label and interval."""
+    ways = ("up", "down", "both")
+    meta = {
+        f"signal{i}": {"unit": "1", "bad": ways[i % 3], "axes": ["layer", "head"][: 1 + i % 2], "every_steps": 10}
+        for i in range(signals)
+    }
+    detectors = {name: [name] for name in meta} | {"baseline": ["signal0", "signal3"]}
+    shows = {name: 500 + 10 * i for i, name in enumerate(meta)}
+    faults = {name: {"shows": shows, "diverges": 1800, "onset": 1} for name in ("one", "two", "three")}
+    counts = {"reference": 30, "calibration": 59, "test": 30, "faulty": 127}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder) / "runs"
+        simulate_experiment(runs, counts, meta, detectors, faults, baseline="baseline", steps=2500, alpha=0.05)
+        command = [sys.executable, "-m", "analysis.score", f"runs={runs}", f"out={folder}/scores"]
+        wall = _seconds(lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL))
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return {"scoring_wall_s": wall, "scoring_peak_gib": peak / 2**20}
+
+
 def measure() -> dict[str, Any]:
     with initialize_config_dir(CONF, version_base="1.3"):
         results: dict[str, Any] = {model: step_costs(model) for model in STEPS}
@@ -159,6 +183,7 @@ def measure() -> dict[str, Any]:
         results["monitors"] = {model: monitor_shares(model) for model in (*STEPS, *DENSE_TWIN)}
     results["qk core, d=768, 12 heads of 64"] = qk_core_speedup(768, 12, 64)
     results["qk core, d=2048, 4 heads of 64"] = qk_core_speedup(2048, 4, 64)
+    results["scoring, 500 runs x 100 signals x 250 samples"] = scoring_cost()
     if LAPTOP_SWEEP.exists() and (sweep := json.loads(LAPTOP_SWEEP.read_text())["sweep"]):
         results["laptop sweep"] = {"busy_share_of_cores": sweep["busy"], "wall_s": sweep["wall_s"]}
     results["torch"] = torch.__version__
@@ -171,6 +196,8 @@ GOALS = {
     "step_over_dense": "at most 1.5",
     "router_monitors_share_of_step": "at most 0.01",
     "busy_share_of_cores": "above 0.90",
+    "scoring_wall_s": "under 60",
+    "scoring_peak_gib": "under 2",
 }
 
 

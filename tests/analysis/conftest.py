@@ -2,130 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
-
-import numpy as np
 import pytest
 
-from experiments import trace
-
-TOKENS = 64
-LABEL = {"ema_span": 5, "min_drawup_nats": 0.10, "healthy_factor": 1.5, "consecutive": 5}
-FIRST = {"reference": 0, "calibration": 1000, "test": 2000, "faulty": 3000}
-
-
-def write_run(
-    folder: Path,
-    seed: int,
-    signals: Mapping[str, Mapping],
-    *,
-    steps: int,
-    shows: Mapping[str, int] | None = None,
-    diverges: int | None = None,
-    onset: int | None = None,
-    **manifest,
-) -> None:
-    """One run of AR(1) noise signals around 2; ``shows``: the step at which a signal leaves by 5 in its bad direction.
-
-    The held-out loss falls, and rises by 2 nats at ``diverges``.
-    """
-    generator = np.random.default_rng(seed)
-    every = {"held_out_loss": {"unit": "nats/token", "bad": "up", "axes": [], "every_steps": 10}}
-    every["train_loss_raw"] = {"unit": "nats/token", "bad": "up", "axes": [], "every_steps": 10}
-    parts = []
-    for name, meta in (every | dict(signals)).items():
-        at = np.arange(meta["every_steps"], steps + 1, meta["every_steps"])
-        layers, heads = 2 if "layer" in meta["axes"] else 1, 2 if "head" in meta["axes"] else 1
-        noise = generator.normal(size=(len(at), layers, heads))
-        values = 2.0 + 0.1 * noise
-        values[1:] += 0.05 * noise[:-1]
-        if name in every:
-            values = 1.0 + np.exp(-at / 200.0)[:, None, None] + 1e-3 * noise[:, :1, :1]
-            values[at >= (diverges or np.inf)] += 2.0
-        elif shows and name in shows:
-            values[at >= shows[name], -1, -1] += 5.0 if meta["bad"] != "down" else -5.0
-        index = np.indices(values.shape).reshape(3, -1)
-        parts.append(
-            {
-                "step": at[index[0]],
-                "tokens": TOKENS * at[index[0]],
-                "signal": np.full(values.size, name, object),
-                "layer": index[1] if "layer" in meta["axes"] else np.full(values.size, -1),
-                "head": index[2] if "head" in meta["axes"] else np.full(values.size, -1),
-                "value": values.ravel(),
-                "undefined": np.zeros(values.size, bool),
-            }
-        )
-    folder.mkdir(parents=True)
-    trace.write_part(folder, 0, steps, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-    config = {"train": {"steps": steps}, "model": {"d_model": 8, "moe": None}, "data": {}, "seed": seed}
-    config["fault"] = {"_target_": "faults.made.Made" if onset is not None else "faults.none.NoFault"}
-    trace.write_manifest(
-        folder,
-        {
-            "schema": trace.SCHEMA_VERSION,
-            "run_id": folder.name,
-            "seed": seed,
-            "config": config,
-            "onset_step": onset,
-            "signals": every | dict(signals),
-            "end_reason": "completed",
-            "source_sha256": "s" * 64,
-            "data_sha256": "d" * 64,
-            "torch": "2",
-            "steps_done": steps,
-            "tokens_done": TOKENS * steps,
-            "git_commit": None,
-            "git_dirty": None,
-            "versions": {"python": "3"},
-            "device": "cpu",
-            **manifest,
-        },
-    )
+from analysis.simulated import simulate_experiment
 
 
 @pytest.fixture
 def made(tmp_path):
-    """Write an experiment and its runs into one folder: ``made(counts, signals, detectors, faults, ...)``.
+    """``simulate_experiment`` into a folder of its own: ``made(counts, signals, detectors, faults, ...)``."""
 
-    counts: seeds a role; faults: name -> the ``shows``, ``diverges`` and ``onset`` of ``write_run``.
-    """
-
-    def make(counts, signals, detectors, faults, *, baseline, steps=1000, alpha=0.10, name="made") -> Path:
-        folder, cells = tmp_path / name, []
-        for role, count in counts.items():
-            for fault, how in faults.items() if role == "faulty" else [(None, {})]:
-                for seed in range(FIRST[role], FIRST[role] + count):
-                    run_id = f"{fault or role}{seed}"
-                    noise = seed if fault is None else 100_000 * (1 + list(faults).index(fault)) + seed
-                    write_run(folder / run_id, noise, signals, steps=steps, **how)
-                    manifest = trace.read_manifest(folder / run_id)
-                    manifest["config"]["seed"] = manifest["seed"] = seed
-                    trace.write_manifest(folder / run_id, manifest)
-                    cells.append({"model": "mha_nano", "role": role, "fault": fault, "seed": seed, "run_id": run_id})
-        experiment = {
-            "name": name,
-            "title": "A made-up fault",
-            "models": ["mha_nano"],
-            "align": ["steps"],
-            "score_every": 10,
-            "draw": "leads",
-            "faults": {fault: {"label": fault} for fault in faults},
-            "detectors": detectors,
-            "baseline": baseline,
-            "figure": {},
-        }
-        index = {
-            "experiment": experiment,
-            "scale": {"name": "tiny", "alpha": alpha},
-            "label": LABEL,
-            "rule": {"chart": "ewma", "weight": 0.2},
-            "sweep": None,
-            "runs": cells,
-        }
-        (folder / "experiment.json").write_text(json.dumps(index))
-        return folder
+    def make(*what, name: str = "made", **options):
+        return simulate_experiment(tmp_path / name, *what, **options)
 
     return make

@@ -209,8 +209,8 @@ def test_bare_run_folders_find_their_roles_by_seed(folder, tmp_path):
         shutil.rmtree(path)
     bare = scored(folder, tmp_path / "b", tracks=("reference",))
     one, other = (t.loc["reference"] for t in (indexed, bare))
-    assert set(other.index.get_level_values("fault")) == {"all", "Made"}
-    assert other.loc[("Made", "gradient norm"), "rmlt_steps"] == one.loc[("attention", "late"), "rmlt_steps"]
+    assert set(other.index.get_level_values("fault")) == {"all", "Simulated"}
+    assert other.loc[("Simulated", "gradient norm"), "rmlt_steps"] == one.loc[("attention", "late"), "rmlt_steps"]
 
 
 def test_a_reduced_folder_scores_as_its_runs_do(folder, tmp_path):
