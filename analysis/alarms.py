@@ -42,6 +42,8 @@ class Chart:
 
     def statistic(self, x: np.ndarray) -> np.ndarray:
         x = np.asarray(x, float)
+        if np.isfinite(x).all():
+            return self._of(x)  # the rule for most series, in a fifth of the time
         present = ~np.isnan(x)
         z = x[present]
         infinite = np.maximum.accumulate(np.isposinf(z))
@@ -217,8 +219,10 @@ def worst(z: np.ndarray) -> np.ndarray:
 
 def oriented(z: np.ndarray, bad: str) -> list[np.ndarray]:
     """The worst of (T, layers, heads) z-scores, positive is bad: one series (T,), or two for ``both``."""
-    broken = np.isposinf(z)  # a broken value is bad in every direction
     sides = {"up": (z,), "down": (-z,), "both": (z, -z)}[bad]
+    if np.isfinite(z).all():
+        return [side.max(axis=(1, 2), initial=-np.inf) for side in sides]
+    broken = np.isposinf(z)  # a broken value is bad in every direction
     return [worst(np.where(broken, np.inf, side)) for side in sides]
 
 

@@ -33,12 +33,15 @@ def positions(series: Series, axis: str) -> np.ndarray:
 
 def broken(series: Series | Aligned) -> np.ndarray:
     """True from the first sample on that is not finite and not missing, per layer and head."""
-    return np.maximum.accumulate(~np.isfinite(series.values) & ~series.undefined, axis=0)
+    lost = ~np.isfinite(series.values) & ~series.undefined
+    return np.maximum.accumulate(lost, axis=0) if lost.any() else lost
 
 
 def thin(series: Series, every: int) -> Series:
     """The samples at multiples of ``every`` steps; one that was skipped over still breaks the signal for good."""
     kept = series.steps % every == 0
+    if kept.all():
+        return series
     lost = broken(series)[kept]
     values = np.where(lost, np.inf, series.values[kept])
     return Series(series.steps[kept], series.tokens[kept], values, series.undefined[kept] & ~lost)
@@ -54,6 +57,8 @@ def hold(series: Series, axis: str, grid: np.ndarray) -> Aligned:
     at = positions(series, axis)
     first, last = (np.searchsorted(grid, at[i], "left") if len(at) else 0 for i in (0, -1))
     grid = grid[first : last + 1] if len(at) else grid[:0]
+    if np.array_equal(grid, at):
+        return Aligned(grid, series.values, series.undefined)
     index = np.searchsorted(at, grid, "right") - 1
     lost = broken(series)
     values = np.where(lost, np.inf, series.values)

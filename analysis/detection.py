@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ import numpy as np
 from analysis.alarms import AlarmRule, chart_statistic, conformal_threshold, first_alarm, fitted, oriented
 from analysis.align import Aligned, hold, positions, thin
 from analysis.entrants import BadEntrant, FromFile, check_causal
-from analysis.tracks import DeclinedSignal, fit_band, published_rule
+from analysis.tracks import DeclinedSignal, check_has_say, fit_band, published_rule
 from experiments.trace import Series, TraceError
 
 if TYPE_CHECKING:
@@ -94,11 +94,15 @@ class Detection:
         return {run.trace.run_id: hold(series, experiment.axis, grid) for run, series in runs}
 
     def _judge(self, signal: str) -> dict[str, Sides]:
+        check_has_say(self.track, signal)
         aligned = self.aligned(signal)
         reference = [aligned[run.trace.run_id] for run in self.experiment.of("reference")]
         band = fit_band(self.track, signal, reference)
-        bad = self.experiment.signals[signal]["bad"]
-        return {run: Sides(series.positions, tuple(oriented(band.z(series), bad))) for run, series in aligned.items()}
+        bad, judged = self.experiment.signals[signal]["bad"], {}
+        for runs, together in _side_by_side(aligned):
+            for run, z in zip(runs, np.split(band.z(together), len(runs), axis=2), strict=True):
+                judged[run] = Sides(together.positions, tuple(oriented(z, bad)))
+        return judged
 
     def detect(self, name: str, signals: Sequence[str], rule: AlarmRule, alpha: float) -> Detector:
         """The detector of these signals at a false-alarm rate, calibrated jointly.
@@ -173,6 +177,18 @@ class Detection:
         }
         alarms = {run: _earliest(found, 0.5) for run, found in charts.items()}
         return Detector(name, tuple(signals), float("nan"), alarms, None, charts, {})
+
+
+def _side_by_side(aligned: Mapping[str, Aligned]) -> Iterator[tuple[list[str], Aligned]]:
+    """Runs of the same positions as one wide run, their heads next to each other: a band judges them in one go."""
+    alike: dict[tuple[bytes, tuple[int, ...]], list[str]] = {}
+    for run, series in aligned.items():
+        alike.setdefault((series.positions.tobytes(), series.values.shape), []).append(run)
+    for runs in alike.values():
+        values, undefined = (
+            np.concatenate([getattr(aligned[run], part) for run in runs], axis=2) for part in ("values", "undefined")
+        )
+        yield runs, Aligned(aligned[runs[0]].positions, values, undefined)
 
 
 def _check_whole(signal: str, run: ScoredRun, series: Series, reference: Series, every: int) -> None:

@@ -139,11 +139,13 @@ def _score(one: Contest, tables: Tables) -> None:
     tables.add("runs", scores)
     tables.add("leaderboard", board(one, scores, monitor_costs(one.experiment.model)))
     keys = one.keys
-    if one.track != "published":
+    if any(detector.maxima and not detector.declined for detector in one.detectors.values()):
         half, tau = halves(one)
         tables.add("halves", half.assign(**keys, tau=tau))
     tables.add("profiles", profiles(one, scores))
     competing = scores[scores["kind"].isin(RANKED)]
+    if competing.empty:  # no signal has a say on this track
+        return
     matrix = alarm_probabilities(competing)
     tables.add(
         "selectivity",

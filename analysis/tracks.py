@@ -135,6 +135,12 @@ class Floor:
 Band = ReferenceBand | SelfBand | Floor
 
 
+def check_has_say(track: str, name: str) -> None:
+    """Raise DeclinedSignal where a track has nothing to say of a signal, whatever its values."""
+    if track == "floor" and family(name) not in FLOOR_FAMILIES:
+        raise DeclinedSignal(f"{name}: no ratio to predicted noise, so the floor track has no say")
+
+
 def fit_band(track: str, name: str, reference: Sequence[Aligned]) -> Band:
     """The band of a signal on a track. Raises DeclinedSignal where the track cannot judge it."""
     if track == "reference":
@@ -142,8 +148,7 @@ def fit_band(track: str, name: str, reference: Sequence[Aligned]) -> Band:
     if track == "self":
         return SelfBand()
     if track == "floor":
-        if family(name) not in FLOOR_FAMILIES:
-            raise DeclinedSignal(f"{name}: no ratio to predicted noise, so the floor track has no say")
+        check_has_say(track, name)
         return Floor()
     raise ValueError(f"track={track!r} gives no z-scores: one of {', '.join(TRACKS[:3])}")
 

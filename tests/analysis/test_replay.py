@@ -381,3 +381,8 @@ def test_an_alarm_before_the_onset_earns_nothing_over_the_baseline(folder, tmp_p
     table = scored(folder, tmp_path / "out", alarms=(path,), tracks=("reference",))
     assert table.loc[("reference", "ramp", "hasty"), "relative_lead_steps"] < 0
     assert table.loc[("reference", "ramp", "hasty"), "false_alarm"] == 12
+
+
+def test_a_track_on_which_nobody_has_a_say_lists_who_declined(folder, tmp_path):
+    table = scored(folder, tmp_path / "out", tracks=("floor",))
+    assert set(table.loc["floor"]["kind"]) == {"detector", "control"}
