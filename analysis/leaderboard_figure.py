@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from analysis.drawing import ALARM, COLOURS, FAULTY, HEALTHY, THOUSANDS, pretty, save, style
 from analysis.experiment import Experiment
@@ -97,6 +98,7 @@ def _leads(axis: plt.Axes, rows: pd.DataFrame, names: list[str]) -> None:
             axis.plot([row["rmlt_low"], row["rmlt_high"]], [y, y], color=colour, linewidth=2)
         axis.plot(row["rmlt_steps"], y, "o", color=colour, markersize=4.5)
     axis.set_xlim(left=0)
+    axis.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))  # the last label would meet the next panel's first
     axis.xaxis.set_major_formatter(THOUSANDS)
     axis.set_xlabel("mean lead\n(optimizer steps)")
 
