@@ -13,6 +13,7 @@ allow_mixed=true    accept runs of different sources, data or torch, and say so
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -264,7 +265,8 @@ def print_board(tables: Tables, console: Console) -> None:
         console.print(grid)
         declined = rows[rows["declined"].notna()]
         if len(declined):
-            said = "; ".join(dict.fromkeys(str(reason).split(": ", 1)[-1] for reason in declined["declined"]))
+            without_signal = (re.sub(r"^[\w.]+: ", "", reason) for reason in declined["declined"])
+            said = "; ".join(dict.fromkeys(without_signal))
             names = ", ".join(declined["detector"])
             console.print(f"not on this track: {names} ({said})\n", highlight=False, markup=False)
 
