@@ -4,7 +4,7 @@
         sites = fault.sites(step, healthy)           # all that a fault may change
         batch = corpus.batch(seed, step, sites.batch_size)  # INJECT: batch
         loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)  # INJECT: forward
-        (loss + auxiliary).backward()                # INJECT: backward faults
+        (loss + auxiliary).backward()                # INJECT: backward faults; TAP: activations
         grad_norm = clip(gradients)
         optimizer.step(lr(step) * sites.lr_scale)    # INJECT: learning rates
         model.update_balance(routings)               # routers with a balancing bias
@@ -39,7 +39,8 @@ from torch import Tensor
 from experiments import trace
 from experiments.build import ROOT, Run
 from experiments.optimizer import adamw, learning_rate, set_learning_rate
-from monitors.base import Masked, Reading, Signal, StepView, state_of
+from models.taps import Taps
+from monitors.base import Masked, Reading, Signal, StepView, state_of, tapped
 
 HELD_OUT = Signal("held_out_loss", "nats/token", "up")
 """The label signal: mean NLL on the fixed held-out batch."""
@@ -250,9 +251,12 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         batch = torch.from_numpy(run.corpus.batch(run.seed, step, sites.batch_size)).to(device)
         tokens += batch[:, 1:].numel()
 
-        loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
+        now = step + 1
+        observers = {name: monitor for name, monitor in run.monitors.items() if due[name](now)}
         optimizer.zero_grad(set_to_none=True)
-        (loss + auxiliary).backward()
+        with Taps(model, tapped(observers.values())) as taps:
+            loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
+            (loss + auxiliary).backward()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, grad_norm)
@@ -260,16 +264,14 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         optimizer.step()
         model.update_balance(routings, sites.balance_scale)
 
-        now = step + 1
         history.record(now, model)
         finite = finite & torch.isfinite(loss.detach())
-        view = StepView(now, tokens, loss.detach(), grad_norm, model, history, routings)
+        view = StepView(now, tokens, loss.detach(), grad_norm, model, history, routings, taps)
         readings: dict[str, Reading] = {}
-        for name, monitor in run.monitors.items():
-            if due[name](now):
-                seen = monitor.observe(view)
-                wanted = [s.name for s in monitor.signals if now % s.every_steps == 0 and s.name in seen]
-                readings |= {signal: seen[signal] for signal in wanted}
+        for monitor in observers.values():
+            seen = monitor.observe(view)
+            wanted = [s.name for s in monitor.signals if now % s.every_steps == 0 and s.name in seen]
+            readings |= {signal: seen[signal] for signal in wanted}
         for signal, reading in readings.items():
             recorder.add(now, tokens, signal, reading)
         if progress is not None:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -138,3 +139,20 @@ def attention(
     if numerics:
         raise ValueError(f"attention backend {backend!r} has no fault sites: use 'reference'")
     return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
+
+
+class DotProduct(nn.Module):
+    """``attention`` as a module without parameters: the place where taps meet q, k, v, o and their gradients."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(
+        self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, numerics: LayerNumerics, nonfinite: Tensor
+    ) -> Tensor:
+        return attention(q_BHTD, k_BHTD, v_BHTD, backend=self.backend, numerics=numerics, nonfinite=nonfinite)
+
+    def stored(self, x: Tensor) -> Tensor:
+        """x as the kernel receives it: on the BF16 grid, but for ``sdpa``, which takes it as it is."""
+        return x if self.backend == "sdpa" else to_bf16_grid(x)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.mlp import MLP
+from models.numerics import at_least_fp32
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class MoE(nn.Module):
 
     def forward(self, x_BTM: Tensor) -> tuple[Tensor, Routing]:
         c, x_NM = self.config, x_BTM.flatten(0, 1)
-        logits_NE = self.router(x_NM).float()
+        logits_NE = at_least_fp32(self.router(x_NM))
         probabilities_NE = logits_NE.softmax(-1)
         scores_NE = probabilities_NE if self.balance_bias is None else probabilities_NE + self.balance_bias
         expert_NK = scores_NE.topk(c.top_k, dim=-1).indices

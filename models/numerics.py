@@ -81,6 +81,11 @@ def to_bf16_grid(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16, memory_format=torch.contiguous_format).float()
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in FP32, or as it is in FP64: what softmax and loss are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class SiteFault:
     """One bit operation on one attention tensor of chosen layers and heads.

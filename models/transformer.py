@@ -14,10 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import BACKENDS, attention
+from models.attention import BACKENDS, DotProduct
 from models.mlp import KINDS, MLP
 from models.moe import MoE, MoEConfig, Routing, auxiliary_loss
-from models.numerics import HEALTHY, AttentionNumerics, LayerNumerics
+from models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
 
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
@@ -115,9 +115,10 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         E, D = config.d_model, config.d_head
-        self.n_heads, self.backend = config.n_heads, config.backend
+        self.n_heads = config.n_heads
         self.q, self.k, self.v, self.o = (nn.Linear(E, E, bias=False) for _ in range(4))
         self.q_norm, self.k_norm = (_norm(config, D), _norm(config, D)) if config.qk_norm else (None, None)
+        self.dot_product = DotProduct(config.backend)
         self.rotary = Rotary(D, config.context_length, config.rope_base) if config.positions == "rope" else None
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
 
@@ -127,13 +128,12 @@ class Attention(nn.Module):
         return rotary(x_BHTD) if rotary is not None else x_BHTD
 
     def forward(self, x_BTE: Tensor, numerics: LayerNumerics) -> Tensor:
-        o_BHTD = attention(
+        o_BHTD = self.dot_product(
             self._heads(self.q(x_BTE), self.q_norm, self.rotary),
             self._heads(self.k(x_BTE), self.k_norm, self.rotary),
             self._heads(self.v(x_BTE)),
-            backend=self.backend,
-            numerics=numerics,
-            nonfinite=self.nonfinite,
+            numerics,
+            self.nonfinite,
         )
         return self.o(o_BHTD.transpose(1, 2).flatten(2))
 
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
         load-balance term times ``balance_scale``; routings: one a layer, none for a dense model.
         """
         logits_BTV, routings = self._run(tokens_BT1[:, :-1], numerics)
-        nll = F.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT1[:, 1:].flatten())
+        nll = F.cross_entropy(at_least_fp32(logits_BTV.flatten(0, 1)), tokens_BT1[:, 1:].flatten())
         auxiliary = auxiliary_loss(routings, self.config.moe, balance_scale) if routings else torch.zeros_like(nll)
         return nll, auxiliary, routings
 

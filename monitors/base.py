@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.moe import Routing
+from models.taps import NO_TAPS, Taps
 from models.transformer import Transformer
 
 DIRECTIONS = ("up", "down", "both")
@@ -109,7 +110,7 @@ class StepView:
     step: updates applied so far, this one included; tokens: training tokens seen so far;
     loss: this batch's mean NLL (0-dim, nats); grad_norm: global L2 norm before the clip (0-dim);
     model: after the update; history: earlier weights, by ``Lookback``; routings: what each layer's router
-    did with this batch, before the update; empty for a dense model.
+    did with this batch, before the update; empty for a dense model; taps: what a monitor with ``taps`` asked for.
     """
 
     step: int
@@ -119,6 +120,7 @@ class StepView:
     model: Transformer
     history: WeightHistory
     routings: tuple[Routing, ...] = ()
+    taps: Taps = NO_TAPS
 
     def weights_before(self, steps: int) -> Mapping[str, Tensor] | None:
         """Weights ``steps`` updates ago, or None where the run is younger than that."""
@@ -133,7 +135,8 @@ class Monitor(Protocol):
     the signals that are due. Values are 0-dim, per-layer or per-layer-and-head tensors on the
     device: no ``.item()``. A signal that has no reading yet is left out.
     A monitor with memory also has ``state_dict`` and ``load_state_dict``; one that reads routers says so
-    by a class attribute ``needs_experts = True``.
+    by a class attribute ``needs_experts = True``; one that reads activations or their gradients names the places
+    (``models.taps.PLACES``) in an attribute ``taps``.
     """
 
     signals: Sequence[Signal]
@@ -145,3 +148,8 @@ class Monitor(Protocol):
 def state_of(monitor: Monitor) -> Any:
     """The monitor's memory for a checkpoint, or None."""
     return monitor.state_dict() if hasattr(monitor, "state_dict") else None
+
+
+def tapped(monitors: Iterable[Monitor]) -> frozenset[str]:
+    """The places that these monitors want tapped."""
+    return frozenset(place for monitor in monitors for place in getattr(monitor, "taps", ()))

@@ -1,0 +1,121 @@
+"""Taps: what goes into and comes out of chosen modules in one step, and the gradients that come back.
+
+A tap reads a module from outside, by PyTorch's own hooks, so it is the same for every attention backend and the
+model's code knows nothing of it. It changes no bit of training. Hooks are set for the one step that is
+watched and taken off again: a step that nobody watches pays nothing.
+
+Tapped values are the clean ones outside a kernel, never the copies that it saved for its own backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from models.attention import DotProduct
+
+PLACES: Mapping[str, tuple[type[nn.Module], ...]] = {
+    "dot_product": (DotProduct,),
+    "linear": (nn.Linear,),
+    "norm": (nn.LayerNorm, nn.RMSNorm),
+}
+"""What can be tapped: q, k, v and o of attention's dot product, after RoPE and QK-norm; every linear layer, the
+router and the head among them; every norm."""
+
+
+@dataclass
+class Tap:
+    """One module in one step. Tensors are detached, on the device, and not to be written.
+
+    inputs: its tensor arguments that carry a gradient, in order; output; input_grads and output_grad: gradients of
+    the step's objective with respect to them, through this module alone for inputs, None where the
+    backward did not come by; weight, weight_grad: of a linear layer, before the update, unscaled and unclipped.
+    """
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...] = ()
+    output: Tensor | None = None
+    input_grads: dict[int, Tensor] = field(default_factory=dict)
+    output_grad: Tensor | None = None
+    weight: Tensor | None = None
+    weight_grad: Tensor | None = None
+
+
+class Taps:
+    """Taps on all modules of the named places, while the context is open.
+
+    ``taps.at(place)`` maps a module's name, such as ``blocks.0.attention.dot_product``, to its Tap, in the
+    model's order. Raises ValueError for an unknown place.
+    """
+
+    def __init__(self, model: nn.Module, places: Collection[str]) -> None:
+        for place in places:
+            if place not in PLACES:
+                raise ValueError(f"tap place {place!r} is not allowed: one of {', '.join(PLACES)}")
+        self._taps: dict[str, dict[str, Tap]] = {
+            place: {name: Tap(module) for name, module in model.named_modules() if isinstance(module, PLACES[place])}
+            for place in places
+        }
+        self._handles: list[RemovableHandle] = []
+
+    def at(self, place: str) -> Mapping[str, Tap]:
+        if place not in self._taps:
+            raise ValueError(f"nobody asked to tap {place!r} at this step: name it in the monitor's taps")
+        return self._taps[place]
+
+    def __enter__(self) -> Taps:
+        for taps in self._taps.values():
+            for tap in taps.values():
+                self._handles.append(tap.module.register_forward_pre_hook(_alias_inputs))
+                self._handles.append(tap.module.register_forward_hook(_watch(tap)))
+                if isinstance(tap.module, nn.Linear):
+                    tap.weight = tap.module.weight.detach().clone()
+                    self._handles.append(tap.module.weight.register_hook(_keep(tap, "weight_grad", copy=True)))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _alias_inputs(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give each input a name of its own, so that its gradient is that of this branch and not of its other uses."""
+    return tuple(a.view_as(a) if isinstance(a, Tensor) and a.requires_grad else a for a in arguments)
+
+
+def _watch(tap: Tap) -> Callable[..., None]:
+    def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            return  # an evaluation
+        watched = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+        tap.inputs, tap.output = tuple(a.detach() for a in watched), output.detach()
+        for index, value in enumerate(watched):
+            value.register_hook(_keep_input(tap, index))
+        output.register_hook(_keep(tap, "output_grad"))
+
+    return hook
+
+
+def _keep(tap: Tap, name: str, copy: bool = False) -> Callable[[Tensor], None]:
+    """copy: the tensor may become a parameter's ``grad``, which the clip scales in place."""
+
+    def hook(gradient: Tensor) -> None:
+        setattr(tap, name, gradient.detach().clone() if copy else gradient.detach())
+
+    return hook
+
+
+def _keep_input(tap: Tap, index: int) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        tap.input_grads[index] = gradient.detach()
+
+    return hook
+
+
+NO_TAPS: Taps = Taps(nn.Module(), ())

@@ -1,0 +1,180 @@
+"""The conservation family: what a network's exact symmetries forbid its gradient to do.
+
+A transformation that leaves the loss unchanged makes the gradient orthogonal to it, exactly, at every step and for
+any weights and data. Rounding breaks such a law a little, by an amount that the tensors at hand predict; a broken
+kernel breaks it by more, at the very step at which it is broken.
+
+Shapes: B batch rows, H query heads, G key-value heads (H is a multiple of G; H = G without grouping), T tokens,
+D d_head. The tensors of one dot product are ``q k v o`` as they enter and leave it, after RoPE and QK-norm, and the
+gradients ``dq dk dv do`` of the loss with respect to them. All residuals are relative, without unit, from 0
+(kept) up; FP64 networks give about 1e-15. A residual of zeros over zeros is 0, NaN and Inf propagate.
+
+Source: Noether's theorem for gradients as in Kunin et al., arXiv:2012.04728; the attention laws are derived below.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _relative(broken: Tensor, scale: Tensor) -> Tensor:
+    return torch.where((broken == 0) & (scale == 0), 0.0, broken / scale)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1)
+
+
+def _total(x: Tensor) -> Tensor:
+    return x.sum((-2, -1))
+
+
+def over_group(x_BHT: Tensor, n_kv_heads: int) -> Tensor:
+    """Sum over the query heads that share a key-value head: (B, H, ...) -> (B, G, ...).
+
+    Query heads of a group are neighbours. Raises ValueError where G does not divide H.
+    """
+    if x_BHT.shape[1] == n_kv_heads:
+        return x_BHT
+    if x_BHT.shape[1] % n_kv_heads:
+        raise ValueError(f"{x_BHT.shape[1]} query heads cannot share {n_kv_heads} key-value heads evenly")
+    return x_BHT.unflatten(1, (n_kv_heads, -1)).sum(2)
+
+
+def key_shift_residual(dk: Tensor) -> Tensor:
+    """||sum_j dK_j|| / sum_j ||dK_j||, per batch row and key-value head.
+
+    Adding one vector c to every key adds q_i . c / sqrt(D) to a whole row of scores, which softmax ignores. So the
+    loss does not change along that shift of K, and its gradient there, sum_j dK_j, is 0. It needs a softmax
+    without a sink. A grouped dK already sums over the query heads of its group, each of which obeys the law.
+
+    dk: (B, G, T, D). Returns (B, G).
+    """
+    return _relative(_norm(dk.sum(-2)), _norm(dk).sum(-1))
+
+
+def value_shift_residual(dv: Tensor, do: Tensor) -> Tensor:
+    """||sum_j dV_j - sum_i dO_i|| / sum_i ||dO_i||, per batch row and key-value head.
+
+    Rows of P sum to 1, so adding c to every value adds c to every output: the derivative of the loss along the
+    shift is c . sum_j dV_j and c . sum_i dO_i alike.
+
+    dv: (B, G, T, D); do: (B, H, T, D), summed over each group. Returns (B, G).
+    """
+    total = over_group(do, dv.shape[1])
+    return _relative(_norm(dv.sum(-2) - total.sum(-2)), _norm(total).sum(-1))
+
+
+def qk_gauge_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
+    """|sum q dq - sum k dk| / sum |q dq| over tokens and components, per batch row and key-value head: a trace.
+
+    Q -> aQ, K -> K/a leaves every score as it is; the derivative of the loss at a = 1 is sum q.dq - sum k.dk = 0.
+
+    q, dq: (B, H, T, D); k, dk: (B, G, T, D). Returns (B, G).
+    """
+    query, key = over_group(_total(q * dq), k.shape[1]), _total(k * dk)
+    return _relative((query - key).abs(), over_group(_total((q * dq).abs()), k.shape[1]))
+
+
+def qk_gauge_matrix_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
+    """||Q^T dQ - (K^T dK)^T||_F / ||Q^T dQ||_F, per batch row and key-value head: the whole D x D law.
+
+    Q -> QA, K -> K A^-T leaves Q K^T as it is for every invertible A; with A = 1 + X, the derivative along X is
+    <X, Q^T dQ> - <X^T, K^T dK>, which is 0 for every X. A group's query heads are turned together, so their
+    Q^T dQ add up. Shapes as in ``qk_gauge_residual``.
+    """
+    query = over_group(q.mT @ dq, k.shape[1])
+    return _relative(torch.linalg.matrix_norm(query - dk.mT @ k), torch.linalg.matrix_norm(query))
+
+
+def vo_gauge_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Tensor:
+    """|sum v dv - sum o do| / sum |o do| over tokens and components, per batch row and key-value head: a trace.
+
+    O is linear in V, so V -> aV makes O -> aO, and the derivative of the loss along it is either sum.
+
+    v, dv: (B, G, T, D); o, do: (B, H, T, D). Returns (B, G).
+    """
+    value, output = _total(v * dv), over_group(_total(o * do), v.shape[1])
+    return _relative((value - output).abs(), over_group(_total((o * do).abs()), v.shape[1]))
+
+
+def vo_gauge_matrix_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Tensor:
+    """||V^T dV - O^T dO||_F / ||O^T dO||_F, per batch row and key-value head: V -> VA makes O -> OA.
+
+    Shapes as in ``vo_gauge_residual``.
+    """
+    output = over_group(o.mT @ do, v.shape[1])
+    return _relative(torch.linalg.matrix_norm(v.mT @ dv - output), torch.linalg.matrix_norm(output))
+
+
+def router_shift_residual(
+    dw: Tensor, x: Tensor | None = None, logits: Tensor | None = None, z_coef: float = 0.0
+) -> Tensor:
+    """||sum_e dW_R[e]|| / sum_e ||dW_R[e]||, 0-dim.
+
+    One vector added to every expert's router weights adds the same number to all logits of a token, which the
+    softmax and with it the gates, the choice of experts and the Switch loss ignore. The z-loss does not: its
+    mean lse^2 has the gradient (2/N) lse_t softmax_t in the logits of token t, which sums to (2/N) lse_t over experts;
+    so (2 z_coef / N) sum_t lse_t x_t is taken off first. Sigmoid routing has no such law.
+
+    dw: (E, M); with a z-loss also x: (N, M), the router's input, and logits: (N, E). Raises ValueError
+    where one is missing.
+    """
+    total = dw.sum(0)
+    if z_coef:
+        if x is None or logits is None:
+            raise ValueError(f"z_coef={z_coef}: the z-loss is taken off exactly, from the router's input and logits")
+        total = total - 2.0 * z_coef / len(x) * (logits.logsumexp(-1) @ x)
+    return _relative(_norm(total), _norm(dw).sum())
+
+
+def logit_shift_residual(dlogits: Tensor) -> Tensor:
+    """||sum_v dlogits_v|| / sum_v ||dlogits_v||, 0-dim: cross-entropy ignores a shift of all logits of a token.
+
+    The same law, on the gradient of an untied head's weight, is ``logit_shift_residual(dW.T)``: a vector added
+    to all rows of the head shifts all logits of a token. A tied head is also the embedding and has no such law.
+
+    dlogits: (..., V), tokens first.
+    """
+    flat_NV = dlogits.flatten(0, -2)
+    return _relative(_norm(flat_NV.sum(-1)), _norm(flat_NV.T).sum())
+
+
+def linear_euler_residual(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+    """|<W, dW> - sum y dy| / sum |y dy| over tokens and components, 0-dim: Euler's identity of y = W x.
+
+    y is linear in W, so W -> aW makes y -> ay, and the derivative of the loss along it is either sum. It needs a
+    layer without bias whose weight is used once (not a tied head), and the gradient of these tokens alone: unscaled,
+    before clipping and before it is summed over workers.
+
+    w, dw: (out, in); y, dy: (..., out).
+    """
+    return _relative(((w * dw).sum() - (y * dy).sum()).abs(), (y * dy).abs().sum())
+
+
+def norm_orthogonality_residual(
+    x: Tensor, dx: Tensor, y: Tensor, dy: Tensor, *, eps: float, bias: Tensor | None = None, centred: bool
+) -> Tensor:
+    """|<dx, x-mu> - eps/(var+eps) <dy, y-beta>| / (||dx|| ||x-mu||), the root mean square over tokens, 0-dim.
+
+    y - beta = gamma (x - mu) / sqrt(var + eps) does not change when x - mu is stretched, but for eps. With
+    r = 1/sqrt(var + eps), d(y - beta)/da = (y - beta) eps / (var + eps) at x - mu -> a (x - mu), so
+    <dx, x - mu> is that share of <dy, y - beta>. dx must come through this norm alone, not around it.
+
+    x, dx, y, dy: (..., M); bias: beta, or None; centred: LayerNorm (mu and var of x) or RMSNorm (mu = 0, var = mean
+    x^2).
+    """
+    x = x - x.mean(-1, keepdim=True) if centred else x
+    variance = x.square().mean(-1)
+    stretch = (dx * x).sum(-1)
+    scaled = (dy * (y if bias is None else y - bias)).sum(-1) * eps / (variance + eps)
+    return _relative((stretch - scaled).abs(), _norm(dx) * _norm(x)).square().mean().sqrt()
+
+
+def norm_shift_residual(dx: Tensor) -> Tensor:
+    """|sum_c dx_c| / (sqrt(M) ||dx||), the root mean square over tokens, 0-dim: LayerNorm ignores a shift of x.
+
+    dx: (..., M), through this norm alone. 1 where all of dx lies along the shift.
+    """
+    return _relative(dx.sum(-1).abs(), dx.shape[-1] ** 0.5 * _norm(dx)).square().mean().sqrt()
