@@ -20,8 +20,12 @@ import pandas as pd
 from analysis.align import Aligned, broken
 
 TRACKS = ("reference", "self", "floor", "published")
-FLOOR_FAMILIES = ("random_matrix", "conservation")
-"""Families whose signals are ratios to predicted noise."""
+
+
+def _is_over_noise(signal: str) -> bool:
+    """Whether a signal is a ratio to predicted noise."""
+    return family(signal) == "random_matrix" or signal.endswith(".over_noise")
+
 
 CATALOGUE = Path(__file__).resolve().parent.parent / "monitors" / "catalogue.csv"
 MAD_TO_SIGMA = 1.4826
@@ -137,7 +141,7 @@ Band = ReferenceBand | SelfBand | Floor
 
 def check_has_say(track: str, name: str) -> None:
     """Raise DeclinedSignal where a track has nothing to say of a signal, whatever its values."""
-    if track == "floor" and family(name) not in FLOOR_FAMILIES:
+    if track == "floor" and not _is_over_noise(name):
         raise DeclinedSignal(f"{name}: no ratio to predicted noise, so the floor track has no say")
 
 

@@ -28,7 +28,8 @@ from experiments.build import ROOT, Run, build_run
 from experiments.cli import CONF
 from experiments.optimizer import adamw
 from experiments.trace import write_whole
-from monitors.base import StepView
+from models.taps import Taps
+from monitors.base import StepView, tapped
 from monitors.spectra import qk_increment
 
 STEPS = {"mha_nano": 120, "mha_small": 24}
@@ -42,23 +43,32 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _step_of(run: Run) -> Callable[[int], StepView]:
-    """One training step as the loop does it, without monitors and label; also the bare loop, on the sdpa backend."""
+def _step_of(run: Run, places: Iterable[str] = ()) -> Callable[[int], StepView]:
+    """One training step as the loop does it, without monitors and label; also the bare loop, on the sdpa backend.
+
+    places: what is tapped.
+    """
     model, healthy, history = run.new_model(), run.healthy_sites(), run.new_history()
     optimizer, parameters = adamw(model, run.train), list(model.parameters())
 
     def step(index: int) -> StepView:
         sites = run.fault.sites(index, healthy)
         batch = torch.from_numpy(run.corpus.batch(run.seed, index, sites.batch_size))
-        loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
         optimizer.zero_grad(set_to_none=True)
-        (loss + auxiliary).backward()
+        with Taps(model, places) as taps:
+            loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
+            (loss + auxiliary).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, run.train.clip)
         optimizer.step()
         model.update_balance(routings, sites.balance_scale)
-        return StepView(index + 1, index + 1, loss.detach(), norm, model, history, routings)
+        return StepView(index + 1, index + 1, loss.detach(), norm, model, history, routings, taps)
 
     return step
+
+
+def _watched(run: Run) -> StepView:
+    """What the monitors of a run see after one step, with all the taps that they want."""
+    return _step_of(run, tapped(run.monitors.values()))(0)
 
 
 def _alternate(steps: dict[str, Callable[[int], StepView]], count: int) -> dict[str, float]:
@@ -92,19 +102,24 @@ def _monitor_seconds(run: Run, view: StepView, names: Iterable[str]) -> float:
 
 
 def step_costs(model: str) -> dict[str, float]:
-    """Fault sites present but idle against a bare SDPA loop, and all monitors against the step."""
+    """Fault sites present but idle against a bare SDPA loop, taps and all monitors against the step.
+
+    The share of the monitors is that of what they compute; a tapped step is paid at their cadence on top.
+    """
     torch.set_num_threads(1)
     runs = {
         name: build_run(compose("config", overrides=[f"model={model}", f"model.backend={name}"]))
         for name in ("reference", "sdpa")
     }
     steps = {name: _step_of(run) for name, run in runs.items()}
+    steps["tapped"] = _step_of(runs["reference"], tapped(runs["reference"].monitors.values()))
     typical = _alternate(steps, STEPS[model])
-    monitors = _monitor_seconds(runs["reference"], steps["reference"](0), runs["reference"].monitors)
+    monitors = _monitor_seconds(runs["reference"], _watched(runs["reference"]), runs["reference"].monitors)
     return {
         "step_ms": 1e3 * typical["reference"],
         "bare_sdpa_step_ms": 1e3 * typical["sdpa"],
         "step_over_bare_sdpa": typical["reference"] / typical["sdpa"],
+        "tapped_step_over_step": typical["tapped"] / typical["reference"],
         "monitors_share_of_step": monitors / typical["reference"],
     }
 
@@ -120,7 +135,7 @@ def expert_costs(model: str, dense: str) -> dict[str, float]:
     return {
         "step_ms": 1e3 * typical[model],
         "step_over_dense": typical[model] / typical[dense],
-        "router_monitors_share_of_step": _monitor_seconds(alone, steps[model](0), router) / typical[model],
+        "router_monitors_share_of_step": _monitor_seconds(alone, _watched(alone), router) / typical[model],
     }
 
 
@@ -130,7 +145,7 @@ def monitor_shares(model: str) -> dict[str, Any]:
     run = build_run(compose("config", overrides=[f"model={model}"]))
     step = _step_of(run)
     typical = _alternate({model: step}, STEPS[DENSE_TWIN.get(model, model)])[model]
-    view, shares = step(0), {}
+    view, shares = _watched(run), {}
     for name, monitor in run.monitors.items():
         alone = replace(run, monitors={name: monitor})
         share = _monitor_seconds(alone, view, [name]) / typical

@@ -148,11 +148,16 @@ class DotProduct(nn.Module):
         super().__init__()
         self.backend = backend
 
+    @property
+    def rounds_to_bf16(self) -> bool:
+        """Whether the kernel stores its tensors in BF16; ``sdpa`` takes and returns them as they are, in FP32."""
+        return self.backend != "sdpa"
+
     def forward(
         self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, numerics: LayerNumerics, nonfinite: Tensor
     ) -> Tensor:
         return attention(q_BHTD, k_BHTD, v_BHTD, backend=self.backend, numerics=numerics, nonfinite=nonfinite)
 
     def stored(self, x: Tensor) -> Tensor:
-        """x as the kernel receives it: on the BF16 grid, but for ``sdpa``, which takes it as it is."""
-        return x if self.backend == "sdpa" else to_bf16_grid(x)
+        """x as the kernel receives it."""
+        return to_bf16_grid(x) if self.rounds_to_bf16 else x

@@ -32,9 +32,10 @@ router and the head among them; every norm."""
 class Tap:
     """One module in one step. Tensors are detached, on the device, and not to be written.
 
-    inputs: its tensor arguments that carry a gradient, in order; output; input_grads and output_grad: gradients of
-    the step's objective with respect to them, through this module alone for inputs, None where the
-    backward did not come by; weight, weight_grad: of a linear layer, before the update, unscaled and unclipped.
+    inputs: its tensor arguments that carry a gradient, in order; output; output_grad: the gradient of the step's
+    objective with respect to it; input_grads: those of the inputs, by index, through this module alone. A linear layer
+    has none: its input feeds others too, and to part them would change the order in which their
+    gradients are added, and with it training. It has its weight before the update, and weight_grad, not yet clipped.
     """
 
     module: nn.Module
@@ -71,7 +72,8 @@ class Taps:
     def __enter__(self) -> Taps:
         for taps in self._taps.values():
             for tap in taps.values():
-                self._handles.append(tap.module.register_forward_pre_hook(_alias_inputs))
+                if isinstance(tap.module, PLACES["norm"]):
+                    self._handles.append(tap.module.register_forward_pre_hook(_alias_inputs))
                 self._handles.append(tap.module.register_forward_hook(_watch(tap)))
                 if isinstance(tap.module, nn.Linear):
                     tap.weight = tap.module.weight.detach().clone()
@@ -85,7 +87,10 @@ class Taps:
 
 
 def _alias_inputs(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Give each input a name of its own, so that its gradient is that of this branch and not of its other uses."""
+    """Give each input a name of its own, so that its gradient is that of this branch and not of the residual stream.
+
+    Two gradients add up to the same bits in either order; with a third branch they would not.
+    """
     return tuple(a.view_as(a) if isinstance(a, Tensor) and a.requires_grad else a for a in arguments)
 
 
@@ -95,7 +100,7 @@ def _watch(tap: Tap) -> Callable[..., None]:
             return  # an evaluation
         watched = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
         tap.inputs, tap.output = tuple(a.detach() for a in watched), output.detach()
-        for index, value in enumerate(watched):
+        for index, value in enumerate(watched if tap.weight is None else ()):
             value.register_hook(_keep_input(tap, index))
         output.register_hook(_keep(tap, "output_grad"))
 

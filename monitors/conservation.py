@@ -7,7 +7,8 @@ kernel breaks it by more, at the very step at which it is broken.
 Shapes: B batch rows, H query heads, G key-value heads (H is a multiple of G; H = G without grouping), T tokens,
 D d_head. The tensors of one dot product are ``q k v o`` as they enter and leave it, after RoPE and QK-norm, and the
 gradients ``dq dk dv do`` of the loss with respect to them. All residuals are relative, without unit, from 0
-(kept) up; FP64 networks give about 1e-15. A residual of zeros over zeros is 0, NaN and Inf propagate.
+(kept) up; FP64 networks give about 1e-15. A residual of zeros over zeros is 0, NaN and Inf propagate. ``over``
+is something else to divide by, such as the noise that ``monitors.rounding`` predicts, of the residual's shape.
 
 Source: Noether's theorem for gradients as in Kunin et al., arXiv:2012.04728; the attention laws are derived below.
 """
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 
-def _relative(broken: Tensor, scale: Tensor) -> Tensor:
+def _relative(broken: Tensor, scale: Tensor, over: Tensor | None = None) -> Tensor:
+    scale = scale if over is None else over
     return torch.where((broken == 0) & (scale == 0), 0.0, broken / scale)
 
 
@@ -42,7 +44,7 @@ def over_group(x_BHT: Tensor, n_kv_heads: int) -> Tensor:
     return x_BHT.unflatten(1, (n_kv_heads, -1)).sum(2)
 
 
-def key_shift_residual(dk: Tensor) -> Tensor:
+def key_shift_residual(dk: Tensor, over: Tensor | None = None) -> Tensor:
     """||sum_j dK_j|| / sum_j ||dK_j||, per batch row and key-value head.
 
     Adding one vector c to every key adds q_i . c / sqrt(D) to a whole row of scores, which softmax ignores. So the
@@ -51,10 +53,10 @@ def key_shift_residual(dk: Tensor) -> Tensor:
 
     dk: (B, G, T, D). Returns (B, G).
     """
-    return _relative(_norm(dk.sum(-2)), _norm(dk).sum(-1))
+    return _relative(_norm(dk.sum(-2)), _norm(dk).sum(-1), over)
 
 
-def value_shift_residual(dv: Tensor, do: Tensor) -> Tensor:
+def value_shift_residual(dv: Tensor, do: Tensor, over: Tensor | None = None) -> Tensor:
     """||sum_j dV_j - sum_i dO_i|| / sum_i ||dO_i||, per batch row and key-value head.
 
     Rows of P sum to 1, so adding c to every value adds c to every output: the derivative of the loss along the
@@ -63,10 +65,10 @@ def value_shift_residual(dv: Tensor, do: Tensor) -> Tensor:
     dv: (B, G, T, D); do: (B, H, T, D), summed over each group. Returns (B, G).
     """
     total = over_group(do, dv.shape[1])
-    return _relative(_norm(dv.sum(-2) - total.sum(-2)), _norm(total).sum(-1))
+    return _relative(_norm(dv.sum(-2) - total.sum(-2)), _norm(total).sum(-1), over)
 
 
-def qk_gauge_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
+def qk_gauge_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, over: Tensor | None = None) -> Tensor:
     """|sum q dq - sum k dk| / sum |q dq| over tokens and components, per batch row and key-value head: a trace.
 
     Q -> aQ, K -> K/a leaves every score as it is; the derivative of the loss at a = 1 is sum q.dq - sum k.dk = 0.
@@ -74,10 +76,10 @@ def qk_gauge_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
     q, dq: (B, H, T, D); k, dk: (B, G, T, D). Returns (B, G).
     """
     query, key = over_group(_total(q * dq), k.shape[1]), _total(k * dk)
-    return _relative((query - key).abs(), over_group(_total((q * dq).abs()), k.shape[1]))
+    return _relative((query - key).abs(), over_group(_total((q * dq).abs()), k.shape[1]), over)
 
 
-def qk_gauge_matrix_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
+def qk_gauge_matrix_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, over: Tensor | None = None) -> Tensor:
     """||Q^T dQ - (K^T dK)^T||_F / ||Q^T dQ||_F, per batch row and key-value head: the whole D x D law.
 
     Q -> QA, K -> K A^-T leaves Q K^T as it is for every invertible A; with A = 1 + X, the derivative along X is
@@ -85,10 +87,10 @@ def qk_gauge_matrix_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Te
     Q^T dQ add up. Shapes as in ``qk_gauge_residual``.
     """
     query = over_group(q.mT @ dq, k.shape[1])
-    return _relative(torch.linalg.matrix_norm(query - dk.mT @ k), torch.linalg.matrix_norm(query))
+    return _relative(torch.linalg.matrix_norm(query - dk.mT @ k), torch.linalg.matrix_norm(query), over)
 
 
-def vo_gauge_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Tensor:
+def vo_gauge_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor, over: Tensor | None = None) -> Tensor:
     """|sum v dv - sum o do| / sum |o do| over tokens and components, per batch row and key-value head: a trace.
 
     O is linear in V, so V -> aV makes O -> aO, and the derivative of the loss along it is either sum.
@@ -96,16 +98,16 @@ def vo_gauge_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Tensor:
     v, dv: (B, G, T, D); o, do: (B, H, T, D). Returns (B, G).
     """
     value, output = _total(v * dv), over_group(_total(o * do), v.shape[1])
-    return _relative((value - output).abs(), over_group(_total((o * do).abs()), v.shape[1]))
+    return _relative((value - output).abs(), over_group(_total((o * do).abs()), v.shape[1]), over)
 
 
-def vo_gauge_matrix_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Tensor:
+def vo_gauge_matrix_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor, over: Tensor | None = None) -> Tensor:
     """||V^T dV - O^T dO||_F / ||O^T dO||_F, per batch row and key-value head: V -> VA makes O -> OA.
 
     Shapes as in ``vo_gauge_residual``.
     """
     output = over_group(o.mT @ do, v.shape[1])
-    return _relative(torch.linalg.matrix_norm(v.mT @ dv - output), torch.linalg.matrix_norm(output))
+    return _relative(torch.linalg.matrix_norm(v.mT @ dv - output), torch.linalg.matrix_norm(output), over)
 
 
 def router_shift_residual(

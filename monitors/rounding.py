@@ -10,7 +10,7 @@ this prediction is 1, from the first step to the last, at any learning rate.
 Which errors reach a law (an overbar marks what the kernel stores in BF16; P is rounded once for O in the forward, as
 exp(S - max S), where the largest entry of a row is 1 and exact, and once, as P, for dV in the backward):
 
-    sum_j dK_j       rounding of dS; of O and of forward P, through delta = dO.O; of dK
+    sum_j dK_j       rounding of dS; of O and of P in O, through delta = dO.O; of dK
     sum_j dV_j       rounding of backward P; of dV
     q.dq - k.dk      rounding of dQ; of dK. Both use the same rounded dS, so its error cancels
     v.dv - o.do      rounding of backward P; of dV; of forward P; of O
@@ -25,7 +25,8 @@ predictions are mean squares, (B, G), in the squared unit of the law's numerator
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -40,10 +41,9 @@ BF16_U2 = 2.0**-14 / 24
 
 @dataclass(frozen=True)
 class DotProductStep:
-    """The tensors of one layer's dot product in one step, and what the backward recomputes from them.
+    """The tensors of one layer's dot product in one step, and the sums over a row of P that the predictions need.
 
-    q, o, dq, do: (B, H, T, D); k, v, dk, dv: (B, G, T, D), FP32, as the kernel receives and returns them. p, dp and ds,
-    and where a row of P has its largest entry, are (B, H, T, T), in FP32, computed when first asked for.
+    q, o, dq, do: (B, H, T, D); k, v, dk, dv: (B, G, T, D), FP32, as the kernel receives and returns them.
     """
 
     q: Tensor
@@ -58,41 +58,66 @@ class DotProductStep:
     @classmethod
     def of(cls, tap: Tap, rows: slice = slice(None)) -> DotProductStep:
         """From a tap on a dot product, for some batch rows."""
-        q, k, v = (tap.module.stored(x[rows]) for x in tap.inputs)
+        stored = tap.module.stored
+        q, k, v = (stored(x[rows]) for x in tap.inputs)
         dq, dk, dv = (tap.input_grads[index][rows] for index in range(3))
-        return cls(q, k, v, tap.output[rows], dq, dk, dv, tap.module.stored(tap.output_grad[rows]))
+        return cls(q, k, v, tap.output[rows], dq, dk, dv, stored(tap.output_grad[rows]))
 
-    def per_query_head(self, x_BGTD: Tensor) -> Tensor:
-        shared = self.q.shape[1] // x_BGTD.shape[1]
-        return x_BGTD if shared == 1 else x_BGTD.repeat_interleave(shared, dim=1)
-
-    @cached_property
-    def _scores(self) -> Tensor:
-        T, D = self.q.shape[-2:]
-        later = torch.ones(T, T, dtype=torch.bool, device=self.q.device).triu_(1)
-        return (self.q @ self.per_query_head(self.k).mT).div_(math.sqrt(D)).masked_fill_(later, -math.inf)
+    @classmethod
+    def join(cls, steps: Sequence[DotProductStep]) -> DotProductStep:
+        """Several layers as one: their batch rows after one another."""
+        return cls(*(torch.cat([getattr(step, part.name) for step in steps]) for part in fields(cls)))
 
     @cached_property
-    def p(self) -> Tensor:
-        return self._scores.softmax(-1)
+    def row_sums(self) -> RowSums:
+        """Of the recomputed P and dP: the one part that costs T x T."""
+        B, H, T, D = self.q.shape
+        k, v = (_per_query_head(x, H).flatten(0, 1) for x in (self.k, self.v))
+        q, do = self.q.flatten(0, 1), self.do.flatten(0, 1)
+        mask = torch.full((1, T, T), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
+        p = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D)).softmax(-1)
+        dp = do @ v.mT
+        largest, where = p.max(-1, keepdim=True)
+        v2 = v.square().sum(-1, keepdim=True)
+        top = largest.square()
+        top_dp2, top_v2 = top * dp.gather(-1, where).square(), top * v2.gather(1, where)
+        weighted = p.square() @ torch.cat((torch.ones_like(v2), v2, v), -1)
+        p2, p2_v2, p2_v = weighted.split((1, 1, D), -1)
+        p2_dp2 = torch.linalg.vector_norm(dp.mul_(p), dim=-1, keepdim=True).square()
+        delta = (do * self.o.flatten(0, 1)).sum(-1, keepdim=True)
+        p2_dp = (p2_v * do).sum(-1, keepdim=True)
+        ds2 = (p2_dp2 - 2 * delta * p2_dp + delta.square() * p2).clamp(min=0)
+        twice_rounded = largest < 1  # P = 1 is exact in the backward as well
+        found = (
+            ds2,
+            p2_dp2 - top_dp2,
+            p2_v2 - top_v2,
+            p2 * twice_rounded,
+            p2_dp2 * twice_rounded,
+            p2_v2 * twice_rounded,
+        )
+        return RowSums(*(x.clamp(min=0).view(B, H, T) for x in found))
 
-    @cached_property
-    def dp(self) -> Tensor:
-        return self.do @ self.per_query_head(self.v).mT
 
-    @cached_property
-    def ds(self) -> Tensor:
-        return self.p * (self.dp - (self.p * self.dp).sum(-1, keepdim=True))
+@dataclass(frozen=True)
+class RowSums:
+    """Sums over the keys of each query, (B, H, T). The error of P, over u^2, is P^2 where P is not stored exactly.
 
-    @cached_property
-    def forward_error(self) -> Tensor:
-        """Mean square error of each P in O, over u^2: P^2, but 0 at the largest of a row, stored as 1 exactly."""
-        return self.p.square().masked_fill(self._scores == self._scores.amax(-1, keepdim=True), 0.0)
+    ds2: of dS^2. forward_dp2, forward_v2: of the error of P in O, which is none at the largest P of a row, times dP^2
+    and |v|^2. backward, backward_dp2, backward_v2: of the error of P in dV, by itself, times dP^2 and |v|^2.
+    """
 
-    @cached_property
-    def backward_error(self) -> Tensor:
-        """Mean square error of each P in dV, over u^2: P^2, but 0 where P is 1 exactly."""
-        return self.p.square().masked_fill(self.p == 1.0, 0.0)
+    ds2: Tensor
+    forward_dp2: Tensor
+    forward_v2: Tensor
+    backward: Tensor
+    backward_dp2: Tensor
+    backward_v2: Tensor
+
+
+def _per_query_head(x_BGTD: Tensor, n_heads: int) -> Tensor:
+    shared = n_heads // x_BGTD.shape[1]
+    return x_BGTD if shared == 1 else x_BGTD.repeat_interleave(shared, dim=1)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -104,19 +129,18 @@ def _square(x: Tensor) -> Tensor:
 
 
 def key_shift_noise(t: DotProductStep) -> Tensor:
-    """E||sum_j dK_j||^2 = u^2 [sum_i (sum_j dS_ij^2 + sum_c do_ic^2 o_ic^2 + sum_j e_ij dP_ij^2) |q_i|^2 / D + sum_j |dK_j|^2].
+    """E||sum_j dK_j||^2 = u^2 [sum_i (sum_j dS_ij^2 + e_ij dP_ij^2 + |do_i * o_i|^2) |q_i|^2 / D + sum_j |dK_j|^2].
 
-    e: ``forward_error``. An error in delta_i moves the whole row dS_i by -delta's error times P_i, whose sum is 1.
+    e: the error of P in O. An error of delta_i moves the row dS_i by as much times P_i, whose sum is 1.
     """
-    row_BHT = _square(t.ds) + (t.do * t.o).square().sum(-1) + (t.forward_error * t.dp.square()).sum(-1)
+    row_BHT = t.row_sums.ds2 + t.row_sums.forward_dp2 + _square(t.do * t.o)
     heads = (row_BHT * _square(t.q)).sum(-1) / t.q.shape[-1]
-    G = t.dk.shape[1]
-    return BF16_U2 * (over_group(heads, G) + _sum(t.dk.square()))
+    return BF16_U2 * (over_group(heads, t.dk.shape[1]) + _sum(t.dk.square()))
 
 
 def value_shift_noise(t: DotProductStep) -> Tensor:
-    """E||sum_j dV_j - sum_i dO_i||^2 = u^2 [sum_ij e_ij |do_i|^2 + sum_j |dV_j|^2], e: ``backward_error``."""
-    heads = (t.backward_error.sum(-1) * _square(t.do)).sum(-1)
+    """E||sum_j dV_j - sum_i dO_i||^2 = u^2 [sum_ij e_ij |do_i|^2 + sum_j |dV_j|^2], e: the error of P in dV."""
+    heads = (t.row_sums.backward * _square(t.do)).sum(-1)
     return BF16_U2 * (over_group(heads, t.dv.shape[1]) + _sum(t.dv.square()))
 
 
@@ -134,15 +158,17 @@ def qk_gauge_matrix_noise(t: DotProductStep) -> Tensor:
 def vo_gauge_noise(t: DotProductStep) -> Tensor:
     """E|sum v.dv - sum o.do|^2 = u^2 [sum_ij (e_ij + e'_ij) dP_ij^2 + sum (o do)^2 + sum (v dv)^2].
 
-    e, e': the errors of P in the forward and in the backward.
+    e, e': the errors of P in O and in dV.
     """
-    heads = _sum((t.forward_error + t.backward_error) * t.dp.square()) + _sum((t.o * t.do).square())
+    heads = (t.row_sums.forward_dp2 + t.row_sums.backward_dp2).sum(-1) + _sum((t.o * t.do).square())
     return BF16_U2 * (over_group(heads, t.v.shape[1]) + _sum((t.v * t.dv).square()))
 
 
 def vo_gauge_matrix_noise(t: DotProductStep) -> Tensor:
-    """E||V^T dV - O^T dO||_F^2 = u^2 [sum_ij (e_ij + e'_ij) |v_j|^2 |do_i|^2 + sum_i |o_i|^2 |do_i|^2 + sum_j |v_j|^2 |dv_j|^2]."""
-    v_BHT = _square(t.per_query_head(t.v))
-    weights = ((t.forward_error + t.backward_error) @ v_BHT.unsqueeze(-1)).squeeze(-1)
-    heads = ((weights + _square(t.o)) * _square(t.do)).sum(-1)
+    """E||V^T dV - O^T dO||_F^2 = u^2 [sum_i (sum_j (e_ij + e'_ij) |v_j|^2 + |o_i|^2) |do_i|^2 + sum |v_j|^2 |dv_j|^2].
+
+    e, e': the errors of P in O and in dV.
+    """
+    rows = t.row_sums.forward_v2 + t.row_sums.backward_v2 + _square(t.o)
+    heads = (rows * _square(t.do)).sum(-1)
     return BF16_U2 * (over_group(heads, t.v.shape[1]) + (_square(t.v) * _square(t.dv)).sum(-1))

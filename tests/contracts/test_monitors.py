@@ -12,7 +12,8 @@ import torch
 from experiments import trace
 from experiments.build import ROOT
 from experiments.loop import train
-from monitors.base import Monitor, StepView
+from models.taps import Taps
+from monitors.base import Monitor, StepView, tapped
 
 MONITORS = sorted(path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml"))
 CATALOGUE = set(pd.read_csv(ROOT / "monitors" / "catalogue.csv")["id"])
@@ -70,13 +71,14 @@ def test_observing_changes_nothing(make_run, name):
     for step in range(11):
         history.record(step, model)
         if step < 10:
-            loss, auxiliary, routings = model.objective(torch.from_numpy(run.corpus.batch(0, step, 4)))
-            (loss + auxiliary).backward()
+            with Taps(model, tapped([monitor])) as taps:
+                loss, auxiliary, routings = model.objective(torch.from_numpy(run.corpus.batch(0, step, 4)))
+                (loss + auxiliary).backward()
             optimizer.step()
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), history.state_dict()))
     gradients = [p.grad.clone() for p in model.parameters()]
     random = torch.get_rng_state()
-    view = StepView(10, 640, loss.detach(), torch.ones(()), model, history, routings)
+    view = StepView(10, 640, loss.detach(), torch.ones(()), model, history, routings, taps)
     assert monitor.observe(view)
     torch.testing.assert_close(
         (model.state_dict(), optimizer.state_dict(), history.state_dict()), state, rtol=0, atol=0

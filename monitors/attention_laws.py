@@ -1,0 +1,94 @@
+"""Attention's conservation laws, watched: each residual, and the residual over what rounding alone predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from monitors import conservation, rounding
+from monitors.base import Reading, Signal, StepView
+from monitors.rounding import DotProductStep
+
+Residual = Callable[[DotProductStep, Tensor | None], Tensor]
+Noise = Callable[[DotProductStep], Tensor]
+
+LAWS: Mapping[str, tuple[Residual, Noise]] = {
+    "key_shift_residual": (
+        lambda t, over: conservation.key_shift_residual(t.dk, over),
+        rounding.key_shift_noise,
+    ),
+    "value_shift_residual": (
+        lambda t, over: conservation.value_shift_residual(t.dv, t.do, over),
+        rounding.value_shift_noise,
+    ),
+    "qk_gauge_residual": (
+        lambda t, over: conservation.qk_gauge_residual(t.q, t.dq, t.k, t.dk, over),
+        rounding.qk_gauge_noise,
+    ),
+    "qk_gauge_residual.matrix": (
+        lambda t, over: conservation.qk_gauge_matrix_residual(t.q, t.dq, t.k, t.dk, over),
+        rounding.qk_gauge_matrix_noise,
+    ),
+    "vo_gauge_residual": (
+        lambda t, over: conservation.vo_gauge_residual(t.v, t.dv, t.o, t.do, over),
+        rounding.vo_gauge_noise,
+    ),
+    "vo_gauge_residual.matrix": (
+        lambda t, over: conservation.vo_gauge_matrix_residual(t.v, t.dv, t.o, t.do, over),
+        rounding.vo_gauge_matrix_noise,
+    ),
+}
+"""By signal: the law's residual, and the mean square that rounding alone gives what it breaks by; each (B, G)."""
+
+OVER_NOISE = "over_noise"
+
+
+class AttentionLaws:
+    """The laws of ``monitors.conservation`` that hold inside attention, per layer and key-value head. Bad: up.
+
+    Signals, each the root mean square over batch rows: the residual of each law, relative as in its source, and
+    ``.over_noise``, what is broken over what rounding alone predicts (``monitors.rounding``). On a healthy BF16 kernel
+    the latter is 1, within the luck of a few numbers, at any step of any run: it needs no healthy twin. An FP32 kernel
+    (``sdpa``) has no such prediction: that signal is left out.
+
+    rows: how many rows of the batch are looked at, taken in turn from step to step; 0 for all. Every row obeys every
+    law by itself, so fewer rows cost less and blur more. every_steps: cadence.
+    """
+
+    lookbacks = ()
+    taps = ("dot_product",)
+
+    def __init__(self, every_steps: int, rows: int) -> None:
+        if rows < 0:
+            raise ValueError(f"monitor.rows={rows} is not allowed: a number of batch rows, or 0 for all")
+        self.rows = rows
+        self.signals = tuple(
+            Signal(f"{law}{suffix}", "1", "up", ("layer", "head"), every_steps)
+            for law in LAWS
+            for suffix in ("", f".{OVER_NOISE}")
+        )
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        taps = list(view.taps.at("dot_product").values())
+        chosen, layers = self._chosen(view.step, len(taps[0].output)), len(taps)
+        together = DotProductStep.join([DotProductStep.of(tap, chosen) for tap in taps])
+        readings: dict[str, Reading] = {}
+        for law, (residual, noise) in LAWS.items():
+            readings[law] = _over_rows(residual(together, None), layers)
+            if taps[0].module.rounds_to_bf16:
+                readings[f"{law}.{OVER_NOISE}"] = _over_rows(residual(together, noise(together).sqrt()), layers)
+        return readings
+
+    def _chosen(self, step: int, available: int) -> slice:
+        if not 0 < self.rows < available:
+            return slice(None)
+        first = step // self.signals[0].every_steps * self.rows % available
+        return slice(first, first + self.rows)
+
+
+def _over_rows(residual: Tensor, layers: int) -> Tensor:
+    """(layers x rows, G) -> (layers, G): the root mean square over batch rows."""
+    return residual.unflatten(0, (layers, -1)).square().mean(1).sqrt()

@@ -1,0 +1,103 @@
+"""Healthy BF16 attention breaks its laws by what is predicted, and faults by more."""
+
+import math
+
+import pytest
+import torch
+
+from models.attention import flash_attention
+from models.numerics import LayerNumerics, SiteFault, to_bf16_grid
+from monitors.attention_laws import LAWS
+from monitors.rounding import DotProductStep
+
+PREDICTION = {  # of the root mean square over 64 rows; a trace is one number a row, a vector or matrix many
+    "key_shift_residual": 0.15,
+    "value_shift_residual": 0.15,
+    "qk_gauge_residual": 0.35,
+    "qk_gauge_residual.matrix": 0.1,
+    "vo_gauge_residual": 0.35,
+    "vo_gauge_residual.matrix": 0.1,
+}
+
+
+def step(sharpness: float, fault: SiteFault | None = None, heads: int = 4, tokens: int = 48) -> DotProductStep:
+    """A backward of the reference kernel on random tensors, of 16 rows; sharpness: spread of the scores."""
+    generator = torch.Generator().manual_seed(7)
+    q, k, v, do = (to_bf16_grid(torch.randn(16, heads, tokens, 16, generator=generator)) for _ in range(4))
+    q = to_bf16_grid(sharpness * q).requires_grad_()
+    k, v = k.requires_grad_(), v.requires_grad_()
+    table = {(fault.site, "backward"): (fault,)} if fault else {}
+    o = flash_attention(q, k, v, LayerNumerics(table))
+    o.backward(do)
+    return DotProductStep(*(x.detach() for x in (q, k, v, o, q.grad, k.grad, v.grad, do)))
+
+
+def over_noise(t: DotProductStep) -> dict[str, torch.Tensor]:
+    """By law and head, the root mean square over rows."""
+    return {name: residual(t, noise(t).sqrt()).square().mean(0).sqrt() for name, (residual, noise) in LAWS.items()}
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0])
+def test_a_healthy_kernel_breaks_its_laws_by_what_is_predicted(sharpness):
+    for name, ratio in over_noise(step(sharpness)).items():
+        overall = ratio.square().mean().sqrt()
+        assert abs(math.log(overall)) < PREDICTION[name], (name, float(overall))
+
+
+def test_row_sums_are_those_of_their_definitions():
+    t = step(2.0)
+    exact = DotProductStep(*(x.double() for x in (t.q, t.k, t.v, t.o, t.dq, t.dk, t.dv, t.do)))
+    T = t.q.shape[-2]
+    mask = torch.full((T, T), -math.inf, dtype=torch.float64).triu_(1)
+    p = (exact.q @ exact.k.mT / 4 + mask).softmax(-1)
+    dp = exact.do @ exact.v.mT
+    delta = (exact.do * exact.o).sum(-1, keepdim=True)
+    e = p.square().masked_fill(p == p.amax(-1, keepdim=True), 0.0)
+    twice = p.square().masked_fill(p == 1, 0.0)
+    v2 = exact.v.square().sum(-1)[..., None, :]
+    expected = {
+        "ds2": (p * (dp - delta)).square(),
+        "forward_dp2": e * dp.square(),
+        "forward_v2": e * v2,
+        "backward": twice,
+        "backward_dp2": twice * dp.square(),
+        "backward_v2": twice * v2,
+    }
+    for name, terms in expected.items():
+        torch.testing.assert_close(getattr(t.row_sums, name).double(), terms.sum(-1), rtol=1e-4, atol=1e-4, msg=name)
+
+
+CLASSES = {  # arXiv-independent: the derivations of monitors.conservation, site by site
+    "o delta dp ds v": {"key_shift_residual"},
+    "do dv lse": {"value_shift_residual", "vo_gauge_residual.matrix"},
+    "dq": {"qk_gauge_residual.matrix"},
+    "dk": {"key_shift_residual", "qk_gauge_residual.matrix"},
+    "p s": {"key_shift_residual", "value_shift_residual", "vo_gauge_residual.matrix"},
+    "q k": {"key_shift_residual", "value_shift_residual", "qk_gauge_residual.matrix", "vo_gauge_residual.matrix"},
+}
+SHARP_LAWS = ("key_shift_residual", "value_shift_residual", "qk_gauge_residual.matrix", "vo_gauge_residual.matrix")
+
+
+@pytest.mark.parametrize(("site", "broken"), [(s, laws) for sites, laws in CLASSES.items() for s in sites.split()])
+def test_each_site_breaks_exactly_the_laws_of_its_class(site, broken):
+    fault = SiteFault(site, "backward", "truncate", 4, heads=(1,))
+    ratio = over_noise(step(1.0, fault))
+    for name in SHARP_LAWS:
+        assert (ratio[name][1] > 2) == (name in broken), (name, ratio[name])
+        assert (ratio[name][[0, 2, 3]] < 1.5).all(), (name, ratio[name])
+
+
+@pytest.mark.parametrize("site", ["o", "do"])
+def test_one_truncated_bit_is_felt(site):
+    ratio = over_noise(step(1.0, SiteFault(site, "backward", "truncate", 1)))
+    felt = ratio["key_shift_residual" if site == "o" else "vo_gauge_residual.matrix"]
+    assert (felt > 1.3).all()
+
+
+def test_grouped_heads_share_a_prediction():
+    """Two query heads on one key-value head: their gradients of K and V add up, and so do the mean squares."""
+    t = step(1.0)
+    dk, dv = (x.unflatten(1, (2, 2)) for x in (t.dk, t.dv))
+    shared = DotProductStep(t.q, t.k[:, ::2], t.v[:, ::2], t.o, t.dq, dk.sum(2), dv.sum(2), t.do)
+    for _, noise in LAWS.values():
+        assert noise(shared).shape == (16, 2)
