@@ -20,11 +20,8 @@ import pandas as pd
 from analysis.align import Aligned, broken
 
 TRACKS = ("reference", "self", "floor", "published")
-
-
-def _is_over_noise(signal: str) -> bool:
-    """Whether a signal is a ratio to predicted noise."""
-    return family(signal) == "random_matrix" or signal.endswith(".over_noise")
+OVER_NOISE = ".over_noise"
+"""How the name of a signal ends that is a residual over its predicted rounding noise."""
 
 
 CATALOGUE = Path(__file__).resolve().parent.parent / "monitors" / "catalogue.csv"
@@ -129,14 +126,25 @@ class SelfBand:
 
 @dataclass(frozen=True)
 class Floor:
-    """A signal that is its own z-score: a ratio to what noise alone would give, at any step of any run."""
+    """A signal that is its own z-score: a ratio to what noise alone would give, at any step of any run.
+
+    expected: what it is where there is nothing but noise, so that a chart starts from rest: 1 for a root mean square
+    over its prediction, 0 for a score of random-matrix theory.
+    """
+
+    expected: float = 0.0
 
     def z(self, series: Aligned) -> np.ndarray:
-        """The values, (T, layers, heads); NaN where a sample is missing, Inf kept."""
-        return finite_or_inf(series)
+        """The values less what is expected, (T, layers, heads); NaN where a sample is missing, Inf kept."""
+        return finite_or_inf(series) - self.expected
 
 
 Band = ReferenceBand | SelfBand | Floor
+
+
+def _is_over_noise(signal: str) -> bool:
+    """Whether a signal is a score against predicted noise."""
+    return family(signal) == "random_matrix" or signal.endswith(OVER_NOISE)
 
 
 def check_has_say(track: str, name: str) -> None:
@@ -153,7 +161,7 @@ def fit_band(track: str, name: str, reference: Sequence[Aligned]) -> Band:
         return SelfBand()
     if track == "floor":
         check_has_say(track, name)
-        return Floor()
+        return Floor(1.0 if name.endswith(OVER_NOISE) else 0.0)
     raise ValueError(f"track={track!r} gives no z-scores: one of {', '.join(TRACKS[:3])}")
 
 
