@@ -23,7 +23,6 @@ TRACKS = ("reference", "self", "floor", "published")
 OVER_NOISE = ".over_noise"
 """How the name of a signal ends that is a residual over its predicted rounding noise."""
 
-
 CATALOGUE = Path(__file__).resolve().parent.parent / "monitors" / "catalogue.csv"
 MAD_TO_SIGMA = 1.4826
 MIN_REFERENCE_RUNS = 4
