@@ -7,13 +7,13 @@ u^2 = 2^-14 / 24. To first order a law's residual is linear in those errors, so 
 them, written out below for each law. Nothing is fitted: on healthy BF16 kernels the root-mean-square residual over
 this prediction is 1, from the first step to the last, at any learning rate.
 
-Which errors reach a law (an overbar marks what the kernel stores in BF16; P is rounded once for O in the forward, as
-exp(S - max S), where the largest entry of a row is 1 and exact, and once, as P, for dV in the backward):
+Which roundings reach a law (P is rounded once for O in the forward, as exp(S - max S), where the largest entry of a
+row is 1 and exact, and once more, as P, for dV in the backward):
 
-    sum_j dK_j       rounding of dS; of O and of P in O, through delta = dO.O; of dK
-    sum_j dV_j       rounding of backward P; of dV
-    q.dq - k.dk      rounding of dQ; of dK. Both use the same rounded dS, so its error cancels
-    v.dv - o.do      rounding of backward P; of dV; of forward P; of O
+    sum_j dK_j                  of dS; of O and of P for O, through delta = dO.O; of dK
+    sum_j dV_j - sum_i dO_i     of P for dV; of dV
+    q.dq - k.dk                 of dQ; of dK. Both use the same rounded dS, whose error cancels
+    v.dv - o.do                 of P for dV; of dV; of P for O; of O
 
 Q, K, V and dO are rounded before the kernel, and all laws hold exactly for the rounded ones. FP32 errors are 2^-16 as
 large and left out.
