@@ -1,4 +1,4 @@
-"""The laws watched in training: quiet on a healthy kernel, at the first faulty step in the very head, blind elsewhere."""
+"""The laws watched in training: quiet on a healthy kernel, broken at the first faulty step in the very head alone."""
 
 import numpy as np
 import pytest
