@@ -9,38 +9,39 @@ from torch import Tensor
 
 from monitors import conservation, rounding
 from monitors.base import Reading, Signal, StepView
+from monitors.conservation import relative
 from monitors.rounding import DotProductStep
 
-Residual = Callable[[DotProductStep, Tensor | None], Tensor]
+Law = Callable[[DotProductStep], conservation.Broken]
 Noise = Callable[[DotProductStep], Tensor]
 
-LAWS: Mapping[str, tuple[Residual, Noise]] = {
+LAWS: Mapping[str, tuple[Law, Noise]] = {
     "key_shift_residual": (
-        lambda t, over: conservation.key_shift_residual(t.dk, over),
+        lambda t: conservation.key_shift(t.dk),
         rounding.key_shift_noise,
     ),
     "value_shift_residual": (
-        lambda t, over: conservation.value_shift_residual(t.dv, t.do, over),
+        lambda t: conservation.value_shift(t.dv, t.do),
         rounding.value_shift_noise,
     ),
     "qk_gauge_residual": (
-        lambda t, over: conservation.qk_gauge_residual(t.q, t.dq, t.k, t.dk, over),
+        lambda t: conservation.qk_gauge(t.q, t.dq, t.k, t.dk),
         rounding.qk_gauge_noise,
     ),
     "qk_gauge_residual.matrix": (
-        lambda t, over: conservation.qk_gauge_matrix_residual(t.q, t.dq, t.k, t.dk, over),
+        lambda t: conservation.qk_gauge_matrix(t.q, t.dq, t.k, t.dk),
         rounding.qk_gauge_matrix_noise,
     ),
     "vo_gauge_residual": (
-        lambda t, over: conservation.vo_gauge_residual(t.v, t.dv, t.o, t.do, over),
+        lambda t: conservation.vo_gauge(t.v, t.dv, t.o, t.do),
         rounding.vo_gauge_noise,
     ),
     "vo_gauge_residual.matrix": (
-        lambda t, over: conservation.vo_gauge_matrix_residual(t.v, t.dv, t.o, t.do, over),
+        lambda t: conservation.vo_gauge_matrix(t.v, t.dv, t.o, t.do),
         rounding.vo_gauge_matrix_noise,
     ),
 }
-"""By signal: the law's residual, and the mean square that rounding alone gives what it breaks by; each (B, G)."""
+"""By signal: by how much its law is broken, and the mean square that rounding alone gives that; each (B, G)."""
 
 OVER_NOISE = "over_noise"
 
@@ -75,11 +76,12 @@ class AttentionLaws:
         taps = list(view.taps.at("dot_product").values())
         chosen, layers = self._chosen(view.step, len(taps[0].output)), len(taps)
         together = DotProductStep.join([DotProductStep.of(tap, chosen) for tap in taps])
-        readings: dict[str, Reading] = {}
-        for law, (residual, noise) in LAWS.items():
-            readings[law] = _over_rows(residual(together, None), layers)
-            if taps[0].module.rounds_to_bf16:
-                readings[f"{law}.{OVER_NOISE}"] = _over_rows(residual(together, noise(together).sqrt()), layers)
+        broken, scale = (torch.stack(parts) for parts in zip(*(law(together) for law, _ in LAWS.values()), strict=True))
+        readings = dict(zip(LAWS, _over_rows(relative(broken, scale), layers), strict=True))
+        if taps[0].module.rounds_to_bf16:
+            noise = torch.stack([predict(together) for _, predict in LAWS.values()]).sqrt()
+            ratios = _over_rows(relative(broken, noise), layers)
+            readings |= {f"{law}.{OVER_NOISE}": ratio for law, ratio in zip(LAWS, ratios, strict=True)}
         return readings
 
     def _chosen(self, step: int, available: int) -> slice:
@@ -90,5 +92,5 @@ class AttentionLaws:
 
 
 def _over_rows(residual: Tensor, layers: int) -> Tensor:
-    """(layers x rows, G) -> (layers, G): the root mean square over batch rows."""
-    return residual.unflatten(0, (layers, -1)).square().mean(1).sqrt()
+    """(laws, layers x rows, G) -> (laws, layers, G): the root mean square over batch rows."""
+    return residual.unflatten(1, (layers, -1)).square().mean(2).sqrt()

@@ -7,8 +7,8 @@ kernel breaks it by more, at the very step at which it is broken.
 Shapes: B batch rows, H query heads, G key-value heads (H is a multiple of G; H = G without grouping), T tokens,
 D d_head. The tensors of one dot product are ``q k v o`` as they enter and leave it, after RoPE and QK-norm, and the
 gradients ``dq dk dv do`` of the loss with respect to them. All residuals are relative, without unit, from 0
-(kept) up; FP64 networks give about 1e-15. A residual of zeros over zeros is 0, NaN and Inf propagate. ``over``
-is something else to divide by, such as the noise that ``monitors.rounding`` predicts, of the residual's shape.
+(kept) up; FP64 networks give about 1e-15. A residual of zeros over zeros is 0, NaN and Inf propagate. Attention's
+residuals also exist as their two parts, so that ``monitors.rounding`` can replace the scale by predicted noise.
 
 Source: Noether's theorem for gradients as in Kunin et al., arXiv:2012.04728; the attention laws are derived below.
 """
@@ -18,9 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Broken = tuple[Tensor, Tensor]
+"""By how much a law is broken, 0 or more, and the scale that its residual divides by; one shape."""
 
-def _relative(broken: Tensor, scale: Tensor, over: Tensor | None = None) -> Tensor:
-    scale = scale if over is None else over
+
+def relative(broken: Tensor, scale: Tensor) -> Tensor:
+    """broken / scale, and 0 where both are 0."""
     return torch.where((broken == 0) & (scale == 0), 0.0, broken / scale)
 
 
@@ -44,70 +47,100 @@ def over_group(x_BHT: Tensor, n_kv_heads: int) -> Tensor:
     return x_BHT.unflatten(1, (n_kv_heads, -1)).sum(2)
 
 
-def key_shift_residual(dk: Tensor, over: Tensor | None = None) -> Tensor:
+def key_shift(dk: Tensor) -> Broken:
     """||sum_j dK_j|| / sum_j ||dK_j||, per batch row and key-value head.
 
     Adding one vector c to every key adds q_i . c / sqrt(D) to a whole row of scores, which softmax ignores. So the
     loss does not change along that shift of K, and its gradient there, sum_j dK_j, is 0. It needs a softmax
     without a sink. A grouped dK already sums over the query heads of its group, each of which obeys the law.
 
-    dk: (B, G, T, D). Returns (B, G).
+    dk: (B, G, T, D). Returns the two, each (B, G).
     """
-    return _relative(_norm(dk.sum(-2)), _norm(dk).sum(-1), over)
+    return _norm(dk.sum(-2)), _norm(dk).sum(-1)
 
 
-def value_shift_residual(dv: Tensor, do: Tensor, over: Tensor | None = None) -> Tensor:
+def key_shift_residual(dk: Tensor) -> Tensor:
+    """``key_shift`` as a residual, (B, G)."""
+    return relative(*key_shift(dk))
+
+
+def value_shift(dv: Tensor, do: Tensor) -> Broken:
     """||sum_j dV_j - sum_i dO_i|| / sum_i ||dO_i||, per batch row and key-value head.
 
     Rows of P sum to 1, so adding c to every value adds c to every output: the derivative of the loss along the
     shift is c . sum_j dV_j and c . sum_i dO_i alike.
 
-    dv: (B, G, T, D); do: (B, H, T, D), summed over each group. Returns (B, G).
+    dv: (B, G, T, D); do: (B, H, T, D), summed over each group. Returns the two, each (B, G).
     """
     total = over_group(do, dv.shape[1])
-    return _relative(_norm(dv.sum(-2) - total.sum(-2)), _norm(total).sum(-1), over)
+    return _norm(dv.sum(-2) - total.sum(-2)), _norm(total).sum(-1)
 
 
-def qk_gauge_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, over: Tensor | None = None) -> Tensor:
+def value_shift_residual(dv: Tensor, do: Tensor) -> Tensor:
+    """``value_shift`` as a residual, (B, G)."""
+    return relative(*value_shift(dv, do))
+
+
+def qk_gauge(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Broken:
     """|sum q dq - sum k dk| / sum |q dq| over tokens and components, per batch row and key-value head: a trace.
 
     Q -> aQ, K -> K/a leaves every score as it is; the derivative of the loss at a = 1 is sum q.dq - sum k.dk = 0.
 
-    q, dq: (B, H, T, D); k, dk: (B, G, T, D). Returns (B, G).
+    q, dq: (B, H, T, D); k, dk: (B, G, T, D). Returns the two, each (B, G).
     """
     query, key = over_group(_total(q * dq), k.shape[1]), _total(k * dk)
-    return _relative((query - key).abs(), over_group(_total((q * dq).abs()), k.shape[1]), over)
+    return (query - key).abs(), over_group(_total((q * dq).abs()), k.shape[1])
 
 
-def qk_gauge_matrix_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, over: Tensor | None = None) -> Tensor:
+def qk_gauge_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
+    """``qk_gauge`` as a residual, (B, G)."""
+    return relative(*qk_gauge(q, dq, k, dk))
+
+
+def qk_gauge_matrix(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Broken:
     """||Q^T dQ - (K^T dK)^T||_F / ||Q^T dQ||_F, per batch row and key-value head: the whole D x D law.
 
     Q -> QA, K -> K A^-T leaves Q K^T as it is for every invertible A; with A = 1 + X, the derivative along X is
     <X, Q^T dQ> - <X^T, K^T dK>, which is 0 for every X. A group's query heads are turned together, so their
-    Q^T dQ add up. Shapes as in ``qk_gauge_residual``.
+    Q^T dQ add up. Shapes as in ``qk_gauge``.
     """
     query = over_group(q.mT @ dq, k.shape[1])
-    return _relative(torch.linalg.matrix_norm(query - dk.mT @ k), torch.linalg.matrix_norm(query), over)
+    return torch.linalg.matrix_norm(query - dk.mT @ k), torch.linalg.matrix_norm(query)
 
 
-def vo_gauge_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor, over: Tensor | None = None) -> Tensor:
+def qk_gauge_matrix_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
+    """``qk_gauge_matrix`` as a residual, (B, G)."""
+    return relative(*qk_gauge_matrix(q, dq, k, dk))
+
+
+def vo_gauge(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Broken:
     """|sum v dv - sum o do| / sum |o do| over tokens and components, per batch row and key-value head: a trace.
 
     O is linear in V, so V -> aV makes O -> aO, and the derivative of the loss along it is either sum.
 
-    v, dv: (B, G, T, D); o, do: (B, H, T, D). Returns (B, G).
+    v, dv: (B, G, T, D); o, do: (B, H, T, D). Returns the two, each (B, G).
     """
     value, output = _total(v * dv), over_group(_total(o * do), v.shape[1])
-    return _relative((value - output).abs(), over_group(_total((o * do).abs()), v.shape[1]), over)
+    return (value - output).abs(), over_group(_total((o * do).abs()), v.shape[1])
 
 
-def vo_gauge_matrix_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor, over: Tensor | None = None) -> Tensor:
+def vo_gauge_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Tensor:
+    """``vo_gauge`` as a residual, (B, G)."""
+    return relative(*vo_gauge(v, dv, o, do))
+
+
+def vo_gauge_matrix(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Broken:
     """||V^T dV - O^T dO||_F / ||O^T dO||_F, per batch row and key-value head: V -> VA makes O -> OA.
 
-    Shapes as in ``vo_gauge_residual``.
+    Shapes as in ``vo_gauge``.
     """
     output = over_group(o.mT @ do, v.shape[1])
-    return _relative(torch.linalg.matrix_norm(v.mT @ dv - output), torch.linalg.matrix_norm(output), over)
+    return torch.linalg.matrix_norm(v.mT @ dv - output), torch.linalg.matrix_norm(output)
+
+
+def vo_gauge_matrix_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Tensor:
+    """``vo_gauge_matrix`` as a residual, (B, G)."""
+    return relative(*vo_gauge_matrix(v, dv, o, do))
 
 
 def router_shift_residual(
@@ -128,7 +161,7 @@ def router_shift_residual(
         if x is None or logits is None:
             raise ValueError(f"z_coef={z_coef}: the z-loss is taken off exactly, from the router's input and logits")
         total = total - 2.0 * z_coef / len(x) * (logits.logsumexp(-1) @ x)
-    return _relative(_norm(total), _norm(dw).sum())
+    return relative(_norm(total), _norm(dw).sum())
 
 
 def logit_shift_residual(dlogits: Tensor) -> Tensor:
@@ -140,7 +173,7 @@ def logit_shift_residual(dlogits: Tensor) -> Tensor:
     dlogits: (..., V), tokens first.
     """
     flat_NV = dlogits.flatten(0, -2)
-    return _relative(_norm(flat_NV.sum(-1)), _norm(flat_NV.T).sum())
+    return relative(_norm(flat_NV.sum(-1)), _norm(flat_NV.T).sum())
 
 
 def linear_euler_residual(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Tensor:
@@ -152,7 +185,7 @@ def linear_euler_residual(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Tenso
 
     w, dw: (out, in); y, dy: (..., out).
     """
-    return _relative(((w * dw).sum() - (y * dy).sum()).abs(), (y * dy).abs().sum())
+    return relative(((w * dw).sum() - (y * dy).sum()).abs(), (y * dy).abs().sum())
 
 
 def norm_orthogonality_residual(
@@ -171,7 +204,7 @@ def norm_orthogonality_residual(
     variance = x.square().mean(-1)
     stretch = (dx * x).sum(-1)
     scaled = (dy * (y if bias is None else y - bias)).sum(-1) * eps / (variance + eps)
-    return _relative((stretch - scaled).abs(), _norm(dx) * _norm(x)).square().mean().sqrt()
+    return relative((stretch - scaled).abs(), _norm(dx) * _norm(x)).square().mean().sqrt()
 
 
 def norm_shift_residual(dx: Tensor) -> Tensor:
@@ -179,4 +212,4 @@ def norm_shift_residual(dx: Tensor) -> Tensor:
 
     dx: (..., M), through this norm alone. 1 where all of dx lies along the shift.
     """
-    return _relative(dx.sum(-1).abs(), dx.shape[-1] ** 0.5 * _norm(dx)).square().mean().sqrt()
+    return relative(dx.sum(-1).abs(), dx.shape[-1] ** 0.5 * _norm(dx)).square().mean().sqrt()

@@ -34,7 +34,7 @@ def step(sharpness: float, fault: SiteFault | None = None, heads: int = 4, token
 
 def over_noise(t: DotProductStep) -> dict[str, torch.Tensor]:
     """By law and head, the root mean square over rows."""
-    return {name: residual(t, noise(t).sqrt()).square().mean(0).sqrt() for name, (residual, noise) in LAWS.items()}
+    return {name: (law(t)[0].square() / noise(t)).mean(0).sqrt() for name, (law, noise) in LAWS.items()}
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0])
