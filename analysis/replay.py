@@ -24,7 +24,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from analysis.alarms import anytime_threshold, make_rule
+from analysis.alarms import AlarmRule, anytime_threshold, make_rule
 from analysis.attribution import HEALTHY, alarm_probabilities, cross_talk, diagnose, selectivity
 from analysis.costs import monitor_costs
 from analysis.detection import Detection, Detector
@@ -129,7 +129,7 @@ def replay(request: Request) -> Tables:
                 name = experiment.index["experiment"]["name"]
                 leaderboard_figure(one, rows, request.out / f"{name}-{experiment.model}.png")
             if track == "reference":
-                tables.add("charts", charts(detection, one.alpha))
+                tables.add("charts", charts(detection, one, rule or make_rule(**experiment.index["rule"])))
                 tables.add("labels", label_sensitivity(one))
     tables.write(request.out)
     return tables
@@ -197,20 +197,24 @@ def profiles(one: Contest, scores: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**one.keys) if parts else table
 
 
-def charts(detection: Detection, alpha: float) -> pd.DataFrame:
+def charts(detection: Detection, primary: Contest, own_rule: AlarmRule) -> pd.DataFrame:
     """Whether the ranking depends on the chart: every detector's mean restricted lead and false alarms under each.
 
     ``anytime`` is the Shiryaev-Roberts chart with the threshold of its theory instead of the conformal one. No lead
-    where healthy test runs alarm more often than alpha allows.
+    where healthy test runs alarm more often than alpha allows. primary: the contest under ``own_rule``, which is not
+    held again.
     """
     parts = []
     for name in CHARTS:
         rule = make_rule(**conf("rule", name))
-        one = contest(detection.experiment, detection.track, rule=rule, alpha=alpha, detection=detection)
-        own = {n: d for n, d in one.detectors.items() if one.kinds[n] == "detector" and not d.declined}
+        if rule == own_rule:
+            one = primary
+        else:
+            one = contest(detection.experiment, detection.track, rule=rule, alpha=primary.alpha, detection=detection)
+        own = {n: one.detectors[n] for n in detection.experiment.named_detectors if not one.detectors[n].declined}
         parts.append(_chart_rows(one.with_alarms({n: d.alarms for n, d in own.items()}), name))
         if name == "shiryaev_roberts":
-            anytime = {n: _anytime_alarms(d, detection, alpha) for n, d in own.items()}
+            anytime = {n: _anytime_alarms(d, detection, primary.alpha) for n, d in own.items()}
             parts.append(_chart_rows(one.with_alarms(anytime), "shiryaev_roberts, anytime threshold"))
     return pd.concat(parts, ignore_index=True)
 
