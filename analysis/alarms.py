@@ -43,7 +43,7 @@ class Chart:
     def statistic(self, x: np.ndarray) -> np.ndarray:
         x = np.asarray(x, float)
         if np.isfinite(x).all():
-            return self._of(x)  # the rule for most series, in a fifth of the time
+            return self._of(x)  # nothing missing, nothing broken: most series
         present = ~np.isnan(x)
         z = x[present]
         infinite = np.maximum.accumulate(np.isposinf(z))

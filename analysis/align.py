@@ -40,9 +40,10 @@ def broken(series: Series | Aligned) -> np.ndarray:
 def thin(series: Series, every: int) -> Series:
     """The samples at multiples of ``every`` steps; one that was skipped over still breaks the signal for good."""
     kept = series.steps % every == 0
-    if kept.all():
+    lost = broken(series)
+    if kept.all() and not lost.any():
         return series
-    lost = broken(series)[kept]
+    lost = lost[kept]
     values = np.where(lost, np.inf, series.values[kept])
     return Series(series.steps[kept], series.tokens[kept], values, series.undefined[kept] & ~lost)
 
@@ -57,9 +58,9 @@ def hold(series: Series, axis: str, grid: np.ndarray) -> Aligned:
     at = positions(series, axis)
     first, last = (np.searchsorted(grid, at[i], "left") if len(at) else 0 for i in (0, -1))
     grid = grid[first : last + 1] if len(at) else grid[:0]
-    if np.array_equal(grid, at):
+    lost = broken(series)
+    if np.array_equal(grid, at) and not lost.any():
         return Aligned(grid, series.values, series.undefined)
     index = np.searchsorted(at, grid, "right") - 1
-    lost = broken(series)
     values = np.where(lost, np.inf, series.values)
     return Aligned(grid, values[index], (series.undefined & ~lost)[index])

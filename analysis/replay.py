@@ -128,7 +128,6 @@ def replay(request: Request) -> Tables:
                 request.out.mkdir(parents=True, exist_ok=True)
                 name = experiment.index["experiment"]["name"]
                 leaderboard_figure(one, rows, request.out / f"{name}-{experiment.model}.png")
-            if track == "reference":
                 tables.add("charts", charts(detection, one, rule or make_rule(**experiment.index["rule"])))
                 tables.add("labels", label_sensitivity(one))
     tables.write(request.out)

@@ -252,9 +252,9 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         tokens += batch[:, 1:].numel()
 
         now = step + 1
-        observers = {name: monitor for name, monitor in run.monitors.items() if due[name](now)}
+        observers = [monitor for name, monitor in run.monitors.items() if due[name](now)]
         optimizer.zero_grad(set_to_none=True)
-        with Taps(model, tapped(observers.values())) as taps:
+        with Taps(model, tapped(observers)) as taps:
             loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
             (loss + auxiliary).backward()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -268,7 +268,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         finite = finite & torch.isfinite(loss.detach())
         view = StepView(now, tokens, loss.detach(), grad_norm, model, history, routings, taps)
         readings: dict[str, Reading] = {}
-        for monitor in observers.values():
+        for monitor in observers:
             seen = monitor.observe(view)
             wanted = [s.name for s in monitor.signals if now % s.every_steps == 0 and s.name in seen]
             readings |= {signal: seen[signal] for signal in wanted}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.align import Aligned, hold, positions
+from analysis.align import Aligned, hold, positions, thin
 from experiments.trace import Series
 
 
@@ -20,6 +20,12 @@ def test_samples_on_the_grid_stay_as_they_are():
         assert np.array_equal(held.positions, grid)
         assert np.array_equal(held.values, one.values)
         assert np.array_equal(held.undefined, one.undefined)
+
+
+def test_what_broke_once_stays_broken_even_where_every_sample_is_kept():
+    one = series([10, 20, 30], [100, 200, 300], [1.0, np.nan, 3.0])
+    assert hold(one, "steps", one.steps).values.ravel().tolist() == [1.0, np.inf, np.inf]
+    assert thin(one, 10).values.ravel().tolist() == [1.0, np.inf, np.inf]
 
 
 def test_each_position_shows_the_latest_sample_at_or_before_it():

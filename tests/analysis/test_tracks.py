@@ -72,6 +72,13 @@ def test_the_floor_track_takes_ratios_only():
         fit_band("floor", "grad_global_norm", [])
 
 
+def test_a_residual_over_its_noise_is_measured_from_one_and_the_residual_itself_declined():
+    band = fit_band("floor", "key_shift_residual.over_noise", [])
+    assert band.z(aligned([1.0, 3.0])).ravel().tolist() == [0.0, 2.0]
+    with pytest.raises(DeclinedSignal, match="no ratio to predicted noise"):
+        fit_band("floor", "key_shift_residual", [])
+
+
 def test_a_published_rule_is_strict_and_reads_raw_values():
     rule = published_rule("update_to_weight")
     assert (rule.above, rule.below) == (1e-2, 1e-4)
