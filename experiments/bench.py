@@ -28,6 +28,7 @@ from experiments.build import ROOT, Run, build_run
 from experiments.cli import CONF
 from experiments.optimizer import adamw
 from experiments.trace import write_whole
+from models.corruption import Corrupted
 from models.taps import Taps
 from monitors.base import StepView, tapped
 from monitors.spectra import qk_increment
@@ -55,7 +56,7 @@ def _step_of(run: Run, places: Iterable[str] = ()) -> Callable[[int], StepView]:
         sites = run.fault.sites(index, healthy)
         batch = torch.from_numpy(run.corpus.batch(run.seed, index, sites.batch_size))
         optimizer.zero_grad(set_to_none=True)
-        with Taps(model, places) as taps:
+        with Corrupted(model, sites.modules), Taps(model, places) as taps:
             loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
             (loss + auxiliary).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, run.train.clip)

@@ -27,6 +27,7 @@ from experiments.data import Corpus, DataConfig
 from experiments.optimizer import TrainConfig
 from faults.base import Fault, Sites
 from faults.combined import Combined
+from models.corruption import Corrupted
 from models.transformer import Transformer, TransformerConfig
 from monitors.base import Monitor, WeightHistory
 
@@ -197,9 +198,12 @@ def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> No
         _check_fit(member, model, train)
     if fault.onset >= train.steps:
         raise ValueError(f"fault.onset={fault.onset} is after the end: train.steps={train.steps}")
-    healthy = Sites(batch_size=train.batch_size)
+    healthy, corrupted = Sites(batch_size=train.batch_size), ()
     for step in range(fault.onset, train.steps):
         sites = fault.sites(step, healthy)
+        if sites.modules != corrupted:
+            corrupted = sites.modules
+            Corrupted(_skeleton(model), corrupted)
         sites.numerics.check_fits(model.n_layers, model.n_heads)
         if sites.numerics.faults and model.backend != "reference":
             raise ValueError(f"model.backend={model.backend!r} has no fault sites: use 'reference'")
@@ -211,6 +215,12 @@ def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> No
         without_router = replace(sites, lr_scale=replace(sites.lr_scale, router=1.0))
         if not model.moe and sites is not healthy and without_router == healthy != sites:
             raise ValueError("fault.groups=['router'] has no effect on a dense model: choose model=moe_nano")
+
+
+def _skeleton(model: TransformerConfig) -> Transformer:
+    """The model's modules without memory."""
+    with torch.device("meta"):
+        return Transformer(replace(model, vocab_size=model.vocab_size or 2))
 
 
 def _fitting(monitors: Mapping[str, Any], model: TransformerConfig) -> tuple[dict[str, Any], list[str]]:

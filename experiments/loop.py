@@ -4,7 +4,7 @@
         sites = fault.sites(step, healthy)           # all that a fault may change
         batch = corpus.batch(seed, step, sites.batch_size)  # INJECT: batch
         loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)  # INJECT: forward
-        (loss + auxiliary).backward()                # INJECT: backward faults; TAP: activations
+        (loss + auxiliary).backward()                # INJECT: backward, sites.modules in both; TAP: activations
         grad_norm = clip(gradients)
         optimizer.step(lr(step) * sites.lr_scale)    # INJECT: learning rates
         model.update_balance(routings)               # routers with a balancing bias
@@ -39,6 +39,8 @@ from torch import Tensor
 from experiments import trace
 from experiments.build import ROOT, Run
 from experiments.optimizer import adamw, learning_rate, set_learning_rate
+from faults.base import Sites
+from models.corruption import Corrupted
 from models.taps import Taps
 from monitors.base import Masked, Reading, Signal, StepView, state_of, tapped
 
@@ -185,9 +187,9 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
     started, cpu_started = time.monotonic(), time.process_time()
     spent = {key: manifest[key] for key in ("wall_s", "cpu_s")}
 
-    def label(step: int, numerics) -> Tensor:
-        with torch.no_grad():
-            losses = [model.loss(chunk, numerics) * len(chunk) for chunk in held_out.split(config.batch_size)]
+    def label(step: int, sites: Sites) -> Tensor:
+        with torch.no_grad(), Corrupted(model, sites.modules):
+            losses = [model.loss(chunk, sites.numerics) * len(chunk) for chunk in held_out.split(config.batch_size)]
         loss = torch.stack(losses).sum() / len(held_out)
         recorder.add(step, tokens, HELD_OUT.name, loss)
         return loss
@@ -234,7 +236,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         first, tokens = 0, 0
         trace.cut_back(folder, -1)
         history.record(0, model)
-        best_held_out = label(0, healthy.numerics)
+        best_held_out = label(0, healthy)
     else:
         first, tokens, finite, best_held_out = (state[k] for k in ("step", "tokens", "finite", "best_held_out"))
         trace.cut_back(folder, first)
@@ -254,7 +256,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         now = step + 1
         observers = [monitor for name, monitor in run.monitors.items() if due[name](now)]
         optimizer.zero_grad(set_to_none=True)
-        with Taps(model, tapped(observers)) as taps:
+        with Corrupted(model, sites.modules), Taps(model, tapped(observers)) as taps:
             loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
             (loss + auxiliary).backward()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -278,7 +280,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
             progress(now, loss.detach(), readings)
 
         if now % config.held_out_every_steps == 0:
-            held_out_loss = label(now, sites.numerics)
+            held_out_loss = label(now, sites)
             best_held_out = torch.minimum(best_held_out, held_out_loss)
             if not bool(finite & torch.isfinite(held_out_loss)):
                 end_reason = "non_finite"

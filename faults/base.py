@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
+from models.corruption import ModuleFault
 from models.numerics import HEALTHY, AttentionNumerics
 from models.transformer import PARAMETER_GROUPS
 
@@ -29,12 +30,13 @@ class Sites:
     """Everything that a fault may touch in one step. The defaults are a healthy step.
 
     batch_size: sequences in this step's batch; numerics: which BF16 operation is done to which attention
-    tensor; lr_scale: factors on the scheduled learning rate; balance_scale: factor on what keeps the loads
-    of experts even, the load-balance loss's coefficient and the balancing bias's step.
+    tensor; modules: the same outside attention; lr_scale: factors on the scheduled learning rate; balance_scale:
+    factor on what keeps the loads of experts even, the load-balance loss's coefficient and the balancing bias's step.
     """
 
     batch_size: int
     numerics: AttentionNumerics = HEALTHY
+    modules: tuple[ModuleFault, ...] = ()
     lr_scale: LearningRateScale = field(default_factory=LearningRateScale)
     balance_scale: float = 1.0
 

@@ -14,12 +14,14 @@ class BF16Shift:
     """Clear the ``bits`` lowest bits of each named attention tensor at the steps of a window.
 
     Equation: ``raw & (-1 << bits)`` on the 16-bit integer of each BF16 number; with rounding
-    ``round_half_up`` half of the last kept bit is added first (models/numerics.py).
+    ``round_half_up`` half of the last kept bit is added first; ``flip`` inverts the ``bits``-th bit alone
+    (models/bits.py).
     Source: arXiv:2606.28116 and its authors' design notes.
 
     tensors (YAML key ``sites``): names in ``models.numerics.SITES``; phase: ``forward``, ``backward``
-    or ``both``; bits: 0 to 8, 0 being the healthy control on the same kernel; layers, heads:
-    indices or None for all; onset: first faulty update; duration: updates, or None for no end.
+    or ``both``; bits: 0 to 8 (``flip``: 16), 0 being the healthy control on the same kernel; share: of the elements
+    of each batch row and head, 0 for one; layers, heads: indices or None for all; onset: first faulty update;
+    duration: updates, or None for no end.
     Raises ValueError on impossible values, by name.
     """
 
@@ -29,6 +31,7 @@ class BF16Shift:
     phase: str = "backward"
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
+    share: float = 1.0
     onset: int = 0
     duration: int | None = None
 
@@ -45,7 +48,8 @@ class BF16Shift:
     def numerics(self) -> AttentionNumerics:
         return AttentionNumerics(
             tuple(
-                SiteFault(site, self.phase, self.rounding, self.bits, self.layers, self.heads) for site in self.tensors
+                SiteFault(site, self.phase, self.rounding, self.bits, self.layers, self.heads, self.share)
+                for site in self.tensors
             )
         )
 

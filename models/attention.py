@@ -94,8 +94,8 @@ class _FlashAttention(torch.autograd.Function):
         p = _scores(q, k, read_s).sub_(read("lse", lse)).mul_(LOG2_E).exp2_()
         p_bf16 = to_bf16_grid(p)
         p_bf16 = read("p", p_bf16)
-        for heads in numerics.heads("p", "backward"):
-            p[:, heads] = p_bf16[:, heads]
+        for heads, hits in numerics.reached("p", "backward", p):
+            p[:, heads] = p_bf16[:, heads] if hits is None else torch.where(hits, p_bf16[:, heads], p[:, heads])
         dp = read("dp", do @ v.transpose(-1, -2))
         ds = read("ds", to_bf16_grid(dp.sub_(delta).mul_(p)))
 

@@ -1,21 +1,15 @@
-"""BF16 bit operations, and the description of which of them is done to which attention tensor.
-
-The injected fault of arXiv:2606.28116 is an operation on the raw 16 bits of a BF16 number
-(1 sign, 8 exponent and 7 mantissa bits). ``k`` low bits are cleared: k = 1..7 shortens the
-mantissa, k = 8 also clears the lowest exponent bit.
-"""
+"""Which bit operation is done to which attention tensor, and how BF16 storage is imitated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from types import MappingProxyType
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-MAX_BITS = 8
+from models.bits import BitOperation
 
 BF16_SITES = ("q", "k", "v", "p", "o", "do", "ds", "dq", "dk", "dv")
 """Attention tensors that a flash-attention kernel stores or multiplies in BF16."""
@@ -28,48 +22,10 @@ SITES = BF16_SITES + FP32_SITES
 FORWARD_SITES = ("q", "k", "v", "s", "p", "o")
 """Sites that the forward pass uses or returns (it writes ``lse`` but never reads it)."""
 
+CAUSAL_SITES = ("s", "p", "dp", "ds")
+"""Sites with a row of keys for each query, of which those that come later are masked."""
+
 PHASES = ("forward", "backward", "both")
-
-
-def _as_bits(x: Tensor, bits: int) -> Tensor:
-    if x.dtype is not torch.bfloat16:
-        raise TypeError(f"a BF16 bit operation needs a torch.bfloat16 tensor, got {x.dtype}")
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 0 <= bits <= MAX_BITS:
-        raise ValueError(f"bits={bits!r} is not allowed: an integer from 0 to {MAX_BITS}")
-    return x.view(torch.int16)
-
-
-def truncate(x: Tensor, bits: int) -> Tensor:
-    """Clear the ``bits`` lowest bits of each BF16 number: ``raw & (-1 << bits)``.
-
-    Rounds finite numbers toward zero (arXiv:2606.28116, authors' design notes). A NaN whose
-    payload lies in the cleared bits becomes Inf, and at 8 bits Inf becomes a finite number:
-    count non-finite values first.
-
-    x: BF16, any shape; bits: 0 to 8. Returns BF16 of the same shape; ``bits=0`` returns x.
-    Raises TypeError on another dtype, ValueError on another number of bits.
-    """
-    raw = _as_bits(x, bits)
-    return x if bits == 0 else (raw & (-1 << bits)).view(torch.bfloat16)
-
-
-def round_half_up(x: Tensor, bits: int) -> Tensor:
-    """Add half of the last kept bit to the raw number, then truncate: ``(raw + 2**(bits-1)) & (-1 << bits)``.
-
-    The low-bias control of ``truncate``: rounds to nearest with ties away from zero. The addition
-    is modulo 2**16, so a carry may reach the exponent (a large number becomes Inf) and, from a
-    NaN with a full mantissa, the sign.
-
-    x: BF16, any shape; bits: 0 to 8. Returns BF16 of the same shape; ``bits=0`` returns x.
-    Raises TypeError on another dtype, ValueError on another number of bits.
-    """
-    raw = _as_bits(x, bits)
-    return x if bits == 0 else ((raw + (1 << (bits - 1))) & (-1 << bits)).view(torch.bfloat16)
-
-
-ROUNDINGS: Mapping[str, Callable[[Tensor, int], Tensor]] = MappingProxyType(
-    {"truncate": truncate, "round_half_up": round_half_up}
-)
 
 
 def to_bf16_grid(x: Tensor) -> Tensor:
@@ -92,7 +48,8 @@ class SiteFault:
 
     site: a name in ``SITES``; phase: ``forward`` corrupts the value that the forward uses or
     returns (its saved copy stays clean), ``backward`` the value that the backward reads,
-    ``both`` each of them. layers, heads: indices, or None for all.
+    ``both`` each of them. rounding, bits, share: see ``models.bits.BitOperation``; the share is of the elements of
+    each batch row and head. layers, heads: indices, or None for all.
     """
 
     site: str
@@ -101,21 +58,21 @@ class SiteFault:
     bits: int
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
+    share: float = 1.0
+
+    @cached_property
+    def operation(self) -> BitOperation:
+        return BitOperation(self.rounding, self.bits, self.share)
 
     def __post_init__(self) -> None:
-        for field, value, allowed in (
-            ("site", self.site, SITES),
-            ("phase", self.phase, PHASES),
-            ("rounding", self.rounding, tuple(ROUNDINGS)),
-        ):
+        for field, value, allowed in (("site", self.site, SITES), ("phase", self.phase, PHASES)):
             if value not in allowed:
                 raise ValueError(f"{field}={value!r} is not allowed: one of {', '.join(allowed)}")
         if self.phase != "backward" and self.site not in FORWARD_SITES:
             raise ValueError(
                 f"site={self.site!r} has no {self.phase} value: the forward pass reads only {', '.join(FORWARD_SITES)}"
             )
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 0 <= self.bits <= MAX_BITS:
-            raise ValueError(f"bits={self.bits!r} is not allowed: an integer from 0 to {MAX_BITS}")
+        self.operation  # noqa: B018  (building it checks its fields)
         for field, chosen in (("layers", self.layers), ("heads", self.heads)):
             if chosen is not None and (len(set(chosen)) != len(chosen) or not chosen or min(chosen) < 0):
                 raise ValueError(f"{field}={list(chosen)} is not allowed: distinct indices from 0, or null for all")
@@ -187,10 +144,13 @@ class LayerNumerics:
     def touches(self, site: str, phase: str) -> bool:
         return (site, phase) in self._table
 
-    def heads(self, site: str, phase: str) -> list[slice | list[int]]:
-        """An index of the heads that each fault of this site reaches."""
-        faults = self._table.get((site, phase), ())
-        return [slice(None) if fault.heads is None else list(fault.heads) for fault in faults]
+    def reached(self, site: str, phase: str, x_BHT: Tensor) -> list[tuple[slice | list[int], Tensor | None]]:
+        """What each fault of this site reaches of x: its heads, and which of their elements (None: all)."""
+        shape, device, causal = x_BHT.shape[2:], x_BHT.device, site in CAUSAL_SITES
+        return [
+            (slice(None) if fault.heads is None else list(fault.heads), fault.operation.hits(shape, device, causal))
+            for fault in self._table.get((site, phase), ())
+        ]
 
     def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor) -> Tensor:
         """The value that this pass reads at this site: x itself, or a corrupted copy in FP32.
@@ -203,10 +163,11 @@ class LayerNumerics:
         if faults is None:
             return x_BHT
         out = x_BHT.clone()
-        for fault, heads in zip(faults, self.heads(site, phase), strict=True):
-            reached = x_BHT[:, heads]
-            nonfinite += reached.numel() - torch.isfinite(reached).sum()
-            out[:, heads] = ROUNDINGS[fault.rounding](reached.bfloat16(), fault.bits).float()
+        for fault, (heads, hits) in zip(faults, self.reached(site, phase, x_BHT), strict=True):
+            before = x_BHT[:, heads]
+            finite = torch.isfinite(before)
+            nonfinite += finite.numel() - (finite if hits is None else finite | ~hits).sum()
+            out[:, heads] = fault.operation(before, hits)
         return out
 
 

@@ -12,15 +12,13 @@ import pytest
 import torch
 
 from models.attention import attention, flash_attention
+from models.bits import ROUNDINGS, round_half_up, truncate
 from models.numerics import (
     FORWARD_SITES,
     HEALTHY_LAYER,
-    ROUNDINGS,
     SITES,
     AttentionNumerics,
     SiteFault,
-    round_half_up,
-    truncate,
 )
 
 NAMES = ("o", "dq", "dk", "dv")
@@ -59,8 +57,8 @@ def inputs(B=2, H=3, T=33, D=16, seed=0):
     return tuple(torch.randn(B, H, T, D, generator=generator).bfloat16().float() for _ in range(4))
 
 
-def layer(site, phase, bits, rounding="truncate", heads=None):
-    return AttentionNumerics((SiteFault(site, phase, rounding, bits, heads=heads),)).layer(0)
+def layer(site, phase, bits, rounding="truncate", heads=None, share=1.0):
+    return AttentionNumerics((SiteFault(site, phase, rounding, bits, heads=heads, share=share),)).layer(0)
 
 
 def run(q, k, v, do, numerics=HEALTHY_LAYER, backend="reference"):
@@ -280,6 +278,16 @@ def test_a_fault_reaches_the_outputs_that_the_equations_say(site, phase, roundin
     healthy, faulty = run(*x), run(*x, layer(site, phase, 7, rounding))
     changed = {name for name in NAMES if not torch.equal(faulty[name], healthy[name])}
     assert changed == set(REACH[site, phase].split())
+
+
+def test_a_share_of_p_leaves_the_other_elements_of_the_tile_as_they_are():
+    """P is rounded to BF16 for dV but not for dS: only what is hit is the same number in both."""
+    x = inputs()
+    healthy, one = run(*x), run(*x, layer("p", "backward", 7, share=0.0))
+    changed = (one["dv"] != healthy["dv"]).any(-1)
+    assert (changed.sum(-1) == 1).all()  # one key's row, in each batch row and head
+    rows = (one["dq"] != healthy["dq"]).any(-1)
+    assert (rows.sum(-1) <= 1).all() and rows.any()
 
 
 @pytest.mark.parametrize("site", FORWARD_SITES)

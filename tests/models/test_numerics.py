@@ -1,4 +1,4 @@
-"""BF16 bit operations against plain integer arithmetic on all 65,536 patterns, and the site descriptions."""
+"""The BF16 grid around all 65,536 patterns, and the descriptions of fault sites."""
 
 import itertools
 
@@ -6,89 +6,26 @@ import numpy as np
 import pytest
 import torch
 
+from models.bits import ROUNDINGS, round_half_up, truncate
 from models.numerics import (
     FORWARD_SITES,
     HEALTHY,
     HEALTHY_LAYER,
-    ROUNDINGS,
     SITES,
     AttentionNumerics,
     SiteFault,
-    round_half_up,
     to_bf16_grid,
-    truncate,
 )
 
-PATTERNS = range(1 << 16)
-ALL_BITS = range(9)
 BAD_BITS = (-1, 9, True, 1.5)
 
 
-def bf16(patterns) -> torch.Tensor:
-    return torch.from_numpy(np.array(patterns, dtype=np.uint16).view(np.int16)).view(torch.bfloat16)
-
-
-def patterns(x: torch.Tensor) -> np.ndarray:
-    return x.view(torch.int16).numpy().view(np.uint16)
-
-
-def fault(site="o", phase="backward", rounding="truncate", bits=7, layers=None, heads=None) -> SiteFault:
-    return SiteFault(site, phase, rounding, bits, layers, heads)
+def fault(site="o", phase="backward", rounding="truncate", bits=7, layers=None, heads=None, share=1.0) -> SiteFault:
+    return SiteFault(site, phase, rounding, bits, layers, heads, share)
 
 
 def count() -> torch.Tensor:
     return torch.zeros((), dtype=torch.int64)
-
-
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_truncate_clears_the_low_bits_of_every_pattern(bits):
-    expected = [raw // 2**bits * 2**bits for raw in PATTERNS]
-    np.testing.assert_array_equal(patterns(truncate(bf16(PATTERNS), bits)), expected)
-
-
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_round_half_up_adds_half_a_kept_bit_to_every_pattern(bits):
-    half = 2**bits // 2
-    expected = [(raw + half) % 2**16 // 2**bits * 2**bits for raw in PATTERNS]
-    np.testing.assert_array_equal(patterns(round_half_up(bf16(PATTERNS), bits)), expected)
-
-
-@pytest.mark.parametrize("bits", range(1, 8))
-def test_truncate_rounds_finite_numbers_toward_zero_and_round_half_up_to_the_nearest(bits):
-    """As values, not bits: the grid of 2**bits neighbouring patterns has its larger end away from zero."""
-    finite = [raw for raw in PATTERNS if raw & 0x7FFF < 0x7F00]
-    x = bf16(finite).double()
-    low, near = truncate(bf16(finite), bits).double(), round_half_up(bf16(finite), bits).double()
-    high = bf16([(raw | (2**bits - 1)) + 1 for raw in finite]).double()
-    assert (low.abs() <= x.abs()).all() and (low * x >= 0).all() and (x.abs() < high.abs()).all()
-    assert torch.equal(near, torch.where((x - low).abs() < (high - x).abs(), low, high))
-
-
-@pytest.mark.parametrize("operation", ROUNDINGS.values())
-class TestBitOperation:
-    def test_leaves_its_input_and_shape_alone(self, operation):
-        x = bf16(PATTERNS).view(4, -1, 2)
-        before = patterns(x).copy()
-        assert operation(x, 7).shape == x.shape
-        np.testing.assert_array_equal(patterns(x), before)
-
-    def test_zero_bits_return_the_very_tensor(self, operation):
-        x = bf16(PATTERNS)
-        assert operation(x, 0) is x
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.int16])
-    def test_refuses_another_dtype(self, operation, dtype):
-        with pytest.raises(TypeError, match=str(dtype)):
-            operation(torch.zeros(2, dtype=dtype), 7)
-
-    @pytest.mark.parametrize("bits", BAD_BITS)
-    def test_refuses_an_impossible_number_of_bits_by_value(self, operation, bits):
-        with pytest.raises(ValueError, match=f"bits={bits!r} .*0 to 8"):
-            operation(bf16([0]), bits)
-
-
-def test_roundings_are_named():
-    assert dict(ROUNDINGS) == {"truncate": truncate, "round_half_up": round_half_up}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +68,8 @@ def test_bf16_grid_is_contiguous():
     [
         ({"site": "dO"}, "site='dO' .* one of q, k, v"),
         ({"phase": "sideways"}, "phase='sideways' .*forward, backward, both"),
-        ({"rounding": "shift"}, "rounding='shift' .*truncate, round_half_up"),
+        ({"rounding": "shift"}, "rounding='shift' .*truncate, round_half_up, flip"),
+        ({"share": 2.0}, "share=2.0 "),
         *(({"bits": bits}, f"bits={bits!r} ") for bits in BAD_BITS),
         ({"layers": ()}, r"layers=\[\]"),
         ({"layers": (0, 0)}, r"layers=\[0, 0\]"),
@@ -226,6 +164,22 @@ def test_apply_corrupts_a_copy_of_the_chosen_heads():
     assert torch.equal(got[:, 2], truncate(x[:, 2].bfloat16(), 7).float())
     assert torch.equal(got[:, 0], round_half_up(x[:, 0].bfloat16(), 3).float())
     assert layer.apply("o", "forward", x, count()) is x
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+@pytest.mark.parametrize("site", ["dp", "dq"])
+def test_a_share_hits_the_same_elements_of_every_row_and_head_and_counts_only_those(site, share):
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    broken = fault(site, bits=7, heads=(1,), share=share)
+    hits = broken.operation.hits((16, 16), x.device, causal=site == "dp")
+    x[0, 1][hits] = torch.inf
+    x[1, 1][~hits] = torch.inf
+    x[0, 0] = torch.inf
+    events = count()
+    got = AttentionNumerics((broken,)).layer(0).apply(site, "backward", x, events)
+    assert events.item() == hits.sum()
+    assert torch.equal(got[:, [0, 2]], x[:, [0, 2]]) and torch.equal(got[:, 1][:, ~hits], x[:, 1][:, ~hits])
+    assert torch.equal(got[1, 1][hits], truncate(x[1, 1][hits].bfloat16(), 7).float())
 
 
 def test_an_fp32_site_is_rounded_to_bf16_before_the_fault():

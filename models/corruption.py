@@ -1,0 +1,134 @@
+"""Bit operations on what any module takes and gives: linear layers, norms, the router, the head.
+
+Attention's dot product has sites of its own, inside its kernel (``models.numerics``). Everything else is corrupted
+from outside, by PyTorch's hooks, as the module's own kernel would: what comes out of it is wrong for all who
+read it. A healthy step sets no hook and pays nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from models.attention import DotProduct
+from models.bits import BitOperation
+
+MODULE_SITES = ("y", "dy", "dx", "dw")
+"""Of a module: its output; the gradient that arrives at its output (of the head: what the loss kernel computed); the
+gradient that it hands to its input; its weight's gradient."""
+
+
+@dataclass(frozen=True)
+class ModuleFault:
+    """One bit operation on one tensor of one module, in FP32 but for the elements hit, which are rounded to BF16 first.
+
+    module: its name, such as ``blocks.0.mlp.input``; site: one of ``MODULE_SITES``; rounding, bits, share: see
+    ``models.bits.BitOperation``; the share is of each sequence's elements, of the whole gradient for ``dw``.
+    """
+
+    module: str
+    site: str
+    rounding: str
+    bits: int
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.site not in MODULE_SITES:
+            raise ValueError(f"site={self.site!r} is not allowed: one of {', '.join(MODULE_SITES)}")
+        self.operation  # noqa: B018  (building it checks its fields)
+
+    @cached_property
+    def operation(self) -> BitOperation:
+        return BitOperation(self.rounding, self.bits, self.share)
+
+    def find(self, model: nn.Module) -> nn.Module:
+        """The module. Raises ValueError where the model has none of that name, or one without a weight."""
+        known = {name: module for name, module in model.named_modules() if _has_weight(module)}
+        if self.module not in known:
+            near = difflib.get_close_matches(self.module, known, n=4, cutoff=0.0)
+            raise ValueError(f"fault.modules: the model has no {self.module!r}; the nearest are {', '.join(near)}")
+        return known[self.module]
+
+    def corrupt(self, x: Tensor) -> Tensor:
+        shape = x.shape if self.site == "dw" else x.shape[1:]
+        return self.operation(x.detach(), self.operation.hits(shape, x.device))
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return getattr(module, "weight", None) is not None and not isinstance(module, (DotProduct, nn.Embedding))
+
+
+class Corrupted:
+    """The faults on a model's modules, while the context is open.
+
+    Open it before ``models.taps.Taps``, so that a tap sees what the rest of the model sees. ``bits=0`` is left out: it
+    does nothing. Raises ValueError where the model has no such module.
+    """
+
+    def __init__(self, model: nn.Module, faults: Collection[ModuleFault]) -> None:
+        found = [(fault, fault.find(model)) for fault in faults]
+        self._broken = [(fault, module) for fault, module in found if fault.bits]
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Corrupted:
+        for fault, module in self._broken:
+            if fault.site == "dw":
+                self._handles.append(module.weight.register_hook(fault.corrupt))
+            else:
+                if fault.site == "dx":
+                    self._handles.append(module.register_forward_pre_hook(_alias_input))
+                self._handles.append(module.register_forward_hook(_HOOKS[fault.site](fault)))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _Replaced(torch.autograd.Function):
+    """A value in the place of another, whose gradient it takes: what a kernel that errs does."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, corrupt: Callable[[Tensor], Tensor]) -> Tensor:
+        return corrupt(value)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _alias_input(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give the input a name of its own, so that the gradient of this branch alone is corrupted."""
+    return (arguments[0].view_as(arguments[0]), *arguments[1:])
+
+
+def _output(fault: ModuleFault) -> Callable[..., Tensor]:
+    return lambda module, arguments, output: _Replaced.apply(output, fault.corrupt)
+
+
+def _arriving(fault: ModuleFault) -> Callable[..., None]:
+    def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(fault.corrupt)
+
+    return hook
+
+
+def _leaving(fault: ModuleFault) -> Callable[..., None]:
+    def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if arguments[0].requires_grad:
+            arguments[0].register_hook(fault.corrupt)
+
+    return hook
+
+
+_HOOKS: dict[str, Callable[[ModuleFault], Callable[..., Any]]] = {"y": _output, "dy": _arriving, "dx": _leaving}
