@@ -19,6 +19,8 @@ from analysis.claims import check_claims
 from analysis.experiment import HEALTHY_ROLES, Experiment, load, views
 from analysis.figures import central_figure, fault_figure, lead_figure
 from analysis.leaderboard_figure import leads_figure
+from analysis.localise import Localisation, confusion, localise, sentences, shares_right
+from analysis.localise_figure import localise_figure
 from analysis.readings import end_table
 from analysis.receipts import write_receipts
 from analysis.router_figures import dose_figure, grid_figure, selectivity_figure
@@ -38,7 +40,7 @@ COLUMNS = {
     "false_alarm": "false",
     "healthy": "healthy alarms",
 }
-DRAWINGS = ("central", "faults", "doses", "grid", "selectivity", "leads")
+DRAWINGS = ("central", "faults", "doses", "grid", "selectivity", "leads", "localise")
 """Kinds of central figure, the key ``draw`` of an experiment."""
 
 
