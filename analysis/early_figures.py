@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.costs import detector_cost, monitor_costs
 from analysis.delays import broken_kernels, delays, median_delay, sizes
-from analysis.drawing import ALARM, COLOURS, FAULTY, HEALTHY, PLAIN, pretty, save, style
+from analysis.drawing import ALARM, COLOURS, HEALTHY, PLAIN, pretty, save, style
 from analysis.experiment import Experiment
 from analysis.labelling import label_points
 from analysis.table import median_step
@@ -48,7 +48,7 @@ def cost_figure(experiment: Experiment, path: Path) -> str:
     unmeasured = rows.index[rows["cost"].isna()]
     rows = rows.dropna(subset="cost")
     figure, axis = plt.subplots(figsize=(9.5, 5.6))
-    never = _delay_axis(axis, experiment.horizon)
+    never = _delay_axis(axis, experiment.horizon, rows["delay"].min())
     points = list(zip(rows["cost"], rows["delay"].fillna(never), strict=True))
     front = [i for i in pareto_front(points) if points[i][1] < never]
     axis.set_xscale("log")
@@ -64,10 +64,11 @@ def cost_figure(experiment: Experiment, path: Path) -> str:
         here = [point for point, good in zip(points, chosen_points, strict=True) if good]
         if here:
             axis.scatter(*zip(*here, strict=True), color=colour, s=42, zorder=3)
+    lines = [never, *(points[i][1] for i in front[-1:])]
     together: dict[tuple[float, float], list[str]] = {}
     for name, point in zip(rows.index, points, strict=True):
         together.setdefault(point, []).append(pretty(name))
-    label_points(axis, list(together), ["\n".join(names) for names in together.values()], fontsize=9.5)
+    label_points(axis, list(together), ["\n".join(names) for names in together.values()], lines=lines, fontsize=9.5)
     axis.set_xlabel("cost of its monitors, share of a training step")
     axis.set_ylabel("median steps from onset to first alarm")
     runs = found["run_id"].nunique()
@@ -87,12 +88,15 @@ def cost_figure(experiment: Experiment, path: Path) -> str:
     )
 
 
-def _delay_axis(axis: plt.Axes, horizon: int) -> float:
-    """A logarithmic axis of delays from 0 with a marked line for none; returns where that line stands."""
+def _delay_axis(axis: plt.Axes, horizon: int, soonest: float) -> float:
+    """A logarithmic axis of delays with a marked line for none; returns where that line stands.
+
+    soonest: the smallest delay on it, NaN for none; from 1 on the axis needs no 0.
+    """
     axis.set_yscale("symlog", linthresh=1)
     decades = [0.0, *(10.0**i for i in range(int(np.log10(horizon)) + 1))]
     never = 10 ** (np.log10(horizon) + 0.45)
-    axis.set_ylim(-0.3, never * 2.6)
+    axis.set_ylim(0.8 if soonest >= 1 else -0.3, never * 4.5)
     axis.yaxis.set_major_locator(FixedLocator([*decades, never]))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: NEVER if value == never else f"{value:,.0f}"))
     axis.yaxis.set_minor_locator(NullLocator())
@@ -120,10 +124,12 @@ def size_figure(experiment: Experiment, path: Path) -> str:
         for column, delayed in enumerate(onsets):
             axis, here = axes[row, column], [f for f in faults if (known[f].onset > 0) == delayed]
             here.sort(key=lambda fault: known[fault].bits)
-            never = _delay_axis(axis, experiment.horizon)
+            never = _delay_axis(axis, experiment.horizon, medians.min())
             bits = np.array([known[fault].bits for fault in here], float)
             for i, (name, (colour, marker)) in enumerate(looks.items()):
-                dodge = 0.05 * (i - (len(looks) - 1) / 2)  # detectors of equal delay stand side by side
+                dodge = min(0.1, 0.6 / len(looks)) * (
+                    i - (len(looks) - 1) / 2
+                )  # detectors of equal delay stand side by side
                 y = [never if np.isnan(medians[name, fault]) else medians[name, fault] for fault in here]
                 axis.plot(bits + dodge, y, color=colour, marker=marker, markersize=6.5, linewidth=1.6)
             ends = [_divergence_delay(experiment, fault) for fault in here]

@@ -11,10 +11,13 @@ POINT = 6.0
 """Half the side of the square that a marker keeps free, in pixels."""
 
 
-def label_points(axis: plt.Axes, points: Sequence[tuple[float, float]], names: Sequence[str], **text) -> None:
-    """Write each name at the nearest place to its point where it covers no point and no other name.
+def label_points(
+    axis: plt.Axes, points: Sequence[tuple[float, float]], names: Sequence[str], *, lines: Sequence[float] = (), **text
+) -> None:
+    """Write each name at the nearest place to its point where it covers no point, no line and no other name.
 
-    points: in data coordinates, limits and scales being final. A name that had to move away has a line to its point.
+    points, and lines, heights of horizontal ones: in data coordinates, limits and scales being final. A name that had
+    to move away has a line to its point.
     """
     figure = axis.get_figure()
     figure.canvas.draw()
@@ -22,6 +25,9 @@ def label_points(axis: plt.Axes, points: Sequence[tuple[float, float]], names: S
     pixels = axis.transData.transform(points)
     taken = [Bbox.from_extents(x - POINT, y - POINT, x + POINT, y + POINT) for x, y in pixels]
     inside = axis.get_window_extent()
+    for height in lines:
+        y = axis.transData.transform((points[0][0], height))[1]
+        taken.append(Bbox.from_extents(inside.x0, y - 1, inside.x1, y + 1))
     for (x, y), point, name in sorted(zip(pixels, points, names, strict=True), key=lambda item: -item[0][1]):
         label = axis.annotate(name, point, (0, 0), textcoords="offset points", **text)
         extent = label.get_window_extent()
@@ -45,5 +51,5 @@ def _places(width: float, height: float) -> Iterator[tuple[float, float]]:
         for shift in (away, -away) if step else (0.0,):
             yield (POINT + 2, shift - height / 2)
             yield (-POINT - 2 - width, shift - height / 2)
-        yield (-width / 2, away)
-        yield (-width / 2, -away - height)
+        for y in (away, -away - height):
+            yield from ((x, y) for x in (-width / 2, -POINT, POINT - width))

@@ -54,7 +54,7 @@ def localise_figure(experiment: Experiment, found: Localisation, path: Path) -> 
     sound = found.table["true_class"].isin((HEALTHY, OTHER))
     right, runs = _right(found.table[~sound])
     axis.set_title(
-        f"Broken laws name the site's class in {right} of {runs} faulty runs",
+        f"Broken laws name the site's class in {right} of {runs} runs with a broken kernel",
         fontsize=13, weight="bold", pad=14, loc="left", x=-0.3,
     )  # fmt: skip
     save(figure, path)
