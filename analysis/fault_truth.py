@@ -57,6 +57,8 @@ def _of_modules(fault: Mapping[str, Any]) -> Truth:
     if len(found) > 1:
         return Truth(None)
     site_class, part = found.pop()
+    if site_class is None:
+        return Truth(None)
     layers = [int(match[1]) for name in fault["modules"] if (match := re.match(r"blocks\.(\d+)\.", name))]
     return Truth(site_class, part, tuple(sorted(layers)) or None)
 

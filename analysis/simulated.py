@@ -107,8 +107,8 @@ def simulate_experiment(
 ) -> Path:
     """An experiment and its runs in one folder, ready for ``analysis.experiment.load(folder, folder)``.
 
-    counts: seeds a role; faults: name -> the ``shows``, ``diverges``, ``onset`` and ``design`` of ``simulate_run``. A seed
-    has its own noise under every fault.
+    counts: seeds a role; faults: name -> the ``shows``, ``diverges``, ``onset`` and ``design`` of ``simulate_run``. A
+    seed has its own noise under every fault.
     """
     cells = []
     for role, count in counts.items():

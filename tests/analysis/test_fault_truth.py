@@ -6,6 +6,7 @@ from analysis.fault_truth import HEALTHY, OTHER, Truth, truth
 
 ATTENTION = {"bits": 2, "rounding": "truncate", "phase": "backward", "layers": None, "heads": None, "onset": 0}
 MODULE = {"bits": 2, "rounding": "flip", "share": 0.0, "onset": 0}
+ROUTERS = ["blocks.1.mlp.router", "blocks.0.mlp.router"]
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ MODULE = {"bits": 2, "rounding": "flip", "share": 0.0, "onset": 0}
         ({"sites": ["o"], **ATTENTION | {"bits": 0}}, Truth(OTHER)),
         ({"modules": ["blocks.1.mlp.input"], "site": "y", **MODULE}, Truth("linear layer", "input", (1,))),
         ({"modules": ["blocks.0.mlp.shared.gate"], "site": "dx", **MODULE}, Truth("linear layer", "shared_gate", (0,))),
-        ({"modules": [f"blocks.{i}.mlp.router" for i in (1, 0)], "site": "dw", **MODULE}, Truth("router", "router", (0, 1))),
+        ({"modules": ROUTERS, "site": "dw", **MODULE}, Truth("router", "router", (0, 1))),
         ({"modules": ["blocks.2.attention.q_norm"], "site": "dx", **MODULE}, Truth("norm", "q", (2,))),
         ({"modules": ["final_norm"], "site": "y", **MODULE}, Truth("norm", "final")),
         ({"modules": ["head"], "site": "dy", **MODULE}, Truth("loss kernel", "loss kernel")),
