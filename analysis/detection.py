@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.alarms import AlarmRule, chart_statistic, conformal_threshold, first_alarm, fitted, oriented
+from analysis.alarms import AlarmRule, chart_statistic, conformal_threshold, first_alarm, fitted, oriented, worst
 from analysis.align import Aligned, hold, positions, thin
 from analysis.entrants import BadEntrant, FromFile, check_causal
-from analysis.tracks import DeclinedSignal, check_has_say, fit_band, published_rule
+from analysis.tracks import (
+    DeclinedSignal,
+    check_has_say,
+    finite_or_inf,
+    fit_band,
+    published_rule,
+    universal_threshold,
+)
 from experiments.trace import Series, TraceError
 
 if TYPE_CHECKING:
@@ -112,6 +119,8 @@ class Detection:
         """
         if self.track == "published":
             return self._published(name, signals)
+        if self.track == "universal":
+            return self._universal(name, signals, alpha)
         try:
             charts = self._charts(signals, rule)
         except (DeclinedSignal, BadEntrant) as reason:
@@ -177,6 +186,23 @@ class Detection:
         }
         alarms = {run: _earliest(found, 0.5) for run, found in charts.items()}
         return Detector(name, tuple(signals), float("nan"), alarms, None, charts, {})
+
+    def _universal(self, name: str, signals: Sequence[str], alpha: float) -> Detector:
+        """Raw ratios, each by itself, at the number that their prediction gives: calibration runs are healthy tests."""
+        try:
+            for signal in signals:
+                check_has_say(self.track, signal)
+            aligned = {signal: self.aligned(signal) for signal in signals}
+        except (DeclinedSignal, TraceError) as reason:
+            return Detector(name, tuple(signals), declined=str(reason))
+        looks = sum(max(found[run].values.size for run in self._runs("reference")) for found in aligned.values())
+        threshold = universal_threshold(looks, alpha)
+        charts = {
+            run: [(found[run].positions, worst(finite_or_inf(found[run]))) for found in aligned.values()]
+            for run in self._runs("calibration", "test", "faulty")
+        }
+        alarms = {run: _earliest(found, threshold) for run, found in charts.items()}
+        return Detector(name, tuple(signals), threshold, alarms, None, charts, {})
 
 
 def _side_by_side(aligned: Mapping[str, Aligned]) -> Iterator[tuple[list[str], Aligned]]:

@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis.alarms import AlarmRule, conformal_threshold, make_rule
 from analysis.controls import CONTROLS
+from analysis.costs import detector_cost
 from analysis.detection import Detection, Detector, own_past_is_healthy
 from analysis.entrants import Entrant
 from analysis.experiment import LABEL_SIGNAL, Experiment, ScoredRun
@@ -55,6 +56,12 @@ class Contest:
     detectors: Mapping[str, Detector]
     kinds: Mapping[str, str]
     baseline: str = field(default="")
+
+    @property
+    def scored(self) -> list[ScoredRun]:
+        """Faulty runs and healthy ones that set no threshold: test runs, and where nothing is calibrated all others."""
+        unused = ("calibration",) if self.track == "universal" else ()
+        return self.experiment.of("faulty", "test", *unused)
 
     @property
     def keys(self) -> dict[str, str]:
@@ -107,13 +114,13 @@ def contest(
             raise ValueError(f"monitor {name!r} is on the board already: give it a name of its own")
         if alarms:
             detectors[name], kinds[name] = Detector(name, (), alarms=alarms), "external"
-    scored = experiment.of("test", "faulty")
+    one = Contest(experiment, track, alpha, detectors, kinds, baseline)
     for name, control in CONTROLS.items():
-        alarms = {run.trace.run_id: control(run, experiment, alpha) for run in scored}
+        alarms = {run.trace.run_id: control(run, experiment, alpha) for run in one.scored}
         detectors[name], kinds[name] = Detector(name, (), alarms=alarms), "control"
-    if track != "published" and track != "floor" and detectors[baseline].declined:
+    if track in ("reference", "self") and detectors[baseline].declined:
         raise ValueError(f"the baseline {baseline!r} cannot be judged: {detectors[baseline].declined}")
-    return Contest(experiment, track, alpha, detectors, kinds, baseline)
+    return one
 
 
 def _scorable(one: Contest, detector: Detector, run: ScoredRun) -> bool:
@@ -126,9 +133,9 @@ def _scorable(one: Contest, detector: Detector, run: ScoredRun) -> bool:
 
 
 def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None) -> pd.DataFrame:
-    """One row a detector and a faulty or healthy test run.
+    """One row a detector and a run of ``Contest.scored``.
 
-    Columns: experiment, model, track, detector, kind, fault (``healthy`` for test runs), seed, run_id, alarm, onset,
+    Columns: experiment, model, track, detector, kind, fault (or ``healthy``), seed, run_id, alarm, onset,
     divergence, reach (where the run's scoring ends), outcome, lead (restricted; NaN unless it diverges),
     normalised_lead (of onset to divergence), delay (alarm - onset, or what was waited in vain), detected (an alarm at
     or after onset), degraded (never diverges, ends worse than every calibration run).
@@ -138,7 +145,7 @@ def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None
     for name, detector in one.detectors.items():
         if detector.declined:
             continue
-        for run in one.experiment.of("faulty", "test"):
+        for run in one.scored:
             if not _scorable(one, detector, run):
                 continue
             run_id = run.trace.run_id
@@ -285,7 +292,7 @@ def _fault_rows(
                 "rank_high": high,
                 "possibly_best": i in best if i in ranks else None,
                 **{outcome: int(outcomes.get(outcome, 0)) for outcome in ("late", "missed", "false_alarm")},
-                "cost_share_of_step": _cost(one.detectors[name].signals, costs),
+                "cost_share_of_step": detector_cost(one.detectors[name].signals, costs),
                 "exploratory": mine["seed"].nunique() < MIN_SEEDS or not len(healthy),
                 "declined": None,
             }
@@ -314,7 +321,7 @@ def _healthy_columns(one: Contest, name: str, healthy: pd.DataFrame) -> dict[str
     low, high = clopper_pearson_interval(alarms, len(mine))
     law = false_alarm_law(n, one.alpha) if n else (np.nan,) * 3
     return {
-        "alpha": one.alpha if n else np.nan,
+        "alpha": one.alpha if n or one.track == "universal" else np.nan,
         "calibration_runs": n,
         "alpha_supported": 1 / (n + 1) if n else np.nan,
         "threshold": one.detectors[name].threshold,
@@ -351,13 +358,6 @@ def _against_baseline(
     means = totals_SD[some] / np.maximum(counts_SD[some], 1)
     test = max_t_test(means[:, others] - means[:, [base]])
     return dict(zip(others, test.p_adjusted_D.tolist(), strict=True)), test.smallest_p
-
-
-def _cost(signals: Sequence[str], costs: Mapping[str, tuple[str, float]]) -> float:
-    """Share of a step: what the monitors behind these signals take, each once. NaN where one was not measured."""
-    if not signals or any(signal not in costs for signal in signals):
-        return np.nan
-    return float(sum(dict(costs[signal] for signal in signals).values()))
 
 
 def halves(one: Contest) -> tuple[pd.DataFrame, float]:

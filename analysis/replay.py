@@ -6,7 +6,7 @@ detector=FILE.py    one's own detector (analysis/entrants.py); may be given agai
 alarms=FILE.csv     one's own alarms: run_id, monitor, step; may be given again
 rule=NAME           a file of conf/rule for every signal, instead of the experiment's own
 alpha=NUMBER        false-alarm rate of a run, instead of the experiment's own
-tracks=A,B          of reference, self, floor, published; all by default
+tracks=A,B          of reference, self, floor, published, universal; all by default
 singles=true        every signal by itself too
 allow_mixed=true    accept runs of different sources, data or torch, and say so
 """
@@ -122,6 +122,8 @@ def replay(request: Request) -> Tables:
                 external=alarms if track == "reference" else None,
                 singles=request.singles,
             )
+            if track == "universal" and all(one.detectors[name].declined for name in experiment.named_detectors):
+                continue  # no monitor here predicts its noise: controls among themselves are no board
             _score(one, tables)
             if track == "reference":
                 rows = tables.parts["leaderboard"][-1]

@@ -16,9 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.claims import check_claims
+from analysis.delays import blind_table, smallest_table
+from analysis.early_figures import cost_figure, size_figure
 from analysis.experiment import HEALTHY_ROLES, Experiment, load, views
 from analysis.figures import central_figure, fault_figure, lead_figure
 from analysis.leaderboard_figure import leads_figure
+from analysis.localise import confusion, localise, sentences, shares_right
+from analysis.localise_figure import localise_figure
 from analysis.readings import end_table
 from analysis.receipts import write_receipts
 from analysis.router_figures import dose_figure, grid_figure, selectivity_figure
@@ -38,7 +42,7 @@ COLUMNS = {
     "false_alarm": "false",
     "healthy": "healthy alarms",
 }
-DRAWINGS = ("central", "faults", "doses", "grid", "selectivity", "leads")
+DRAWINGS = ("central", "faults", "doses", "grid", "selectivity", "leads", "localise", "early_warning")
 """Kinds of central figure, the key ``draw`` of an experiment."""
 
 
@@ -68,6 +72,7 @@ def summary(experiment: Experiment) -> str:
             if len(faulty) < 10 * len(experiment.faults)
             else ""
         )
+        + (f" {sentences(localise(experiment))}" if experiment.index["experiment"]["draw"] == "localise" else "")
     )
 
 
@@ -185,6 +190,18 @@ def _draw(experiments: Sequence[Experiment], report: Path) -> dict[str, Path]:
         figures = {dose_figure(experiments, path): path}
     elif kind == "leads":
         figures = {leads_figure(experiments[0], path): path}
+    elif kind == "localise":
+        figures = {
+            localise_figure(e, localise(e), report / f"figure{suffix}.png"): report / f"figure{suffix}.png"
+            for suffix, e in _models(experiments)
+        }
+    elif kind == "early_warning":
+        drawings = {"figure": cost_figure, "sizes": size_figure, "selectivity": selectivity_figure}
+        figures = {
+            draw_one(e, report / f"{name}{suffix}.png"): report / f"{name}{suffix}.png"
+            for suffix, e in _models(experiments)
+            for name, draw_one in drawings.items()
+        }
     else:
         draw = {
             "central": central_figure,
@@ -198,6 +215,31 @@ def _draw(experiments: Sequence[Experiment], report: Path) -> dict[str, Path]:
             name = "leadtime" if len(experiments) == 1 else f"leadtime-{experiment.model}-{experiment.axis}"
             figures[lead_figure(experiment, report / f"{name}.png")] = report / f"{name}.png"
     return figures
+
+
+def _models(experiments: Sequence[Experiment]) -> list[tuple[str, Experiment]]:
+    """One view of each model, with what its files' names end in: nothing for the first model."""
+    first = {e.model: e for e in reversed(experiments)}
+    models = dict.fromkeys(e.model for e in experiments)
+    return [(f"-{model}" if i else "", first[model]) for i, model in enumerate(models)]
+
+
+def _write_kind(experiments: Sequence[Experiment], report: Path) -> None:
+    """The tables that go with the kind of central figure, each with a column ``model``."""
+    kind = experiments[0].index["experiment"]["draw"]
+    views = [experiment for _, experiment in _models(experiments)]
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for one in views:
+        found: dict[str, pd.DataFrame] = {}
+        if kind == "localise":
+            runs = localise(one).table
+            found = {"localisation": runs, "confusion": confusion(runs).join(shares_right(runs)).reset_index()}
+        elif kind == "early_warning":
+            found = {"smallest": smallest_table(one), "blind": blind_table(one)}
+        for name, table in found.items():
+            parts.setdefault(name, []).append(table.assign(model=one.model))
+    for name, tables in parts.items():
+        pd.concat(tables).to_csv(report / f"{name}.csv", index=False, float_format="%.6g")
 
 
 def _write_csv(experiments: Sequence[Experiment], tables: Sequence[pd.DataFrame], report: Path) -> None:
@@ -225,13 +267,14 @@ def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str 
     if len(claims):
         claims.to_csv(report / "claims.csv", index=False)
     figures = _draw(experiments, report)
+    _write_kind(experiments, report)
     for model in dict.fromkeys(experiment.model for experiment in experiments):
         write_receipts(next(e for e in experiments if e.model == model), report / "receipts")
     (report / "index.html").write_text(_page(experiments, tables, claims, figures), encoding="utf-8")
     console = Console(width=None if sys.stdout.isatty() else 150)
     for experiment, table in zip(experiments, tables, strict=True):
         print_table(experiment, table, console)
-    if experiments[0].index["experiment"]["draw"] == "selectivity":
+    if experiments[0].index["experiment"]["draw"] in ("selectivity", "early_warning"):
         matrix = alarm_matrix(experiments[0])
         matrix.to_csv(report / "selectivity.csv", index_label="detector")
         ignored = off_diagonal(experiments[0], matrix)

@@ -26,13 +26,14 @@ def simulate_run(
     shows: Mapping[str, int] | None = None,
     diverges: int | None = None,
     onset: int | None = None,
+    design: Mapping[str, Any] | None = None,
     **manifest: Any,
 ) -> None:
     """One run of moving-average noise around 2 in every signal of ``signals`` (as a manifest describes them).
 
     shows: the step from which the last layer and head of a signal stand 5 off in its bad direction. The held-out
-    and training losses fall exponentially to 1 nat, and rise by 2 at ``diverges``. Further keywords replace
-    entries of the manifest.
+    and training losses fall exponentially to 1 nat, and rise by 2 at ``diverges``. design: further keys of the
+    configuration's fault. Further keywords replace entries of the manifest.
     """
     generator = np.random.default_rng(seed)
     every = {"held_out_loss": LOSS, "train_loss_raw": LOSS}
@@ -74,7 +75,7 @@ def simulate_run(
                 "model": {"d_model": 8, "moe": None},
                 "data": {},
                 "seed": seed,
-                "fault": {"_target_": fault},
+                "fault": {"_target_": fault, **(design or {})},
             },
             "onset_step": onset,
             "signals": every | dict(signals),
@@ -106,8 +107,8 @@ def simulate_experiment(
 ) -> Path:
     """An experiment and its runs in one folder, ready for ``analysis.experiment.load(folder, folder)``.
 
-    counts: seeds a role; faults: name -> the ``shows``, ``diverges`` and ``onset`` of ``simulate_run``. A seed
-    has its own noise under every fault.
+    counts: seeds a role; faults: name -> the ``shows``, ``diverges``, ``onset`` and ``design`` of ``simulate_run``. A
+    seed has its own noise under every fault.
     """
     cells = []
     for role, count in counts.items():

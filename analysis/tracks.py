@@ -1,9 +1,10 @@
-"""What a signal is held against, three ways that are never mixed in one table, and a fourth that needs no history.
+"""What a signal is held against, in ways that are never mixed in one table.
 
 ``reference``: the per-sample median of healthy reference runs (the paper's own setting, not deployable).
 ``self``: the run's own lagged window (deployable; it cannot see a fault that is there from step 0).
 ``floor``: nothing; the signal is already a ratio to what noise alone would give.
 ``published``: the number that the source of the signal gives (``monitors/catalogue.csv``).
+``universal``: the number that a prediction gives by itself: no ratio to predicted noise should ever pass it.
 The first three give z-scores, (T samples, layers, heads), which charts and a conformal threshold follow.
 """
 
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
 from analysis.align import Aligned, broken
 
-TRACKS = ("reference", "self", "floor", "published")
+TRACKS = ("reference", "self", "floor", "published", "universal")
 OVER_NOISE = ".over_noise"
 """How the name of a signal ends that is a residual over its predicted rounding noise."""
 
@@ -148,8 +150,9 @@ def _is_over_noise(signal: str) -> bool:
 
 def check_has_say(track: str, name: str) -> None:
     """Raise DeclinedSignal where a track has nothing to say of a signal, whatever its values."""
-    if track == "floor" and not _is_over_noise(name):
-        raise DeclinedSignal(f"{name}: no ratio to predicted noise, so the floor track has no say")
+    predicted = {"floor": _is_over_noise(name), "universal": name.endswith(OVER_NOISE)}
+    if not predicted.get(track, True):
+        raise DeclinedSignal(f"{name}: no ratio to predicted noise, so the {track} track has no say")
 
 
 def fit_band(track: str, name: str, reference: Sequence[Aligned]) -> Band:
@@ -198,3 +201,18 @@ def published_rule(signal: str) -> PublishedRule:
         raise DeclinedSignal(f"{signal}: no published threshold")
     above, below = limits
     return PublishedRule(np.inf if np.isnan(above) else above, -np.inf if np.isnan(below) else below)
+
+
+def universal_threshold(looks: int, alpha: float) -> float:
+    """The ratio to predicted noise that rounding alone passes in some of so many looks with probability <= alpha.
+
+    z with looks x 2 (1 - Phi(z)) = alpha (Bonferroni, so looks may depend on each other). A residual is a sum of many
+    rounding errors, hence Gaussian; a ratio is the root mean square of at least one of them over what is predicted.
+    One alone, |N(0, 1)|, has the heaviest tail from z = 1.5 on, so z holds for any number of rows. No healthy run is
+    asked: it promises as much as the prediction is right. Raises ValueError for looks < 1 or alpha outside (0, 0.5].
+    """
+    if looks < 1:
+        raise ValueError(f"looks={looks} is not allowed: at least 1")
+    if not 0 < alpha <= 0.5:
+        raise ValueError(f"alpha={alpha} is not allowed: above 0, at most 0.5")
+    return float(norm.isf(alpha / (2 * looks)))

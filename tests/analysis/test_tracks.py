@@ -108,4 +108,4 @@ def test_the_catalogue_is_whole():
 def test_an_unknown_track_is_an_error():
     with pytest.raises(ValueError, match="track='published' gives no z-scores"):
         fit_band("published", "s", [])
-    assert TRACKS == ("reference", "self", "floor", "published")
+    assert TRACKS == ("reference", "self", "floor", "published", "universal")

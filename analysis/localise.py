@@ -1,0 +1,286 @@
+"""Where the fault sits: the class of its place, layer and head, named from the broken conservation laws of a run.
+
+Statistic, of each law's ratio to predicted rounding noise, layer and head: the root mean square over the last
+``WINDOW`` readings, so that one lucky reading names nothing and a weak fault adds up. A ``level`` is that over the
+largest it reached in any reference run, so that every law pays for its own tail: a wild law must not blind the others.
+Alarm: a level above the conformal threshold of the largest level of a calibration run, over laws, layers, heads and
+readings: one rank for all, for n runs support 1 / (n + 1) in all, nothing to share out. No faulty run sets anything.
+
+Verdict, ``WAIT`` readings later, when the window has left the healthy past behind: from the peaks since the alarm,
+
+- the place is where the largest level is: its kind of law, layer and head;
+- in attention the laws of that layer above the threshold are the pattern; the class is the one that needs least change
+  of it, sum of |ln(level / threshold)| over the laws on the wrong side; any at all makes the verdict inexact;
+- elsewhere the law itself names class and part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.alarms import conformal_threshold
+from analysis.align import Aligned
+from analysis.detection import Detection
+from analysis.experiment import Experiment, ScoredRun
+from analysis.fault_truth import HEALTHY, OTHER, Truth, truth
+from analysis.inference import clopper_pearson_interval, wilson_interval
+from analysis.laws import ATTENTION, CLASSES, INPUTS, Law, law_of
+from analysis.tracks import DeclinedSignal, finite_or_inf
+
+WINDOW = 10
+"""Readings; as long as the past of the self track. A truncated bit raises a ratio by a half or more: 10 show that."""
+WAIT = 10
+NO_ALARM = "no alarm"
+FURTHEST = 700.0
+"""|ln| that stands for a level of 0 or infinity."""
+
+
+def rolling_rms(series: Aligned, window: int = WINDOW) -> np.ndarray:
+    """(T, layers, heads): root mean square of the last ``window`` readings of each layer and head.
+
+    NaN where half of them or more are missing, as at the start; Inf from the first on that is not finite.
+    """
+    x = finite_or_inf(series)
+    padded = np.concatenate((np.full((window - 1, *x.shape[1:]), np.nan), x))
+    last = np.lib.stride_tricks.sliding_window_view(padded, window, axis=0) if len(x) else np.empty((*x.shape, 0))
+    present = ~np.isnan(last)
+    count = present.sum(-1)
+    square = np.where(present, last, 0.0) ** 2
+    return np.where(count > window // 2, np.sqrt(square.sum(-1) / np.maximum(count, 1)), np.nan)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """One signal of one run: positions (T,), level (T, layers, heads), and whether layers and heads have numbers."""
+
+    law: Law
+    axes: tuple[str, ...]
+    positions: np.ndarray
+    level: np.ndarray
+
+    def peak(self, first: int, last: int) -> np.ndarray:
+        """(layers, heads): the largest level at positions from first to last; 0 where there is none."""
+        chosen = self.level[(self.positions >= first) & (self.positions <= last)]
+        return np.where(np.isnan(chosen), 0.0, chosen).max(axis=0, initial=0.0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was named: alarm and verdict on the experiment's axis; the rest None where nothing alarmed."""
+
+    alarm: int | None = None
+    verdict: int | None = None
+    site_class: str = NO_ALARM
+    part: str | None = None
+    layer: int | None = None
+    head: int | None = None
+    inexact: bool = False
+    broken: tuple[str, ...] = ()
+
+
+def nearest_class(levels: Mapping[str, float], threshold: float) -> tuple[str, bool]:
+    """The class of attention that the levels of its laws are nearest to, and whether the pattern is not just that.
+
+    A law without a level counts as kept. The class of fewer laws wins a tie.
+    """
+
+    def change(laws: frozenset[str]) -> float:
+        with np.errstate(divide="ignore"):
+            excess = {law: float(np.log(level / threshold)) for law, level in levels.items()}
+        wrong = [min(abs(e), FURTHEST) for law, e in excess.items() if (e > 0) != (law in laws)]
+        return sum(wrong) + FURTHEST * len(laws - set(levels))
+
+    changes = {
+        site_class: change(laws) for site_class, laws in sorted(ATTENTION.items(), key=lambda item: len(item[1]))
+    }
+    best = min(changes, key=lambda site_class: changes[site_class])
+    return best, changes[best] > 0
+
+
+def name_place(signals: Sequence[Levels], threshold: float) -> Verdict:
+    """The verdict on one run; without an alarm it names nothing."""
+    alarms = []
+    for one in signals:
+        above = np.flatnonzero((one.level > threshold).any(axis=(1, 2)))[:1]
+        alarms += [(int(one.positions[i]), int(one.positions[min(i + WAIT, len(one.positions) - 1)])) for i in above]
+    if not alarms:
+        return Verdict()
+    alarm, end = min(alarms)
+    peaks: dict[tuple[Law, tuple[str, ...]], np.ndarray] = {}
+    for one in signals:
+        key, peak = (one.law, one.axes), one.peak(alarm, end)
+        peaks[key] = np.maximum(peaks[key], peak) if key in peaks else peak
+    (law, axes), top = max(peaks.items(), key=lambda item: item[1].max())
+    layer, head = (int(i) for i in np.unravel_index(top.argmax(), top.shape))
+    site_class, part, inexact = law.kind, law.part, False
+    if law.kind == "attention":
+        beside = {other.part: float(peak[layer].max()) for (other, _), peak in peaks.items() if other.kind == law.kind}
+        (site_class, inexact), part = nearest_class(beside, threshold), None
+    return Verdict(
+        alarm,
+        end,
+        site_class,
+        part,
+        layer if "layer" in axes else None,
+        head if "head" in axes else None,
+        inexact,
+        tuple(sorted({str(one) for (one, _), peak in peaks.items() if (peak > threshold).any()})),
+    )
+
+
+@dataclass(frozen=True)
+class Localisation:
+    """Every faulty and healthy test run with what is true of it and what was named.
+
+    table: one row a run, columns as in ``_row``; threshold: of the level; declined: by signal, why it takes no part.
+    """
+
+    table: pd.DataFrame
+    threshold: float
+    declined: Mapping[str, str]
+
+
+def localise(experiment: Experiment) -> Localisation:
+    """Name the place of the fault in every faulty and healthy test run.
+
+    Raises ValueError where no law has a ratio to noise, calibration runs are too few for alpha, or one is not finite.
+    """
+    statistics, declined = _statistics(experiment)
+    if not statistics:
+        raise ValueError("localisation needs a conservation law over its predicted noise: no run has one")
+    by_run = {run.trace.run_id: [found[run.trace.run_id] for found in statistics.values()] for run in experiment.runs}
+    maxima = [_largest(by_run[run.trace.run_id]) for run in experiment.of("calibration")]
+    threshold = conformal_threshold(maxima, experiment.alpha)
+    if not np.isfinite(threshold):
+        raise ValueError("localisation: a calibration run is not finite")
+    rows = [_row(run, name_place(by_run[run.trace.run_id], threshold)) for run in experiment.of("faulty", "test")]
+    table = pd.DataFrame(rows)
+    for column in ("alarm_step", "verdict_step", "named_layer", "named_head"):
+        table[column] = table[column].astype("Int64")
+    for column in ("class_right", "part_right", "layer_right", "head_right"):
+        table[column] = table[column].astype("boolean")
+    return Localisation(table, threshold, declined)
+
+
+def _largest(signals: Sequence[Levels]) -> float:
+    return float(np.nanmax(np.concatenate([one.level.ravel() for one in signals]), initial=-np.inf))
+
+
+def _statistics(experiment: Experiment) -> tuple[dict[str, dict[str, Levels]], dict[str, str]]:
+    """By signal and run, its levels; and what has none."""
+    detection = Detection(experiment, "floor")
+    found, declined = {}, {}
+    for signal, meta in experiment.signals.items():
+        law = law_of(signal)
+        if law is None:
+            continue
+        try:
+            rms = {run: (one.positions, rolling_rms(one)) for run, one in detection.aligned(signal).items()}
+        except DeclinedSignal as reason:
+            declined[signal] = str(reason)
+            continue
+        reference = np.concatenate([rms[run.trace.run_id][1].ravel() for run in experiment.of("reference")])
+        scale = np.nanmax(reference, initial=-np.inf)
+        if not 0 < scale < np.inf:
+            declined[signal] = f"{signal}: no finite level above 0 in the reference runs"
+            continue
+        axes = tuple(meta["axes"])
+        found[signal] = {run: Levels(law, axes, where, level / scale) for run, (where, level) in rms.items()}
+    return found, declined
+
+
+def _row(run: ScoredRun, named: Verdict) -> dict:
+    true = truth(run.trace.manifest["config"]["fault"], run.trace.onset)
+    return {
+        "run_id": run.trace.run_id,
+        "fault": run.fault or HEALTHY,
+        "seed": run.seed,
+        "onset_step": run.onset,
+        "true_class": true.site_class,
+        "true_part": true.part,
+        "true_layers": _joined(true.layers),
+        "true_heads": _joined(true.heads),
+        "alarm_step": named.alarm,
+        "verdict_step": named.verdict,
+        "named_class": named.site_class,
+        "named_part": named.part,
+        "named_layer": named.layer,
+        "named_head": named.head,
+        "inexact": named.inexact,
+        "broken_laws": _joined(named.broken),
+        **_right(true, named, run.onset),
+    }
+
+
+def _joined(values: tuple | None) -> str | None:
+    return None if values is None else "; ".join(str(value) for value in values)
+
+
+def _right(true: Truth, named: Verdict, onset: int | None) -> dict[str, bool | None]:
+    """Whether class, part, layer and head are right; None where there is no telling. An alarm before onset is wrong."""
+    if true.site_class is None:
+        return dict.fromkeys(("class_right", "part_right", "layer_right", "head_right"))
+    if true.site_class in (HEALTHY, OTHER):
+        return {"class_right": named.alarm is None, "part_right": None, "layer_right": None, "head_right": None}
+    timely = named.alarm is not None and named.alarm >= onset
+    parts = (named.part, *INPUTS.get(named.part or "", ()))
+    return {
+        "class_right": timely and named.site_class == true.site_class,
+        "part_right": None
+        if true.part is None
+        else timely and named.site_class == true.site_class and true.part in parts,
+        "layer_right": None if true.layers is None else timely and named.layer in true.layers,
+        "head_right": None
+        if true.heads is None
+        else timely and named.head in true.heads and (true.layers is None or named.layer in true.layers),
+    }
+
+
+def confusion(table: pd.DataFrame) -> pd.DataFrame:
+    """Counts of runs, rows the true class, columns the named one and ``no alarm``; only classes that occur.
+
+    Runs whose true class no derivation gives are left out.
+    """
+    rows = [name for name in (*CLASSES, OTHER, HEALTHY) if (table["true_class"] == name).any()]
+    columns = [name for name in (*CLASSES, NO_ALARM) if name in {*rows, NO_ALARM, *table["named_class"]}]
+    counts = table.groupby(["true_class", "named_class"]).size().unstack(fill_value=0)
+    return counts.reindex(index=rows, columns=columns, fill_value=0).rename_axis(index="true", columns="named")
+
+
+def shares_right(table: pd.DataFrame) -> pd.DataFrame:
+    """By true class: runs, class right with 95 % Clopper-Pearson interval, and of how many part, layer, head are."""
+    rows = []
+    for site_class, runs in table.groupby("true_class", sort=False):
+        right = int(runs["class_right"].sum())
+        low, high = clopper_pearson_interval(right, len(runs))
+        row = {"true_class": site_class, "runs": len(runs), "class_right": right, "low": low, "high": high}
+        for what in ("part", "layer", "head"):
+            known = runs[f"{what}_right"].dropna()
+            row |= {f"{what}_right": int(known.sum()), f"{what}_runs": len(known)}
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("true_class")
+
+
+def sentences(found: Localisation) -> str:
+    """What came out, in two sentences."""
+    broken = found.table[found.table["true_class"].isin(CLASSES)]
+    sound = found.table[found.table["true_class"].isin((HEALTHY, OTHER))]
+
+    def share(runs: pd.DataFrame, what: str) -> str:
+        known = runs[f"{what}_right"].dropna()
+        low, high = wilson_interval(int(known.sum()), len(known))
+        return f"{known.sum()} of {len(known)}" + (f" ({low:.0%} to {high:.0%})" if len(known) else "")
+
+    false = int((~sound["class_right"]).sum())
+    low, high = clopper_pearson_interval(false, len(sound))
+    wrongly = f" ({low:.0%} to {high:.0%})" if len(sound) else ""
+    return (
+        f"The broken laws name the class of the site in {share(broken, 'class')} runs with a broken kernel, its layer "
+        f"in {share(broken, 'layer')} and its head in {share(broken, 'head')} where not all were hit; "
+        f"{int(broken['inexact'].sum())} patterns were inexact. They name a place in {false} of {len(sound)} runs "
+        f"without one{wrongly}" + (f", and take no part: {', '.join(found.declined)}." if found.declined else ".")
+    )

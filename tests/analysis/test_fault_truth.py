@@ -1,0 +1,42 @@
+"""A manifest's fault node says which class of sites it hits, where."""
+
+import pytest
+
+from analysis.fault_truth import HEALTHY, OTHER, Truth, truth
+
+ATTENTION = {"bits": 2, "rounding": "truncate", "phase": "backward", "layers": None, "heads": None, "onset": 0}
+MODULE = {"bits": 2, "rounding": "flip", "share": 0.0, "onset": 0}
+ROUTERS = ["blocks.1.mlp.router", "blocks.0.mlp.router"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ({"sites": ["delta"], **ATTENTION}, Truth("o delta dp ds v")),
+        ({"sites": ["o", "do"], **ATTENTION}, Truth("p s")),  # together they break what P and S break
+        ({"sites": ["dq", "do"], **ATTENTION}, Truth(None)),
+        ({"sites": ["dk"], **ATTENTION | {"layers": [1], "heads": [0, 1]}}, Truth("dk", None, (1,), (0, 1))),
+        ({"sites": ["o"], **ATTENTION | {"phase": "both"}}, Truth(None)),
+        ({"sites": ["o"], **ATTENTION | {"bits": 0}}, Truth(OTHER)),
+        ({"modules": ["blocks.1.mlp.input"], "site": "y", **MODULE}, Truth("linear layer", "input", (1,))),
+        ({"modules": ["blocks.0.mlp.shared.gate"], "site": "dx", **MODULE}, Truth("linear layer", "shared_gate", (0,))),
+        ({"modules": ROUTERS, "site": "dw", **MODULE}, Truth("router", "router", (0, 1))),
+        ({"modules": ["blocks.2.attention.q_norm"], "site": "dx", **MODULE}, Truth("norm", "q", (2,))),
+        ({"modules": ["final_norm"], "site": "y", **MODULE}, Truth("norm", "final")),
+        ({"modules": ["head"], "site": "dy", **MODULE}, Truth("loss kernel", "loss kernel")),
+        ({"modules": ["head"], "site": "dw", **MODULE}, Truth("linear layer", "head")),
+        ({"modules": ["blocks.0.attention.q"], "site": "dy", **MODULE}, Truth(None)),
+        ({"modules": ["tokens"], "site": "y", **MODULE}, Truth(None)),
+        ({"modules": ["head", "final_norm"], "site": "dx", **MODULE}, Truth(None)),
+        ({"factor": 10.0}, Truth(OTHER)),
+        ({"faults": {"a": {"sites": ["dq"], **ATTENTION}, "b": {"factor": 10.0}}}, Truth("dq")),
+        ({"faults": {"a": {"sites": ["dq"], **ATTENTION}, "b": {"sites": ["o"], **ATTENTION}}}, Truth(None)),
+        ({"faults": {"b": {"factor": 10.0}}}, Truth(OTHER)),
+    ],
+)  # fmt: skip
+def test_the_truth_of_a_fault(fault, expected):
+    assert truth(fault, onset=1) == expected
+
+
+def test_without_onset_a_run_is_healthy():
+    assert truth({"_target_": "faults.none.NoFault"}, None) == Truth(HEALTHY)
