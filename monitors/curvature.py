@@ -11,9 +11,13 @@ from torch import Tensor
 from monitors.adam import AdamState
 from monitors.base import Masked, Reading, Signal, StepView
 
-RELATIVE_STEP = 2e-3
-"""Length of the finite-difference step over that of all weights. At 2e-3 a BF16 kernel's rounding, about 1e-3 of the
-gradient, stays small beside the gradient's change, and the third derivative beside the second."""
+RELATIVE_STEP = 2e-4
+"""Length of the finite-difference step over that of all weights. On a trained model of 100,000 parameters with a BF16
+kernel, 1e-4 to 5e-4 agree within 3 %; at 2e-3 the third derivative already shows, and below 1e-5 the kernel's rounding.
+"""
+
+FIRST_ITERATIONS = 4
+"""Power iterations of the first reading, which has no vector to start from but the gradient."""
 
 Objective = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -57,8 +61,8 @@ class GradientCurvature:
 
     ``.preconditioned``: the top eigenvalue of P^-1 H over (2 + 2 beta1) / ((1 - beta1) eta), 38 / eta at 0.9, with
     P = (1 - beta1^t)(sqrt(v_hat) + eps) (Cohen et al., arXiv:2207.14484). From ``power_iterations`` of power iteration
-    on sqrt(eta / P) H sqrt(eta / P), from where the last reading stopped; first from the gradient. It approaches the
-    eigenvalue of the largest magnitude, sign included, from below, over some readings.
+    on sqrt(eta / P) H sqrt(eta / P), from where the last reading stopped; at first ``FIRST_ITERATIONS`` of them, from
+    the gradient. It approaches the eigenvalue of the largest magnitude, sign included, over the readings.
 
     Each Hessian product costs two gradients: 2 + 2 ``power_iterations`` training steps a reading. A zero gradient has
     no curvature: masked. NaN gives NaN, from then on in the second.
@@ -94,8 +98,9 @@ class GradientCurvature:
         """Of sqrt(eta / P) H sqrt(eta / P), by power iteration; keeps the vector for the next reading."""
         scale = torch._foreach_reciprocal(torch._foreach_mul(adam.root, adam.beta1_debias))
         scale = torch._foreach_sqrt(torch._foreach_mul(scale, adam.learning_rate))
-        vector = torch._foreach_mul(scale, adam.gradient) if self._top is None else list(self._top.values())
-        for _ in range(self.power_iterations):
+        first = self._top is None
+        vector = torch._foreach_mul(scale, adam.gradient) if first else list(self._top.values())
+        for _ in range(max(FIRST_ITERATIONS, self.power_iterations) if first else self.power_iterations):
             vector = torch._foreach_div(vector, _norm(vector))
             product = hessian_vector_product(view.objective_at, adam.weight, torch._foreach_mul(scale, vector))
             product = torch._foreach_mul(scale, product)

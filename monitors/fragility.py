@@ -73,7 +73,7 @@ class AttentionFragility:
     early warning; ``.running_max`` the largest ``attn_fragility`` so far, its rule.
 
     rows: batch rows looked at, in turn, 0 for all; the largest value counts. A V of lower rank than it could have
-    gives Inf; all-zero scores, V or W_O leave a head's product masked. NaN gives NaN, and stays in the maximum.
+    gives Inf; an all-zero Q, K or V leaves a head's product masked. NaN gives NaN, and stays in the maximum.
     """
 
     lookbacks = ()

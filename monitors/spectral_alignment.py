@@ -17,24 +17,20 @@ LAYERS = {
 }
 """By suffix, a block's linear layer; experts have no such layer for their MLP."""
 
-SQUARINGS = 12
-
 
 def top_right_singular_vector(weight: Tensor) -> Tensor:
-    """v_1 of W, up to its sign: (..., m, n) -> (..., n), of length 1; NaN for a zero W, NaN or Inf gives NaN.
+    """v_1 of W, up to its sign: (..., m, n) -> (..., n), of length 1, W's dtype. NaN for a zero W, or NaN or Inf in it.
 
-    Power iteration by repeated squaring: (W^T W)^(2^12) has the other directions down to (sigma_2 / sigma_1)^8192, so
-    that a gap of 0.2 % between the first two singular values leaves 1e-7. It takes neither a start nor a memory,
-    and a fifth of the time of an eigendecomposition.
+    The top eigenvector of the smaller Gram matrix, which is exact at any gap and, at these widths, no dearer than the
+    power iterations that a small gap asks for. Of a wide W that is u_1, and W^T u_1 points along v_1.
     """
-    power = weight.mT @ weight
-    for _ in range(SQUARINGS):
-        power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        power = power @ power
-    # Of lambda v v^T, the column at the largest |v_i|: it is the least rounded.
-    largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
-    column = power.gather(-1, largest[..., None, None].expand(*power.shape[:-1], 1)).squeeze(-1)
-    return column / torch.linalg.vector_norm(column, dim=-1, keepdim=True)
+    wide = weight.shape[-2] < weight.shape[-1]
+    gram = weight @ weight.mT if wide else weight.mT @ weight
+    broken = ~torch.isfinite(gram).all(-1).all(-1)
+    top = torch.linalg.eigh(torch.where(broken[..., None, None], 0.0, gram)).eigenvectors[..., -1]
+    along = (weight.mT @ top[..., None]).squeeze(-1) if wide else top * (gram != 0).any(-1).any(-1)[..., None]
+    along = along / torch.linalg.vector_norm(along, dim=-1, keepdim=True)
+    return torch.where(broken[..., None], torch.nan, along)
 
 
 def majority_fraction(projection: Tensor) -> Tensor:

@@ -39,8 +39,16 @@ def healthy(make_run, tmp_path):
     return run, trace.read(tmp_path / run.run_id).signals
 
 
-def test_every_signal_is_alive_on_a_healthy_run(healthy):
+ONLY_DENSE = ("spectral_alignment.mlp_input", "spectral_alignment.mlp_output")
+"""Signals of a part that experts replace."""
+
+
+def test_every_signal_is_alive_on_a_healthy_run(healthy, make_run, tmp_path):
     run, signals = healthy
+    dense = make_run("train.steps=60")
+    train(dense, tmp_path)
+    assert not set(ONLY_DENSE) & set(signals)
+    signals = signals | {name: trace.read(tmp_path / dense.run_id).signals[name] for name in ONLY_DENSE}
     for monitor in run.monitors.values():
         for signal in monitor.signals:
             series = signals[signal.name]
