@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +30,7 @@ from experiments.cli import CONF
 from experiments.optimizer import adamw
 from experiments.trace import write_whole
 from models.corruption import Corrupted
+from models.objective import objective_at
 from models.taps import Taps
 from monitors.base import StepView, tapped
 from monitors.spectra import qk_increment
@@ -62,7 +64,20 @@ def _step_of(run: Run, places: Iterable[str] = ()) -> Callable[[int], StepView]:
         norm = torch.nn.utils.clip_grad_norm_(parameters, run.train.clip)
         optimizer.step()
         model.update_balance(routings, sites.balance_scale)
-        return StepView(index + 1, index + 1, loss.detach(), norm, model, history, routings, taps)
+        objective = partial(objective_at, model, batch, sites.numerics, sites.balance_scale)
+        return StepView(
+            index + 1,
+            index + 1,
+            loss.detach(),
+            norm,
+            model,
+            history,
+            routings,
+            taps,
+            optimizer,
+            sites.numerics,
+            objective,
+        )
 
     return step
 

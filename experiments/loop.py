@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from experiments.build import ROOT, Run
 from experiments.optimizer import adamw, learning_rate, set_learning_rate
 from faults.base import Sites
 from models.corruption import Corrupted
+from models.objective import objective_at
 from models.taps import Taps
 from monitors.base import Masked, Reading, Signal, StepView, state_of, tapped
 
@@ -268,7 +270,10 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
 
         history.record(now, model)
         finite = finite & torch.isfinite(loss.detach())
-        view = StepView(now, tokens, loss.detach(), grad_norm, model, history, routings, taps)
+        objective = partial(objective_at, model, batch, sites.numerics, sites.balance_scale)
+        view = StepView(
+            now, tokens, loss.detach(), grad_norm, model, history, routings, taps, optimizer, sites.numerics, objective
+        )
         readings: dict[str, Reading] = {}
         for monitor in observers:
             seen = monitor.observe(view)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.moe import Routing
+from models.numerics import HEALTHY, AttentionNumerics
 from models.taps import NO_TAPS, Taps
 from models.transformer import Transformer
 
@@ -110,7 +111,10 @@ class StepView:
     step: updates applied so far, this one included; tokens: training tokens seen so far;
     loss: this batch's mean NLL (0-dim, nats); grad_norm: global L2 norm before the clip (0-dim);
     model: after the update; history: earlier weights, by ``Lookback``; routings: what each layer's router
-    did with this batch, before the update; empty for a dense model; taps: what a monitor with ``taps`` asked for.
+    did with this batch, before the update; empty for a dense model; taps: what a monitor with ``taps`` asked for;
+    optimizer: after the update, each ``grad`` still as it took it, clipped; numerics: what this step's attention was
+    made to do, for oracles alone; objective_at: this step's training objective, NLL plus auxiliary losses on its batch
+    and kernel, as a differentiable function of all weights by name (``models.objective``).
     """
 
     step: int
@@ -121,6 +125,9 @@ class StepView:
     history: WeightHistory
     routings: tuple[Routing, ...] = ()
     taps: Taps = NO_TAPS
+    optimizer: torch.optim.AdamW | None = None
+    numerics: AttentionNumerics = HEALTHY
+    objective_at: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
     def weights_before(self, steps: int) -> Mapping[str, Tensor] | None:
         """Weights ``steps`` updates ago, or None where the run is younger than that."""
@@ -136,7 +143,8 @@ class Monitor(Protocol):
     device: no ``.item()``. A signal that has no reading yet is left out.
     A monitor with memory also has ``state_dict`` and ``load_state_dict``; one that reads routers says so
     by a class attribute ``needs_experts = True``; one that reads activations or their gradients names the places
-    (``models.taps.PLACES``) in an attribute ``taps``.
+    (``models.taps.PLACES``) in an attribute ``taps``; one that is told the fault, a bound and no rival, says so by
+    ``oracle = True``.
     """
 
     signals: Sequence[Signal]

@@ -31,6 +31,12 @@ SHORT_WINDOWS = [
     "monitor.qk_increment.windows=[2,10]",
     "monitor.random_matrix.every_steps=5",
     "monitor.random_matrix.window=10",
+    *(f"monitor.{name}.every_steps=5" for name in ("attention_scores", "attn_fragility", "delta_bias_oracle")),
+    *(f"monitor.{name}.every_steps=5" for name in ("adam_update_rms", "output_log_z", "spectral_alignment")),
+    "monitor.spectral_norm.every_steps=5",
+    "monitor.gradient_curvature.every_steps=10",
+    "monitor.spike_score.window=20",
+    "monitor.spike_score.minimum=10",
 ]
 
 

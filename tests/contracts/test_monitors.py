@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,8 @@ import torch
 from experiments import trace
 from experiments.build import ROOT
 from experiments.loop import train
+from models.numerics import HEALTHY
+from models.objective import objective_at
 from models.taps import Taps
 from monitors.base import Monitor, StepView, tapped
 
@@ -36,8 +39,16 @@ def healthy(make_run, tmp_path):
     return run, trace.read(tmp_path / run.run_id).signals
 
 
-def test_every_signal_is_alive_on_a_healthy_run(healthy):
+ONLY_DENSE = ("spectral_alignment.mlp_input", "spectral_alignment.mlp_output")
+"""Signals of a part that experts replace."""
+
+
+def test_every_signal_is_alive_on_a_healthy_run(healthy, make_run, tmp_path):
     run, signals = healthy
+    dense = make_run("train.steps=60")
+    train(dense, tmp_path)
+    assert not set(ONLY_DENSE) & set(signals)
+    signals = signals | {name: trace.read(tmp_path / dense.run_id).signals[name] for name in ONLY_DENSE}
     for monitor in run.monitors.values():
         for signal in monitor.signals:
             series = signals[signal.name]
@@ -71,14 +82,19 @@ def test_observing_changes_nothing(make_run, name):
     for step in range(11):
         history.record(step, model)
         if step < 10:
+            batch = torch.from_numpy(run.corpus.batch(0, step, 4))
+            optimizer.zero_grad()
             with Taps(model, tapped([monitor])) as taps:
-                loss, auxiliary, routings = model.objective(torch.from_numpy(run.corpus.batch(0, step, 4)))
+                loss, auxiliary, routings = model.objective(batch)
                 (loss + auxiliary).backward()
             optimizer.step()
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), history.state_dict()))
     gradients = [p.grad.clone() for p in model.parameters()]
     random = torch.get_rng_state()
-    view = StepView(10, 640, loss.detach(), torch.ones(()), model, history, routings, taps)
+    objective = partial(objective_at, model, batch, HEALTHY, 1.0)
+    view = StepView(
+        10, 640, loss.detach(), torch.ones(()), model, history, routings, taps, optimizer, HEALTHY, objective
+    )
     assert monitor.observe(view)
     torch.testing.assert_close(
         (model.state_dict(), optimizer.state_dict(), history.state_dict()), state, rtol=0, atol=0

@@ -1,14 +1,18 @@
 """A tiny model whose weights are set by hand, and what a monitor sees of it."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from models.moe import Routing
+from models.numerics import HEALTHY, AttentionNumerics
+from models.objective import objective_at
+from models.taps import Taps
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import Monitor, StepView, WeightHistory
+from monitors.base import Monitor, StepView, WeightHistory, tapped
 
 torch.set_num_threads(1)
 
@@ -57,3 +61,51 @@ class TinyRun:
 @pytest.fixture
 def tiny_run() -> type[TinyRun]:
     return TinyRun
+
+
+class TrainedSteps:
+    """Trains a model on random tokens, clipped, and shows each step as the loop does.
+
+    ``model`` and ``optimizer`` may be changed between steps; dtype: of the weights.
+    """
+
+    def __init__(
+        self,
+        *monitors: Monitor,
+        dtype: torch.dtype = torch.float32,
+        numerics: AttentionNumerics = HEALTHY,
+        **changes,
+    ) -> None:
+        config = TransformerConfig(**TINY | {"context_length": 16, "d_ff": 32} | changes)
+        self.model = Transformer(config).initialise(torch.Generator().manual_seed(0)).to(dtype)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+        self.places, self.numerics, self.step = tapped(monitors), numerics, 0
+
+    def next(self) -> StepView:
+        T, generator = self.model.config.context_length, torch.Generator().manual_seed(self.step)
+        tokens = torch.randint(self.model.config.vocab_size, (3, T + 1), generator=generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        with Taps(self.model, self.places) as taps:
+            loss, auxiliary, routings = self.model.objective(tokens, self.numerics)
+            (loss + auxiliary).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
+        self.optimizer.step()
+        self.step += 1
+        return StepView(
+            self.step,
+            self.step * tokens[:, 1:].numel(),
+            loss.detach(),
+            norm,
+            self.model,
+            WeightHistory([]),
+            routings,
+            taps,
+            self.optimizer,
+            self.numerics,
+            partial(objective_at, self.model, tokens, self.numerics, 1.0),
+        )
+
+
+@pytest.fixture
+def trained_steps() -> type[TrainedSteps]:
+    return TrainedSteps

@@ -1,0 +1,82 @@
+"""AdamW's own numbers after an update, and the size of that update for each tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monitors.base import Reading, Signal, StepView
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """What the last update was made of, by parameter name, in the model's order.
+
+    gradient: as Adam took it, after the clip; root: sqrt(v / (1 - beta2^t)) + eps, what it divided by; learning_rate:
+    of each tensor's group; beta1; beta1_debias: 1 - beta1^t, 0-dim.
+    """
+
+    weight: dict[str, Tensor]
+    gradient: list[Tensor]
+    root: list[Tensor]
+    learning_rate: list[float]
+    beta1: float
+    beta1_debias: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, view: StepView) -> AdamState:
+        """Raises ValueError where the view has no optimizer."""
+        if view.optimizer is None:
+            raise ValueError("this monitor reads AdamW's state, and the step's view has no optimizer")
+        groups = {parameter: group for group in view.optimizer.param_groups for parameter in group["params"]}
+        weight = dict(view.model.named_parameters())
+        first = next(iter(weight.values()))
+        (beta1, beta2), eps = groups[first]["betas"], groups[first]["eps"]
+        state = view.optimizer.state
+        steps = state[first]["step"].to(first.device)
+        root = torch._foreach_sqrt([state[parameter]["exp_avg_sq"] for parameter in weight.values()])
+        torch._foreach_div_(root, (1 - beta2**steps).sqrt())
+        torch._foreach_add_(root, eps)
+        return cls(
+            {name: parameter.detach() for name, parameter in weight.items()},
+            [parameter.grad for parameter in weight.values()],
+            root,
+            [groups[parameter]["lr"] for parameter in weight.values()],
+            beta1,
+            1 - beta1**steps,
+        )
+
+
+class AdamUpdateRMS:
+    """``adam_update_rms``: sqrt(mean(g^2 / v)) over a tensor, the largest of each layer's. Bad: up.
+
+    v: Adam's second moment, debiased, this step's gradient included; g: as Adam took it, after the clip. Near 1
+    while v keeps up with the gradients; above 2.3 it is out of date, which goes before a loss spike (StableAdamW,
+    Wortsman et al., arXiv:2304.13013, RMS_t; there g^2 / max(v, eps^2), here g^2 / (sqrt(v) + eps)^2 as the update
+    has it). ``.embedding``: the largest of the tensors outside the layers but the last norm: tokens, positions and an
+    untied head, what the source watches in its patch embedding. In [0, 1 / sqrt(1 - beta2)]; NaN gives NaN.
+    """
+
+    lookbacks = ()
+
+    def __init__(self, every_steps: int) -> None:
+        self.signals = (
+            Signal("adam_update_rms", "1", "up", ("layer",), every_steps),
+            Signal("adam_update_rms.embedding", "1", "up", every_steps=every_steps),
+        )
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        adam = AdamState.of(view)
+        norms = torch.stack(torch._foreach_norm(torch._foreach_div(adam.gradient, adam.root)))
+        sizes = torch.tensor([weight.numel() for weight in adam.weight.values()], device=norms.device)
+        rms = norms / sizes.sqrt()
+        of_layer: dict[str, list[int]] = {}
+        for index, name in enumerate(adam.weight):
+            part = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else name.split(".")[0]
+            of_layer.setdefault("embedding" if part in ("tokens", "positions", "head") else part, []).append(index)
+        layers = [rms[of_layer[f"blocks.{layer}"]].amax() for layer in range(view.model.config.n_layers)]
+        return {"adam_update_rms": torch.stack(layers), "adam_update_rms.embedding": rms[of_layer["embedding"]].amax()}

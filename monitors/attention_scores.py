@@ -1,0 +1,56 @@
+"""Attention's scores, recomputed from a tap: how large they get, and how sharp the attention is that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from models.taps import Tap
+from monitors.base import Reading, Signal, StepView
+from monitors.batch_rows import RowsInTurn
+
+
+def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of every layer as its kernel received them, (layers, rows, heads, T, D)."""
+    q, k, v = (torch.stack([tap.module.stored(tap.inputs[i][rows]) for tap in taps]) for i in range(3))
+    return q, k, v
+
+
+def causal_scores(q: Tensor, k: Tensor) -> Tensor:
+    """S = q k^T / sqrt(D) where a query may look, -inf at later keys. q, k: (..., T, D) -> (..., T, T)."""
+    T, D = q.shape[-2:]
+    mask = torch.full((1, T, T), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
+    scores = torch.baddbmm(mask, q.reshape(-1, T, D), k.reshape(-1, T, D).mT, alpha=1 / math.sqrt(D))
+    return scores.view(*q.shape[:-1], T)
+
+
+class AttentionScores:
+    """``max_attn_logit`` and ``attn_entropy``, per layer and head, from one recomputation of the scores.
+
+    ``max_attn_logit``: the largest causal q.k / sqrt(D), as QK-clip watches it (Kimi K2, arXiv:2507.20534). Bad: up.
+    ``attn_entropy``: mean over queries of -sum_j P_ij ln P_ij, in nats, from 0 to the mean of ln(i + 1) (Zhai et al.,
+    arXiv:2303.06296: a collapse towards 0 goes before divergence). Bad: both.
+
+    rows: how many rows of the batch are looked at, in turn; 0 for all. NaN in q or k gives NaN.
+    """
+
+    lookbacks = ()
+    taps = ("dot_product",)
+
+    def __init__(self, every_steps: int, rows: int) -> None:
+        self.rows = RowsInTurn(rows, every_steps)
+        self.signals = (
+            Signal("max_attn_logit", "1", "up", ("layer", "head"), every_steps),
+            Signal("attn_entropy", "nats", "both", ("layer", "head"), every_steps),
+        )
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        taps = view.taps.at("dot_product").values()
+        q, k, _ = tapped_inputs(taps, self.rows.at(view.step, len(next(iter(taps)).output)))
+        scores = causal_scores(q, k)
+        entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
+        return {"max_attn_logit": scores.amax((1, 3, 4)), "attn_entropy": entropy.mean((1, 3))}

@@ -1,0 +1,49 @@
+"""The oracle of broken attention: the error that the fault itself puts into the backward's delta."""
+
+from __future__ import annotations
+
+import torch
+
+from monitors.attention_scores import causal_scores, tapped_inputs
+from monitors.base import Reading, Signal, StepView
+from monitors.batch_rows import RowsInTurn
+
+
+class DeltaBiasOracle:
+    """``delta_bias_oracle``: sum over tokens of delta_faulty - delta_FP32, per layer and head. Bad: both.
+
+    An ORACLE: it is told which operations this step's fault does to ``o``, ``do`` and ``delta`` in the backward, and
+    does them again, so it bounds what a monitor could know and is no rival. delta = rowsum(dO * O) enters dS, and its
+    errors of one sign do not cancel over tokens and steps (Qiu & Yao, arXiv:2510.04212). delta_FP32 comes from a shadow
+    O = softmax(S) V in FP32 and the unrounded dO; so a healthy BF16 kernel reads its natural rounding, and not 0.
+
+    rows: how many rows of the batch are looked at, in turn, 0 for all; the sum over the whole batch is estimated from
+    them. In nats. The saved O is taken to be the forward's output: a forward fault on ``o``, which a kernel does
+    not save, would show here though the backward does not feel it. NaN and Inf propagate.
+    """
+
+    lookbacks = ()
+    taps = ("dot_product",)
+    oracle = True
+
+    def __init__(self, every_steps: int, rows: int) -> None:
+        self.rows = RowsInTurn(rows, every_steps)
+        self.signals = (Signal("delta_bias_oracle", "nats", "both", ("layer", "head"), every_steps),)
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        taps = view.taps.at("dot_product").values()
+        batch = len(next(iter(taps)).output)
+        rows = self.rows.at(view.step, batch)
+        q, k, v = tapped_inputs(taps, rows)
+        shadow_o = causal_scores(q, k).softmax(-1) @ v
+        bias = []
+        for layer, (tap, clean_o) in enumerate(zip(taps, shadow_o, strict=True)):
+            numerics, o, do = view.numerics.layer(layer), tap.output[rows], tap.output_grad[rows]
+            reached = torch.zeros((), dtype=torch.int64, device=o.device)  # the run's own counter counts once
+
+            read_o = numerics.apply("o", "backward", o, reached)
+            read_do = numerics.apply("do", "backward", tap.module.stored(do), reached)
+            delta = numerics.apply("delta", "backward", (read_do * read_o).sum(-1, keepdim=True), reached)
+            bias.append((delta.squeeze(-1) - (do * clean_o).sum(-1)).sum(-1).mean(0) * batch)
+        return {"delta_bias_oracle": torch.stack(bias)}

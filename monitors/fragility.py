@@ -1,0 +1,113 @@
+"""Numerical fragility of attention: by how much its forward may amplify a rounding error."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monitors.attention_scores import causal_scores, tapped_inputs
+from monitors.attention_update import attention_weights, stack_matrix
+from monitors.base import Masked, Reading, Signal, StepView
+from monitors.batch_rows import RowsInTurn
+from monitors.spectra import singular_values
+
+BISECTIONS = 40
+"""Halvings of an interval no longer than 1: about 1e-12."""
+
+
+def softmax_jacobian_norm(p: Tensor) -> Tensor:
+    """||diag(p) - p p^T||_2 of probabilities p (..., n), FP64 -> (...), in [0, 1/2].
+
+    The eigenvalues solve sum_i p_i^2 / (p_i - x) = 1. The left side grows between two neighbouring p, so the largest
+    eigenvalue lies between the second largest p and the largest, and bisection finds it. NaN gives NaN.
+    """
+    high, low = p.topk(2, dim=-1).values.unbind(-1)
+    broken = p.sum(-1) * 0.0  # a NaN would lose every comparison below
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        beyond = (p.square() / (p - middle[..., None])).nansum(-1) > 1
+        low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+    return (low + high) / 2 + broken
+
+
+def softmax_condition(scores: Tensor) -> Tensor:
+    """kappa_softmax = max_i ||J_i||_2 ||S_i|| / ||P_i||, J_i the Jacobian of a row's softmax: (..., T, T) -> (...).
+
+    S_i: the scores that a query sees; -inf for the others. The first row, which sees one key, adds 0.
+    """
+    p = scores.softmax(-1)
+    size = torch.linalg.vector_norm(scores.masked_fill(scores == -math.inf, 0.0), dim=-1)
+    return (softmax_jacobian_norm(p) * size / torch.linalg.vector_norm(p, dim=-1)).amax(-1)
+
+
+def _top(matrix: Tensor) -> Tensor:
+    return singular_values(matrix)[..., 0]
+
+
+def score_condition(q: Tensor, k: Tensor) -> Tensor:
+    """kappa_score = ||Q||_2 ||K||_2 / ||Q K^T||_2, (..., T, D) -> (...), at least 1; NaN for a zero product.
+
+    Q K^T has the singular values of A^(1/2) B A^(1/2), D x D, with A = Q^T Q and B = K^T K.
+    """
+    value, vector = torch.linalg.eigh(_finite(q.mT @ q))
+    root = (vector * value.clamp_min(0.0).sqrt()[..., None, :]) @ vector.mT
+    product = torch.linalg.eigvalsh(_finite(root @ (k.mT @ k) @ root))[..., -1].clamp_min(0.0).sqrt()
+    return _top(q) * _top(k) / product
+
+
+def _finite(symmetric: Tensor) -> Tensor:
+    """With zeros for what LAPACK would refuse; the norms beside it stay NaN and so does the result."""
+    return torch.where(torch.isfinite(symmetric), symmetric, 0.0)
+
+
+class AttentionFragility:
+    """``attn_fragility``: kappa_softmax (1 + kappa_score) kappa(V) ||W_O||_2, per layer and head. Bad: up.
+
+    Source: Baek, arXiv:2510.21770, the combined predictor of the low-precision forward error of a layer, with its
+    factors taken as relative condition numbers in the spectral norm: ``softmax_condition``, ``score_condition``,
+    kappa(V) = sigma_max / sigma_min. Here each head has its own, and W_O is the head's block of columns, since one
+    head may collapse alone; the source takes a layer as a whole. ``.softmax`` is kappa_softmax by itself, the source's
+    early warning; ``.running_max`` the largest ``attn_fragility`` so far, its rule.
+
+    rows: batch rows looked at, in turn, 0 for all; the largest value counts. A V of lower rank than it could have
+    gives Inf; an all-zero Q, K or V leaves a head's product masked. NaN gives NaN, and stays in the maximum.
+    """
+
+    lookbacks = ()
+    taps = ("dot_product",)
+
+    def __init__(self, every_steps: int, rows: int) -> None:
+        self.rows = RowsInTurn(rows, every_steps)
+        self._peak: Tensor | None = None
+        self.signals = tuple(
+            Signal(f"attn_fragility{suffix}", "1", "up", ("layer", "head"), every_steps)
+            for suffix in ("", ".softmax", ".running_max")
+        )
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        taps = view.taps.at("dot_product").values()
+        rows = self.rows.at(view.step, len(next(iter(taps)).output))
+        q, k, v = (x.double() for x in tapped_inputs(taps, rows))
+        config = view.model.config
+        w_o = stack_matrix(attention_weights(view.model), config.n_layers, "o").unflatten(-2, (config.n_heads, -1))
+        softmax, values = softmax_condition(causal_scores(q, k)), singular_values(v)
+        product = softmax * (1 + score_condition(q, k)) * values[..., 0] / values[..., -1] * _top(w_o)[:, None]
+        empty = ((q == 0).all(-1).all(-1) | (k == 0).all(-1).all(-1) | (v == 0).all(-1).all(-1)).any(1)
+        fragility = product.amax(1)
+        seen = torch.where(empty, 0.0, fragility)
+        self._peak = seen if self._peak is None else torch.maximum(self._peak, seen)
+        return {
+            "attn_fragility": Masked(fragility, empty),
+            "attn_fragility.softmax": softmax.amax(1),
+            "attn_fragility.running_max": self._peak,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"peak": self._peak}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._peak = state["peak"]

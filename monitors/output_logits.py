@@ -1,0 +1,30 @@
+"""The size of the output logits, which the loss does not hold in place."""
+
+from __future__ import annotations
+
+import torch
+
+from monitors.base import Reading, Signal, StepView
+from monitors.batch_rows import RowsInTurn
+
+
+class OutputLogZ:
+    """``output_log_z``: mean over tokens of (ln Z)^2, Z = sum_v exp(logit_v). Bad: up.
+
+    The softmax ignores a shift of all logits, so nothing but a z-loss keeps ln Z near 0; its drift goes before
+    divergence in low precision (Wortsman et al., arXiv:2309.14322). In nats squared, from 0; NaN gives NaN.
+    rows: how many rows of the batch are looked at, in turn; 0 for all.
+    """
+
+    lookbacks = ()
+    taps = ("linear",)
+
+    def __init__(self, every_steps: int, rows: int) -> None:
+        self.rows = RowsInTurn(rows, every_steps)
+        self.signals = (Signal("output_log_z", "nats^2", "up", every_steps=every_steps),)
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        logits = view.taps.at("linear")["head"].output
+        chosen = logits[self.rows.at(view.step, len(logits))]
+        return {"output_log_z": chosen.logsumexp(-1).square().mean()}

@@ -1,0 +1,69 @@
+"""Spectral alignment: whether all tokens meet a layer's strongest direction with the same sign."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from monitors.base import Masked, Reading, Signal, StepView
+
+LAYERS = {
+    "q": "attention.q",
+    "k": "attention.k",
+    "v": "attention.v",
+    "o": "attention.o",
+    "mlp_input": "mlp.input",
+    "mlp_output": "mlp.output",
+}
+"""By suffix, a block's linear layer; experts have no such layer for their MLP."""
+
+
+def top_right_singular_vector(weight: Tensor) -> Tensor:
+    """v_1 of W, up to its sign: (..., m, n) -> (..., n), of length 1, W's dtype. NaN for a zero W, or NaN or Inf in it.
+
+    The top eigenvector of the smaller Gram matrix, which is exact at any gap and, at these widths, no dearer than the
+    power iterations that a small gap asks for. Of a wide W that is u_1, and W^T u_1 points along v_1.
+    """
+    wide = weight.shape[-2] < weight.shape[-1]
+    gram = weight @ weight.mT if wide else weight.mT @ weight
+    broken = ~torch.isfinite(gram).all(-1).all(-1)
+    top = torch.linalg.eigh(torch.where(broken[..., None, None], 0.0, gram)).eigenvectors[..., -1]
+    along = (weight.mT @ top[..., None]).squeeze(-1) if wide else top * (gram != 0).any(-1).any(-1)[..., None]
+    along = along / torch.linalg.vector_norm(along, dim=-1, keepdim=True)
+    return torch.where(broken[..., None], torch.nan, along)
+
+
+def majority_fraction(projection: Tensor) -> Tensor:
+    """Share of the tokens with the more frequent sign, (..., tokens) -> (...), in [0.5, 1]; a zero counts half."""
+    return (1 + projection.sign().mean(-1).abs()) / 2
+
+
+class SpectralAlignment:
+    """``spectral_alignment``: share of tokens with the majority sign of cos(x, v_1), per layer, in [0.5, 1]. Bad: up.
+
+    x: the layer's inputs, one a token; v_1: the top right singular vector of the weight that they met. When the signs
+    lose their diversity, every token pushes the weight's strongest direction the same way and its spectral norm grows
+    (Qiu et al., arXiv:2510.04202). Suffixes as in ``LAYERS``; a model with experts has no ``mlp_*``. A zero weight has
+    no direction: masked. NaN in weight or inputs gives NaN.
+    """
+
+    lookbacks = ()
+    taps = ("linear",)
+
+    def __init__(self, every_steps: int) -> None:
+        self.signals = tuple(Signal(f"spectral_alignment.{s}", "1", "up", ("layer",), every_steps) for s in LAYERS)
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        linear, n_layers = view.taps.at("linear"), view.model.config.n_layers
+        readings: dict[str, Reading] = {}
+        for suffix, module in LAYERS.items():
+            if f"blocks.0.{module}" not in linear:
+                continue
+            taps = [linear[f"blocks.{layer}.{module}"] for layer in range(n_layers)]
+            weight = torch.stack([tap.weight for tap in taps])
+            inputs = torch.stack([tap.inputs[0].flatten(0, -2) for tap in taps])
+            projection = (inputs @ top_right_singular_vector(weight)[..., None]).squeeze(-1)
+            undefined = (weight == 0).all(-1).all(-1)
+            readings[f"spectral_alignment.{suffix}"] = Masked(majority_fraction(projection), undefined)
+        return readings

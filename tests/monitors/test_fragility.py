@@ -1,0 +1,109 @@
+"""Attention's condition numbers against dense Jacobians and singular values."""
+
+import math
+
+import pytest
+import torch
+
+from monitors.attention_scores import causal_scores
+from monitors.fragility import AttentionFragility, score_condition, softmax_condition, softmax_jacobian_norm
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def jacobian(p):
+    return torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.1, 1.0, 5.0, 50.0])
+def test_the_jacobian_s_norm_is_its_largest_eigenvalue(sharpness):
+    p = (sharpness * draw(20, 9)).softmax(-1)
+    expected = torch.linalg.eigvalsh(jacobian(p))[:, -1]
+    torch.testing.assert_close(softmax_jacobian_norm(p), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("p", "norm"),
+    [
+        ([1.0, 0.0, 0.0], 0.0),
+        ([0.5, 0.5, 0.0], 0.5),  # the largest there is
+        ([0.25] * 4, 0.25),
+        ([0.7, 0.3], 0.42),  # 2 p (1 - p)
+    ],
+)
+def test_jacobians_of_known_norm(p, norm):
+    assert softmax_jacobian_norm(torch.tensor(p).double()).item() == pytest.approx(norm, abs=1e-7)
+
+
+def test_softmax_condition_is_that_of_the_worst_query():
+    scores = causal_scores(3 * draw(2, 6, 4), draw(2, 6, 4, seed=1))
+    for one, got in zip(scores, softmax_condition(scores), strict=True):
+        queries = []
+        for i in range(6):
+            seen = one[i, : i + 1]
+            p = seen.softmax(0)
+            queries.append(float(torch.linalg.matrix_norm(jacobian(p), 2) * seen.norm() / p.norm()))
+        assert got.item() == pytest.approx(max(queries), rel=1e-8)
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 9])
+def test_score_condition_is_the_ratio_of_spectral_norms(tokens):
+    q, k = draw(5, tokens, 4), draw(5, tokens, 4, seed=1)
+    norm = torch.linalg.matrix_norm
+    torch.testing.assert_close(score_condition(q, k), norm(q, 2) * norm(k, 2) / norm(q @ k.mT, 2), rtol=1e-7, atol=0)
+    torch.testing.assert_close(score_condition(q, q), torch.ones(5).double(), rtol=1e-7, atol=0)
+
+
+def test_the_reading_is_the_product_of_its_factors(trained_steps):
+    monitor = AttentionFragility(1, 0)
+    run = trained_steps(monitor, init_std=0.3)
+    view = run.next()
+    got = monitor.observe(view)
+    for layer, (tap, block) in enumerate(zip(view.taps.at("dot_product").values(), run.model.blocks, strict=True)):
+        for head in range(2):
+            w_o = block.attention.o.weight.detach().double()[:, 8 * head : 8 * head + 8]
+            rows = []
+            for row in range(3):
+                q, k, v = (tap.module.stored(x)[row, head].double() for x in tap.inputs)
+                product = softmax_condition(causal_scores(q, k)) * (1 + score_condition(q, k))
+                rows.append(float(product * torch.linalg.cond(v) * torch.linalg.matrix_norm(w_o, 2)))
+            assert got["attn_fragility"].value[layer, head].item() == pytest.approx(max(rows), rel=1e-4)
+
+
+def test_the_running_maximum_never_falls_and_survives_a_checkpoint(trained_steps):
+    monitor = AttentionFragility(1, 1)
+    run = trained_steps(monitor, init_std=0.3)
+    first, second = (monitor.observe(run.next()) for _ in range(2))
+    largest = torch.maximum(first["attn_fragility"].value, second["attn_fragility"].value)
+    assert torch.equal(second["attn_fragility.running_max"], largest)
+    resumed = AttentionFragility(1, 1)
+    resumed.load_state_dict(monitor.state_dict())
+    view = run.next()
+    kept, found = (one.observe(view)["attn_fragility.running_max"] for one in (monitor, resumed))
+    assert torch.equal(kept, found) and (kept >= largest).all()
+
+
+def test_zero_values_have_no_condition(trained_steps):
+    monitor = AttentionFragility(1, 0)
+    run = trained_steps(monitor, init_std=0.3)
+    with torch.no_grad():
+        run.model.blocks[0].attention.v.weight[:8] = 0.0
+    got = monitor.observe(run.next())
+    assert got["attn_fragility"].undefined.tolist() == [[True, False], [False, False]]
+    assert got["attn_fragility"].value[~got["attn_fragility"].undefined].isfinite().all()
+    assert got["attn_fragility.running_max"].isfinite().all()
+
+
+def test_nan_is_a_reading_and_stays_in_the_maximum(trained_steps):
+    monitor = AttentionFragility(1, 0)
+    run = trained_steps(monitor, init_std=0.3)
+    healthy = monitor.observe(run.next())
+    with torch.no_grad():
+        run.model.blocks[1].attention.k.weight[8:] = math.nan  # the last layer's second head
+    broken = monitor.observe(run.next())
+    assert broken["attn_fragility.softmax"].isnan().tolist() == [[False, False], [False, True]]
+    assert broken["attn_fragility"].value[1, 1].isnan() and not broken["attn_fragility"].undefined.any()
+    assert healthy["attn_fragility.running_max"].isfinite().all()
+    assert broken["attn_fragility.running_max"][1, 1].isnan()
