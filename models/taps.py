@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from models.attention import DotProduct
+from models.moe import GroupedLinear
 
 PLACES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "dot_product": (DotProduct,),
-    "linear": (nn.Linear,),
+    "linear": (nn.Linear, GroupedLinear),
     "norm": (nn.LayerNorm, nn.RMSNorm),
 }
 """What can be tapped: q, k, v and o of attention's dot product, after RoPE and QK-norm; every linear layer, the
-router and the head among them; every norm."""
+router, the experts and the head among them; every norm."""
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Taps:
                 if isinstance(tap.module, PLACES["norm"]):
                     self._handles.append(tap.module.register_forward_pre_hook(_alias_inputs))
                 self._handles.append(tap.module.register_forward_hook(_watch(tap)))
-                if isinstance(tap.module, nn.Linear):
+                if isinstance(tap.module, PLACES["linear"]):
                     tap.weight = tap.module.weight.detach().clone()
                     self._handles.append(tap.module.weight.register_hook(_keep(tap, "weight_grad", copy=True)))
         return self
