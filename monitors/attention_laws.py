@@ -9,8 +9,9 @@ from torch import Tensor
 
 from monitors import conservation, rounding
 from monitors.base import Reading, Signal, StepView
+from monitors.batch_rows import check_rows, in_turn
 from monitors.conservation import relative
-from monitors.rounding import DotProductStep
+from monitors.rounding import OVER_NOISE, DotProductStep
 
 Law = Callable[[DotProductStep], conservation.Broken]
 Noise = Callable[[DotProductStep], Tensor]
@@ -43,8 +44,6 @@ LAWS: Mapping[str, tuple[Law, Noise]] = {
 }
 """By signal: by how much its law is broken, and the mean square that rounding alone gives that; each (B, G)."""
 
-OVER_NOISE = "over_noise"
-
 
 class AttentionLaws:
     """The laws of ``monitors.conservation`` that hold inside attention, per layer and key-value head. Bad: up.
@@ -62,9 +61,7 @@ class AttentionLaws:
     taps = ("dot_product",)
 
     def __init__(self, every_steps: int, rows: int) -> None:
-        if rows < 0:
-            raise ValueError(f"monitor.rows={rows} is not allowed: a number of batch rows, or 0 for all")
-        self.rows = rows
+        self.rows, self.every_steps = check_rows(rows), every_steps
         self.signals = tuple(
             Signal(f"{law}{suffix}", "1", "up", ("layer", "head"), every_steps)
             for law in LAWS
@@ -74,7 +71,7 @@ class AttentionLaws:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = list(view.taps.at("dot_product").values())
-        chosen, layers = self._chosen(view.step, len(taps[0].output)), len(taps)
+        chosen, layers = in_turn(self.rows, view.step // self.every_steps, len(taps[0].output)), len(taps)
         together = DotProductStep.join([DotProductStep.of(tap, chosen) for tap in taps])
         broken, scale = (torch.stack(parts) for parts in zip(*(law(together) for law, _ in LAWS.values()), strict=True))
         readings = dict(zip(LAWS, _over_rows(relative(broken, scale), layers), strict=True))
@@ -83,12 +80,6 @@ class AttentionLaws:
             ratios = _over_rows(relative(broken, noise), layers)
             readings |= {f"{law}.{OVER_NOISE}": ratio for law, ratio in zip(LAWS, ratios, strict=True)}
         return readings
-
-    def _chosen(self, step: int, available: int) -> slice:
-        if not 0 < self.rows < available:
-            return slice(None)
-        first = step // self.signals[0].every_steps * self.rows % available
-        return slice(first, first + self.rows)
 
 
 def _over_rows(residual: Tensor, layers: int) -> Tensor:

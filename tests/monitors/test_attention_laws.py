@@ -6,6 +6,7 @@ import pytest
 from experiments import trace
 from experiments.loop import train
 from monitors.attention_laws import LAWS, AttentionLaws
+from monitors.batch_rows import in_turn
 
 RATIOS = [f"{law}.over_noise" for law in LAWS]
 EVERY_STEP = ["monitor.attention_laws.every_steps=1", "monitor.attention_laws.rows=0", "train.steps=30"]
@@ -54,9 +55,8 @@ def test_an_fp32_kernel_keeps_the_laws_and_has_no_prediction(readings):
     assert max(values.max() for values in found.values()) < 1e-4
 
 
-def test_rows_are_taken_in_turn(make_run):
-    laws = AttentionLaws(every_steps=10, rows=3)
-    assert [laws._chosen(step, 8) for step in (10, 20, 30)] == [slice(3, 6), slice(6, 9), slice(1, 4)]
-    assert laws._chosen(10, 3) == slice(None)
+def test_rows_are_taken_in_turn():
+    assert [in_turn(3, reading, 8) for reading in (1, 2, 3)] == [slice(3, 6), slice(6, 9), slice(1, 4)]
+    assert in_turn(3, 1, 3) == in_turn(0, 1, 3) == slice(None)
     with pytest.raises(ValueError, match="rows=-1"):
         AttentionLaws(every_steps=10, rows=-1)

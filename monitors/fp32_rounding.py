@@ -1,0 +1,250 @@
+"""What FP32 rounding alone does to the laws outside attention, from the tensors at hand.
+
+As in ``monitors.rounding``: every rounding of a number x is an independent error of mean 0 and mean square u^2 x^2,
+u^2 = 2^-46 / 24 for FP32's 24 bits, and a law's broken part is linear in them, so its mean square is a sum over
+roundings. Nothing is fitted.
+
+A matrix product rounds its running sum after every term. With S_k the sum of the first k of n terms t, the error of
+S_n is u^2 sum_k S_k^2. Given S_n, the path to it is a Brownian bridge: E S_k^2 = (k/n)^2 S_n^2 + k/n (1 - k/n) T with
+T = sum t^2, so the error is u^2 [(n/3 + 1/2) S_n^2 + n/6 T]: ``accumulation`` gives the two factors. It counts terms
+of one sign right (S_n^2 = n T) as well as terms of random signs (S_n^2 = T, n/2 T in all). A library sums long
+products in blocks, and then the blocks; ``BLOCK`` is that of MKL's sgemm on AVX-512, whose measured errors for
+n = 64 ... 2048 are within 5 % (root mean square) of it. With another library the prediction is off by the
+square root of the ratio of block lengths, at most.
+
+Sums of squared terms, T summed over a product's outputs with weights, would cost another matrix product. They are taken
+mean-field: sum_j W_ij^2 x_j^2 = |W_i|^2 |x|^2 / n_in.
+
+Shapes: N tokens (or slots at experts), V vocabulary, M width, E experts. All predictions are mean squares, FP64,
+in the squared unit of what is broken, per token or 0-dim as that is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from models.taps import Tap
+
+FP32_U2 = 2.0**-46 / 24
+"""Mean square of the relative error of one rounding to FP32."""
+
+BLOCK = 192
+"""Terms that a matrix product sums one after another."""
+
+
+def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """(c, r) such that a sum S of n >= 1 terms whose squares add up to T has the error u^2 (c S^2 + r T).
+
+    b blocks of n/b terms, whose sums s have sum s^2 = S^2 / b + (1 - 1/b) T, are followed by b - 1 additions.
+    """
+    blocks = 1 + (n - 1) // BLOCK
+    coherent = (n / blocks**2 + blocks - 1) / 3 + 0.5
+    return coherent, n / blocks * (1 / 2 - 1 / (3 * blocks)) + (blocks - 1) / 6
+
+
+def _square(x: Tensor) -> Tensor:
+    """|x|^2 of each row, in FP64 from the row's end on."""
+    return torch.linalg.vector_norm(x, dim=-1).double().square()
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    """One linear layer y = W x in one step; the experts of a layer are one step with a weight each.
+
+    x: (N, in); y, dy: (N, out); w, dw: (E, out, in), E = 1 for an ordinary layer; slots: how many of the N, which are
+    sorted by expert, each expert has, (E,), or None for an ordinary layer.
+    """
+
+    x: Tensor
+    y: Tensor
+    dy: Tensor
+    w: Tensor
+    dw: Tensor
+    slots: Tensor | None = None
+
+    @classmethod
+    def of(cls, tap: Tap, slots: Tensor | None = None) -> LinearStep:
+        """From a tap on a linear layer, or on grouped ones, whose weight lies the other way round."""
+        x, y, dy = (t.flatten(0, -2) for t in (tap.inputs[0], tap.output, tap.output_grad))
+        w, dw = (t[None] if slots is None else t.mT for t in (tap.weight, tap.weight_grad))
+        return cls(x, y, dy, w, dw, slots)
+
+    @cached_property
+    def y_dy(self) -> Tensor:
+        return self.y * self.dy
+
+    @cached_property
+    def w_dw(self) -> Tensor:
+        return self.w * self.dw
+
+    @cached_property
+    def y_dy2(self) -> Tensor:
+        """sum_i (y_i dy_i)^2 of each token, (N,)."""
+        return _square(self.y_dy)
+
+    @cached_property
+    def terms2(self) -> Tensor:
+        """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (N,)."""
+        weighted_NE = self.dy.square() @ torch.linalg.vector_norm(self.w, dim=-1).square().T
+        weighted = weighted_NE[:, 0] if self.slots is None else weighted_NE.gather(1, self._expert_N[:, None])[:, 0]
+        return weighted.double() * _square(self.x) / self.x.shape[-1]
+
+    @cached_property
+    def _expert_N(self) -> Tensor:
+        experts = torch.arange(len(self.slots), device=self.x.device)
+        return experts.repeat_interleave(self.slots, output_size=len(self.x))
+
+    def by_weight(self, per_token: Tensor) -> Tensor:
+        """Sum over the tokens of each weight, (E,)."""
+        if self.slots is None:
+            return per_token.sum()[None]
+        return per_token.new_zeros(len(self.slots)).index_add_(0, self._expert_N, per_token)
+
+
+def linear_euler_noise(t: LinearStep) -> Tensor:
+    """E|<W, dW> - <y, dy>|^2, 0-dim: y accumulates over the inputs, dW over the tokens, their errors are independent.
+
+    u^2 [c sum (y dy)^2 + r A + c' sum (W dW)^2 + r' A], A = sum over tokens and weights of (dy_i W_ij x_j)^2;
+    c, r of ``accumulation(n_in)``, c', r' of ``accumulation(tokens)``, which for experts are each one's own.
+    """
+    c_in, r_in = accumulation(t.x.shape[-1])
+    c_tokens, r_tokens = accumulation(len(t.x) if t.slots is None else t.slots.clamp(min=1))
+    terms2 = t.by_weight(t.terms2)
+    outputs = c_in * t.y_dy2.sum() + r_in * terms2.sum()
+    weights = c_tokens * _square(t.w_dw.flatten(1)) + r_tokens * terms2
+    return FP32_U2 * (outputs + weights.sum())
+
+
+def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
+    """E|<x, dx> - sum over layers of <y, dy>|^2 per token, (N,), for layers of one output width that read x.
+
+    u^2 [sum over layers (c sum (y dy)^2 + r A) + c' sum (x dx)^2 + r' sum over layers A], A as in
+    ``linear_euler_noise`` of one token; c, r of ``accumulation(n_in)``, c', r' of ``accumulation(n_out)``.
+    """
+    c_in, r_in = accumulation(x_dx.shape[-1])
+    c_out, r_out = accumulation(readers[0].y.shape[-1])
+    outputs = sum(c_in * t.y_dy2 + (r_in + r_out) * t.terms2 for t in readers)
+    return FP32_U2 * (outputs + c_out * _square(x_dx))
+
+
+def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:
+    """E||sum_i dW_i||^2, 0-dim, where sum_i dy_i of each token is an error of mean square ``shift_noise``, (N,).
+
+    sum_i dW_i = sum over tokens of (sum_i dy_i) x, and every entry of dW accumulates over the tokens by itself:
+    sum_t shift_noise_t |x_t|^2 + u^2 [c ||dW||^2 + r sum_t |dy_t|^2 |x_t|^2], c, r of ``accumulation(tokens)``.
+    """
+    c, r = accumulation(len(t.x))
+    x2 = _square(t.x)
+    accumulated = c * _square(t.dw.flatten()) + r * (_square(t.dy) * x2).sum()
+    return (shift_noise * x2).sum() + FP32_U2 * accumulated
+
+
+def logit_shift_noise(logits: Tensor, dlogits: Tensor) -> Tensor:
+    """E|sum_v dlogits_v|^2 per token, (N,).
+
+    With m the largest logit and S = sum exp(z - m), log-softmax stores l = (z - m) - log S, and its backward is
+    (exp(l) - onehot) / N. Rounded are log S, which moves all l of the token alike; S, by the exp of each term and
+    by the last addition; each l, by |l| u; its exp; and p_y - 1. A rounded z - m enters S and l alike and cancels:
+
+        u^2 / N^2 [sum_v p_v^2 (log^2 p_v + 2) + log^2 S + 1 + (1 - p_y)^2]
+
+    The mean over N tokens is taken as exact, as it is for a power of 2. p is that of the logits, p_y - 1 the least
+    dlogit of the token times N.
+    """
+    N = len(dlogits)
+    log_p = logits.double().log_softmax(-1)
+    own = (log_p.exp().square() * (log_p.square() + 2)).sum(-1)
+    log_s2 = log_p.amax(-1).square()
+    return FP32_U2 / N**2 * (own + log_s2 + 1 + (N * dlogits.amin(-1).double()).square())
+
+
+def router_logit_noise(logits: Tensor, dlogits: Tensor, aux_NE: Tensor | float, z_coef: float) -> Tensor:
+    """E|sum_e dz_e - z-loss part|^2 per token, (N,), of the gradient dz of the router's logits.
+
+    Softmax backward is dz = p (g - s), s = sum p g, plus w p' from the z-loss with p' = exp(z - L), w = 2 z_coef L / N,
+    L = logsumexp z. Rounded are the product, the difference and the sum of both parts, each dz_e u; p g and s; p, whose
+    sum misses 1 by u^2 (sum p^2 + 1); in the z-loss L, and z - L, exp and product of each p':
+
+        u^2 [3 |dz|^2 + sum (p g)^2 + s^2 (sum p^2 + 2) + w^2 (L^2 + sum p^2 (log^2 p + 2))]
+
+    s is read where g is known: the least probable expert is not chosen, so that its g is the balance loss's alone.
+    aux_NE: that loss's gradient with respect to p, or 0.
+    """
+    logits, dlogits = logits.double(), dlogits.double()
+    lse = logits.logsumexp(-1, keepdim=True)
+    log_p = logits - lse
+    p = log_p.exp()
+    w = 2 * z_coef / len(logits) * lse
+    by_softmax = dlogits - w * p
+    least, where = p.min(-1, keepdim=True)
+    aux = aux_NE * torch.ones_like(p)
+    s = aux.gather(-1, where) - by_softmax.gather(-1, where) / least
+    p2 = p.square()
+    p2_sum = p2.sum(-1)
+    softmax = 3 * _square(dlogits) + _square(by_softmax + p * s) + s[:, 0].square() * (p2_sum + 2)
+    z_loss = w[:, 0].square() * (lse[:, 0].square() + (p2 * (log_p.square() + 2)).sum(-1))
+    return FP32_U2 * (softmax + z_loss)
+
+
+@dataclass(frozen=True)
+class NormStep:
+    """Norms of one width in one step. FP64, (..., M), but bias and gain, which broadcast to it; eps.
+
+    gain: gamma, of any nearby step, as only predictions take it; bias: beta, of this step, or None; centred: LayerNorm.
+    """
+
+    x: Tensor
+    dx: Tensor
+    y: Tensor
+    dy: Tensor
+    gain: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool
+
+    @cached_property
+    def parts(self) -> NormParts:
+        M = self.x.shape[-1]
+        mean = self.x.mean(-1) if self.centred else self.x.new_zeros(self.x.shape[:-1])
+        x = self.x - mean[..., None]
+        r = (x.square().mean(-1) + self.eps).rsqrt()
+        g, unit, raw = self.dy * self.gain, x * r[..., None], self.x * r[..., None]
+        h = (g * unit).sum(-1)
+        products = (h / M).square() * (unit * raw).square().sum(-1)
+        return NormParts(x, g, unit, raw, r, mean * r, h, products)
+
+
+@dataclass(frozen=True)
+class NormParts:
+    """Of dx = r (g - mean g - h unit / M), g = gamma dy, unit = (x - mu) r, raw = x r, h = <g, unit>; offset = mu r."""
+
+    x: Tensor
+    g: Tensor
+    unit: Tensor
+    raw: Tensor
+    r: Tensor
+    offset: Tensor
+    h: Tensor
+    products: Tensor
+
+
+def norm_orthogonality_noise(t: NormStep) -> Tensor:
+    """E|<dx, x - mu> - eps/(var + eps) <dy, y - beta>|^2 per token."""
+    p, levels = t.parts, math.log2(t.x.shape[-1])
+    own = 2 * _square(p.x * t.dx) + _square(p.g * p.unit) + p.products
+    sums = (1 + levels) * _square(p.g * p.raw) + 15 * p.h.square() + 2 * (p.g.sum(-1) * p.offset).square()
+    return FP32_U2 * (own + sums)
+
+
+def norm_shift_noise(t: NormStep) -> Tensor:
+    """E|sum_c dx_c|^2 per token, over M; LayerNorm."""
+    p, levels, M = t.parts, math.log2(t.x.shape[-1]), t.x.shape[-1]
+    inner = (1 + levels) * _square(p.g) + (p.h / M).square() * _square(p.raw)
+    common = 2 * p.g.sum(-1).square() + 3 * (p.h * p.offset).square()
+    return FP32_U2 * (2 * _square(t.dx) + p.r.square() * (inner + common))
