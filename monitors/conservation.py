@@ -9,8 +9,8 @@ D d_head. The tensors of one dot product are ``q k v o`` as they enter and leave
 gradients ``dq dk dv do`` of the loss with respect to them. All residuals are relative, without unit, from 0
 (kept) up; FP64 networks give about 1e-15. A residual of zeros over zeros is 0, NaN and Inf propagate. Every
 residual also exists as its two parts, so that what rounding predicts can replace the scale (``monitors.rounding``
-inside attention, ``monitors.fp32_rounding`` outside). What is broken in FP32 tensors is far below FP32's resolution of
-the sums in it, so these are taken in FP64, all but sums along one row.
+inside attention, ``monitors.fp32_rounding`` outside). What FP32 tensors break is below FP32's resolution of the sums
+that cancel, so outside attention these are taken in FP64.
 
 Source: Noether's theorem for gradients as in Kunin et al., arXiv:2012.04728; the attention laws are derived below.
 """
@@ -38,11 +38,6 @@ def over_tokens(residual: Tensor) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1)
-
-
-def _sum(x: Tensor) -> Tensor:
-    """Over everything; rows in the tensor's own precision, which sums them pairwise, their sums in FP64."""
-    return x.sum(-1).double().sum()
 
 
 def _total(x: Tensor) -> Tensor:
@@ -210,7 +205,9 @@ def linear_euler(w_dw: Tensor, y_dy: Tensor) -> Broken:
 
     w_dw: W * dW, (..., out, in), or one for each expert; y_dy: y * dy, (..., out).
     """
-    return (_sum(w_dw) - _sum(y_dy)).abs(), torch.linalg.vector_norm(y_dy, 1, dim=-1).double().sum()
+    return (w_dw.sum(dtype=torch.float64) - y_dy.sum(dtype=torch.float64)).abs(), torch.linalg.vector_norm(
+        y_dy, 1, dim=-1
+    ).double().sum()
 
 
 def linear_euler_residual(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Tensor:
@@ -227,9 +224,9 @@ def linear_input(x_dx: Tensor, y_dys: Sequence[Tensor]) -> Broken:
 
     x_dx: x * dx, (..., in); y_dys: y * dy of each layer, (..., out). Returns the two, each (...).
     """
-    broken = x_dx.sum(-1).double()
+    broken = x_dx.sum(-1, dtype=torch.float64)
     for y_dy in y_dys:
-        broken = broken - y_dy.sum(-1)
+        broken = broken - y_dy.sum(-1, dtype=torch.float64)
     return broken.abs(), torch.linalg.vector_norm(x_dx, 1, dim=-1).double()
 
 

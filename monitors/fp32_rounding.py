@@ -37,6 +37,9 @@ FP32_U2 = 2.0**-46 / 24
 BLOCK = 192
 """Terms that a matrix product sums one after another."""
 
+LANES = 16
+"""Terms that a row sum of softmax keeps apart until the end: AVX-512's."""
+
 
 def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
     """(c, r) such that a sum S of n >= 1 terms whose squares add up to T has the error u^2 (c S^2 + r T).
@@ -77,11 +80,13 @@ class LinearStep:
 
     @cached_property
     def y_dy(self) -> Tensor:
+        """In FP32: one rounding more, where y has had n_in."""
         return self.y * self.dy
 
     @cached_property
     def w_dw(self) -> Tensor:
-        return self.w * self.dw
+        """In FP64: few and often of one sign."""
+        return self.w.double() * self.dw
 
     @cached_property
     def y_dy2(self) -> Tensor:
@@ -149,19 +154,35 @@ def logit_shift_noise(logits: Tensor, dlogits: Tensor) -> Tensor:
     """E|sum_v dlogits_v|^2 per token, (N,).
 
     With m the largest logit and S = sum exp(z - m), log-softmax stores l = (z - m) - log S, and its backward is
-    (exp(l) - onehot) / N. Rounded are log S, which moves all l of the token alike; S, by the exp of each term and
-    by the last addition; each l, by |l| u; its exp; and p_y - 1. A rounded z - m enters S and l alike and cancels:
+    (exp(l) - onehot) / N. Rounded are log S and S, which move all l of the token alike; each l, by |l| u; the exp of
+    each term, in S and in the backward; and p_y - 1. A rounded z - m enters S and l alike and cancels:
 
-        u^2 / N^2 [sum_v p_v^2 (log^2 p_v + 2) + log^2 S + 1 + (1 - p_y)^2]
+        u^2 / N^2 [sum_v p_v^2 (log^2 p_v + 2) + e(log S) + a e(S) / S^2 + (1 - p_y)^2]
+
+    e(x): x^2 with x's own mantissa in place of an average one, as S is often just above 1. a: S adds V / LANES
+    terms in each lane, then the lanes pairwise. With q = sum p^2, the squares of the lanes' sums add up to
+    q + (1 - q) / LANES on average, and the partial sums of the ``levels`` = log2 LANES additions to
+    levels q + (2 - 2 / LANES) (1 - q): so a = c (q + (1 - q) / LANES) + r q + the latter, c, r of
+    ``accumulation(V / LANES)``.
 
     The mean over N tokens is taken as exact, as it is for a power of 2. p is that of the logits, p_y - 1 the least
     dlogit of the token times N.
     """
-    N = len(dlogits)
+    N, V = dlogits.shape
     log_p = logits.double().log_softmax(-1)
-    own = (log_p.exp().square() * (log_p.square() + 2)).sum(-1)
-    log_s2 = log_p.amax(-1).square()
-    return FP32_U2 / N**2 * (own + log_s2 + 1 + (N * dlogits.amin(-1).double()).square())
+    p2 = log_p.exp().square()
+    own, q = (p2 * (log_p.square() + 2)).sum(-1), p2.sum(-1)
+    log_s = -log_p.amax(-1)
+    s = log_s.exp()
+    c, r = accumulation(max(1, V // LANES))
+    additions = c * (q + (1 - q) / LANES) + r * q + math.log2(LANES) * q + (2 - 2 / LANES) * (1 - q)
+    common = _own_rounding(log_s) + _own_rounding(s) / s.square() * additions
+    return FP32_U2 / N**2 * (own + common + (N * dlogits.amin(-1).double()).square())
+
+
+def _own_rounding(x: Tensor) -> Tensor:
+    """Mean square of the error of rounding x, over u^2: 2^(2e + 1) for x in [2^e, 2^(e+1)); x^2 on average."""
+    return torch.ldexp(torch.ones_like(x), 2 * torch.frexp(x).exponent - 1)
 
 
 def router_logit_noise(logits: Tensor, dlogits: Tensor, aux_NE: Tensor | float, z_coef: float) -> Tensor:
