@@ -1,4 +1,4 @@
-"""A few rows of the batch, taken in turn: for laws that every row obeys by itself."""
+"""A few rows or tokens of the batch, taken in turn: for laws that each of them obeys by itself."""
 
 from __future__ import annotations
 
@@ -16,3 +16,16 @@ def in_turn(rows: int, reading: int, available: int) -> slice:
         return slice(None)
     first = reading * rows % available
     return slice(first, first + rows)
+
+
+def check_stride(stride: int) -> int:
+    """``stride``, or ValueError where it is none."""
+    if stride < 1:
+        raise ValueError(f"monitor.token_stride={stride} is not allowed: at least 1, which takes every token")
+    return stride
+
+
+def every(stride: int, reading: int, available: int) -> slice:
+    """Every ``stride``-th token for the given reading, from another one each time; never none."""
+    stride = min(stride, available)
+    return slice(reading % stride, None, stride)

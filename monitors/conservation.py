@@ -196,23 +196,24 @@ def logit_shift_residual(dlogits: Tensor) -> Tensor:
     return relative(*logit_shift(dlogits))
 
 
-def linear_euler(w_dw: Tensor, y_dy: Tensor) -> Broken:
+def linear_euler(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Broken:
     """|<W, dW> - sum y dy| / sum |y dy| over tokens and components, 0-dim: Euler's identity of y = W x.
 
     y is linear in W, so W -> aW makes y -> ay, and the derivative of the loss along it is either sum. It needs a
     layer without bias whose weight is used once (not a tied head), and the gradient of these tokens alone: unscaled,
     before clipping and before it is summed over workers.
 
-    w_dw: W * dW, (..., out, in), or one for each expert; y_dy: y * dy, (..., out).
+    w, dw: (out, in), or one for each expert; y, dy: (..., out), whose products are summed along a row
+    in their own precision.
     """
-    return (w_dw.sum(dtype=torch.float64) - y_dy.sum(dtype=torch.float64)).abs(), torch.linalg.vector_norm(
-        y_dy, 1, dim=-1
-    ).double().sum()
+    products = y * dy
+    total = products.sum(-1).double().sum()
+    return ((w.double() * dw).sum() - total).abs(), products.abs_().sum(-1).double().sum()
 
 
 def linear_euler_residual(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Tensor:
     """``linear_euler`` as a residual, 0-dim."""
-    return relative(*linear_euler(w * dw, y * dy))
+    return relative(*linear_euler(w, dw, y, dy))
 
 
 def linear_input(x_dx: Tensor, y_dys: Sequence[Tensor]) -> Broken:
@@ -224,10 +225,10 @@ def linear_input(x_dx: Tensor, y_dys: Sequence[Tensor]) -> Broken:
 
     x_dx: x * dx, (..., in); y_dys: y * dy of each layer, (..., out). Returns the two, each (...).
     """
-    broken = x_dx.sum(-1, dtype=torch.float64)
+    broken = x_dx.double().sum(-1)
     for y_dy in y_dys:
-        broken = broken - y_dy.sum(-1, dtype=torch.float64)
-    return broken.abs(), torch.linalg.vector_norm(x_dx, 1, dim=-1).double()
+        broken = broken - y_dy.double().sum(-1)
+    return broken.abs(), x_dx.abs().sum(-1).double()
 
 
 def linear_input_residual(x: Tensor, dx: Tensor, outputs: Sequence[Broken]) -> Tensor:

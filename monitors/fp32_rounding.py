@@ -60,8 +60,9 @@ def _square(x: Tensor) -> Tensor:
 class LinearStep:
     """One linear layer y = W x in one step; the experts of a layer are one step with a weight each.
 
-    x: (N, in); y, dy: (N, out); w, dw: (E, out, in), E = 1 for an ordinary layer; slots: how many of the N, which are
-    sorted by expert, each expert has, (E,), or None for an ordinary layer.
+    x: (n, in); y, dy: (n, out), of n tokens out of ``tokens``, an even sample; w, dw: (E, out, in), E = 1 for an
+    ordinary layer; slots: how many of all the tokens each expert has, (E,), and expert: whose each sampled one is,
+    (n,); None for an ordinary layer.
     """
 
     x: Tensor
@@ -69,14 +70,24 @@ class LinearStep:
     dy: Tensor
     w: Tensor
     dw: Tensor
+    tokens: int
     slots: Tensor | None = None
+    expert: Tensor | None = None
 
     @classmethod
-    def of(cls, tap: Tap, slots: Tensor | None = None) -> LinearStep:
-        """From a tap on a linear layer, or on grouped ones, whose weight lies the other way round."""
+    def of(cls, tap: Tap, sample: slice = slice(None), slots: Tensor | None = None) -> LinearStep:
+        """From a tap on a linear layer, or, with ``slots``, on the experts', whose weight lies the other way round."""
         x, y, dy = (t.flatten(0, -2) for t in (tap.inputs[0], tap.output, tap.output_grad))
-        w, dw = (t[None] if slots is None else t.mT for t in (tap.weight, tap.weight_grad))
-        return cls(x, y, dy, w, dw, slots)
+        if slots is None:
+            return cls(x[sample], y[sample], dy[sample], tap.weight[None], tap.weight_grad[None], len(x))
+        experts = torch.arange(len(slots), device=x.device).repeat_interleave(slots, output_size=len(x))
+        w, dw = tap.weight.mT, tap.weight_grad.mT
+        return cls(x[sample], y[sample], dy[sample], w, dw, len(x), slots, experts[sample])
+
+    @property
+    def weight_of_sample(self) -> float:
+        """How many tokens a sampled one stands for."""
+        return self.tokens / len(self.x)
 
     @cached_property
     def y_dy(self) -> Tensor:
@@ -84,32 +95,22 @@ class LinearStep:
         return self.y * self.dy
 
     @cached_property
-    def w_dw(self) -> Tensor:
-        """In FP64: few and often of one sign."""
-        return self.w.double() * self.dw
-
-    @cached_property
     def y_dy2(self) -> Tensor:
-        """sum_i (y_i dy_i)^2 of each token, (N,)."""
+        """sum_i (y_i dy_i)^2 of each token, (n,)."""
         return _square(self.y_dy)
 
     @cached_property
     def terms2(self) -> Tensor:
-        """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (N,)."""
+        """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (n,)."""
         weighted_NE = self.dy.square() @ torch.linalg.vector_norm(self.w, dim=-1).square().T
-        weighted = weighted_NE[:, 0] if self.slots is None else weighted_NE.gather(1, self._expert_N[:, None])[:, 0]
+        weighted = weighted_NE[:, 0] if self.expert is None else weighted_NE.gather(1, self.expert[:, None])[:, 0]
         return weighted.double() * _square(self.x) / self.x.shape[-1]
 
-    @cached_property
-    def _expert_N(self) -> Tensor:
-        experts = torch.arange(len(self.slots), device=self.x.device)
-        return experts.repeat_interleave(self.slots, output_size=len(self.x))
-
-    def by_weight(self, per_token: Tensor) -> Tensor:
-        """Sum over the tokens of each weight, (E,)."""
-        if self.slots is None:
-            return per_token.sum()[None]
-        return per_token.new_zeros(len(self.slots)).index_add_(0, self._expert_N, per_token)
+    def total(self, per_token: Tensor) -> Tensor:
+        """Sum over all tokens of each weight, (E,), from the sampled ones."""
+        if self.expert is None:
+            return self.weight_of_sample * per_token.sum()[None]
+        return self.weight_of_sample * per_token.new_zeros(len(self.w)).index_add_(0, self.expert, per_token)
 
 
 def linear_euler_noise(t: LinearStep) -> Tensor:
@@ -119,15 +120,15 @@ def linear_euler_noise(t: LinearStep) -> Tensor:
     c, r of ``accumulation(n_in)``, c', r' of ``accumulation(tokens)``, which for experts are each one's own.
     """
     c_in, r_in = accumulation(t.x.shape[-1])
-    c_tokens, r_tokens = accumulation(len(t.x) if t.slots is None else t.slots.clamp(min=1))
-    terms2 = t.by_weight(t.terms2)
-    outputs = c_in * t.y_dy2.sum() + r_in * terms2.sum()
-    weights = c_tokens * _square(t.w_dw.flatten(1)) + r_tokens * terms2
-    return FP32_U2 * (outputs + weights.sum())
+    c_tokens, r_tokens = accumulation(t.tokens if t.slots is None else t.slots.clamp(min=1))
+    terms2 = t.total(t.terms2)
+    outputs = c_in * t.total(t.y_dy2) + r_in * terms2
+    weights = c_tokens * _square((t.w * t.dw).flatten(1)) + r_tokens * terms2
+    return FP32_U2 * (outputs + weights).sum()
 
 
 def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
-    """E|<x, dx> - sum over layers of <y, dy>|^2 per token, (N,), for layers of one output width that read x.
+    """E|<x, dx> - sum over layers of <y, dy>|^2 per token, (n,), for layers of one output width that read x.
 
     u^2 [sum over layers (c sum (y dy)^2 + r A) + c' sum (x dx)^2 + r' sum over layers A], A as in
     ``linear_euler_noise`` of one token; c, r of ``accumulation(n_in)``, c', r' of ``accumulation(n_out)``.
@@ -139,19 +140,18 @@ def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
 
 
 def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:
-    """E||sum_i dW_i||^2, 0-dim, where sum_i dy_i of each token is an error of mean square ``shift_noise``, (N,).
+    """E||sum_i dW_i||^2, 0-dim, where sum_i dy_i of each token is an error of mean square ``shift_noise``, (n,).
 
     sum_i dW_i = sum over tokens of (sum_i dy_i) x, and every entry of dW accumulates over the tokens by itself:
     sum_t shift_noise_t |x_t|^2 + u^2 [c ||dW||^2 + r sum_t |dy_t|^2 |x_t|^2], c, r of ``accumulation(tokens)``.
     """
-    c, r = accumulation(len(t.x))
-    x2 = _square(t.x)
-    accumulated = c * _square(t.dw.flatten()) + r * (_square(t.dy) * x2).sum()
-    return (shift_noise * x2).sum() + FP32_U2 * accumulated
+    c, r = accumulation(t.tokens)
+    per_token = (shift_noise + FP32_U2 * r * _square(t.dy)) * _square(t.x)
+    return t.weight_of_sample * per_token.sum() + FP32_U2 * c * _square(t.dw.flatten())
 
 
-def logit_shift_noise(logits: Tensor, dlogits: Tensor) -> Tensor:
-    """E|sum_v dlogits_v|^2 per token, (N,).
+def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:
+    """E|sum_v dlogits_v|^2 per token, (n,), of a mean over N = ``tokens``.
 
     With m the largest logit and S = sum exp(z - m), log-softmax stores l = (z - m) - log S, and its backward is
     (exp(l) - onehot) / N. Rounded are log S and S, which move all l of the token alike; each l, by |l| u; the exp of
@@ -168,7 +168,7 @@ def logit_shift_noise(logits: Tensor, dlogits: Tensor) -> Tensor:
     The mean over N tokens is taken as exact, as it is for a power of 2. p is that of the logits, p_y - 1 the least
     dlogit of the token times N.
     """
-    N, V = dlogits.shape
+    N, V = tokens, dlogits.shape[-1]
     log_p = logits.double().log_softmax(-1)
     p2 = log_p.exp().square()
     own, q = (p2 * (log_p.square() + 2)).sum(-1), p2.sum(-1)

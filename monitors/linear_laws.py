@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from models.taps import Tap
-from models.transformer import TransformerConfig
 from monitors import conservation, fp32_rounding
 from monitors.base import Reading, Signal, StepView
+from monitors.batch_rows import check_stride, every
 from monitors.conservation import over_tokens, relative
 from monitors.fp32_rounding import LinearStep
 from monitors.rounding import OVER_NOISE
@@ -36,13 +34,15 @@ class LinearLaws:
 
     Left out: parts that the model does not have; ``linear_euler_residual.head`` of a head tied to the embedding, whose
     gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts.
-    every_steps: cadence.
+    token_stride: the law in x and both predictions take one token in so many, in turn, 1 for all; the law in W always
+    takes all. every_steps: cadence.
     """
 
     lookbacks = ()
     taps = ("dot_product", "linear", "norm")
 
-    def __init__(self, every_steps: int) -> None:
+    def __init__(self, every_steps: int, token_stride: int) -> None:
+        self.token_stride, self.every_steps = check_stride(token_stride), every_steps
         names = [f"linear_euler_residual.{part}" for part in (*ATTENTION, *DENSE, *ROUTED, "head")]
         names += [f"linear_input_residual.{part}" for part in (*READERS, "o", "head")]
         self.signals = tuple(
@@ -53,49 +53,49 @@ class LinearLaws:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config, layers = view.model.config, []
-        for layer in range(config.n_layers):
-            slots = view.routings[layer].counts_E if view.routings else None
-            layers.append(self._block(view, f"blocks.{layer}.", _steps(view, layer, slots)))
+        config = view.model.config
+        layers = [self._block(view, layer) for layer in range(config.n_layers)]
         readings = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-        return readings | _head(view, config)
+        tap, source = view.taps.at("linear")["head"], view.taps.at("norm")["final_norm"]
+        sample = self._sample(view, tap)
+        step = LinearStep.of(tap, sample)
+        readings |= _input("head", source.output_grad.flatten(0, -2)[sample], [step])
+        return readings if config.tie_embeddings else readings | _euler("head", tap, step)
 
-    def _block(self, view: StepView, block: str, steps: Mapping[str, LinearStep]) -> dict[str, Tensor]:
+    def _block(self, view: StepView, layer: int) -> dict[str, Tensor]:
+        taps, slots = view.taps.at("linear"), view.routings[layer].counts_E if view.routings else None
         found: dict[str, Tensor] = {}
-        for part, step in steps.items():
-            found |= _euler(part, step)
+        steps: dict[str, LinearStep] = {}
+        for part, name in (ATTENTION | (DENSE if slots is None else ROUTED)).items():
+            tap = taps.get(f"blocks.{layer}.{name}")
+            if tap is not None:
+                steps[part] = LinearStep.of(tap, self._sample(view, tap), slots if part in EXPERTS else None)
+                found |= _euler(part, tap, steps[part])
+        sample = self._sample(view, taps[f"blocks.{layer}.attention.o"])
         for name, (norm, parts) in READERS.items():
             readers = [steps[part] for part in parts if part in steps]
             if readers:
-                found |= _input(name, view.taps.at("norm")[block + norm], readers)
-        return found | _input("o", view.taps.at("dot_product")[f"{block}attention.dot_product"], [steps["o"]])
+                dx = view.taps.at("norm")[f"blocks.{layer}.{norm}"].output_grad
+                found |= _input(name, dx.flatten(0, -2)[sample], readers)
+        do_BHTD = view.taps.at("dot_product")[f"blocks.{layer}.attention.dot_product"].output_grad
+        return found | _input("o", do_BHTD.transpose(1, 2).flatten(2).flatten(0, 1)[sample], [steps["o"]])
+
+    def _sample(self, view: StepView, tap: Tap) -> slice:
+        return every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
 
 
-def _steps(view: StepView, layer: int, slots: Tensor | None) -> dict[str, LinearStep]:
-    """By part, those of one block that the model has."""
-    taps, names = view.taps.at("linear"), ATTENTION | (DENSE if slots is None else ROUTED)
-    present = {part: taps.get(f"blocks.{layer}.{name}") for part, name in names.items()}
-    return {
-        part: LinearStep.of(tap, slots if part in EXPERTS else None) for part, tap in present.items() if tap is not None
-    }
-
-
-def _head(view: StepView, config: TransformerConfig) -> dict[str, Tensor]:
-    step = LinearStep.of(view.taps.at("linear")["head"])
-    found = _input("head", view.taps.at("norm")["final_norm"], [step])
-    return found if config.tie_embeddings else found | _euler("head", step)
-
-
-def _euler(part: str, step: LinearStep) -> dict[str, Tensor]:
-    broken, scale = conservation.linear_euler(step.w_dw, step.y_dy)
+def _euler(part: str, tap: Tap, step: LinearStep) -> dict[str, Tensor]:
+    """The law over all tokens of the tap, its prediction from the sampled ones."""
+    flat = (tensor.flatten(0, -2) for tensor in (tap.output, tap.output_grad))
+    broken, scale = conservation.linear_euler(step.w, step.dw, *flat)
     noise = fp32_rounding.linear_euler_noise(step).sqrt()
     name = f"linear_euler_residual.{part}"
     return {name: relative(broken, scale), f"{name}.{OVER_NOISE}": relative(broken, noise)}
 
 
-def _input(part: str, source: Tap, readers: list[LinearStep]) -> dict[str, Tensor]:
-    x_dx = (source.output * source.output_grad).movedim(-3, -2) if part == "o" else source.output * source.output_grad
-    x_dx = x_dx.reshape(readers[0].x.shape)
+def _input(part: str, dx: Tensor, readers: list[LinearStep]) -> dict[str, Tensor]:
+    """The law over the sampled tokens; dx: (n, in)."""
+    x_dx = readers[0].x * dx
     broken, scale = conservation.linear_input(x_dx, [reader.y_dy for reader in readers])
     noise = fp32_rounding.linear_input_noise(x_dx, readers).sqrt()
     name = f"linear_input_residual.{part}"

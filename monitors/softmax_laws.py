@@ -7,6 +7,7 @@ from torch import Tensor
 
 from monitors import conservation, fp32_rounding
 from monitors.base import Reading, Signal, StepView
+from monitors.batch_rows import check_stride, every
 from monitors.conservation import Broken, relative
 from monitors.fp32_rounding import LinearStep
 from monitors.rounding import OVER_NOISE
@@ -22,13 +23,15 @@ class LogitLaws:
 
     Each also as ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``), about
     1 in a healthy run at any step. A tied head is left out: its gradient is also the embedding's.
+    token_stride: the logits and both predictions are looked at for one token in so many, in turn, 1 for all.
     every_steps: cadence.
     """
 
     lookbacks = ()
     taps = ("linear",)
 
-    def __init__(self, every_steps: int) -> None:
+    def __init__(self, every_steps: int, token_stride: int) -> None:
+        self.token_stride, self.every_steps = check_stride(token_stride), every_steps
         self.signals = tuple(
             Signal(f"logit_shift_residual{suffix}", "1", "up", (), every_steps)
             for suffix in ("", f".{OVER_NOISE}", ".head", f".head.{OVER_NOISE}")
@@ -36,8 +39,10 @@ class LogitLaws:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        head = LinearStep.of(view.taps.at("linear")["head"])
-        noise = fp32_rounding.logit_shift_noise(head.y, head.dy)
+        tap = view.taps.at("linear")["head"]
+        sample = every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
+        head = LinearStep.of(tap, sample)
+        noise = fp32_rounding.logit_shift_noise(head.y, head.dy, head.tokens)
         readings = _both("logit_shift_residual", conservation.logit_shift(head.dy), noise.sum())
         if not view.model.config.tie_embeddings:
             of_weight = fp32_rounding.weight_sum_noise(head, noise)
