@@ -64,7 +64,7 @@ def _step_of(run: Run, places: Iterable[str] = ()) -> Callable[[int], StepView]:
         norm = torch.nn.utils.clip_grad_norm_(parameters, run.train.clip)
         optimizer.step()
         model.update_balance(routings, sites.balance_scale)
-        objective = partial(objective_at, model, batch, sites.numerics, sites.balance_scale)
+        objective = partial(objective_at, model, batch, sites.numerics, sites.modules, sites.balance_scale)
         return StepView(
             index + 1,
             index + 1,

@@ -270,7 +270,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
 
         history.record(now, model)
         finite = finite & torch.isfinite(loss.detach())
-        objective = partial(objective_at, model, batch, sites.numerics, sites.balance_scale)
+        objective = partial(objective_at, model, batch, sites.numerics, sites.modules, sites.balance_scale)
         view = StepView(
             now, tokens, loss.detach(), grad_norm, model, history, routings, taps, optimizer, sites.numerics, objective
         )

@@ -100,6 +100,21 @@ class Routing:
         return self.logits_NE.logsumexp(-1).square().mean()
 
 
+class GroupedLinear(nn.Module):
+    """One bias-free linear layer an expert, all in one grouped product: y = x W_e for the slots x of expert e.
+
+    A module, so that it is tapped as ``nn.Linear`` is; its weight (E, in, out) lies the other way round.
+    """
+
+    def __init__(self, n_experts: int, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_experts, d_in, d_out))
+
+    def forward(self, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+        """x_SI: slots sorted by expert; ends_E: int32, where each expert's slots end. Returns (S, out)."""
+        return F.grouped_mm(x_SI, self.weight, offs=ends_E)
+
+
 class MoE(nn.Module):
     """y = sum over a token's top-k experts of gate_e(x) expert_e(x), plus the shared expert where there is one.
 
@@ -114,10 +129,10 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         E = config.n_experts
+        self.input = GroupedLinear(E, d_model, d_ff)
+        self.gate = GroupedLinear(E, d_model, d_ff) if kind == "swiglu" else None
+        self.output = GroupedLinear(E, d_ff, d_model)
         self.router = nn.Linear(d_model, E, bias=False)
-        self.input = nn.Parameter(torch.empty(E, d_model, d_ff))
-        self.gate = nn.Parameter(torch.empty(E, d_model, d_ff)) if kind == "swiglu" else None
-        self.output = nn.Parameter(torch.empty(E, d_ff, d_model))
         self.shared = MLP(d_model, config.shared_d_ff, kind) if config.shared_d_ff else None
         balanced = config.bias_update_speed is not None
         self.register_buffer("balance_bias", torch.zeros(E) if balanced else None)
@@ -151,10 +166,9 @@ class MoE(nn.Module):
         return y_NM.view_as(x_BTM), Routing(logits_NE, probabilities_NE, ends_E - starts_E, dropped)
 
     def _experts(self, x_SM: Tensor, ends_E: Tensor) -> Tensor:
-        hidden = F.grouped_mm(x_SM, self.input, offs=ends_E)
-        gate = None if self.gate is None else F.grouped_mm(x_SM, self.gate, offs=ends_E)
-        hidden = F.gelu(hidden) if gate is None else F.silu(gate) * hidden
-        return F.grouped_mm(hidden, self.output, offs=ends_E)
+        hidden = self.input(x_SM, ends_E)
+        hidden = F.gelu(hidden) if self.gate is None else F.silu(self.gate(x_SM, ends_E)) * hidden
+        return self.output(hidden, ends_E)
 
     @torch.no_grad()
     def update_balance(self, routing: Routing, scale: float) -> None:

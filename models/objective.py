@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from models.corruption import Corrupted, ModuleFault
 from models.numerics import AttentionNumerics
 from models.transformer import Transformer
 
@@ -28,15 +29,18 @@ def objective_at(
     model: Transformer,
     tokens_BT1: Tensor,
     numerics: AttentionNumerics,
+    modules: Collection[ModuleFault],
     balance_scale: float,
     weights: Mapping[str, Tensor],
 ) -> Tensor:
     """What training minimises on this batch and kernel, NLL plus auxiliary losses in nats, at other weights.
 
     weights: by the model's parameter names, all of them; tied ones once. The model keeps its parameters, their ``grad``
-    and its buffers: the counters that a faulty kernel adds to are copies. Returns a 0-dim tensor, differentiable in
+    and its buffers: the counters that a faulty kernel adds to are copies. numerics, modules: the step's faults; one on
+    the gradient of a weight is left out, as it is no gradient of these weights. Returns a 0-dim tensor, differentiable in
     ``weights`` as often as the attention backend is.
     """
     tensors = {f"model.{name}": weight for name, weight in weights.items()}
     tensors |= {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
-    return torch.func.functional_call(_Objective(model), tensors, (tokens_BT1, numerics, balance_scale))
+    with Corrupted(model, modules):
+        return torch.func.functional_call(_Objective(model), tensors, (tokens_BT1, numerics, balance_scale))

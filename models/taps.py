@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from models.attention import DotProduct
+from models.moe import GroupedLinear
 
 PLACES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "dot_product": (DotProduct,),
-    "linear": (nn.Linear,),
+    "linear": (nn.Linear, GroupedLinear),
     "norm": (nn.LayerNorm, nn.RMSNorm),
 }
 """What can be tapped: q, k, v and o of attention's dot product, after RoPE and QK-norm; every linear layer, the
-router and the head among them; every norm."""
+router, the experts and the head among them; every norm."""
 
 
 @dataclass
@@ -35,7 +36,8 @@ class Tap:
     inputs: its tensor arguments that carry a gradient, in order; output; output_grad: the gradient of the step's
     objective with respect to it; input_grads: those of the inputs, by index, through this module alone. A linear layer
     has none: its input feeds others too, and to part them would change the order in which their
-    gradients are added, and with it training. It has its weight before the update, and weight_grad, not yet clipped.
+    gradients are added, and with it training. It has its weight before the update, and weight_grad, not yet clipped;
+    a norm with a bias has its bias before the update.
     """
 
     module: nn.Module
@@ -45,6 +47,7 @@ class Tap:
     output_grad: Tensor | None = None
     weight: Tensor | None = None
     weight_grad: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class Taps:
@@ -74,8 +77,10 @@ class Taps:
             for tap in taps.values():
                 if isinstance(tap.module, PLACES["norm"]):
                     self._handles.append(tap.module.register_forward_pre_hook(_alias_inputs))
+                    if getattr(tap.module, "bias", None) is not None:
+                        tap.bias = tap.module.bias.detach().clone()
                 self._handles.append(tap.module.register_forward_hook(_watch(tap)))
-                if isinstance(tap.module, nn.Linear):
+                if isinstance(tap.module, PLACES["linear"]):
                     tap.weight = tap.module.weight.detach().clone()
                     self._handles.append(tap.module.weight.register_hook(_keep(tap, "weight_grad", copy=True)))
         return self

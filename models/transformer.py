@@ -30,7 +30,7 @@ CHOICES = {
 PARAMETER_GROUPS = ("embedding", "attention", "mlp", "router", "norm")
 """Parts of the model whose learning rate a fault may change by itself; experts belong to ``mlp``."""
 
-RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.output", "mlp.output.weight", "mlp.shared.output.weight")
+RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.output.weight", "mlp.shared.output.weight")
 
 
 def parameter_group(name: str) -> str:

@@ -11,7 +11,7 @@ from monitors import conservation, rounding
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import RowsInTurn
 from monitors.conservation import relative
-from monitors.rounding import DotProductStep
+from monitors.rounding import OVER_NOISE, DotProductStep
 
 Law = Callable[[DotProductStep], conservation.Broken]
 Noise = Callable[[DotProductStep], Tensor]
@@ -43,8 +43,6 @@ LAWS: Mapping[str, tuple[Law, Noise]] = {
     ),
 }
 """By signal: by how much its law is broken, and the mean square that rounding alone gives that; each (B, G)."""
-
-OVER_NOISE = "over_noise"
 
 
 class AttentionLaws:

@@ -7,13 +7,17 @@ kernel breaks it by more, at the very step at which it is broken.
 Shapes: B batch rows, H query heads, G key-value heads (H is a multiple of G; H = G without grouping), T tokens,
 D d_head. The tensors of one dot product are ``q k v o`` as they enter and leave it, after RoPE and QK-norm, and the
 gradients ``dq dk dv do`` of the loss with respect to them. All residuals are relative, without unit, from 0
-(kept) up; FP64 networks give about 1e-15. A residual of zeros over zeros is 0, NaN and Inf propagate. Attention's
-residuals also exist as their two parts, so that ``monitors.rounding`` can replace the scale by predicted noise.
+(kept) up; FP64 networks give about 1e-15. A residual of zeros over zeros is 0, NaN and Inf propagate. Every
+residual also exists as its two parts, so that what rounding predicts can replace the scale (``monitors.rounding``
+inside attention, ``monitors.fp32_rounding`` outside). What FP32 tensors break is below FP32's resolution of the sums
+that cancel, so outside attention these are taken in FP64.
 
 Source: Noether's theorem for gradients as in Kunin et al., arXiv:2012.04728; the attention laws are derived below.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +29,11 @@ Broken = tuple[Tensor, Tensor]
 def relative(broken: Tensor, scale: Tensor) -> Tensor:
     """broken / scale, and 0 where both are 0."""
     return torch.where((broken == 0) & (scale == 0), 0.0, broken / scale)
+
+
+def over_tokens(residual: Tensor) -> Tensor:
+    """The root mean square over everything, 0-dim."""
+    return residual.square().mean().sqrt()
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -143,9 +152,7 @@ def vo_gauge_matrix_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Te
     return relative(*vo_gauge_matrix(v, dv, o, do))
 
 
-def router_shift_residual(
-    dw: Tensor, x: Tensor | None = None, logits: Tensor | None = None, z_coef: float = 0.0
-) -> Tensor:
+def router_shift(dw: Tensor, x: Tensor | None = None, logits: Tensor | None = None, z_coef: float = 0.0) -> Broken:
     """||sum_e dW_R[e]|| / sum_e ||dW_R[e]||, 0-dim.
 
     One vector added to every expert's router weights adds the same number to all logits of a token, which the
@@ -156,60 +163,113 @@ def router_shift_residual(
     dw: (E, M); with a z-loss also x: (N, M), the router's input, and logits: (N, E). Raises ValueError
     where one is missing.
     """
-    total = dw.sum(0)
+    total = dw.sum(0, dtype=torch.float64)
     if z_coef:
         if x is None or logits is None:
             raise ValueError(f"z_coef={z_coef}: the z-loss is taken off exactly, from the router's input and logits")
-        total = total - 2.0 * z_coef / len(x) * (logits.logsumexp(-1) @ x)
-    return relative(_norm(total), _norm(dw).sum())
+        total = total - 2.0 * z_coef / len(x) * (logits.double().logsumexp(-1) @ x.double())
+    return _norm(total), _norm(dw).double().sum()
 
 
-def logit_shift_residual(dlogits: Tensor) -> Tensor:
+def router_shift_residual(
+    dw: Tensor, x: Tensor | None = None, logits: Tensor | None = None, z_coef: float = 0.0
+) -> Tensor:
+    """``router_shift`` as a residual, 0-dim."""
+    return relative(*router_shift(dw, x, logits, z_coef))
+
+
+def logit_shift(dlogits: Tensor) -> Broken:
     """||sum_v dlogits_v|| / sum_v ||dlogits_v||, 0-dim: cross-entropy ignores a shift of all logits of a token.
 
-    The same law, on the gradient of an untied head's weight, is ``logit_shift_residual(dW.T)``: a vector added
+    The same law, on the gradient of an untied head's weight, is ``logit_shift(dW.T)``: a vector added
     to all rows of the head shifts all logits of a token. A tied head is also the embedding and has no such law.
 
     dlogits: (..., V), tokens first.
     """
     flat_NV = dlogits.flatten(0, -2)
-    return relative(_norm(flat_NV.sum(-1)), _norm(flat_NV.T).sum())
+    scale = torch.linalg.vector_norm(flat_NV, dim=0).double().sum()
+    return _norm(flat_NV.sum(-1, dtype=torch.float64)), scale
 
 
-def linear_euler_residual(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+def logit_shift_residual(dlogits: Tensor) -> Tensor:
+    """``logit_shift`` as a residual, 0-dim."""
+    return relative(*logit_shift(dlogits))
+
+
+def linear_euler(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Broken:
     """|<W, dW> - sum y dy| / sum |y dy| over tokens and components, 0-dim: Euler's identity of y = W x.
 
     y is linear in W, so W -> aW makes y -> ay, and the derivative of the loss along it is either sum. It needs a
     layer without bias whose weight is used once (not a tied head), and the gradient of these tokens alone: unscaled,
     before clipping and before it is summed over workers.
 
-    w, dw: (out, in); y, dy: (..., out).
+    w, dw: (out, in), or one for each expert; y, dy: (..., out), whose products are summed along a row
+    in their own precision.
     """
-    return relative(((w * dw).sum() - (y * dy).sum()).abs(), (y * dy).abs().sum())
+    products = y * dy
+    total = products.sum(-1).double().sum()
+    return ((w.double() * dw).sum() - total).abs(), products.abs_().sum(-1).double().sum()
 
 
-def norm_orthogonality_residual(
+def linear_euler_residual(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+    """``linear_euler`` as a residual, 0-dim."""
+    return relative(*linear_euler(w, dw, y, dy))
+
+
+def linear_input(x_dx: Tensor, y_dys: Sequence[Tensor]) -> Broken:
+    """|<x, dx> - sum over layers of <y, dy>| / sum |x dx|, per token: Euler's identity in the input.
+
+    The layers y = W x that read x are linear in it too: x -> ax of one token makes every y of that token -> ay, and the
+    derivative of the loss along it is <x, dx> and sum <y, dy> alike. dx is the gradient by all layers that
+    read x and by nothing else. The law in W does not contain the product dx = W^T dy; this one does.
+
+    x_dx: x * dx, (..., in); y_dys: y * dy of each layer, (..., out). Returns the two, each (...).
+    """
+    broken = x_dx.double().sum(-1)
+    for y_dy in y_dys:
+        broken = broken - y_dy.double().sum(-1)
+    return broken.abs(), x_dx.abs().sum(-1).double()
+
+
+def linear_input_residual(x: Tensor, dx: Tensor, outputs: Sequence[Broken]) -> Tensor:
+    """``linear_input`` as a residual, the root mean square over tokens, 0-dim. outputs: (y, dy) of each layer."""
+    return over_tokens(relative(*linear_input(x * dx, [y * dy for y, dy in outputs])))
+
+
+def norm_orthogonality(
     x: Tensor, dx: Tensor, y: Tensor, dy: Tensor, *, eps: float, bias: Tensor | None = None, centred: bool
-) -> Tensor:
-    """|<dx, x-mu> - eps/(var+eps) <dy, y-beta>| / (||dx|| ||x-mu||), the root mean square over tokens, 0-dim.
+) -> Broken:
+    """|<dx, x-mu> - eps/(var+eps) <dy, y-beta>| / (||dx|| ||x-mu||), per token.
 
     y - beta = gamma (x - mu) / sqrt(var + eps) does not change when x - mu is stretched, but for eps. With
     r = 1/sqrt(var + eps), d(y - beta)/da = (y - beta) eps / (var + eps) at x - mu -> a (x - mu), so
     <dx, x - mu> is that share of <dy, y - beta>. dx must come through this norm alone, not around it.
 
     x, dx, y, dy: (..., M); bias: beta, or None; centred: LayerNorm (mu and var of x) or RMSNorm (mu = 0, var = mean
-    x^2).
+    x^2). The terms of one token cancel, so FP32 tensors are to be widened first. Returns the two, each (...).
     """
     x = x - x.mean(-1, keepdim=True) if centred else x
     variance = x.square().mean(-1)
     stretch = (dx * x).sum(-1)
     scaled = (dy * (y if bias is None else y - bias)).sum(-1) * eps / (variance + eps)
-    return relative((stretch - scaled).abs(), _norm(dx) * _norm(x)).square().mean().sqrt()
+    return (stretch - scaled).abs(), _norm(dx) * _norm(x)
+
+
+def norm_orthogonality_residual(
+    x: Tensor, dx: Tensor, y: Tensor, dy: Tensor, *, eps: float, bias: Tensor | None = None, centred: bool
+) -> Tensor:
+    """``norm_orthogonality`` as a residual, the root mean square over tokens, 0-dim."""
+    return over_tokens(relative(*norm_orthogonality(x, dx, y, dy, eps=eps, bias=bias, centred=centred)))
+
+
+def norm_shift(dx: Tensor) -> Broken:
+    """|sum_c dx_c| / (sqrt(M) ||dx||), per token: LayerNorm ignores a shift of x.
+
+    dx: (..., M), through this norm alone. 1 where all of dx lies along the shift. Returns the two, each (...).
+    """
+    return dx.sum(-1).abs(), dx.shape[-1] ** 0.5 * _norm(dx)
 
 
 def norm_shift_residual(dx: Tensor) -> Tensor:
-    """|sum_c dx_c| / (sqrt(M) ||dx||), the root mean square over tokens, 0-dim: LayerNorm ignores a shift of x.
-
-    dx: (..., M), through this norm alone. 1 where all of dx lies along the shift.
-    """
-    return relative(dx.sum(-1).abs(), dx.shape[-1] ** 0.5 * _norm(dx)).square().mean().sqrt()
+    """``norm_shift`` as a residual, the root mean square over tokens, 0-dim."""
+    return over_tokens(relative(*norm_shift(dx)))

@@ -35,6 +35,9 @@ from torch import Tensor
 from models.taps import Tap
 from monitors.conservation import over_group
 
+OVER_NOISE = "over_noise"
+"""Ends the name of a signal that divides what is broken of a law by what rounding alone predicts."""
+
 BF16_U2 = 2.0**-14 / 24
 """Mean square of the relative error of one rounding to BF16."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from monitors.base import Masked, Reading, Signal, StepView
@@ -58,9 +59,9 @@ class SpectralAlignment:
         linear, n_layers = view.taps.at("linear"), view.model.config.n_layers
         readings: dict[str, Reading] = {}
         for suffix, module in LAYERS.items():
-            if f"blocks.0.{module}" not in linear:
-                continue
-            taps = [linear[f"blocks.{layer}.{module}"] for layer in range(n_layers)]
+            taps = [linear.get(f"blocks.{layer}.{module}") for layer in range(n_layers)]
+            if any(tap is None or not isinstance(tap.module, nn.Linear) for tap in taps):
+                continue  # experts have a weight each, and no MLP beside them
             weight = torch.stack([tap.weight for tap in taps])
             inputs = torch.stack([tap.inputs[0].flatten(0, -2) for tap in taps])
             projection = (inputs @ top_right_singular_vector(weight)[..., None]).squeeze(-1)

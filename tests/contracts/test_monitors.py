@@ -91,7 +91,7 @@ def test_observing_changes_nothing(make_run, name):
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), history.state_dict()))
     gradients = [p.grad.clone() for p in model.parameters()]
     random = torch.get_rng_state()
-    objective = partial(objective_at, model, batch, HEALTHY, 1.0)
+    objective = partial(objective_at, model, batch, HEALTHY, (), 1.0)
     view = StepView(
         10, 640, loss.detach(), torch.ones(()), model, history, routings, taps, optimizer, HEALTHY, objective
     )

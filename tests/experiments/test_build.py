@@ -176,4 +176,4 @@ def test_a_parameter_group_learns_at_its_own_rate(make_run):
     rates = {name: rate_of[id(p)] for name, p in model.named_parameters()}
     assert rates["blocks.1.mlp.router.weight"] == 2.0
     assert rates["final_norm.weight"] == rates["blocks.0.mlp_norm.bias"] == 0.0
-    assert rates["blocks.0.mlp.input"] == rates["blocks.0.attention.q.weight"] == rates["tokens.weight"] == 0.5
+    assert rates["blocks.0.mlp.input.weight"] == rates["blocks.0.attention.q.weight"] == rates["tokens.weight"] == 0.5

@@ -64,8 +64,8 @@ def dense_reference(moe: MoE, x: torch.Tensor, w: dict[str, torch.Tensor]) -> to
 
     y = torch.zeros_like(x)
     for e in range(c.n_experts):
-        gate = x @ w["gate"][e] if "gate" in w else None
-        y = y + gates[:, e : e + 1] * (expert(x @ w["input"][e], gate) @ w["output"][e])
+        gate = x @ w["gate.weight"][e] if "gate.weight" in w else None
+        y = y + gates[:, e : e + 1] * (expert(x @ w["input.weight"][e], gate) @ w["output.weight"][e])
     if c.shared_d_ff:
         gate = x @ w["shared.gate.weight"].T if "shared.gate.weight" in w else None
         y = y + expert(x @ w["shared.input.weight"].T, gate) @ w["shared.output.weight"].T
@@ -131,7 +131,7 @@ def test_an_expert_that_nobody_chooses_costs_and_learns_nothing(config):
     y, routing = moe(x)
     y.square().sum().backward()
     assert routing.counts_E[[1, 4]].tolist() == [0, 0]
-    assert all((moe.input.grad[e] == 0).all() == (routing.counts_E[e] == 0) for e in range(6))
+    assert all((moe.input.weight.grad[e] == 0).all() == (routing.counts_E[e] == 0) for e in range(6))
     assert torch.isfinite(y).all()
 
 
@@ -242,7 +242,8 @@ def test_a_dense_model_has_no_routers():
 
 def test_two_of_half_the_width_have_the_active_parameters_of_the_dense_model():
     dense, sparse = model(None), model(BASE)
-    experts = sum(p.numel() for n, p in sparse.named_parameters() if n.endswith(("mlp.input", "mlp.output")))
+    matrices = ("mlp.input.weight", "mlp.output.weight")
+    experts = sum(p.numel() for n, p in sparse.named_parameters() if n.endswith(matrices))
     mlps = sum(p.numel() for n, p in dense.named_parameters() if ".mlp." in n)
     assert experts * BASE.top_k / BASE.n_experts == 2 * mlps  # d_ff is each expert's
 
@@ -251,7 +252,7 @@ def test_residual_outputs_start_small_and_everything_is_drawn():
     net = model(dataclasses.replace(BASE, shared_d_ff=64), mlp="swiglu")
     for name, parameter in net.named_parameters():
         if parameter.ndim >= 2:
-            residual = name.endswith(("attention.o.weight", "mlp.output", "mlp.shared.output.weight"))
+            residual = name.endswith(("attention.o.weight", "mlp.output.weight", "mlp.shared.output.weight"))
             assert float(parameter.std()) == pytest.approx(0.02 / (2.0 if residual else 1.0), rel=0.25), name
 
 
@@ -260,7 +261,7 @@ def test_every_parameter_belongs_to_a_group():
     groups = {name: parameter_group(name) for name in names}
     assert set(groups.values()) == set(PARAMETER_GROUPS)
     assert groups["blocks.0.mlp.router.weight"] == "router"
-    assert groups["blocks.1.mlp.input"] == groups["blocks.1.mlp.output"] == "mlp"
+    assert groups["blocks.1.mlp.input.weight"] == groups["blocks.1.mlp.output.weight"] == "mlp"
     assert groups["blocks.0.attention.q_norm.weight"] == "attention"
     assert groups["blocks.0.attention_norm.weight"] == groups["final_norm.bias"] == "norm"
     assert groups["head.weight"] == groups["tokens.weight"] == groups["positions.weight"] == "embedding"

@@ -29,7 +29,7 @@ def test_at_the_model_s_own_weights_it_is_the_training_objective(name, numerics)
     model, tokens = setting(name)
     loss, auxiliary, _ = model.objective(tokens, numerics, 0.5)
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    found = objective_at(model, tokens, numerics, 0.5, weights)
+    found = objective_at(model, tokens, numerics, (), 0.5, weights)
     assert torch.equal(found, loss + auxiliary)
     expected = torch.autograd.grad(loss + auxiliary, list(model.parameters()))
     for one, other in zip(torch.autograd.grad(found, list(weights.values())), expected, strict=True):
@@ -42,7 +42,7 @@ def test_it_follows_the_weights_that_it_is_given_and_leaves_the_model_s_alone():
     before = [p.detach().clone() for p in parameters]
     other = Transformer(model.config).initialise(torch.Generator().manual_seed(7))
     weights = {name: p.detach() for name, p in other.named_parameters()}
-    assert torch.equal(objective_at(model, tokens, HEALTHY, 1.0, weights), other.loss(tokens))
+    assert torch.equal(objective_at(model, tokens, HEALTHY, (), 1.0, weights), other.loss(tokens))
     for p, same, old in zip(model.parameters(), parameters, before, strict=True):
         assert p is same and p.grad is None and torch.equal(p, old)
 
@@ -51,7 +51,7 @@ def test_a_fault_s_counter_counts_training_alone():
     model, tokens = setting("tied")
     with torch.no_grad():
         model.blocks[0].attention.v.weight.fill_(torch.inf)
-    objective_at(model, tokens, TRUNCATED, 1.0, dict(model.named_parameters()))
+    objective_at(model, tokens, TRUNCATED, (), 1.0, dict(model.named_parameters()))
     assert [block.attention.nonfinite.item() for block in model.blocks] == [0, 0]
     model.loss(tokens, TRUNCATED)
     assert model.blocks[0].attention.nonfinite.item() > 0

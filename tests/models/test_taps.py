@@ -58,6 +58,7 @@ def test_every_place_has_its_tensors_and_their_gradients(name):
         assert linear.weight_grad.shape == linear.weight.shape
         assert linear.output_grad.shape == linear.output.shape
     assert ("blocks.0.mlp.router" in taps.at("linear")) == (name == "experts")
+    assert (taps.at("linear")["blocks.0.mlp.output"].weight.ndim == 3) == (name == "experts")
     for norm in taps.at("norm").values():
         assert norm.input_grads[0].shape == norm.output_grad.shape
 

@@ -73,6 +73,21 @@ def test_linear_layers_keep_eulers_identity(tapped):
         assert law.linear_euler_residual(w, dw + 1e-6 * w, y, dy) > 1e-9, name
 
 
+def test_linear_layers_keep_eulers_identity_in_their_inputs(tapped):
+    config, taps = tapped
+    linear, norms = taps.at("linear"), taps.at("norm")
+    readers = {"blocks.1.attention_norm": ["blocks.1.attention." + part for part in "qkv"], "final_norm": ["head"]}
+    if config.moe is None:
+        readers["blocks.0.mlp_norm"] = ["blocks.0.mlp.input"] + ["blocks.0.mlp.gate"] * (config.mlp == "swiglu")
+    for source, layers in readers.items():
+        x, dx = norms[source].output, norms[source].output_grad
+        outputs = [(linear[name].output, linear[name].output_grad) for name in layers]
+        assert law.linear_input_residual(x, dx, outputs) < ROUNDING, source
+        assert law.linear_input_residual(x, dx + 1e-6 * dx.mean() * x.sign(), outputs) > 1e-9, source
+        if len(outputs) > 1:
+            assert law.linear_input_residual(x, dx, outputs[1:]) > 1e-3, source
+
+
 def test_logits_and_an_untied_head_ignore_a_shift(tapped):
     config, taps = tapped
     head = taps.at("linear")["head"]

@@ -1,0 +1,271 @@
+"""What FP32 rounding alone does to the laws outside attention, from the tensors at hand.
+
+As in ``monitors.rounding``: every rounding of a number x is an independent error of mean 0 and mean square u^2 x^2,
+u^2 = 2^-46 / 24 for FP32's 24 bits, and a law's broken part is linear in them, so its mean square is a sum over
+roundings. Nothing is fitted.
+
+A matrix product rounds its running sum after every term. With S_k the sum of the first k of n terms t, the error of
+S_n is u^2 sum_k S_k^2. Given S_n, the path to it is a Brownian bridge: E S_k^2 = (k/n)^2 S_n^2 + k/n (1 - k/n) T with
+T = sum t^2, so the error is u^2 [(n/3 + 1/2) S_n^2 + n/6 T]: ``accumulation`` gives the two factors. It counts terms
+of one sign right (S_n^2 = n T) as well as terms of random signs (S_n^2 = T, n/2 T in all). A library sums long
+products in blocks, and then the blocks; ``BLOCK`` is that of MKL's sgemm on AVX-512, whose measured errors for
+n = 64 ... 2048 are within 5 % (root mean square) of it. With another library the prediction is off by the
+square root of the ratio of block lengths, at most.
+
+Sums of squared terms, T summed over a product's outputs with weights, would cost another matrix product. They are taken
+mean-field: sum_j W_ij^2 x_j^2 = |W_i|^2 |x|^2 / n_in.
+
+Shapes: N tokens (or slots at experts), V vocabulary, M width, E experts. All predictions are mean squares, FP64,
+in the squared unit of what is broken, per token or 0-dim as that is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from models.taps import Tap
+
+FP32_U2 = 2.0**-46 / 24
+"""Mean square of the relative error of one rounding to FP32."""
+
+BLOCK = 192
+"""Terms that a matrix product sums one after another."""
+
+LANES = 16
+"""Terms that a row sum of softmax keeps apart until the end: AVX-512's."""
+
+
+def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """(c, r) such that a sum S of n >= 1 terms whose squares add up to T has the error u^2 (c S^2 + r T).
+
+    b blocks of n/b terms, whose sums s have sum s^2 = S^2 / b + (1 - 1/b) T, are followed by b - 1 additions.
+    """
+    blocks = 1 + (n - 1) // BLOCK
+    coherent = (n / blocks**2 + blocks - 1) / 3 + 0.5
+    return coherent, n / blocks * (1 / 2 - 1 / (3 * blocks)) + (blocks - 1) / 6
+
+
+def _square(x: Tensor) -> Tensor:
+    """|x|^2 of each row, in FP64 from the row's end on."""
+    return torch.linalg.vector_norm(x, dim=-1).double().square()
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    """One linear layer y = W x in one step; the experts of a layer are one step with a weight each.
+
+    x: (n, in); y, dy: (n, out), of n tokens out of ``tokens``, an even sample; w, dw: (E, out, in), E = 1 for an
+    ordinary layer; slots: how many of all the tokens each expert has, (E,), and expert: whose each sampled one is,
+    (n,); None for an ordinary layer.
+    """
+
+    x: Tensor
+    y: Tensor
+    dy: Tensor
+    w: Tensor
+    dw: Tensor
+    tokens: int
+    slots: Tensor | None = None
+    expert: Tensor | None = None
+
+    @classmethod
+    def of(cls, tap: Tap, sample: slice = slice(None), slots: Tensor | None = None) -> LinearStep:
+        """From a tap on a linear layer, or, with ``slots``, on the experts', whose weight lies the other way round."""
+        x, y, dy = (t.flatten(0, -2) for t in (tap.inputs[0], tap.output, tap.output_grad))
+        if slots is None:
+            return cls(x[sample], y[sample], dy[sample], tap.weight[None], tap.weight_grad[None], len(x))
+        experts = torch.arange(len(slots), device=x.device).repeat_interleave(slots, output_size=len(x))
+        w, dw = tap.weight.mT, tap.weight_grad.mT
+        return cls(x[sample], y[sample], dy[sample], w, dw, len(x), slots, experts[sample])
+
+    @property
+    def weight_of_sample(self) -> float:
+        """How many tokens a sampled one stands for."""
+        return self.tokens / len(self.x)
+
+    @cached_property
+    def y_dy(self) -> Tensor:
+        """In FP32: one rounding more, where y has had n_in."""
+        return self.y * self.dy
+
+    @cached_property
+    def y_dy2(self) -> Tensor:
+        """sum_i (y_i dy_i)^2 of each token, (n,)."""
+        return _square(self.y_dy)
+
+    @cached_property
+    def terms2(self) -> Tensor:
+        """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (n,)."""
+        weighted_NE = self.dy.square() @ torch.linalg.vector_norm(self.w, dim=-1).square().T
+        weighted = weighted_NE[:, 0] if self.expert is None else weighted_NE.gather(1, self.expert[:, None])[:, 0]
+        return weighted.double() * _square(self.x) / self.x.shape[-1]
+
+    def total(self, per_token: Tensor) -> Tensor:
+        """Sum over all tokens of each weight, (E,), from the sampled ones."""
+        if self.expert is None:
+            return self.weight_of_sample * per_token.sum()[None]
+        return self.weight_of_sample * per_token.new_zeros(len(self.w)).index_add_(0, self.expert, per_token)
+
+
+def linear_euler_noise(t: LinearStep) -> Tensor:
+    """E|<W, dW> - <y, dy>|^2, 0-dim: y accumulates over the inputs, dW over the tokens, their errors are independent.
+
+    u^2 [c sum (y dy)^2 + r A + c' sum (W dW)^2 + r' A], A = sum over tokens and weights of (dy_i W_ij x_j)^2;
+    c, r of ``accumulation(n_in)``, c', r' of ``accumulation(tokens)``, which for experts are each one's own.
+    """
+    c_in, r_in = accumulation(t.x.shape[-1])
+    c_tokens, r_tokens = accumulation(t.tokens if t.slots is None else t.slots.clamp(min=1))
+    terms2 = t.total(t.terms2)
+    outputs = c_in * t.total(t.y_dy2) + r_in * terms2
+    weights = c_tokens * _square((t.w * t.dw).flatten(1)) + r_tokens * terms2
+    return FP32_U2 * (outputs + weights).sum()
+
+
+def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
+    """E|<x, dx> - sum over layers of <y, dy>|^2 per token, (n,), for layers of one output width that read x.
+
+    u^2 [sum over layers (c sum (y dy)^2 + r A) + c' sum (x dx)^2 + r' sum over layers A], A as in
+    ``linear_euler_noise`` of one token; c, r of ``accumulation(n_in)``, c', r' of ``accumulation(n_out)``.
+    """
+    c_in, r_in = accumulation(x_dx.shape[-1])
+    c_out, r_out = accumulation(readers[0].y.shape[-1])
+    outputs = sum(c_in * t.y_dy2 + (r_in + r_out) * t.terms2 for t in readers)
+    return FP32_U2 * (outputs + c_out * _square(x_dx))
+
+
+def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:
+    """E||sum_i dW_i||^2, 0-dim, where sum_i dy_i of each token is an error of mean square ``shift_noise``, (n,).
+
+    sum_i dW_i = sum over tokens of (sum_i dy_i) x, and every entry of dW accumulates over the tokens by itself:
+    sum_t shift_noise_t |x_t|^2 + u^2 [c ||dW||^2 + r sum_t |dy_t|^2 |x_t|^2], c, r of ``accumulation(tokens)``.
+    """
+    c, r = accumulation(t.tokens)
+    per_token = (shift_noise + FP32_U2 * r * _square(t.dy)) * _square(t.x)
+    return t.weight_of_sample * per_token.sum() + FP32_U2 * c * _square(t.dw.flatten())
+
+
+def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:
+    """E|sum_v dlogits_v|^2 per token, (n,), of a mean over N = ``tokens``.
+
+    With m the largest logit and S = sum exp(z - m), log-softmax stores l = (z - m) - log S, and its backward is
+    (exp(l) - onehot) / N. Rounded are log S and S, which move all l of the token alike; each l, by |l| u; the exp of
+    each term, in S and in the backward; and p_y - 1. A rounded z - m enters S and l alike and cancels:
+
+        u^2 / N^2 [sum_v p_v^2 (log^2 p_v + 2) + e(log S) + a e(S) / S^2 + (1 - p_y)^2]
+
+    e(x): x^2 with x's own mantissa in place of an average one, as S is often just above 1. a: S adds V / LANES
+    terms in each lane, then the lanes pairwise. With q = sum p^2, the squares of the lanes' sums add up to
+    q + (1 - q) / LANES on average, and the partial sums of the ``levels`` = log2 LANES additions to
+    levels q + (2 - 2 / LANES) (1 - q): so a = c (q + (1 - q) / LANES) + r q + the latter, c, r of
+    ``accumulation(V / LANES)``.
+
+    The mean over N tokens is taken as exact, as it is for a power of 2. p is that of the logits, p_y - 1 the least
+    dlogit of the token times N.
+    """
+    N, V = tokens, dlogits.shape[-1]
+    log_p = logits.double().log_softmax(-1)
+    p2 = log_p.exp().square()
+    own, q = (p2 * (log_p.square() + 2)).sum(-1), p2.sum(-1)
+    log_s = -log_p.amax(-1)
+    s = log_s.exp()
+    c, r = accumulation(max(1, V // LANES))
+    additions = c * (q + (1 - q) / LANES) + r * q + math.log2(LANES) * q + (2 - 2 / LANES) * (1 - q)
+    common = _own_rounding(log_s) + _own_rounding(s) / s.square() * additions
+    return FP32_U2 / N**2 * (own + common + (N * dlogits.amin(-1).double()).square())
+
+
+def _own_rounding(x: Tensor) -> Tensor:
+    """Mean square of the error of rounding x, over u^2: 2^(2e + 1) for x in [2^e, 2^(e+1)); x^2 on average."""
+    return torch.ldexp(torch.ones_like(x), 2 * torch.frexp(x).exponent - 1)
+
+
+def router_logit_noise(logits: Tensor, dlogits: Tensor, aux_NE: Tensor | float, z_coef: float) -> Tensor:
+    """E|sum_e dz_e - z-loss part|^2 per token, (N,), of the gradient dz of the router's logits.
+
+    Softmax backward is dz = p (g - s), s = sum p g, plus w p' from the z-loss with p' = exp(z - L), w = 2 z_coef L / N,
+    L = logsumexp z. Rounded are the product, the difference and the sum of both parts, each dz_e u; p g and s; p, whose
+    sum misses 1 by u^2 (sum p^2 + 1); in the z-loss L, and z - L, exp and product of each p':
+
+        u^2 [3 |dz|^2 + sum (p g)^2 + s^2 (sum p^2 + 2) + w^2 (L^2 + sum p^2 (log^2 p + 2))]
+
+    s is read where g is known: the least probable expert is not chosen, so that its g is the balance loss's alone.
+    aux_NE: that loss's gradient with respect to p, or 0.
+    """
+    logits, dlogits = logits.double(), dlogits.double()
+    lse = logits.logsumexp(-1, keepdim=True)
+    log_p = logits - lse
+    p = log_p.exp()
+    w = 2 * z_coef / len(logits) * lse
+    by_softmax = dlogits - w * p
+    least, where = p.min(-1, keepdim=True)
+    aux = aux_NE * torch.ones_like(p)
+    s = aux.gather(-1, where) - by_softmax.gather(-1, where) / least
+    p2 = p.square()
+    p2_sum = p2.sum(-1)
+    softmax = 3 * _square(dlogits) + _square(by_softmax + p * s) + s[:, 0].square() * (p2_sum + 2)
+    z_loss = w[:, 0].square() * (lse[:, 0].square() + (p2 * (log_p.square() + 2)).sum(-1))
+    return FP32_U2 * (softmax + z_loss)
+
+
+@dataclass(frozen=True)
+class NormStep:
+    """Norms of one width in one step. FP64, (..., M), but bias and gain, which broadcast to it; eps.
+
+    gain: gamma, of any nearby step, as only predictions take it; bias: beta, of this step, or None; centred: LayerNorm.
+    """
+
+    x: Tensor
+    dx: Tensor
+    y: Tensor
+    dy: Tensor
+    gain: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool
+
+    @cached_property
+    def parts(self) -> NormParts:
+        M = self.x.shape[-1]
+        mean = self.x.mean(-1) if self.centred else self.x.new_zeros(self.x.shape[:-1])
+        x = self.x - mean[..., None]
+        r = (x.square().mean(-1) + self.eps).rsqrt()
+        g, unit, raw = self.dy * self.gain, x * r[..., None], self.x * r[..., None]
+        h = (g * unit).sum(-1)
+        products = (h / M).square() * (unit * raw).square().sum(-1)
+        return NormParts(x, g, unit, raw, r, mean * r, h, products)
+
+
+@dataclass(frozen=True)
+class NormParts:
+    """Of dx = r (g - mean g - h unit / M), g = gamma dy, unit = (x - mu) r, raw = x r, h = <g, unit>; offset = mu r."""
+
+    x: Tensor
+    g: Tensor
+    unit: Tensor
+    raw: Tensor
+    r: Tensor
+    offset: Tensor
+    h: Tensor
+    products: Tensor
+
+
+def norm_orthogonality_noise(t: NormStep) -> Tensor:
+    """E|<dx, x - mu> - eps/(var + eps) <dy, y - beta>|^2 per token."""
+    p, levels = t.parts, math.log2(t.x.shape[-1])
+    own = 2 * _square(p.x * t.dx) + _square(p.g * p.unit) + p.products
+    sums = (1 + levels) * _square(p.g * p.raw) + 15 * p.h.square() + 2 * (p.g.sum(-1) * p.offset).square()
+    return FP32_U2 * (own + sums)
+
+
+def norm_shift_noise(t: NormStep) -> Tensor:
+    """E|sum_c dx_c|^2 per token, over M; LayerNorm."""
+    p, levels, M = t.parts, math.log2(t.x.shape[-1]), t.x.shape[-1]
+    inner = (1 + levels) * _square(p.g) + (p.h / M).square() * _square(p.raw)
+    common = 2 * p.g.sum(-1).square() + 3 * (p.h * p.offset).square()
+    return FP32_U2 * (2 * _square(t.dx) + p.r.square() * (inner + common))

@@ -1,0 +1,100 @@
+"""The norms' conservation laws, watched: each residual, and the residual over what rounding alone predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from models.taps import Tap
+from monitors import conservation, fp32_rounding
+from monitors.base import Reading, Signal, StepView
+from monitors.batch_rows import RowsInTurn
+from monitors.conservation import relative
+from monitors.fp32_rounding import NormStep
+from monitors.rounding import OVER_NOISE
+
+BLOCK_NORMS = {
+    "attention": "attention_norm",
+    "mlp": "mlp_norm",
+    "q": "attention.q_norm",
+    "k": "attention.k_norm",
+}
+LAW = "norm_orthogonality_residual"
+
+
+class NormLaws:
+    """``norm_orthogonality_residual.<attention|mlp|q|k|final>`` and its ``.shift.<...>``. Bad: up.
+
+    Signals, per layer, ``final`` one for the model: the residual, the root mean square over tokens, and
+    ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``), about 1 in a healthy
+    run at any step. Left out: ``q`` and ``k`` without QK-norm, the shift law of an RMSNorm.
+
+    rows: how many rows of the batch are looked at, taken in turn from reading to reading; 0 for all. every_steps:
+    cadence.
+    """
+
+    lookbacks = ()
+    taps = ("norm",)
+
+    def __init__(self, every_steps: int, rows: int) -> None:
+        self.rows = RowsInTurn(rows, every_steps)
+        self.signals = tuple(
+            Signal(f"{law}.{norm}{suffix}", "1", "up", () if norm == "final" else ("layer",), every_steps)
+            for law in (LAW, f"{LAW}.shift")
+            for norm in (*BLOCK_NORMS, "final")
+            for suffix in ("", f".{OVER_NOISE}")
+        )
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        taps, layers, readings = view.taps.at("norm"), view.model.config.n_layers, {}
+        for norm, name in BLOCK_NORMS.items():
+            if f"blocks.0.{name}" in taps:
+                found = _laws([taps[f"blocks.{layer}.{name}"] for layer in range(layers)], self.rows, view.step)
+                readings |= {f"{law}.{norm}{suffix}": value for (law, suffix), value in found.items()}
+        found = _laws([taps["final_norm"]], self.rows, view.step)
+        return readings | {f"{law}.final{suffix}": value[0] for (law, suffix), value in found.items()}
+
+
+def _laws(taps: Sequence[Tap], rows: RowsInTurn, step: int) -> dict[tuple[str, str], Tensor]:
+    """By law and suffix, (layers,), of norms of one shape."""
+    t = _step(taps, rows.at(step, len(taps[0].output)))
+    orthogonality = conservation.norm_orthogonality(t.x, t.dx, t.y, t.dy, eps=t.eps, bias=t.bias, centred=t.centred)
+    laws = {LAW: (orthogonality, fp32_rounding.norm_orthogonality_noise(t))}
+    if t.centred:
+        laws[f"{LAW}.shift"] = (conservation.norm_shift(t.dx), fp32_rounding.norm_shift_noise(t))
+    found = {}
+    for law, ((broken, scale), noise) in laws.items():
+        found[law, ""] = _over_tokens(relative(broken, scale))
+        found[law, f".{OVER_NOISE}"] = _over_tokens(relative(broken, noise.sqrt()))
+    return found
+
+
+def _over_tokens(residual: Tensor) -> Tensor:
+    """(layers, ...) -> (layers,): the root mean square over tokens."""
+    return residual.flatten(1).square().mean(-1).sqrt()
+
+
+def _step(taps: Sequence[Tap], rows: slice) -> NormStep:
+    def together(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([tensor[rows] for tensor in tensors]).double()
+
+    def beside(vectors: Sequence[Tensor]) -> Tensor:
+        """(layers, M) so that it broadcasts over the tokens of each layer."""
+        stacked = torch.stack([vector.detach() for vector in vectors]).double()
+        return stacked.view(len(taps), *[1] * (taps[0].output.ndim - 1), -1)
+
+    first = taps[0].module
+    return NormStep(
+        x=together([tap.inputs[0] for tap in taps]),
+        dx=together([tap.input_grads[0] for tap in taps]),
+        y=together([tap.output for tap in taps]),
+        dy=together([tap.output_grad for tap in taps]),
+        gain=beside([tap.module.weight for tap in taps]),
+        bias=None if taps[0].bias is None else beside([tap.bias for tap in taps]),
+        eps=first.eps,
+        centred=isinstance(first, nn.LayerNorm),
+    )

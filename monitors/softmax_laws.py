@@ -1,0 +1,82 @@
+"""What softmax's shift forbids outside attention, watched: at the logits, at an untied head, at every router."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from monitors import conservation, fp32_rounding
+from monitors.base import Reading, Signal, StepView
+from monitors.batch_rows import TokensInTurn
+from monitors.conservation import Broken, relative
+from monitors.fp32_rounding import LinearStep
+from monitors.rounding import OVER_NOISE
+
+
+def _both(name: str, broken: Broken, noise: Tensor) -> dict[str, Tensor]:
+    """The residual, and what is broken over the predicted mean square."""
+    return {name: relative(*broken), f"{name}.{OVER_NOISE}": relative(broken[0], noise.sqrt())}
+
+
+class LogitLaws:
+    """``logit_shift_residual`` of the logits' gradient, and its ``.head`` of an untied head's weight gradient. Bad: up.
+
+    Each also as ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``), about
+    1 in a healthy run at any step. A tied head is left out: its gradient is also the embedding's.
+    token_stride: the logits and both predictions are looked at for one token in so many, in turn, 1 for all.
+    every_steps: cadence.
+    """
+
+    lookbacks = ()
+    taps = ("linear",)
+
+    def __init__(self, every_steps: int, token_stride: int) -> None:
+        self.tokens = TokensInTurn(token_stride, every_steps)
+        self.signals = tuple(
+            Signal(f"logit_shift_residual{suffix}", "1", "up", (), every_steps)
+            for suffix in ("", f".{OVER_NOISE}", ".head", f".head.{OVER_NOISE}")
+        )
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        tap = view.taps.at("linear")["head"]
+        sample = self.tokens.at(view.step, tap.output.shape[:-1].numel())
+        head = LinearStep.of(tap, sample)
+        noise = fp32_rounding.logit_shift_noise(head.y, head.dy, head.tokens)
+        readings = _both("logit_shift_residual", conservation.logit_shift(head.dy), noise.sum())
+        if not view.model.config.tie_embeddings:
+            of_weight = fp32_rounding.weight_sum_noise(head, noise)
+            readings |= _both("logit_shift_residual.head", conservation.logit_shift(head.dw[0].T), of_weight)
+        return readings
+
+
+class RouterLaws:
+    """``router_shift_residual`` per layer, the z-loss taken off exactly. Bad: up.
+
+    Also as ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``), about 1 in a
+    healthy run at any step. Routers here are softmax routers; one of sigmoids has no such law.
+    every_steps: cadence.
+    """
+
+    needs_experts = True
+    lookbacks = ()
+    taps = ("linear",)
+
+    def __init__(self, every_steps: int) -> None:
+        self.signals = tuple(
+            Signal(f"router_shift_residual{suffix}", "1", "up", ("layer",), every_steps)
+            for suffix in ("", f".{OVER_NOISE}")
+        )
+
+    @torch.no_grad()
+    def observe(self, view: StepView) -> dict[str, Reading]:
+        config, layers = view.model.config.moe, []
+        for index, routing in enumerate(view.routings):
+            step = LinearStep.of(view.taps.at("linear")[f"blocks.{index}.mlp.router"])
+            share_E = routing.counts_E / routing.counts_E.sum()
+            aux_E = config.aux_coef * config.n_experts / len(step.x) * share_E.double()
+            per_token = fp32_rounding.router_logit_noise(step.y, step.dy, aux_E, config.z_coef)
+            noise = fp32_rounding.weight_sum_noise(step, per_token)
+            broken = conservation.router_shift(step.dw[0], step.x, step.y, config.z_coef)
+            layers.append(_both("router_shift_residual", broken, noise))
+        return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
