@@ -1,23 +1,18 @@
-"""Which rows of a batch a monitor looks at, where looking at all of them would cost too much."""
+"""A few rows of the batch, taken in turn, where looking at all of them would cost too much."""
 
 from __future__ import annotations
 
 
-class RowsInTurn:
-    """``rows`` rows of the batch, the next ones at each reading; 0 for all.
+def check_rows(rows: int) -> int:
+    """``rows``, or ValueError where it is no number of rows."""
+    if rows < 0:
+        raise ValueError(f"monitor.rows={rows} is not allowed: a number of batch rows, or 0 for all")
+    return rows
 
-    The choice depends on the step alone, so that a resumed run looks at the same rows. Raises ValueError for
-    a negative number.
-    """
 
-    def __init__(self, rows: int, every_steps: int) -> None:
-        if rows < 0:
-            raise ValueError(f"monitor.rows={rows} is not allowed: a number of batch rows, or 0 for all")
-        self.rows, self.every_steps = rows, every_steps
-
-    def at(self, step: int, available: int) -> slice:
-        """The rows of a batch of ``available`` rows at this step: at least one of them."""
-        if not 0 < self.rows < available:
-            return slice(None)
-        first = step // self.every_steps * self.rows % available
-        return slice(first, first + self.rows)
+def in_turn(rows: int, reading: int, available: int) -> slice:
+    """The rows of the batch for the given reading, 0 for all; the last of the batch may be fewer, never none."""
+    if not 0 < rows < available:
+        return slice(None)
+    first = reading * rows % available
+    return slice(first, first + rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from monitors.base import Masked, Reading, Signal, StepView
@@ -15,7 +16,7 @@ LAYERS = {
     "mlp_input": "mlp.input",
     "mlp_output": "mlp.output",
 }
-"""By suffix, a block's linear layer; experts have no such layer for their MLP."""
+"""By suffix, a block's linear layer that every token meets; experts have none such in their MLP."""
 
 
 def top_right_singular_vector(weight: Tensor) -> Tensor:
@@ -55,7 +56,8 @@ class SpectralAlignment:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        linear, n_layers = view.taps.at("linear"), view.model.config.n_layers
+        n_layers = view.model.config.n_layers
+        linear = {name: tap for name, tap in view.taps.at("linear").items() if isinstance(tap.module, nn.Linear)}
         readings: dict[str, Reading] = {}
         for suffix, module in LAYERS.items():
             if f"blocks.0.{module}" not in linear:
