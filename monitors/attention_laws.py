@@ -9,7 +9,7 @@ from torch import Tensor
 
 from monitors import conservation, rounding
 from monitors.base import Reading, Signal, StepView
-from monitors.batch_rows import RowsInTurn
+from monitors.batch_rows import check_rows, in_turn
 from monitors.conservation import relative
 from monitors.rounding import OVER_NOISE, DotProductStep
 
@@ -61,7 +61,7 @@ class AttentionLaws:
     taps = ("dot_product",)
 
     def __init__(self, every_steps: int, rows: int) -> None:
-        self.rows = RowsInTurn(rows, every_steps)
+        self.rows, self.every_steps = check_rows(rows), every_steps
         self.signals = tuple(
             Signal(f"{law}{suffix}", "1", "up", ("layer", "head"), every_steps)
             for law in LAWS
@@ -71,7 +71,7 @@ class AttentionLaws:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = list(view.taps.at("dot_product").values())
-        chosen, layers = self.rows.at(view.step, len(taps[0].output)), len(taps)
+        chosen, layers = in_turn(self.rows, view.step // self.every_steps, len(taps[0].output)), len(taps)
         together = DotProductStep.join([DotProductStep.of(tap, chosen) for tap in taps])
         broken, scale = (torch.stack(parts) for parts in zip(*(law(together) for law, _ in LAWS.values()), strict=True))
         readings = dict(zip(LAWS, _over_rows(relative(broken, scale), layers), strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.taps import Tap
 from monitors.base import Reading, Signal, StepView
-from monitors.batch_rows import RowsInTurn
+from monitors.batch_rows import check_rows, in_turn
 
 
 def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +41,7 @@ class AttentionScores:
     taps = ("dot_product",)
 
     def __init__(self, every_steps: int, rows: int) -> None:
-        self.rows = RowsInTurn(rows, every_steps)
+        self.rows, self.every_steps = check_rows(rows), every_steps
         self.signals = (
             Signal("max_attn_logit", "1", "up", ("layer", "head"), every_steps),
             Signal("attn_entropy", "nats", "both", ("layer", "head"), every_steps),
@@ -50,7 +50,7 @@ class AttentionScores:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
-        q, k, _ = tapped_inputs(taps, self.rows.at(view.step, len(next(iter(taps)).output)))
+        q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).output)))
         scores = causal_scores(q, k)
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
         return {"max_attn_logit": scores.amax((1, 3, 4)), "attn_entropy": entropy.mean((1, 3))}

@@ -1,40 +1,31 @@
-"""Which rows or tokens of a batch a monitor looks at, where looking at all of them would cost too much."""
+"""A few rows or tokens of the batch, taken in turn: for laws that each of them obeys by itself."""
 
 from __future__ import annotations
 
 
-class RowsInTurn:
-    """``rows`` rows of the batch, the next ones at each reading; 0 for all.
-
-    The choice depends on the step alone, so that a resumed run looks at the same rows. Raises ValueError for
-    a negative number.
-    """
-
-    def __init__(self, rows: int, every_steps: int) -> None:
-        if rows < 0:
-            raise ValueError(f"monitor.rows={rows} is not allowed: a number of batch rows, or 0 for all")
-        self.rows, self.every_steps = rows, every_steps
-
-    def at(self, step: int, available: int) -> slice:
-        """The rows of a batch of ``available`` rows at this step: at least one of them."""
-        if not 0 < self.rows < available:
-            return slice(None)
-        first = step // self.every_steps * self.rows % available
-        return slice(first, first + self.rows)
+def check_rows(rows: int) -> int:
+    """``rows``, or ValueError where it is no number of rows."""
+    if rows < 0:
+        raise ValueError(f"monitor.rows={rows} is not allowed: a number of batch rows, or 0 for all")
+    return rows
 
 
-class TokensInTurn:
-    """Every ``stride``-th token of the batch, from the next one at each reading; 1 for all.
+def in_turn(rows: int, reading: int, available: int) -> slice:
+    """The rows of the batch for the given reading, 0 for all; the last of the batch may be fewer."""
+    if not 0 < rows < available:
+        return slice(None)
+    first = reading * rows % available
+    return slice(first, first + rows)
 
-    The choice depends on the step alone. Raises ValueError for a stride below 1.
-    """
 
-    def __init__(self, stride: int, every_steps: int) -> None:
-        if stride < 1:
-            raise ValueError(f"monitor.token_stride={stride} is not allowed: at least 1, which takes every token")
-        self.stride, self.every_steps = stride, every_steps
+def check_stride(stride: int) -> int:
+    """``stride``, or ValueError where it is none."""
+    if stride < 1:
+        raise ValueError(f"monitor.token_stride={stride} is not allowed: at least 1, which takes every token")
+    return stride
 
-    def at(self, step: int, available: int) -> slice:
-        """The tokens of a batch of ``available`` at this step: at least one of them."""
-        stride = min(self.stride, available)
-        return slice(step // self.every_steps % stride, None, stride)
+
+def every(stride: int, reading: int, available: int) -> slice:
+    """Every ``stride``-th token for the given reading, from another one each time; never none."""
+    stride = min(stride, available)
+    return slice(reading % stride, None, stride)

@@ -6,7 +6,7 @@ import torch
 
 from monitors.attention_scores import causal_scores, tapped_inputs
 from monitors.base import Reading, Signal, StepView
-from monitors.batch_rows import RowsInTurn
+from monitors.batch_rows import check_rows, in_turn
 
 
 class DeltaBiasOracle:
@@ -27,14 +27,14 @@ class DeltaBiasOracle:
     oracle = True
 
     def __init__(self, every_steps: int, rows: int) -> None:
-        self.rows = RowsInTurn(rows, every_steps)
+        self.rows, self.every_steps = check_rows(rows), every_steps
         self.signals = (Signal("delta_bias_oracle", "nats", "both", ("layer", "head"), every_steps),)
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
         batch = len(next(iter(taps)).output)
-        rows = self.rows.at(view.step, batch)
+        rows = in_turn(self.rows, view.step // self.every_steps, batch)
         q, k, v = tapped_inputs(taps, rows)
         shadow_o = causal_scores(q, k).softmax(-1) @ v
         bias = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from monitors.attention_scores import causal_scores, tapped_inputs
 from monitors.attention_update import attention_weights, stack_matrix
 from monitors.base import Masked, Reading, Signal, StepView
-from monitors.batch_rows import RowsInTurn
+from monitors.batch_rows import check_rows, in_turn
 from monitors.spectra import singular_values
 
 BISECTIONS = 40
@@ -66,11 +66,12 @@ def _finite(symmetric: Tensor) -> Tensor:
 class AttentionFragility:
     """``attn_fragility``: kappa_softmax (1 + kappa_score) kappa(V) ||W_O||_2, per layer and head. Bad: up.
 
-    Source: Baek, arXiv:2510.21770, the combined predictor of the low-precision forward error of a layer, with its
-    factors taken as relative condition numbers in the spectral norm: ``softmax_condition``, ``score_condition``,
-    kappa(V) = sigma_max / sigma_min. Here each head has its own, and W_O is the head's block of columns, since one
-    head may collapse alone; the source takes a layer as a whole. ``.softmax`` is kappa_softmax by itself, the source's
-    early warning; ``.running_max`` the largest ``attn_fragility`` so far, its rule.
+    Source: Baek, arXiv:2510.21770, the attention part of its predictor of a layer's low-precision error. What it calls
+    row-wise softmax sensitivity, score-scale ratio and value conditioning are taken here as relative condition
+    numbers: ``softmax_condition``, ``score_condition`` and kappa(V) = sigma_max / sigma_min, norms spectral. Deviation:
+    each head has its own, with its block of W_O's columns, since one head may collapse alone; the source takes a layer
+    as a whole. ``.softmax`` is kappa_softmax by itself, the source's early warning; ``.running_max`` the largest
+    ``attn_fragility`` so far, its rule. W_O is the one after the update.
 
     rows: batch rows looked at, in turn, 0 for all; the largest value counts. A V of lower rank than it could have
     gives Inf; an all-zero Q, K or V leaves a head's product masked. NaN gives NaN, and stays in the maximum.
@@ -80,7 +81,7 @@ class AttentionFragility:
     taps = ("dot_product",)
 
     def __init__(self, every_steps: int, rows: int) -> None:
-        self.rows = RowsInTurn(rows, every_steps)
+        self.rows, self.every_steps = check_rows(rows), every_steps
         self._peak: Tensor | None = None
         self.signals = tuple(
             Signal(f"attn_fragility{suffix}", "1", "up", ("layer", "head"), every_steps)
@@ -90,7 +91,7 @@ class AttentionFragility:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
-        rows = self.rows.at(view.step, len(next(iter(taps)).output))
+        rows = in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).output))
         q, k, v = (x.double() for x in tapped_inputs(taps, rows))
         config = view.model.config
         w_o = stack_matrix(attention_weights(view.model), config.n_layers, "o").unflatten(-2, (config.n_heads, -1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from monitors.base import Reading, Signal, StepView
-from monitors.batch_rows import RowsInTurn
+from monitors.batch_rows import check_rows, in_turn
 
 
 class OutputLogZ:
@@ -20,11 +20,11 @@ class OutputLogZ:
     taps = ("linear",)
 
     def __init__(self, every_steps: int, rows: int) -> None:
-        self.rows = RowsInTurn(rows, every_steps)
+        self.rows, self.every_steps = check_rows(rows), every_steps
         self.signals = (Signal("output_log_z", "nats^2", "up", every_steps=every_steps),)
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         logits = view.taps.at("linear")["head"].output
-        chosen = logits[self.rows.at(view.step, len(logits))]
+        chosen = logits[in_turn(self.rows, view.step // self.every_steps, len(logits))]
         return {"output_log_z": chosen.logsumexp(-1).square().mean()}

@@ -16,7 +16,7 @@ LAYERS = {
     "mlp_input": "mlp.input",
     "mlp_output": "mlp.output",
 }
-"""By suffix, a block's linear layer; experts have no such layer for their MLP."""
+"""By suffix, a block's linear layer that every token meets; experts have none such in their MLP."""
 
 
 def top_right_singular_vector(weight: Tensor) -> Tensor:
@@ -56,7 +56,8 @@ class SpectralAlignment:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        linear, n_layers = view.taps.at("linear"), view.model.config.n_layers
+        n_layers = view.model.config.n_layers
+        linear = {name: tap for name, tap in view.taps.at("linear").items() if isinstance(tap.module, nn.Linear)}
         readings: dict[str, Reading] = {}
         for suffix, module in LAYERS.items():
             taps = [linear.get(f"blocks.{layer}.{module}") for layer in range(n_layers)]

@@ -5,7 +5,7 @@ import pytest
 
 from experiments import trace
 from experiments.loop import train
-from monitors.attention_laws import LAWS
+from monitors.attention_laws import LAWS, AttentionLaws
 
 RATIOS = [f"{law}.over_noise" for law in LAWS]
 EVERY_STEP = ["monitor.attention_laws.every_steps=1", "monitor.attention_laws.rows=0", "train.steps=30"]
@@ -52,3 +52,8 @@ def test_an_fp32_kernel_keeps_the_laws_and_has_no_prediction(readings):
     found = readings("model.backend=sdpa")
     assert set(found) == set(LAWS)
     assert max(values.max() for values in found.values()) < 1e-4
+
+
+def test_a_negative_number_of_rows_is_refused():
+    with pytest.raises(ValueError, match="rows=-1"):
+        AttentionLaws(every_steps=10, rows=-1)

@@ -1,27 +1,27 @@
-"""Rows in turn: every row has its time, and the step alone says when."""
+"""Rows in turn: every row has its time."""
 
 import pytest
 
-from monitors.batch_rows import RowsInTurn
+from monitors.batch_rows import check_rows, in_turn
 
 
 def test_rows_are_taken_in_turn():
-    rows = RowsInTurn(3, every_steps=10)
-    assert [rows.at(step, 8) for step in (10, 20, 30)] == [slice(3, 6), slice(6, 9), slice(1, 4)]
+    assert [in_turn(3, reading, 8) for reading in (1, 2, 3)] == [slice(3, 6), slice(6, 9), slice(1, 4)]
 
 
 def test_every_row_has_its_turn():
-    rows, seen = RowsInTurn(2, every_steps=5), set()
-    for step in range(5, 45, 5):
-        seen |= set(range(7)[rows.at(step, 7)])
+    seen = set()
+    for reading in range(1, 8):
+        seen |= set(range(7)[in_turn(2, reading, 7)])
     assert seen == set(range(7))
 
 
 @pytest.mark.parametrize(("rows", "available"), [(0, 4), (4, 4), (5, 4)])
 def test_all_rows_where_there_is_no_choice(rows, available):
-    assert RowsInTurn(rows, every_steps=10).at(10, available) == slice(None)
+    assert in_turn(rows, 1, available) == slice(None)
 
 
 def test_a_negative_number_is_refused():
+    assert check_rows(0) == 0
     with pytest.raises(ValueError, match=r"monitor\.rows=-1 "):
-        RowsInTurn(-1, every_steps=10)
+        check_rows(-1)
