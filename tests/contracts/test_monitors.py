@@ -25,35 +25,46 @@ def name(request) -> str:
     return request.param
 
 
-MODEL = ("model=moe_nano", "model.moe.n_experts=4", "model.moe.capacity_factor=1.0")
+VARIANT = ("model.mlp=swiglu", "model.qk_norm=true", "model.tie_embeddings=false")
+EXPERTS = ("model.moe.n_experts=4", "model.moe.capacity_factor=1.0", "model.moe.z_coef=0.01", "model.moe.shared_d_ff=8")
+MODEL = ("model=moe_nano", *EXPERTS, *VARIANT)
 """A model that gives every monitor something to see."""
+DENSE = ("model=mha_nano", *VARIANT)
+"""What a model with experts lacks: an MLP. Between the two every signal has something to see."""
 
 
 @pytest.fixture
-def healthy(make_run, tmp_path):
-    run = make_run("train.steps=60", *MODEL)
-    train(run, tmp_path)
-    return run, trace.read(tmp_path / run.run_id).signals
+def signals_of(make_run, tmp_path):
+    """Train a model of so many steps: the run, and what it recorded."""
+
+    def record(steps: int, *model: str):
+        run = make_run(f"train.steps={steps}", *model)
+        train(run, tmp_path)
+        return run, trace.read(tmp_path / run.run_id).signals
+
+    return record
 
 
-def test_every_signal_is_alive_on_a_healthy_run(healthy):
-    run, signals = healthy
+def test_every_signal_is_alive_on_a_healthy_run(signals_of):
+    run, with_experts = signals_of(60, *MODEL)
+    _, dense = signals_of(60, *DENSE)
     for monitor in run.monitors.values():
         for signal in monitor.signals:
-            series = signals[signal.name]
-            assert series.values.shape[1:] == AXES[signal.axes], signal.name
-            assert np.isfinite(series.values).all(), signal.name
-            assert not series.undefined.any(), signal.name
-            assert (series.steps % signal.every_steps == 0).all(), signal.name
-            constant = np.ptp(series.values) == 0
-            assert constant == signal.constant_when_healthy, signal.name
+            recorded = [signals[signal.name] for signals in (with_experts, dense) if signal.name in signals]
+            assert recorded, signal.name
+            for series in recorded:
+                assert series.values.shape[1:] == AXES[signal.axes], signal.name
+                assert np.isfinite(series.values).all(), signal.name
+                assert not series.undefined.any(), signal.name
+                assert (series.steps % signal.every_steps == 0).all(), signal.name
+                constant = np.ptp(series.values) == 0
+                assert constant == signal.constant_when_healthy, signal.name
 
 
-def test_readings_do_not_depend_on_what_comes_later(healthy, make_run, tmp_path):
-    _, longer = healthy
-    short = make_run("train.steps=30", *MODEL)
-    train(short, tmp_path / "short")
-    for signal, series in trace.read(tmp_path / "short" / short.run_id).signals.items():
+def test_readings_do_not_depend_on_what_comes_later(signals_of):
+    _, longer = signals_of(60, *MODEL)
+    _, shorter = signals_of(30, *MODEL)
+    for signal, series in shorter.items():
         early = longer[signal].steps <= 30
         assert np.array_equal(longer[signal].values[early], series.values), signal
 
