@@ -52,8 +52,8 @@ def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
 
 
 def _square(x: Tensor) -> Tensor:
-    """|x|^2 of each row, in FP64 from the row's end on."""
-    return torch.linalg.vector_norm(x, dim=-1).double().square()
+    """|x|^2 of each row, in its own precision: u^2 of it may be below FP32's range and needs FP64."""
+    return torch.linalg.vector_norm(x, dim=-1).square()
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,14 @@ class LinearStep:
         """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (n,)."""
         weighted_NE = self.dy.square() @ torch.linalg.vector_norm(self.w, dim=-1).square().T
         weighted = weighted_NE[:, 0] if self.expert is None else weighted_NE.gather(1, self.expert[:, None])[:, 0]
-        return weighted.double() * _square(self.x) / self.x.shape[-1]
+        return weighted * _square(self.x) / self.x.shape[-1]
 
     def total(self, per_token: Tensor) -> Tensor:
         """Sum over all tokens of each weight, (E,), from the sampled ones."""
         if self.expert is None:
-            return self.weight_of_sample * per_token.sum()[None]
-        return self.weight_of_sample * per_token.new_zeros(len(self.w)).index_add_(0, self.expert, per_token)
+            return per_token.sum().double()[None] * self.weight_of_sample
+        summed = per_token.new_zeros(len(self.w)).index_add_(0, self.expert, per_token)
+        return summed.double() * self.weight_of_sample
 
 
 def linear_euler_noise(t: LinearStep) -> Tensor:
@@ -136,7 +137,7 @@ def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
     c_in, r_in = accumulation(x_dx.shape[-1])
     c_out, r_out = accumulation(readers[0].y.shape[-1])
     outputs = sum(c_in * t.y_dy2 + (r_in + r_out) * t.terms2 for t in readers)
-    return FP32_U2 * (outputs + c_out * _square(x_dx))
+    return FP32_U2 * (outputs + c_out * _square(x_dx)).double()
 
 
 def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:
@@ -146,8 +147,8 @@ def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:
     sum_t shift_noise_t |x_t|^2 + u^2 [c ||dW||^2 + r sum_t |dy_t|^2 |x_t|^2], c, r of ``accumulation(tokens)``.
     """
     c, r = accumulation(t.tokens)
-    per_token = (shift_noise + FP32_U2 * r * _square(t.dy)) * _square(t.x)
-    return t.weight_of_sample * per_token.sum() + FP32_U2 * c * _square(t.dw.flatten())
+    per_token = (shift_noise + FP32_U2 * r * _square(t.dy).double()) * _square(t.x)
+    return t.weight_of_sample * per_token.sum() + FP32_U2 * c * _square(t.dw.flatten()).double()
 
 
 def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:

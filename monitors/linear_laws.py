@@ -8,8 +8,8 @@ from torch import Tensor
 from models.taps import Tap
 from monitors import conservation, fp32_rounding
 from monitors.base import Reading, Signal, StepView
-from monitors.batch_rows import TokensInTurn
-from monitors.conservation import over_tokens, relative
+from monitors.batch_rows import check_stride, every
+from monitors.conservation import relative
 from monitors.fp32_rounding import LinearStep
 from monitors.rounding import OVER_NOISE
 
@@ -22,6 +22,11 @@ ROUTED = {**EXPERTS, **SHARED, "router": "mlp.router"}
 
 READERS = {"qkv": ("attention_norm", ("q", "k", "v")), "mlp": ("mlp_norm", ("input", "gate"))}
 """By signal: the norm whose output is read, whose gradient is the input's, and the parts that alone read it."""
+
+Law = tuple[Tensor, Tensor, Tensor]
+"""What is broken, the scale of its residual, and the mean square that rounding predicts: 0-dim, or one a token."""
+Found = dict[str, list[Law]]
+"""By signal, its layers."""
 
 
 class LinearLaws:
@@ -42,7 +47,7 @@ class LinearLaws:
     taps = ("dot_product", "linear", "norm")
 
     def __init__(self, every_steps: int, token_stride: int) -> None:
-        self.tokens = TokensInTurn(token_stride, every_steps)
+        self.token_stride, self.every_steps = check_stride(token_stride), every_steps
         names = [f"linear_euler_residual.{part}" for part in (*ATTENTION, *DENSE, *ROUTED, "head")]
         names += [f"linear_input_residual.{part}" for part in (*READERS, "o", "head")]
         self.signals = tuple(
@@ -53,53 +58,60 @@ class LinearLaws:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config = view.model.config
-        layers = [self._block(view, layer) for layer in range(config.n_layers)]
-        readings = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-        tap, source = view.taps.at("linear")["head"], view.taps.at("norm")["final_norm"]
-        sample = self._sample(view, tap)
-        step = LinearStep.of(tap, sample)
-        readings |= _input("head", source.output_grad.flatten(0, -2)[sample], [step])
-        return readings if config.tie_embeddings else readings | _euler("head", tap, step)
+        found: Found = {}
+        for layer in range(view.model.config.n_layers):
+            self._block(view, layer, found)
+        head, source = view.taps.at("linear")["head"], view.taps.at("norm")["final_norm"]
+        sample = self._sample(view, head)
+        step = LinearStep.of(head, sample)
+        found["linear_input_residual.head"] = [_input(source.output_grad.flatten(0, -2)[sample], [step])]
+        if not view.model.config.tie_embeddings:
+            found["linear_euler_residual.head"] = [_euler(head, step)]
+        return _readings(found, "linear_euler_residual") | _readings(found, "linear_input_residual")
 
-    def _block(self, view: StepView, layer: int) -> dict[str, Tensor]:
+    def _block(self, view: StepView, layer: int, found: Found) -> None:
         taps, slots = view.taps.at("linear"), view.routings[layer].counts_E if view.routings else None
-        found: dict[str, Tensor] = {}
         steps: dict[str, LinearStep] = {}
         for part, name in (ATTENTION | (DENSE if slots is None else ROUTED)).items():
             tap = taps.get(f"blocks.{layer}.{name}")
             if tap is not None:
                 steps[part] = LinearStep.of(tap, self._sample(view, tap), slots if part in EXPERTS else None)
-                found |= _euler(part, tap, steps[part])
-        sample = self._sample(view, taps[f"blocks.{layer}.attention.o"])
+                found.setdefault(f"linear_euler_residual.{part}", []).append(_euler(tap, steps[part]))
+        do_BHTD = view.taps.at("dot_product")[f"blocks.{layer}.attention.dot_product"].output_grad
+        inputs = {"o": (do_BHTD.transpose(1, 2).flatten(2), ("o",))}
         for name, (norm, parts) in READERS.items():
+            inputs[name] = view.taps.at("norm")[f"blocks.{layer}.{norm}"].output_grad, parts
+        sample = self._sample(view, taps[f"blocks.{layer}.attention.o"])
+        for name, (dx, parts) in inputs.items():
             readers = [steps[part] for part in parts if part in steps]
             if readers:
-                dx = view.taps.at("norm")[f"blocks.{layer}.{norm}"].output_grad
-                found |= _input(name, dx.flatten(0, -2)[sample], readers)
-        do_BHTD = view.taps.at("dot_product")[f"blocks.{layer}.attention.dot_product"].output_grad
-        return found | _input("o", do_BHTD.transpose(1, 2).flatten(2).flatten(0, 1)[sample], [steps["o"]])
+                law = _input(dx.flatten(0, -2)[sample], readers)
+                found.setdefault(f"linear_input_residual.{name}", []).append(law)
 
     def _sample(self, view: StepView, tap: Tap) -> slice:
-        return self.tokens.at(view.step, tap.output.shape[:-1].numel())
+        return every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
 
 
-def _euler(part: str, tap: Tap, step: LinearStep) -> dict[str, Tensor]:
-    """The law over all tokens of the tap, its prediction from the sampled ones."""
-    flat = (tensor.flatten(0, -2) for tensor in (tap.output, tap.output_grad))
-    broken, scale = conservation.linear_euler(step.w, step.dw, *flat)
-    noise = fp32_rounding.linear_euler_noise(step).sqrt()
-    name = f"linear_euler_residual.{part}"
-    return {name: relative(broken, scale), f"{name}.{OVER_NOISE}": relative(broken, noise)}
+def _euler(tap: Tap, step: LinearStep) -> Law:
+    """Over all tokens of the tap, its prediction from the sampled ones."""
+    broken, scale = conservation.linear_euler(step.w, step.dw, tap.output, tap.output_grad)
+    return broken, scale, fp32_rounding.linear_euler_noise(step)
 
 
-def _input(part: str, dx: Tensor, readers: list[LinearStep]) -> dict[str, Tensor]:
-    """The law over the sampled tokens; dx: (n, in)."""
+def _input(dx: Tensor, readers: list[LinearStep]) -> Law:
+    """Over the sampled tokens; dx: (n, in)."""
     x_dx = readers[0].x * dx
     broken, scale = conservation.linear_input(x_dx, [reader.y_dy for reader in readers])
-    noise = fp32_rounding.linear_input_noise(x_dx, readers).sqrt()
-    name = f"linear_input_residual.{part}"
-    return {
-        name: over_tokens(relative(broken, scale)),
-        f"{name}.{OVER_NOISE}": over_tokens(relative(broken, noise)),
-    }
+    return broken, scale, fp32_rounding.linear_input_noise(x_dx, readers)
+
+
+def _readings(found: Found, law: str) -> dict[str, Reading]:
+    """Residuals and ratios of one law, the root mean square over tokens where it is per token; all in one go."""
+    names = [name for name in found if name.startswith(law)]
+    broken, scale, noise = (torch.stack(parts) for parts in zip(*(one for n in names for one in found[n]), strict=True))
+    readings: dict[str, Reading] = {}
+    for suffix, unit in (("", scale), (f".{OVER_NOISE}", noise.sqrt())):
+        values = relative(broken, unit).view(len(broken), -1).square().mean(-1).sqrt()
+        for name, value in zip(names, values.split([len(found[name]) for name in names]), strict=True):
+            readings[name + suffix] = value[0] if name.endswith(".head") else value
+    return readings

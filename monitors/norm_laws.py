@@ -11,7 +11,7 @@ from torch import Tensor
 from models.taps import Tap
 from monitors import conservation, fp32_rounding
 from monitors.base import Reading, Signal, StepView
-from monitors.batch_rows import RowsInTurn
+from monitors.batch_rows import check_rows, in_turn
 from monitors.conservation import relative
 from monitors.fp32_rounding import NormStep
 from monitors.rounding import OVER_NOISE
@@ -40,7 +40,7 @@ class NormLaws:
     taps = ("norm",)
 
     def __init__(self, every_steps: int, rows: int) -> None:
-        self.rows = RowsInTurn(rows, every_steps)
+        self.rows, self.every_steps = check_rows(rows), every_steps
         self.signals = tuple(
             Signal(f"{law}.{norm}{suffix}", "1", "up", () if norm == "final" else ("layer",), every_steps)
             for law in (LAW, f"{LAW}.shift")
@@ -51,17 +51,18 @@ class NormLaws:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps, layers, readings = view.taps.at("norm"), view.model.config.n_layers, {}
+        reading = view.step // self.every_steps
         for norm, name in BLOCK_NORMS.items():
             if f"blocks.0.{name}" in taps:
-                found = _laws([taps[f"blocks.{layer}.{name}"] for layer in range(layers)], self.rows, view.step)
+                found = _laws([taps[f"blocks.{layer}.{name}"] for layer in range(layers)], self.rows, reading)
                 readings |= {f"{law}.{norm}{suffix}": value for (law, suffix), value in found.items()}
-        found = _laws([taps["final_norm"]], self.rows, view.step)
+        found = _laws([taps["final_norm"]], self.rows, reading)
         return readings | {f"{law}.final{suffix}": value[0] for (law, suffix), value in found.items()}
 
 
-def _laws(taps: Sequence[Tap], rows: RowsInTurn, step: int) -> dict[tuple[str, str], Tensor]:
+def _laws(taps: Sequence[Tap], rows: int, reading: int) -> dict[tuple[str, str], Tensor]:
     """By law and suffix, (layers,), of norms of one shape."""
-    t = _step(taps, rows.at(step, len(taps[0].output)))
+    t = _step(taps, in_turn(rows, reading, len(taps[0].output)))
     orthogonality = conservation.norm_orthogonality(t.x, t.dx, t.y, t.dy, eps=t.eps, bias=t.bias, centred=t.centred)
     laws = {LAW: (orthogonality, fp32_rounding.norm_orthogonality_noise(t))}
     if t.centred:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from monitors import conservation, fp32_rounding
 from monitors.base import Reading, Signal, StepView
-from monitors.batch_rows import TokensInTurn
+from monitors.batch_rows import check_stride, every
 from monitors.conservation import Broken, relative
 from monitors.fp32_rounding import LinearStep
 from monitors.rounding import OVER_NOISE
@@ -31,7 +31,7 @@ class LogitLaws:
     taps = ("linear",)
 
     def __init__(self, every_steps: int, token_stride: int) -> None:
-        self.tokens = TokensInTurn(token_stride, every_steps)
+        self.token_stride, self.every_steps = check_stride(token_stride), every_steps
         self.signals = tuple(
             Signal(f"logit_shift_residual{suffix}", "1", "up", (), every_steps)
             for suffix in ("", f".{OVER_NOISE}", ".head", f".head.{OVER_NOISE}")
@@ -40,7 +40,7 @@ class LogitLaws:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         tap = view.taps.at("linear")["head"]
-        sample = self.tokens.at(view.step, tap.output.shape[:-1].numel())
+        sample = every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
         head = LinearStep.of(tap, sample)
         noise = fp32_rounding.logit_shift_noise(head.y, head.dy, head.tokens)
         readings = _both("logit_shift_residual", conservation.logit_shift(head.dy), noise.sum())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,8 +14,10 @@ import torch
 from experiments import trace
 from experiments.build import ROOT
 from experiments.loop import train
+from models.numerics import HEALTHY, AttentionNumerics, SiteFault
+from models.objective import objective_at
 from models.taps import Taps
-from monitors.base import Monitor, StepView, tapped
+from monitors.base import Masked, Monitor, StepView, tapped
 
 MONITORS = sorted(path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml"))
 CATALOGUE = set(pd.read_csv(ROOT / "monitors" / "catalogue.csv")["id"])
@@ -75,24 +79,47 @@ def test_its_signals_are_named_after_the_catalogue(make_run, name):
     assert {signal.name.split(".")[0] for signal in monitor.signals} <= CATALOGUE
 
 
-def test_observing_changes_nothing(make_run, name):
+@pytest.fixture
+def tenth_step(make_run, name) -> tuple[Monitor, StepView]:
+    """A monitor that has seen nothing yet, and what it sees at step 10."""
     run = make_run(*MODEL)
     monitor, model, history = run.monitors[name], run.new_model(), run.new_history()
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(11):
         history.record(step, model)
         if step < 10:
+            batch = torch.from_numpy(run.corpus.batch(0, step, 4))
+            optimizer.zero_grad()
             with Taps(model, tapped([monitor])) as taps:
-                loss, auxiliary, routings = model.objective(torch.from_numpy(run.corpus.batch(0, step, 4)))
+                loss, auxiliary, routings = model.objective(batch)
                 (loss + auxiliary).backward()
             optimizer.step()
+    objective = partial(objective_at, model, batch, HEALTHY, (), 1.0)
+    return monitor, StepView(
+        10, 640, loss.detach(), torch.ones(()), model, history, routings, taps, optimizer, HEALTHY, objective
+    )
+
+
+def test_observing_changes_nothing(tenth_step):
+    monitor, view = tenth_step
+    model, optimizer, history = view.model, view.optimizer, view.history
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), history.state_dict()))
     gradients = [p.grad.clone() for p in model.parameters()]
     random = torch.get_rng_state()
-    view = StepView(10, 640, loss.detach(), torch.ones(()), model, history, routings, taps)
     assert monitor.observe(view)
     torch.testing.assert_close(
         (model.state_dict(), optimizer.state_dict(), history.state_dict()), state, rtol=0, atol=0
     )
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_only_an_oracle_reads_what_the_fault_is(tenth_step):
+    monitor, view = tenth_step
+    told = replace(view, numerics=AttentionNumerics((SiteFault("o", "backward", "truncate", 7),)))
+    honest, informed = copy.deepcopy(monitor).observe(view), copy.deepcopy(monitor).observe(told)
+    same = all(
+        torch.equal(one.value, other.value) if isinstance(one, Masked) else torch.equal(one, other)
+        for one, other in zip(honest.values(), informed.values(), strict=True)
+    )
+    assert same == (not getattr(monitor, "oracle", False))
