@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.numerics import AttentionNumerics, SiteFault, to_bf16_grid, truncate
+from models.bits import truncate
+from models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
 from monitors.delta_bias import DeltaBiasOracle
 
 HEALTHY = AttentionNumerics()
