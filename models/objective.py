@@ -36,9 +36,9 @@ def objective_at(
     """What training minimises on this batch and kernel, NLL plus auxiliary losses in nats, at other weights.
 
     weights: by the model's parameter names, all of them; tied ones once. numerics, modules: the step's faults; one on
-    the gradient of a weight is left out. The model keeps its parameters, their ``grad`` and its buffers: the counters that
-    a faulty kernel adds to are copies. Returns a 0-dim tensor, differentiable in ``weights`` as often as the attention
-    backend is.
+    the gradient of a weight is left out. The model keeps its parameters, their ``grad`` and its buffers: the counters
+    that a faulty kernel adds to are copies. Returns a 0-dim tensor, differentiable in ``weights`` as often as the
+    attention backend is.
     """
     tensors = {f"model.{name}": weight for name, weight in weights.items()}
     tensors |= {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
