@@ -2,8 +2,8 @@
 
 Statistic, of each law's ratio to predicted rounding noise, layer and head: the root mean square over the last
 ``WINDOW`` readings, so that one lucky reading names nothing and a weak fault adds up. A ``level`` is that in units of
-what healthy runs reach, as ``analysis.localise`` sets it. Alarm: a level above the threshold. Verdict, ``WAIT`` readings
-later, when the window has left the healthy past behind: from the peaks since the alarm,
+what healthy runs reach, as ``analysis.localise`` sets it. Alarm: a level above the threshold. Verdict, ``WAIT``
+readings later, when the window has left the healthy past behind: from the peaks since the alarm,
 
 - the place is where the largest level is: its kind of law, layer and head;
 - in attention the laws of that layer above the threshold are the pattern; the class is the one that needs least change
