@@ -69,6 +69,9 @@ def cost_figure(experiment: Experiment, path: Path) -> str:
     for name, point in zip(rows.index, points, strict=True):
         together.setdefault(point, []).append(pretty(name))
     label_points(axis, list(together), ["\n".join(names) for names in together.values()], lines=lines, fontsize=9.5)
+    felt_names = {pretty(name) for name in rows.index[felt]}
+    for label in axis.texts:
+        label.set_color(HEALTHY if label.get_text().split("\n")[0] in felt_names else "0.35")
     axis.set_xlabel("cost of its monitors, share of a training step")
     axis.set_ylabel("median steps from onset to first alarm")
     runs = found["run_id"].nunique()

@@ -28,7 +28,9 @@ def label_points(
     for height in lines:
         y = axis.transData.transform((points[0][0], height))[1]
         taken.append(Bbox.from_extents(inside.x0, y - 1, inside.x1, y + 1))
-    for (x, y), point, name in sorted(zip(pixels, points, names, strict=True), key=lambda item: -item[0][1]):
+    for (x, y), point, name in sorted(
+        zip(pixels, points, names, strict=True), key=lambda item: (-item[0][1], item[0][0])
+    ):
         label = axis.annotate(name, point, (0, 0), textcoords="offset points", **text)
         extent = label.get_window_extent()
         for dx, dy in _places(extent.width, extent.height):

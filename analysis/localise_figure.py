@@ -13,7 +13,8 @@ from analysis.drawing import save, style
 from analysis.experiment import Experiment
 from analysis.fault_truth import HEALTHY, OTHER
 from analysis.laws import ATTENTION
-from analysis.localise import NO_ALARM, Localisation, confusion
+from analysis.localise import Localisation, confusion
+from analysis.place import NO_ALARM
 
 SYMBOLS = {"delta": "δ", "dp": "dP", "ds": "dS", "do": "dO", "dv": "dV", "dq": "dQ", "dk": "dK"}
 

@@ -11,18 +11,8 @@ import pytest
 from analysis.align import Aligned
 from analysis.experiment import load
 from analysis.laws import ATTENTION, KEY_SHIFT, QK_GAUGE, VALUE_SHIFT, VO_GAUGE, Law, law_of
-from analysis.localise import (
-    NO_ALARM,
-    WAIT,
-    WINDOW,
-    Levels,
-    confusion,
-    localise,
-    name_place,
-    nearest_class,
-    rolling_rms,
-    shares_right,
-)
+from analysis.localise import confusion, localise, shares_right
+from analysis.place import NO_ALARM, WAIT, WINDOW, Levels, name_place, nearest_class, rolling_rms
 from analysis.report import make_report
 
 KEY, VALUE = "key_shift_residual.over_noise", "value_shift_residual.over_noise"
