@@ -269,7 +269,8 @@ def norm_orthogonality_noise(t: NormStep) -> Tensor:
     var + eps, the root and the reciprocal, which enters twice over, and four more factors of b and h itself, 15 in
     all; mu, by two, times sum g:
 
-        u^2 [2 sum (x' dx)^2 + sum (g unit)^2 + sum (b x x')^2 + (1 + log2 M) sum (g raw)^2 + 15 h^2 + 2 (sum g offset)^2]
+        u^2 [2 sum (x' dx)^2 + sum (g unit)^2 + sum (b x x')^2
+             + (1 + log2 M) sum (g raw)^2 + 15 h^2 + 2 (offset sum g)^2]
 
     The error of y in the eps term, smaller by eps / (var + eps), is left out. RMSNorm: mu = 0, the same operations.
     """
@@ -282,8 +283,8 @@ def norm_orthogonality_noise(t: NormStep) -> Tensor:
 def norm_shift_noise(t: NormStep) -> Tensor:
     """E|sum_c dx_c|^2 per token; LayerNorm, its operations as in ``norm_orthogonality_noise``.
 
-    The additions of each dx_c; the products r g_c and b x_c; sum g, pairwise, which c = -b mu - r sum g / M gives to all
-    M components; the rounding of c and of its product, M c = -r (sum g - h offset); b mu and mu itself:
+    The additions of each dx_c; the products r g_c and b x_c; sum g, pairwise, which c = -b mu - r sum g / M gives to
+    all M components; the rounding of c and of its product, M c = -r (sum g - h offset); b mu and mu itself:
 
         u^2 [2 sum dx^2 + r^2 ((1 + log2 M) sum g^2 + sum (h raw / M)^2 + 2 (sum g)^2 + 3 (h offset)^2)]
     """
