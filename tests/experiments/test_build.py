@@ -109,7 +109,7 @@ def test_an_impossible_configuration_is_one_line_by_name(make_run, overrides, me
 def test_router_monitors_are_left_out_of_every_monitor_and_refused_by_name(make_run):
     """On a dense model all monitors but those; a choice that names one of them is an error."""
     dense, sparse = make_run(), make_run("model=moe_nano")
-    assert dense.left_out_monitors == ("expert_load", "router_weight", "routing_probability")
+    assert dense.left_out_monitors == ("expert_load", "router_laws", "router_weight", "routing_probability")
     assert set(sparse.monitors) - set(dense.monitors) == set(dense.left_out_monitors)
     assert not set(dense.config["monitor"]) & set(dense.left_out_monitors)
     with pytest.raises(ValueError, match=r"monitor\.routing_probability needs experts, and the model has none"):
