@@ -70,8 +70,8 @@ class AttentionFragility:
     row-wise softmax sensitivity, score-scale ratio and value conditioning are taken here as relative condition
     numbers: ``softmax_condition``, ``score_condition`` and kappa(V) = sigma_max / sigma_min, norms spectral. Deviation:
     each head has its own, with its block of W_O's columns, since one head may collapse alone; the source takes a layer
-    as a whole. ``.softmax`` is kappa_softmax by itself, the source's early warning; ``.running_max`` the largest
-    ``attn_fragility`` so far, its rule. W_O is the one after the update.
+    as a whole. ``.softmax`` is kappa_softmax by itself, ``.softmax_max`` the largest so far, whose rise is the source's
+    early warning. W_O is the one after the update.
 
     rows: batch rows looked at, in turn, 0 for all; the largest value counts. A V of lower rank than it could have
     gives Inf; an all-zero Q, K or V leaves a head's product masked. NaN gives NaN, and stays in the maximum.
@@ -85,7 +85,7 @@ class AttentionFragility:
         self._peak: Tensor | None = None
         self.signals = tuple(
             Signal(f"attn_fragility{suffix}", "1", "up", ("layer", "head"), every_steps)
-            for suffix in ("", ".softmax", ".running_max")
+            for suffix in ("", ".softmax", ".softmax_max")
         )
 
     @torch.no_grad()
@@ -98,13 +98,12 @@ class AttentionFragility:
         softmax, values = softmax_condition(causal_scores(q, k)), singular_values(v)
         product = softmax * (1 + score_condition(q, k)) * values[..., 0] / values[..., -1] * _top(w_o)[:, None]
         empty = ((q == 0).all(-1).all(-1) | (k == 0).all(-1).all(-1) | (v == 0).all(-1).all(-1)).any(1)
-        fragility = product.amax(1)
-        seen = torch.where(empty, 0.0, fragility)
-        self._peak = seen if self._peak is None else torch.maximum(self._peak, seen)
+        sensitivity = softmax.amax(1)
+        self._peak = sensitivity if self._peak is None else torch.maximum(self._peak, sensitivity)
         return {
-            "attn_fragility": Masked(fragility, empty),
-            "attn_fragility.softmax": softmax.amax(1),
-            "attn_fragility.running_max": self._peak,
+            "attn_fragility": Masked(product.amax(1), empty),
+            "attn_fragility.softmax": sensitivity,
+            "attn_fragility.softmax_max": self._peak,
         }
 
     def state_dict(self) -> dict[str, Any]:

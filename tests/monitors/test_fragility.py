@@ -72,16 +72,16 @@ def test_the_reading_is_the_product_of_its_factors(trained_steps):
             assert got["attn_fragility"].value[layer, head].item() == pytest.approx(max(rows), rel=1e-4)
 
 
-def test_the_running_maximum_never_falls_and_survives_a_checkpoint(trained_steps):
+def test_the_softmax_maximum_never_falls_and_survives_a_checkpoint(trained_steps):
     monitor = AttentionFragility(1, 1)
     run = trained_steps(monitor, init_std=0.3)
     first, second = (monitor.observe(run.next()) for _ in range(2))
-    largest = torch.maximum(first["attn_fragility"].value, second["attn_fragility"].value)
-    assert torch.equal(second["attn_fragility.running_max"], largest)
+    largest = torch.maximum(first["attn_fragility.softmax"], second["attn_fragility.softmax"])
+    assert torch.equal(second["attn_fragility.softmax_max"], largest)
     resumed = AttentionFragility(1, 1)
     resumed.load_state_dict(monitor.state_dict())
     view = run.next()
-    kept, found = (one.observe(view)["attn_fragility.running_max"] for one in (monitor, resumed))
+    kept, found = (one.observe(view)["attn_fragility.softmax_max"] for one in (monitor, resumed))
     assert torch.equal(kept, found) and (kept >= largest).all()
 
 
@@ -93,7 +93,7 @@ def test_zero_values_have_no_condition(trained_steps):
     got = monitor.observe(run.next())
     assert got["attn_fragility"].undefined.tolist() == [[True, False], [False, False]]
     assert got["attn_fragility"].value[~got["attn_fragility"].undefined].isfinite().all()
-    assert got["attn_fragility.running_max"].isfinite().all()
+    assert got["attn_fragility.softmax_max"].isfinite().all()
 
 
 def test_nan_is_a_reading_and_stays_in_the_maximum(trained_steps):
@@ -105,5 +105,5 @@ def test_nan_is_a_reading_and_stays_in_the_maximum(trained_steps):
     broken = monitor.observe(run.next())
     assert broken["attn_fragility.softmax"].isnan().tolist() == [[False, False], [False, True]]
     assert broken["attn_fragility"].value[1, 1].isnan() and not broken["attn_fragility"].undefined.any()
-    assert healthy["attn_fragility.running_max"].isfinite().all()
-    assert broken["attn_fragility.running_max"][1, 1].isnan()
+    assert healthy["attn_fragility.softmax_max"].isfinite().all()
+    assert broken["attn_fragility.softmax_max"][1, 1].isnan()
