@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.experiment import Experiment
-from analysis.fault_truth import OTHER, truth
+from analysis.fault_truth import OTHER, truth_of
 from analysis.inference import false_alarm_law
 from analysis.table import median_step
+from analysis.tracks import family as track_family
 
 SOON, LATER = 10, 100
 """Optimizer steps from onset within which the table counts alarms."""
@@ -22,10 +23,12 @@ SOON, LATER = 10, 100
 class Size:
     """What a fault does and where, out of a run's manifest; ``bits`` is what a figure sweeps, the rest is ``where``.
 
-    share: of the elements hit; layers, heads: ``all`` or their numbers; onset: its first faulty update.
+    phase: of attention's pass, empty elsewhere; share: of the elements hit; layers, heads: ``all`` or their numbers;
+    onset: its first faulty update.
     """
 
     sites: str
+    phase: str
     rounding: str
     bits: int
     share: float
@@ -37,6 +40,7 @@ class Size:
     def where(self) -> str:
         """The fault without its bits and onset, in words; what is usual is left out."""
         said = [self.sites]
+        said += [] if self.phase in ("", "backward") else [self.phase]
         said += [] if self.rounding == "truncate" else [self.rounding.replace("_", " ")]
         said += [f"{name} {which}" for name, which in (("layer", self.layers), ("head", self.heads)) if which != "all"]
         said += [] if self.share == 1 else [f"{self.share:g} of elements" if self.share else "one element"]
@@ -44,14 +48,15 @@ class Size:
 
 
 def size(fault: Mapping[str, Any]) -> Size | None:
-    """The size of a bit operation on one kernel; None for every other fault, and for several at once."""
-    if "bits" not in fault:
+    """The size of a bit operation on one kernel; None for every other fault, for several at once and for 0 bits."""
+    if not fault.get("bits"):
         return None
     sites = "+".join(fault["sites"]) if "sites" in fault else f"{'+'.join(fault['modules'])} {fault['site']}"
     layers, heads = (
         "all" if fault.get(key) is None else "+".join(str(i) for i in fault[key]) for key in ("layers", "heads")
     )
-    return Size(sites, fault["rounding"], fault["bits"], fault.get("share", 1.0), layers, heads, fault["onset"])
+    phase = fault.get("phase", "")
+    return Size(sites, phase, fault["rounding"], fault["bits"], fault.get("share", 1.0), layers, heads, fault["onset"])
 
 
 def sizes(experiment: Experiment) -> dict[str, Size]:
@@ -69,7 +74,7 @@ def broken_kernels(experiment: Experiment) -> list[str]:
         fault
         for fault in experiment.faults
         for run in experiment.of("faulty", fault=fault)[:1]
-        if truth(run.trace.manifest["config"]["fault"], run.trace.onset).site_class != OTHER
+        if truth_of(run.trace).site_class != OTHER
     ]
 
 
@@ -89,6 +94,12 @@ def delays(experiment: Experiment) -> pd.DataFrame:
             late = np.nan if alarm is None or alarm < run.onset else float(alarm - run.onset)
             rows.append({"detector": name, "fault": run.fault, "run_id": run.trace.run_id, "delay_steps": late})
     return pd.DataFrame(rows, columns=["detector", "fault", "run_id", "delay_steps"])
+
+
+def oracles(experiment: Experiment) -> list[str]:
+    """The detectors that are told the fault: they bound what a monitor could know, and compete with none."""
+    named = experiment.named_detectors.items()
+    return [name for name, signals in named if any(track_family(signal) == "oracle" for signal in signals)]
 
 
 def median_delay(found: pd.Series) -> float:
@@ -121,13 +132,15 @@ def smallest_table(experiment: Experiment) -> pd.DataFrame:
     if not rows:
         return pd.DataFrame()
     table = pd.DataFrame(rows)
-    alike = ["detector", "sites", "rounding", "share", "layers", "heads", "onset"]
+    alike = ["detector", "sites", "phase", "rounding", "share", "layers", "heads", "onset"]
     felt = table["bits"].where(table[f"within_{LATER}"] > 0.5)
     return table.assign(smallest=felt.notna() & (felt == felt.groupby([table[key] for key in alike]).transform("min")))
 
 
 def blind_table(experiment: Experiment) -> pd.DataFrame:
     """One row a fault that the experiment's ``family`` does not feel: it alarms no more often than chance may.
+
+    What the experiment lists as ``controls`` is no fault, and left out.
 
     limit: the upper end of what the family's false-alarm rate may be, given its calibration runs (95 %); soonest: the
     other detector of the smallest median delay, empty where none alarms in most runs.
@@ -138,10 +151,14 @@ def blind_table(experiment: Experiment) -> pd.DataFrame:
     limit = false_alarm_law(len(experiment.of("calibration")), experiment.alpha)[2]
     rows = []
     for fault, runs in delays(experiment).groupby("fault", sort=False):
+        if fault in experiment.index["experiment"].get("controls", ()):
+            continue
         felt = float(runs.loc[runs["detector"] == family, "delay_steps"].notna().mean())
         if felt > limit:
             continue
-        others = runs[runs["detector"] != family].groupby("detector", sort=False)["delay_steps"]
+        others = runs[~runs["detector"].isin({family, *oracles(experiment)})].groupby("detector", sort=False)[
+            "delay_steps"
+        ]
         medians = others.apply(median_delay)
         soonest = None if medians.isna().all() else medians.idxmin()
         rows.append(

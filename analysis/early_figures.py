@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.costs import detector_cost, monitor_costs
-from analysis.delays import broken_kernels, delays, median_delay, sizes
+from analysis.delays import broken_kernels, delays, median_delay, oracles, sizes
 from analysis.drawing import ALARM, COLOURS, HEALTHY, PLAIN, pretty, save, style
 from analysis.experiment import Experiment
 from analysis.labelling import label_points
@@ -40,7 +40,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 def cost_figure(experiment: Experiment, path: Path) -> str:
     """One point a detector: the cost of its monitors against the median delay of its alarm. Returns a caption."""
     style()
-    chosen, costs = cost_faults(experiment), monitor_costs(experiment.model)
+    chosen, costs, told = cost_faults(experiment), monitor_costs(experiment.model), oracles(experiment)
     found = delays(experiment)
     found = found[found["fault"].isin(chosen)]
     rows = pd.DataFrame({"delay": found.groupby("detector", sort=False)["delay_steps"].apply(median_delay)})
@@ -50,9 +50,13 @@ def cost_figure(experiment: Experiment, path: Path) -> str:
     figure, axis = plt.subplots(figsize=(9.5, 5.6))
     never = _delay_axis(axis, experiment.horizon, rows["delay"].min())
     points = list(zip(rows["cost"], rows["delay"].fillna(never), strict=True))
-    front = [i for i in pareto_front(points) if points[i][1] < never]
+    rivals = [point if name not in told else (np.inf, np.inf) for name, point in zip(rows.index, points, strict=True)]
+    front = [i for i in pareto_front(rivals) if points[i][1] < never and rows.index[i] not in told]
     axis.set_xscale("log")
-    axis.set_xlim(rows["cost"].min() / 1.7, rows["cost"].max() * 5)
+    if len(rows):
+        axis.set_xlim(rows["cost"].min() / 1.7, rows["cost"].max() * 5)
+    else:
+        axis.text(0.5, 0.4, "no cost was measured for this model", transform=axis.transAxes, ha="center", color="0.35")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     if front:
         x, y = zip(*(points[i] for i in front), strict=True)
@@ -64,11 +68,13 @@ def cost_figure(experiment: Experiment, path: Path) -> str:
         here = [point for point, good in zip(points, chosen_points, strict=True) if good]
         if here:
             axis.scatter(*zip(*here, strict=True), color=colour, s=42, zorder=3)
-    lines = [never, *(points[i][1] for i in front[-1:])]
+    lines = [never, *(points[i][1] for i in front[-1:])] if len(rows) else []
     together: dict[tuple[float, float], list[str]] = {}
     for name, point in zip(rows.index, points, strict=True):
         together.setdefault(point, []).append(pretty(name))
-    label_points(axis, list(together), ["\n".join(names) for names in together.values()], lines=lines, fontsize=9.5)
+    if together:
+        labels = ["\n".join(names) for names in together.values()]
+        label_points(axis, list(together), labels, lines=lines, fontsize=9.5)
     felt_names = {pretty(name) for name in rows.index[felt]}
     for label in axis.texts:
         label.set_color(HEALTHY if label.get_text().split("\n")[0] in felt_names else "0.35")

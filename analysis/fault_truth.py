@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.laws import ATTENTION, INPUTS, LINEAR, LOSS, NORM, ROUTER
+from experiments.trace import Trace
 
 HEALTHY, OTHER = "healthy", "other fault"
 """Classes of runs in which every law holds: without a fault, and with one that breaks no kernel."""
-LINEAR_PARTS = {"q", "k", "v", "o", "output", "shared_output", "head", *INPUTS["mlp"]}
+LINEAR_PARTS = ("q", "k", "v", "o", "input", "gate", "output", "shared_input", "shared_gate", "shared_output", "head")
 NORM_PARTS = {"attention_norm": "attention", "mlp_norm": "mlp", "final_norm": "final", "q_norm": "q", "k_norm": "k"}
 
 
@@ -28,16 +29,22 @@ class Truth:
     heads: tuple[int, ...] | None = None
 
 
-def truth(fault: Mapping[str, Any], onset: int | None) -> Truth:
-    """The truth of a run from its manifest's fault node and onset step."""
+def truth_of(run: Trace) -> Truth:
+    """The truth of a run."""
+    config = run.manifest["config"]
+    return truth(config["fault"], run.onset, experts=bool(config.get("model", {}).get("moe")))
+
+
+def truth(fault: Mapping[str, Any], onset: int | None, experts: bool = False) -> Truth:
+    """The truth of a run from its manifest's fault node and onset step; experts: whether its model has them."""
     if onset is None:
         return Truth(HEALTHY)
     if "faults" in fault:
-        broken = [t for t in (truth(one, onset) for one in fault["faults"].values()) if t.site_class != OTHER]
+        broken = [t for t in (truth(one, onset, experts) for one in fault["faults"].values()) if t.site_class != OTHER]
         return broken[0] if len(broken) == 1 else Truth(None if broken else OTHER)
     if "bits" not in fault or fault["bits"] == 0:
         return Truth(OTHER)
-    return _of_modules(fault) if "modules" in fault else _of_attention(fault)
+    return _of_modules(fault, experts) if "modules" in fault else _of_attention(fault)
 
 
 def _of_attention(fault: Mapping[str, Any]) -> Truth:
@@ -51,9 +58,9 @@ def _of_attention(fault: Mapping[str, Any]) -> Truth:
     return Truth(site_class, None, layers, heads)
 
 
-def _of_modules(fault: Mapping[str, Any]) -> Truth:
+def _of_modules(fault: Mapping[str, Any], experts: bool) -> Truth:
     """Modules of one class and part, in one or more layers; of others together no verdict is derived."""
-    found = {_of_module(name, fault["site"]) for name in fault["modules"]}
+    found = {_of_module(name, fault["site"], experts) for name in fault["modules"]}
     if len(found) > 1:
         return Truth(None)
     site_class, part = found.pop()
@@ -63,13 +70,24 @@ def _of_modules(fault: Mapping[str, Any]) -> Truth:
     return Truth(site_class, part, tuple(sorted(layers)) or None)
 
 
-def _of_module(name: str, site: str) -> tuple[str | None, str | None]:
+def _of_module(name: str, site: str, experts: bool) -> tuple[str | None, str | None]:
+    """Class and part, (None, None) where no law feels that tensor: most gains' gradients, some inputs' gradients.
+
+    The gradient that a module is given is the product of the one after it: of the head the loss, of the router the
+    softmax; elsewhere it is another module's.
+    """
     last = name.split(".")[-1]
-    if last in NORM_PARTS:
+    if last in NORM_PARTS and site == "dx":
         return NORM, NORM_PARTS[last]
-    if site == "dy":  # the gradient that a module is given is the product of the one after it
-        return (LOSS, LOSS) if name == "head" else (None, None)
-    if last == "router":
+    if last == "router" and site != "dx":
         return ROUTER, ROUTER
+    if name == "head" and site == "dy":
+        return LOSS, LOSS
     part = f"shared_{last}" if ".shared." in name else last
-    return (LINEAR, part) if part in LINEAR_PARTS else (None, None)
+    felt = site in ("y", "dw") or (site == "dx" and part in ("o", "head", *INPUTS["qkv"], *_dense(experts)))
+    return (LINEAR, part) if part in LINEAR_PARTS and felt else (None, None)
+
+
+def _dense(experts: bool) -> tuple[str, ...]:
+    """Parts whose input's gradient obeys a law in a block without experts."""
+    return () if experts else INPUTS["mlp"]

@@ -25,7 +25,7 @@ ROUTER, LOSS, LINEAR, NORM = "router", "loss kernel", "linear layer", "norm"
 CLASSES = (*ATTENTION, LINEAR, NORM, ROUTER, LOSS)
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "qkv": ("q", "k", "v"),
-    "mlp": ("input", "gate", "shared_input", "shared_gate", "experts_input", "experts_gate"),
+    "mlp": ("input", "gate"),
 }
 """Linear layers that share an input: the law of its gradient tells no more than their group."""
 
@@ -61,5 +61,5 @@ def law_of(signal: str) -> Law | None:
         return _WHOLE[name]
     if name not in _BY_PART or not parts:
         return None
-    part = parts[-1]  # the shifted form of a norm's law is the same law
+    part = parts[-1].removeprefix("experts_")  # a norm's shifted law is its law; a block has an MLP or experts
     return Law(ROUTER, ROUTER) if part == ROUTER else Law(_BY_PART[name], part)

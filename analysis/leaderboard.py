@@ -41,7 +41,7 @@ from analysis.tracks import SELF_WINDOW, family
 from experiments.trace import TraceError
 
 RANKED = ("detector", "entrant", "external")
-"""Kinds that compete; controls stand beside them."""
+"""Kinds that compete; controls, and oracles that are told the fault, stand beside them."""
 IN_TIME = ("lead", "benign_alarm")
 ALL_FAULTS = "all"
 
@@ -103,6 +103,7 @@ def contest(
     kinds = dict.fromkeys(chosen, "detector")
     if track == "published":  # a number of random-matrix theory is no rule that a source proposes for monitoring
         kinds |= {name: "theory" for name, signals in chosen.items() if family(signals[0]) == "random_matrix"}
+    kinds |= {name: "oracle" for name, signals in chosen.items() if family(signals[0]) == "oracle"}
     for entrant in entrants:
         if entrant.name in detectors:
             raise ValueError(f"detector {entrant.name!r} is on the board already: give it a name of its own")

@@ -13,7 +13,13 @@ from analysis.drawing import ALARM, COLOURS, FAULTY, HEALTHY, THOUSANDS, pretty,
 from analysis.experiment import Experiment
 from analysis.leaderboard import ALL_FAULTS, Contest, board, contest, run_scores
 
-COLOUR_OF_KIND = {"detector": HEALTHY, "entrant": COLOURS[2], "external": COLOURS[2], "control": "0.55"}
+COLOUR_OF_KIND = {
+    "detector": HEALTHY,
+    "entrant": COLOURS[2],
+    "external": COLOURS[2],
+    "control": "0.55",
+    "oracle": "0.55",
+}
 
 
 def leads_figure(experiment: Experiment, path: Path) -> str:

@@ -17,11 +17,12 @@ import pandas as pd
 from analysis.alarms import conformal_threshold
 from analysis.detection import Detection
 from analysis.experiment import Experiment, ScoredRun
-from analysis.fault_truth import HEALTHY, OTHER, Truth, truth
+from analysis.fault_truth import HEALTHY, OTHER, Truth, truth_of
 from analysis.inference import clopper_pearson_interval, wilson_interval
 from analysis.laws import CLASSES, INPUTS, law_of
 from analysis.place import NO_ALARM, Levels, Verdict, name_place, rolling_rms
 from analysis.tracks import DeclinedSignal
+from experiments.trace import TraceError
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ def _statistics(experiment: Experiment) -> tuple[dict[str, dict[str, Levels]], d
     found, declined = {}, {}
     for signal, meta in experiment.signals.items():
         law = law_of(signal)
-        if law is None:
-            continue
+        if law is None or not any(signal in run.trace.signals for run in experiment.runs):
+            continue  # a law of a part that this model does not have
         try:
             rms = {run: (one.positions, rolling_rms(one)) for run, one in detection.aligned(signal).items()}
-        except DeclinedSignal as reason:
+        except (DeclinedSignal, TraceError) as reason:
             declined[signal] = str(reason)
             continue
         reference = np.concatenate([rms[run.trace.run_id][1].ravel() for run in experiment.of("reference")])
@@ -86,7 +87,7 @@ def _statistics(experiment: Experiment) -> tuple[dict[str, dict[str, Levels]], d
 
 
 def _row(run: ScoredRun, named: Verdict) -> dict:
-    true = truth(run.trace.manifest["config"]["fault"], run.trace.onset)
+    true = truth_of(run.trace)
     return {
         "run_id": run.trace.run_id,
         "fault": run.fault or HEALTHY,
@@ -160,6 +161,7 @@ def shares_right(table: pd.DataFrame) -> pd.DataFrame:
 def sentences(found: Localisation) -> str:
     """What came out, in two sentences."""
     broken = found.table[found.table["true_class"].isin(CLASSES)]
+    unknown = int(found.table["true_class"].isna().sum())
     sound = found.table[found.table["true_class"].isin((HEALTHY, OTHER))]
 
     def share(runs: pd.DataFrame, what: str) -> str:
@@ -174,5 +176,7 @@ def sentences(found: Localisation) -> str:
         f"The broken laws name the class of the site in {share(broken, 'class')} runs with a broken kernel, its layer "
         f"in {share(broken, 'layer')} and its head in {share(broken, 'head')} where not all were hit; "
         f"{int(broken['inexact'].sum())} patterns were inexact. They name a place in {false} of {len(sound)} runs "
-        f"without one{wrongly}" + (f", and take no part: {', '.join(found.declined)}." if found.declined else ".")
+        f"without one{wrongly}."
+        + (f" {unknown} runs of faults whose laws no derivation gives are not judged." if unknown else "")
+        + (f" Declined: {', '.join(found.declined)}." if found.declined else "")
     )

@@ -227,9 +227,8 @@ def _models(experiments: Sequence[Experiment]) -> list[tuple[str, Experiment]]:
 def _write_kind(experiments: Sequence[Experiment], report: Path) -> None:
     """The tables that go with the kind of central figure, each with a column ``model``."""
     kind = experiments[0].index["experiment"]["draw"]
-    views = [experiment for _, experiment in _models(experiments)]
     parts: dict[str, list[pd.DataFrame]] = {}
-    for one in views:
+    for _, one in _models(experiments):
         found: dict[str, pd.DataFrame] = {}
         if kind == "localise":
             runs = localise(one).table

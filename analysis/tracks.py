@@ -209,10 +209,11 @@ def universal_threshold(looks: int, alpha: float) -> float:
     z with looks x 2 (1 - Phi(z)) = alpha (Bonferroni, so looks may depend on each other). A residual is a sum of many
     rounding errors, hence Gaussian; a ratio is the root mean square of at least one of them over what is predicted.
     One alone, |N(0, 1)|, has the heaviest tail from z = 1.5 on, so z holds for any number of rows. No healthy run is
-    asked: it promises as much as the prediction is right. Raises ValueError for looks < 1 or alpha outside (0, 0.5].
+    asked: it promises as much as the prediction is right. Raises ValueError for looks < 1 or alpha outside (0, 1), and
+    for an alpha / looks above 0.13, whose z is below 1.5.
     """
     if looks < 1:
         raise ValueError(f"looks={looks} is not allowed: at least 1")
-    if not 0 < alpha <= 0.5:
-        raise ValueError(f"alpha={alpha} is not allowed: above 0, at most 0.5")
+    if not 0 < alpha < 1 or alpha / looks > 0.13:
+        raise ValueError(f"alpha={alpha} is not allowed for {looks} looks: above 0, below 1 and 0.13 a look at most")
     return float(norm.isf(alpha / (2 * looks)))

@@ -31,7 +31,8 @@ class ModuleFault:
     """One bit operation on one tensor of one module, in FP32 but for the elements hit, which are rounded to BF16 first.
 
     module: its name, such as ``blocks.0.mlp.input``; site: one of ``MODULE_SITES``; rounding, bits, share: see
-    ``models.bits.BitOperation``; the share is of each sequence's elements, of the whole gradient for ``dw``.
+    ``models.bits.BitOperation``; the share is of each sequence's elements, and of the whole tensor where it has no
+    sequences: the weight's gradient, a router's tokens, the slots of experts.
     """
 
     module: str
@@ -58,7 +59,7 @@ class ModuleFault:
         return known[self.module]
 
     def corrupt(self, x: Tensor) -> Tensor:
-        shape = x.shape if self.site == "dw" else x.shape[1:]
+        shape = x.shape[1:] if x.ndim > 2 else x.shape
         return self.operation(x.detach(), self.operation.hits(shape, x.device))
 
 

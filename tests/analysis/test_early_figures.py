@@ -11,16 +11,19 @@ import pandas as pd
 import pytest
 
 from analysis import early_figures
-from analysis.delays import Size, blind_table, broken_kernels, delays, size, smallest_table
+from analysis.delays import Size, blind_table, broken_kernels, delays, oracles, size, smallest_table
 from analysis.early_figures import cost_faults, cost_figure, pareto_front, size_figure
 from analysis.experiment import load
 from analysis.labelling import label_points
+from analysis.leaderboard import board, contest, run_scores
 from analysis.report import make_report
 
 EARLY, SLOW, NORM = "key_shift_residual.over_noise", "qk_delta2_spectrum.entropy.w50", "grad_global_norm"
+ORACLE = "delta_bias_oracle"
 META = {"unit": "1", "bad": "up", "axes": [], "every_steps": 10}
-SIGNALS = dict.fromkeys((EARLY, SLOW, NORM, "weight_norm.q", "unmeasured"), META)
+SIGNALS = dict.fromkeys((EARLY, SLOW, NORM, "weight_norm.q", "unmeasured", ORACLE), META)
 DETECTORS = {
+    "told": [ORACLE],
     "laws": [EARLY],
     "Delta2 entropy": [SLOW],
     "gradient norm": [NORM],
@@ -32,7 +35,7 @@ FAULTS = {
     "o1": {"shows": {EARLY: 200}, "onset": 1, "design": {**NODE, "bits": 1, "onset": 0}},
     "o5": {"shows": {EARLY: 50, SLOW: 400}, "onset": 1, "diverges": 700, "design": {**NODE, "bits": 5, "onset": 0}},
     "late5": {"shows": {EARLY: 301, SLOW: 701}, "onset": 301, "design": {**NODE, "bits": 5, "onset": 300}},
-    "lr": {"shows": {NORM: 301}, "onset": 301, "design": {"factor": 10.0}},
+    "lr": {"shows": {NORM: 301, ORACLE: 301}, "onset": 301, "design": {"factor": 10.0}},
 }
 
 
@@ -71,6 +74,28 @@ def test_what_the_family_does_not_feel(folder):
     assert table.loc["lr", "limit"] == pytest.approx(1 - 0.025 ** (1 / 9))  # the largest of nine: Beta(1, 9)
 
 
+def test_a_control_is_no_blind_spot(folder):
+    experiment = load(folder, folder)
+    experiment.index["experiment"]["controls"] = ["lr"]
+    assert blind_table(experiment).empty
+
+
+def test_an_oracle_bounds_and_does_not_compete(folder):
+    """It feels the learning rate as soon as the gradient norm does, and is not called the soonest."""
+    experiment = load(folder, folder)
+    assert oracles(experiment) == ["told"]
+    one = contest(experiment, "reference")
+    assert one.kinds["told"] == "oracle" and "told" in set(board(one, run_scores(one))["detector"])
+    ranks = board(one, run_scores(one)).set_index("detector")["rank"]
+    assert ranks.loc["told"].isna().all() and ranks.loc["laws"].notna().any()
+
+
+def test_a_model_without_measured_costs_still_has_its_figure(folder, drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(early_figures, "monitor_costs", lambda model: {})
+    cost_figure(load(folder, folder), tmp_path / "figure.png")
+    assert "no cost was measured" in drawn["figure.png"][0]
+
+
 def test_a_family_that_is_no_detector_is_an_error(folder):
     experiment = load(folder, folder)
     experiment.index["experiment"]["family"] = "lores"
@@ -103,7 +128,7 @@ def test_figures_are_written_and_hold_all_detectors(folder, drawn, tmp_path):
         assert (tmp_path / name).stat().st_size > 10_000
         for detector in ("laws", "Δ₂ entropy", "gradient norm", "weight norm", "homemade"):
             assert detector in said, (name, detector)
-    assert "cost not measured: homemade" in drawn["cost.png"][0]
+    assert "cost not measured: told, homemade" in drawn["cost.png"][0]
     assert "loss diverges" in drawn["size.png"][0] and "loss diverges" in caption
     dashed = [line for line in drawn["size.png"][1].axes[0].lines if line.get_linestyle() == "--"]
     assert np.nanmedian(dashed[0].get_ydata()) == pytest.approx(699)  # of five bits from the start
@@ -128,17 +153,23 @@ def test_the_report_has_them_all(folder, capsys):
 @pytest.mark.parametrize(
     ("node", "expected", "where"),
     [
-        ({**NODE, "bits": 2, "onset": 0}, Size("o", "truncate", 2, 1.0, "all", "all", 0), "o"),
+        ({**NODE, "bits": 2, "onset": 0}, Size("o", "backward", "truncate", 2, 1.0, "all", "all", 0), "o"),
         (
             {**NODE, "bits": 9, "rounding": "flip", "share": 0.0, "layers": [1], "heads": [0, 1], "onset": 5},
-            Size("o", "flip", 9, 0.0, "1", "0+1", 5),
+            Size("o", "backward", "flip", 9, 0.0, "1", "0+1", 5),
             "o, flip, layer 1, head 0+1, one element",
         ),
         (
             {"modules": ["head"], "site": "dy", "bits": 3, "rounding": "round_half_up", "share": 0.5, "onset": 0},
-            Size("head dy", "round_half_up", 3, 0.5, "all", "all", 0),
+            Size("head dy", "", "round_half_up", 3, 0.5, "all", "all", 0),
             "head dy, round half up, 0.5 of elements",
         ),
+        (
+            {**NODE, "bits": 1, "phase": "forward", "onset": 0},
+            Size("o", "forward", "truncate", 1, 1.0, "all", "all", 0),
+            "o, forward",
+        ),
+        ({**NODE, "bits": 0, "onset": 0}, None, None),
         ({"factor": 10.0}, None, None),
     ],
 )

@@ -19,10 +19,18 @@ ROUTERS = ["blocks.1.mlp.router", "blocks.0.mlp.router"]
         ({"sites": ["o"], **ATTENTION | {"phase": "both"}}, Truth(None)),
         ({"sites": ["o"], **ATTENTION | {"bits": 0}}, Truth(OTHER)),
         ({"modules": ["blocks.1.mlp.input"], "site": "y", **MODULE}, Truth("linear layer", "input", (1,))),
-        ({"modules": ["blocks.0.mlp.shared.gate"], "site": "dx", **MODULE}, Truth("linear layer", "shared_gate", (0,))),
+        ({"modules": ["blocks.0.mlp.shared.gate"], "site": "dw", **MODULE}, Truth("linear layer", "shared_gate", (0,))),
+        ({"modules": ["blocks.0.mlp.shared.gate"], "site": "dx", **MODULE}, Truth(None)),
+        ({"modules": ["blocks.0.mlp.gate"], "site": "dx", **MODULE}, Truth("linear layer", "gate", (0,))),
+        ({"modules": ["blocks.0.mlp.output"], "site": "dx", **MODULE}, Truth(None)),
+        ({"modules": ["blocks.0.attention.k"], "site": "dx", **MODULE}, Truth("linear layer", "k", (0,))),
+        ({"modules": ROUTERS, "site": "dy", **MODULE}, Truth("router", "router", (0, 1))),
+        ({"modules": ROUTERS, "site": "dx", **MODULE}, Truth(None)),
         ({"modules": ROUTERS, "site": "dw", **MODULE}, Truth("router", "router", (0, 1))),
         ({"modules": ["blocks.2.attention.q_norm"], "site": "dx", **MODULE}, Truth("norm", "q", (2,))),
-        ({"modules": ["final_norm"], "site": "y", **MODULE}, Truth("norm", "final")),
+        ({"modules": ["final_norm"], "site": "dx", **MODULE}, Truth("norm", "final")),
+        ({"modules": ["final_norm"], "site": "y", **MODULE}, Truth(None)),
+        ({"modules": ["final_norm"], "site": "dw", **MODULE}, Truth(None)),
         ({"modules": ["head"], "site": "dy", **MODULE}, Truth("loss kernel", "loss kernel")),
         ({"modules": ["head"], "site": "dw", **MODULE}, Truth("linear layer", "head")),
         ({"modules": ["blocks.0.attention.q"], "site": "dy", **MODULE}, Truth(None)),
@@ -40,3 +48,10 @@ def test_the_truth_of_a_fault(fault, expected):
 
 def test_without_onset_a_run_is_healthy():
     assert truth({"_target_": "faults.none.NoFault"}, None) == Truth(HEALTHY)
+
+
+def test_the_input_of_experts_obeys_no_law():
+    """It also feeds the choice of experts; their weights' law stays."""
+    fault = {"modules": ["blocks.0.mlp.input"], **MODULE}
+    assert truth(fault | {"site": "dx"}, 1, experts=True) == Truth(None)
+    assert truth(fault | {"site": "dx"}, 1) == truth(fault | {"site": "y"}, 1, experts=True)

@@ -197,7 +197,7 @@ def test_the_window_is_a_root_mean_square_of_what_is_there():
     [
         (KEY, Law("attention", KEY_SHIFT)),
         ("key_shift_residual", None),
-        ("linear_euler_residual.experts_gate.over_noise", Law("linear layer", "experts_gate")),
+        ("linear_euler_residual.experts_gate.over_noise", Law("linear layer", "gate")),
         ("linear_euler_residual.router.over_noise", Law("router", "router")),
         ("linear_input_residual.qkv.over_noise", Law("linear layer", "qkv")),
         ("router_shift_residual.over_noise", Law("router", "router")),

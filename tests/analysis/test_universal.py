@@ -43,7 +43,8 @@ def test_it_is_the_two_sided_quantile_of_bonferroni():
 
 
 @pytest.mark.parametrize(
-    ("looks", "alpha", "named"), [(0, 0.05, "looks=0"), (5, 0.0, "alpha=0"), (5, 0.7, "alpha=0.7")]
+    ("looks", "alpha", "named"),
+    [(0, 0.05, "looks=0"), (5, 0.0, "alpha=0"), (5, 0.7, "alpha=0.7"), (1000, 1.0, "alpha=1")],
 )
 def test_impossible_rates_are_errors_by_name(looks, alpha, named):
     with pytest.raises(ValueError, match=named):

@@ -5,6 +5,7 @@ import torch
 
 from models.bits import flip, truncate
 from models.corruption import MODULE_SITES, Corrupted, ModuleFault
+from models.moe import MoEConfig
 from models.taps import Taps
 from models.transformer import Transformer, TransformerConfig
 
@@ -82,11 +83,12 @@ def test_one_flipped_bit_is_one_element_of_each_sequence(site):
     assert torch.equal(wrong[places], flip(clean[places].bfloat16(), 3).float())
 
 
-def test_a_grouped_or_dense_router_can_be_hit():
-    from models.moe import MoEConfig
-
+@pytest.mark.parametrize("module", ["blocks.0.mlp.router", "blocks.1.mlp.output"])
+def test_routers_and_experts_can_be_hit(module):
     moe = {"moe": MoEConfig(4, 2)}
-    assert changed(fault("blocks.0.mlp.router"), **moe) == {"blocks.0.mlp.router.weight"}
+    assert changed(fault(module), **moe) == {f"{module}.weight"}
+    taps = [run(*f, **moe)[2].at("linear")[module] for f in ([fault(module, "y", "flip", share=0.0)], [])]
+    assert (taps[0].output != taps[1].output).sum() == 1  # their tensors have no sequences
 
 
 @pytest.mark.parametrize("site", MODULE_SITES)
