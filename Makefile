@@ -37,8 +37,9 @@ reference-set: setup
 leaderboard: setup
 	$(BIN)/python -m analysis.score runs=results/reference_set out=report/leaderboard $(ARGS)
 
+# On all cores, four at most: ARGS="tests/models -n 0" for a few in one process.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 # Ratios measured in one run, written to report/bench.json.
 bench: setup
