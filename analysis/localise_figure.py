@@ -13,7 +13,7 @@ from analysis.drawing import save, style
 from analysis.experiment import Experiment
 from analysis.fault_truth import HEALTHY, OTHER
 from analysis.laws import ATTENTION
-from analysis.localise import Localisation, confusion
+from analysis.localise import confusion, localise
 from analysis.place import NO_ALARM
 
 SYMBOLS = {"delta": "δ", "dp": "dP", "ds": "dS", "do": "dO", "dv": "dV", "dq": "dQ", "dk": "dK"}
@@ -26,9 +26,10 @@ def _said(name: str) -> str:
     return ", ".join(SYMBOLS.get(site, site if site == "lse" else site.upper()) for site in name.split())
 
 
-def localise_figure(experiment: Experiment, found: Localisation, path: Path) -> str:
+def localise_figure(experiment: Experiment, path: Path) -> str:
     """Counts of runs: rows where the fault was, columns where it was named. Returns a caption."""
     style()
+    found = localise(experiment)
     counts = confusion(found.table)
     shares = counts.div(counts.sum(axis=1), axis=0)
     figure, axis = plt.subplots(figsize=(1.05 * len(counts.columns) + 3.6, 0.55 * len(counts) + 1.9))

@@ -27,6 +27,7 @@ from analysis.readings import end_table
 from analysis.receipts import write_receipts
 from analysis.router_figures import dose_figure, grid_figure, selectivity_figure
 from analysis.selectivity import alarm_matrix, off_diagonal
+from analysis.smallest_figure import smallest_figure
 from analysis.table import in_unit, lead_table, run_table
 from experiments.trace import TraceError
 
@@ -42,8 +43,14 @@ COLUMNS = {
     "false_alarm": "false",
     "healthy": "healthy alarms",
 }
-DRAWINGS = ("central", "faults", "doses", "grid", "selectivity", "leads", "localise", "early_warning")
+DRAWINGS = ("central", "faults", "doses", "grid", "selectivity", "leads", "localise", "early_warning", "smallest")
 """Kinds of central figure, the key ``draw`` of an experiment."""
+BY_MODEL = {
+    "localise": {"figure": localise_figure},
+    "early_warning": {"figure": cost_figure, "sizes": size_figure, "selectivity": selectivity_figure},
+    "smallest": {"figure": smallest_figure},
+}
+"""By kind, the figures that every model has, by file name."""
 
 
 def _headings(axis: str) -> dict[str, str]:
@@ -190,17 +197,11 @@ def _draw(experiments: Sequence[Experiment], report: Path) -> dict[str, Path]:
         figures = {dose_figure(experiments, path): path}
     elif kind == "leads":
         figures = {leads_figure(experiments[0], path): path}
-    elif kind == "localise":
-        figures = {
-            localise_figure(e, localise(e), report / f"figure{suffix}.png"): report / f"figure{suffix}.png"
-            for suffix, e in _models(experiments)
-        }
-    elif kind == "early_warning":
-        drawings = {"figure": cost_figure, "sizes": size_figure, "selectivity": selectivity_figure}
+    elif kind in BY_MODEL:
         figures = {
             draw_one(e, report / f"{name}{suffix}.png"): report / f"{name}{suffix}.png"
             for suffix, e in _models(experiments)
-            for name, draw_one in drawings.items()
+            for name, draw_one in BY_MODEL[kind].items()
         }
     else:
         draw = {
@@ -233,6 +234,8 @@ def _write_kind(experiments: Sequence[Experiment], report: Path) -> None:
         if kind == "localise":
             runs = localise(one).table
             found = {"localisation": runs, "confusion": confusion(runs).join(shares_right(runs)).reset_index()}
+        elif kind == "smallest":
+            found = {"smallest": smallest_table(one)}
         elif kind == "early_warning":
             found = {"smallest": smallest_table(one), "blind": blind_table(one)}
         for name, table in found.items():
