@@ -25,6 +25,9 @@ TRACKS = ("reference", "self", "floor", "published", "universal")
 OVER_NOISE = ".over_noise"
 """How the name of a signal ends that is a residual over its predicted rounding noise."""
 
+TOKENS_ALIKE = ("linear_euler_residual", "logit_shift_residual.head")
+"""Laws whose prediction takes tokens as independent, which they are not: a scale, and no threshold by itself."""
+
 CATALOGUE = Path(__file__).resolve().parent.parent / "monitors" / "catalogue.csv"
 MAD_TO_SIGMA = 1.4826
 MIN_REFERENCE_RUNS = 4
@@ -153,6 +156,8 @@ def check_has_say(track: str, name: str) -> None:
     predicted = {"floor": _is_over_noise(name), "universal": name.endswith(OVER_NOISE)}
     if not predicted.get(track, True):
         raise DeclinedSignal(f"{name}: no ratio to predicted noise, so the {track} track has no say")
+    if track == "universal" and name.startswith(TOKENS_ALIKE):
+        raise DeclinedSignal(f"{name}: its prediction takes tokens as independent, and gives no threshold by itself")
 
 
 def fit_band(track: str, name: str, reference: Sequence[Aligned]) -> Band:

@@ -203,11 +203,11 @@ def linear_euler(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Broken:
     layer without bias whose weight is used once (not a tied head), and the gradient of these tokens alone: unscaled,
     before clipping and before it is summed over workers.
 
-    w, dw: (out, in), or one for each expert; y, dy: (..., out), whose products are summed along a row
-    in their own precision.
+    w, dw: (out, in), or one for each expert; y, dy: (..., out). Sums are taken in FP64: in FP32 a row's would err
+    alike in every row, by more than the law is broken.
     """
     products = y * dy
-    total = products.sum(-1).double().sum()
+    total = products.sum(dtype=torch.float64)
     return ((w.double() * dw).sum() - total).abs(), products.abs_().sum(-1).double().sum()
 
 

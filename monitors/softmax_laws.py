@@ -54,7 +54,8 @@ class RouterLaws:
     """``router_shift_residual`` per layer, the z-loss taken off exactly. Bad: up.
 
     Also as ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``), about 1 in a
-    healthy run at any step. Routers here are softmax routers; one of sigmoids has no such law.
+    healthy run at any step; with the balance loss switched off the prediction still counts it, and is a little too
+    large. Routers here are softmax routers; one of sigmoids has no such law.
     every_steps: cadence.
     """
 

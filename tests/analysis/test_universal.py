@@ -10,7 +10,7 @@ from analysis.detection import Detection
 from analysis.experiment import load
 from analysis.leaderboard import board, contest, run_scores
 from analysis.replay import Request, replay
-from analysis.tracks import universal_threshold
+from analysis.tracks import DeclinedSignal, check_has_say, universal_threshold
 
 RATIO, OTHER = "key_shift_residual.over_noise", "qk_gauge_residual.matrix.over_noise"
 META = {"unit": "1", "bad": "up", "axes": ["layer", "head"], "every_steps": 10}
@@ -70,6 +70,13 @@ def test_the_track_counts_its_looks_and_uses_no_calibration(folder):
     # healthy are the test runs and the calibration runs, which set nothing here; raw ratios of about 2 are quiet
     assert (row["healthy_alarms"], row["healthy_runs"], row["calibration_runs"]) == (0, 12, 0)
     assert row["alpha"] == 0.10
+
+
+@pytest.mark.parametrize("law", ["linear_euler_residual.q.over_noise", "logit_shift_residual.head.over_noise"])
+def test_a_prediction_that_is_only_a_scale_is_declined_by_name(law):
+    with pytest.raises(DeclinedSignal, match=f"{law}: its prediction takes tokens as independent"):
+        check_has_say("universal", law)
+    check_has_say("floor", law)
 
 
 def test_a_reading_that_is_not_finite_is_an_alarm(folder):
