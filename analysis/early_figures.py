@@ -20,7 +20,9 @@ from analysis.labelling import label_points
 from analysis.table import median_step
 
 NEVER = "none by\nthe end"
-MARKERS = "osD^vPX<>*"
+MARKERS = "osD^vPX"
+NAMED = len(MARKERS)
+"""Lines that have a colour and a name of their own; slower detectors are thin and grey."""
 
 
 def cost_faults(experiment: Experiment) -> list[str]:
@@ -123,7 +125,8 @@ def size_figure(experiment: Experiment, path: Path) -> str:
     names = list(found["detector"].unique())
     drawn = [fault for faults in swept.values() for fault in faults]
     ever = [name for name in names if any(medians[name, fault] >= 0 for fault in drawn)]
-    looks = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(ever)}
+    ever.sort(key=lambda name: _order(medians, name, drawn))
+    looks = {name: (COLOURS[i], MARKERS[i]) for i, name in enumerate(ever[:NAMED])}
     shape = (len(swept), len(onsets))
     figure, axes = plt.subplots(
         *shape, figsize=(4.1 * shape[1] + 3.4, 3.2 * shape[0] + 0.6), squeeze=False, sharex=True, sharey=True
@@ -135,11 +138,11 @@ def size_figure(experiment: Experiment, path: Path) -> str:
             here.sort(key=lambda fault: known[fault].bits)
             never = _delay_axis(axis, experiment.horizon, medians.min())
             bits = np.array([known[fault].bits for fault in here], float)
+            for name in ever[NAMED:]:
+                axis.plot(bits, _or_never(medians, name, here, never), color="0.75", linewidth=1.0, zorder=1)
             for i, (name, (colour, marker)) in enumerate(looks.items()):
-                dodge = min(0.1, 0.6 / len(looks)) * (
-                    i - (len(looks) - 1) / 2
-                )  # detectors of equal delay stand side by side
-                y = [never if np.isnan(medians[name, fault]) else medians[name, fault] for fault in here]
+                dodge = min(0.1, 0.6 / len(looks)) * (i - (len(looks) - 1) / 2)  # equal delays stand side by side
+                y = _or_never(medians, name, here, never)
                 axis.plot(bits + dodge, y, color=colour, marker=marker, markersize=6.5, linewidth=1.6)
             ends = [_divergence_delay(experiment, fault) for fault in here]
             if np.isfinite(ends).any():
@@ -157,14 +160,13 @@ def size_figure(experiment: Experiment, path: Path) -> str:
         axis.set_ylabel("median steps from onset\nto first alarm")
     handles = [
         Line2D([], [], color=colour, marker=marker, markersize=6.5, label=pretty(name))
-        for name, (colour, marker) in sorted(looks.items(), key=lambda item: _order(medians, item[0], drawn))
+        for name, (colour, marker) in looks.items()
     ]
+    if ever[NAMED:]:
+        handles.append(Line2D([], [], color="0.75", linewidth=1.0, label=f"{len(ever) - NAMED} other monitors"))
     if diverges:
         handles.append(Line2D([], [], color=ALARM, linestyle="--", label="loss diverges"))
-    silent = [pretty(name) for name in names if name not in looks]
-    if silent:
-        said = "\n".join(textwrap.fill(name, 30, subsequent_indent="  ") for name in silent)
-        handles.append(Line2D([], [], color="none", label=f"\nno alarm in the median run:\n{said}"))
+    silent = [pretty(name) for name in names if name not in ever]
     figure.legend(handles=handles, loc="center left", bbox_to_anchor=(0.91, 0.5), frameon=False, fontsize=9.5)
     figure.suptitle(
         f"{experiment.index['experiment']['title']}: how small a fault is felt, and how soon",
@@ -175,7 +177,13 @@ def size_figure(experiment: Experiment, path: Path) -> str:
         "Median number of steps from a fault's onset to each detector's first alarm against its size in bits, "
         f"at {experiment.alpha:.0%} false alarms per run; on the top line the median run has none by its end."
         + (" Dashed: where the loss diverges." if diverges else "")
+        + (f" Grey: {', '.join(pretty(name) for name in ever[NAMED:])}." if ever[NAMED:] else "")
+        + (f" No alarm in the median run: {', '.join(silent)}." if silent else "")
     )
+
+
+def _or_never(medians: pd.Series, name: str, faults: Sequence[str], never: float) -> list[float]:
+    return [never if np.isnan(medians[name, fault]) else medians[name, fault] for fault in faults]
 
 
 def _swept(known: dict) -> dict[str, list[str]]:
