@@ -26,8 +26,12 @@ NAMED = len(MARKERS)
 
 
 def cost_faults(experiment: Experiment) -> list[str]:
-    """The faults that the cost figure takes its medians over: the key ``cost_faults``, or every broken kernel."""
-    return list(experiment.index["experiment"].get("cost_faults") or broken_kernels(experiment))
+    """The faults that the cost figure takes its medians over: the key ``cost_faults``, or every broken kernel.
+
+    Of those named, the ones that were run.
+    """
+    named = experiment.index["experiment"].get("cost_faults") or ()
+    return [fault for fault in experiment.faults if fault in named] or broken_kernels(experiment)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
