@@ -85,7 +85,7 @@ class BitOperation:
     """One of ``ROUNDINGS`` with its ``bits``, done to a share of a tensor's elements.
 
     share: 0 to 1 of the elements that the last dimensions hold, spread evenly and always the same ones, as a defect
-    of the hardware hits them; 0 hits exactly one. bits=0: nothing is done, bit for bit.
+    of the hardware hits them; 0 hits exactly one. Whoever applies it leaves it out at bits=0.
     Raises ValueError on impossible values, by name.
     """
 
