@@ -75,7 +75,7 @@ class DotProductStep:
     def row_sums(self) -> RowSums:
         """Of the recomputed P and dP: the one part that costs T x T."""
         B, H, T, D = self.q.shape
-        k, v = (_per_query_head(x, H).flatten(0, 1) for x in (self.k, self.v))
+        k, v = (per_query_head(x, H).flatten(0, 1) for x in (self.k, self.v))
         q, do = self.q.flatten(0, 1), self.do.flatten(0, 1)
         mask = torch.full((1, T, T), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
         p = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D)).softmax(-1)
@@ -118,7 +118,7 @@ class RowSums:
     backward_v2: Tensor
 
 
-def _per_query_head(x_BGTD: Tensor, n_heads: int) -> Tensor:
+def per_query_head(x_BGTD: Tensor, n_heads: int) -> Tensor:
     shared = n_heads // x_BGTD.shape[1]
     return x_BGTD if shared == 1 else x_BGTD.repeat_interleave(shared, dim=1)
 
