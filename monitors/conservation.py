@@ -97,8 +97,9 @@ def qk_gauge(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Broken:
 
     q, dq: (B, H, T, D); k, dk: (B, G, T, D). Returns the two, each (B, G).
     """
-    query, key = over_group(_total(q * dq), k.shape[1]), _total(k * dk)
-    return (query - key).abs(), over_group(_total((q * dq).abs()), k.shape[1])
+    q_dq = q * dq
+    query, key = over_group(_total(q_dq), k.shape[1]), _total(k * dk)
+    return (query - key).abs(), over_group(_total(q_dq.abs_()), k.shape[1])
 
 
 def qk_gauge_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
@@ -129,8 +130,9 @@ def vo_gauge(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Broken:
 
     v, dv: (B, G, T, D); o, do: (B, H, T, D). Returns the two, each (B, G).
     """
-    value, output = _total(v * dv), over_group(_total(o * do), v.shape[1])
-    return (value - output).abs(), over_group(_total((o * do).abs()), v.shape[1])
+    o_do = o * do
+    value, output = _total(v * dv), over_group(_total(o_do), v.shape[1])
+    return (value - output).abs(), over_group(_total(o_do.abs_()), v.shape[1])
 
 
 def vo_gauge_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Tensor:
