@@ -88,12 +88,13 @@ class DotProductStep:
         mask = torch.full((1, T, T), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
         p = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D)).softmax(-1)
         largest = p.amax(-1, keepdim=True)
-        p_dp = (do @ v.mT).mul_(p)
-        delta = (do * self.o.flatten(0, 1)).sum(-1, keepdim=True)
-        p_v = p * torch.linalg.vector_norm(v, dim=-1)[:, None]
-        inexact = (p - largest).sign_()  # 0 at the largest of a row, and at its equals
         twice_rounded = largest[..., 0] < 1  # P = 1 is exact in the backward as well
-        ds2, p2, p2_dp2, p2_v2 = (_square(x) for x in (torch.addcmul(p_dp, p, delta, value=-1), p, p_dp, p_v))
+        delta = (do * self.o.flatten(0, 1)).sum(-1, keepdim=True)
+        p_dp = (do @ v.mT).mul_(p)
+        ds2 = _square(torch.addcmul(p_dp, p, delta, value=-1))
+        p_v = p * torch.linalg.vector_norm(v, dim=-1)[:, None]
+        p2, p2_dp2, p2_v2 = _square(p), _square(p_dp), _square(p_v)
+        inexact = p.sub_(largest).sign_()  # 0 at the largest of a row, and at its equals
         found = (
             ds2,
             _square(p_dp.mul_(inexact)),
