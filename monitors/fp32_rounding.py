@@ -65,16 +65,16 @@ def _square(x: Tensor) -> Tensor:
 class LinearStep:
     """Linear layers y = W x of one shape in one step; the experts of a layer are one with a weight each.
 
-    x: (L, n, in); y, dy: (L, n, out), of n tokens out of ``tokens``, an even sample; w, dw: (L, E, out, in), E = 1 for
-    an ordinary layer; slots: how many of all the tokens each expert has, (L, E), and expert: whose each sampled one is,
-    (L, n); None for ordinary layers.
+    x: (L, n, in); y, dy: (L, n, out), of n tokens out of ``tokens``, an even sample; w, dw: by layer, (E, out, in),
+    E = 1 for an ordinary one; slots: how many of all the tokens each expert has, (L, E), and expert: whose each sampled
+    one is, (L, n); None for ordinary layers.
     """
 
     x: Tensor
     y: Tensor
     dy: Tensor
-    w: Tensor
-    dw: Tensor
+    w: Sequence[Tensor]
+    dw: Sequence[Tensor]
     tokens: int
     slots: Tensor | None = None
     expert: Tensor | None = None
@@ -88,12 +88,12 @@ class LinearStep:
 
         x, y = together(tap.inputs[0] for tap in taps), together(tap.output for tap in taps)
         dy, tokens = together(tap.output_grad for tap in taps), taps[0].output.shape[:-1].numel()
-        w, dw = torch.stack([tap.weight for tap in taps]), torch.stack([tap.weight_grad for tap in taps])
+        w, dw = [tap.weight for tap in taps], [tap.weight_grad for tap in taps]
         if slots is None:
-            return cls(x, y, dy, w[:, None], dw[:, None], tokens)
+            return cls(x, y, dy, [one[None] for one in w], [one[None] for one in dw], tokens)
         numbers = torch.arange(slots.shape[-1], device=x.device)
         expert = torch.stack([numbers.repeat_interleave(own, output_size=tokens)[sample] for own in slots])
-        return cls(x, y, dy, w.mT, dw.mT, tokens, slots, expert)
+        return cls(x, y, dy, [one.mT for one in w], [one.mT for one in dw], tokens, slots, expert)
 
     @property
     def weight_of_sample(self) -> float:
@@ -113,9 +113,10 @@ class LinearStep:
     @cached_property
     def terms2(self) -> Tensor:
         """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (L, n)."""
-        weighted_LNE = self.dy.square() @ torch.linalg.vector_norm(self.w, dim=-1).square().mT
-        own = weighted_LNE if self.expert is None else weighted_LNE.gather(-1, self.expert[..., None])
-        return own[..., 0] * _square(self.x) / self.x.shape[-1]
+        norms = torch.stack([torch.linalg.vector_norm(w, dim=-1) for w in self.w])  # (L, E, out)
+        if self.expert is not None:
+            norms = norms.gather(1, self.expert[..., None].expand(-1, -1, norms.shape[-1]))
+        return _square(self.dy * norms) * _square(self.x) / self.x.shape[-1]
 
     def total(self, per_token: Tensor) -> Tensor:
         """Sum over all tokens of each weight, (L, n) -> (L, E), from the sampled ones."""
@@ -135,7 +136,8 @@ def linear_euler_noise(t: LinearStep) -> Tensor:
     c_tokens, r_tokens = accumulation(t.tokens if t.slots is None else t.slots.clamp(min=1))
     terms2 = t.total(t.terms2)
     outputs = c_in * t.total(t.y_dy2) + r_in * terms2
-    weights = c_tokens * _square((t.w * t.dw).flatten(2)) + r_tokens * terms2
+    products2 = torch.stack([_square((w * dw).flatten(1)) for w, dw in zip(t.w, t.dw, strict=True)])
+    weights = c_tokens * products2 + r_tokens * terms2
     return FP32_U2 * (outputs + weights).sum(-1)
 
 
@@ -159,7 +161,8 @@ def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:
     """
     c, r = accumulation(t.tokens)
     per_token = (shift_noise + FP32_U2 * r * _square(t.dy).double()) * _square(t.x)
-    return t.weight_of_sample * per_token.sum(-1) + FP32_U2 * c * _square(t.dw.flatten(1)).double()
+    own = torch.stack([_square(dw.flatten()) for dw in t.dw]).double()
+    return t.weight_of_sample * per_token.sum(-1) + FP32_U2 * c * own
 
 
 def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:

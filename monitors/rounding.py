@@ -42,6 +42,10 @@ BF16_U2 = 2.0**-14 / 24
 """Mean square of the relative error of one rounding to BF16."""
 
 
+TILE = 64
+"""Queries looked at together: no key after the last of them is read, and they fit a CPU's cache."""
+
+
 @dataclass(frozen=True)
 class DotProductStep:
     """The tensors of some layers' dot products in one step, and the sums over a row of P that the predictions need.
@@ -78,32 +82,31 @@ class DotProductStep:
 
     @cached_property
     def row_sums(self) -> RowSums:
-        """Of the recomputed P and dP: the one part that costs T x T.
+        """Of the recomputed P and dP: the one part that costs T x T, less what lies beyond a tile's last query.
 
         Sums of squares are norms of T x T tensors, which a CPU takes in one pass each; a matrix product is dearer.
         """
         B, H, T, D = self.q.shape
         k, v = (_per_query_head(x, H).flatten(0, 1) for x in (self.k, self.v))
-        q, do = self.q.flatten(0, 1), self.do.flatten(0, 1)
+        q, o, do = (x.flatten(0, 1) for x in (self.q, self.o, self.do))
         mask = torch.full((1, T, T), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
-        p = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D)).softmax(-1)
-        largest = p.amax(-1, keepdim=True)
-        twice_rounded = largest[..., 0] < 1  # P = 1 is exact in the backward as well
-        delta = (do * self.o.flatten(0, 1)).sum(-1, keepdim=True)
-        p_dp = (do @ v.mT).mul_(p)
-        ds2 = _square(torch.addcmul(p_dp, p, delta, value=-1))
-        p_v = p * torch.linalg.vector_norm(v, dim=-1)[:, None]
-        p2, p2_dp2, p2_v2 = _square(p), _square(p_dp), _square(p_v)
-        inexact = p.sub_(largest).sign_()  # 0 at the largest of a row, and at its equals
-        found = (
-            ds2,
-            _square(p_dp.mul_(inexact)),
-            _square(p_v.mul_(inexact)),
-            p2 * twice_rounded,
-            p2_dp2 * twice_rounded,
-            p2_v2 * twice_rounded,
-        )
-        return RowSums(*(x.view(B, H, T) for x in found))
+        size_v = torch.linalg.vector_norm(v, dim=-1)[:, None]
+
+        def of_queries(i: slice, j: slice) -> tuple[Tensor, ...]:
+            """For queries i, which look at keys j at most."""
+            p = torch.baddbmm(mask[:, i, j], q[:, i], k[:, j].mT, alpha=1 / math.sqrt(D)).softmax(-1)
+            largest = p.amax(-1, keepdim=True)
+            twice_rounded = largest[..., 0] < 1  # P = 1 is exact in the backward as well
+            delta = (do[:, i] * o[:, i]).sum(-1, keepdim=True)
+            p_dp = (do[:, i] @ v[:, j].mT).mul_(p)
+            ds2 = _square(torch.addcmul(p_dp, p, delta, value=-1))
+            p_v = p * size_v[..., j]
+            backward = [_square(x) * twice_rounded for x in (p, p_dp, p_v)]
+            inexact = p.sub_(largest).sign_()  # 0 at the largest of a row, and at its equals
+            return ds2, _square(p_dp.mul_(inexact)), _square(p_v.mul_(inexact)), *backward
+
+        tiles = [of_queries(slice(first, first + TILE), slice(first + TILE)) for first in range(0, T, TILE)]
+        return RowSums(*(torch.cat(parts, -1).view(B, H, T) for parts in zip(*tiles, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,6 @@ class RouterLaws:
         aux_LE = config.aux_coef * config.n_experts / step.tokens * share_LE
         per_token = fp32_rounding.router_logit_noise(step.y, step.dy, aux_LE[:, None], config.z_coef)
         noise = fp32_rounding.weight_sum_noise(step, per_token)
-        layers = zip(step.dw[:, 0], step.x, step.y, strict=True)
+        layers = zip([tap.weight_grad for tap in taps], step.x, step.y, strict=True)
         broken, scale = zip(*(conservation.router_shift(*layer, config.z_coef) for layer in layers), strict=True)
         return _both("router_shift_residual", (torch.stack(broken), torch.stack(scale)), noise)
