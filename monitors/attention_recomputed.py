@@ -94,7 +94,7 @@ class AttentionRecomputed:
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = list(view.taps.at("dot_product").values())
         chosen = in_turn(self.rows, view.step // self.every_steps, len(taps[0].output))
-        found = recompute(DotProductStep.join([DotProductStep.of(tap, chosen) for tap in taps]))
+        found = recompute(DotProductStep.of(taps, chosen))
         error, size, noise = (torch.stack(parts) for parts in zip(*found.values(), strict=True))
         names = [f"{NAME}.{part}" for part in found]
         readings = dict(zip(names, over_rows(relative(error, size), len(taps)), strict=True))

@@ -76,7 +76,7 @@ def test_chosen_rows_are_taken_in_turn(trained_steps):
         view = steps.next()
         found = monitor.observe(view)
         for layer, tap in enumerate(view.taps.at("dot_product").values()):
-            ratios = over_noise(DotProductStep.of(tap, slice(row, row + 1)))
+            ratios = over_noise(DotProductStep.of([tap], slice(row, row + 1)))
             for part, ratio in ratios.items():
                 torch.testing.assert_close(found[f"attention_recomputed.{part}.over_noise"][layer], ratio)
 
