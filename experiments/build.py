@@ -204,7 +204,7 @@ def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> No
         if sites.modules != corrupted:
             corrupted = sites.modules
             Corrupted(_skeleton(model), corrupted)
-        sites.numerics.check_fits(model.n_layers, model.n_heads)
+        sites.numerics.check_fits(model.n_layers, model.n_heads, model.kv_heads)
         if sites.numerics.faults and model.backend != "reference":
             raise ValueError(f"model.backend={model.backend!r} has no fault sites: use 'reference'")
         if sites.balance_scale != 1 and not (model.moe and model.moe.balances):

@@ -23,7 +23,10 @@ FORWARD_SITES = ("q", "k", "v", "s", "p", "o")
 """Sites that the forward pass uses or returns (it writes ``lse`` but never reads it)."""
 
 CAUSAL_SITES = ("s", "p", "dp", "ds")
-"""Sites with a row of keys for each query, of which those that come later are masked."""
+"""Sites with a row of keys for each query, of which those that it may not look at are masked."""
+
+KEY_VALUE_SITES = ("k", "v", "dk", "dv")
+"""Sites whose heads are key-value heads; those of all others are query heads."""
 
 PHASES = ("forward", "backward", "both")
 
@@ -49,7 +52,8 @@ class SiteFault:
     site: a name in ``SITES``; phase: ``forward`` corrupts the value that the forward uses or
     returns (its saved copy stays clean), ``backward`` the value that the backward reads,
     ``both`` each of them. rounding, bits, share: see ``models.bits.BitOperation``; the share is of the elements of
-    each batch row and head. layers, heads: indices, or None for all.
+    each batch row and head. layers, heads: indices, or None for all; heads are those of the tensor that ``site`` names
+    (``KEY_VALUE_SITES``).
     """
 
     site: str
@@ -110,13 +114,18 @@ class AttentionNumerics:
     def __or__(self, other: AttentionNumerics) -> AttentionNumerics:
         return AttentionNumerics(self.faults + other.faults)
 
-    def check_fits(self, n_layers: int, n_heads: int) -> None:
+    def check_fits(self, n_layers: int, n_heads: int, n_kv_heads: int) -> None:
         """Raise ValueError if a fault names a layer or head that the model does not have."""
         for fault in self.faults:
-            for field, chosen, count in (("layers", fault.layers, n_layers), ("heads", fault.heads, n_heads)):
+            shared = fault.site in KEY_VALUE_SITES and n_kv_heads != n_heads
+            heads = (n_kv_heads, f"key-value heads for {fault.site!r}") if shared else (n_heads, "heads")
+            for field, chosen, (count, what) in (
+                ("layers", fault.layers, (n_layers, "layers")),
+                ("heads", fault.heads, heads),
+            ):
                 if chosen is not None and max(chosen) >= count:
                     raise ValueError(
-                        f"fault.{field}={list(chosen)} does not fit the model: it has {count} {field}, 0 to {count - 1}"
+                        f"fault.{field}={list(chosen)} does not fit the model: it has {count} {what}, 0 to {count - 1}"
                     )
 
     @lru_cache(maxsize=256)  # noqa: B019  (frozen and hashable: one small entry a fault and layer)
@@ -144,18 +153,23 @@ class LayerNumerics:
     def touches(self, site: str, phase: str) -> bool:
         return (site, phase) in self._table
 
-    def reached(self, site: str, phase: str, x_BHT: Tensor) -> list[tuple[slice | list[int], Tensor | None]]:
+    def reached(
+        self, site: str, phase: str, x_BHT: Tensor, window: int | None = None
+    ) -> list[tuple[slice | list[int], Tensor | None]]:
         """What each fault of this site reaches of x: its heads, and which of their elements (None: all)."""
         shape, device, causal = x_BHT.shape[2:], x_BHT.device, site in CAUSAL_SITES
         return [
-            (slice(None) if fault.heads is None else list(fault.heads), fault.operation.hits(shape, device, causal))
+            (
+                slice(None) if fault.heads is None else list(fault.heads),
+                fault.operation.hits(shape, device, causal, window if causal else None),
+            )
             for fault in self._table.get((site, phase), ())
         ]
 
-    def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor) -> Tensor:
+    def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor, window: int | None = None) -> Tensor:
         """The value that this pass reads at this site: x itself, or a corrupted copy in FP32.
 
-        x_BHT: FP32, shape (batch, heads, ...). The number of non-finite values that reach an
+        x_BHT: FP32, shape (batch, heads, ...), heads being those of the site; window: the layer's. The number of non-finite values that reach an
         active fault is added to ``nonfinite`` (an integer scalar on x's device) before the
         operation, which could hide them.
         """
@@ -163,7 +177,7 @@ class LayerNumerics:
         if faults is None:
             return x_BHT
         out = x_BHT.clone()
-        for fault, (heads, hits) in zip(faults, self.reached(site, phase, x_BHT), strict=True):
+        for fault, (heads, hits) in zip(faults, self.reached(site, phase, x_BHT, window), strict=True):
             before = x_BHT[:, heads]
             finite = torch.isfinite(before)
             nonfinite += finite.numel() - (finite if hits is None else finite | ~hits).sum()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from monitors.attention_scores import causal_scores, tapped_inputs
+from monitors.attention_scores import causal_scores, tapped_inputs, window_of
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 
 
 class DeltaBiasOracle:
-    """``delta_bias_oracle``: sum over tokens of delta_faulty - delta_FP32, per layer and head. Bad: both.
+    """``delta_bias_oracle``: sum over tokens of delta_faulty - delta_FP32, per layer and query head. Bad: both.
 
     An ORACLE: it is told which operations this step's fault does to ``o``, ``do`` and ``delta`` in the backward, and
     does them again, so it bounds what a monitor could know and is no rival. delta = rowsum(dO * O) enters dS, and its
@@ -36,7 +36,7 @@ class DeltaBiasOracle:
         batch = len(next(iter(taps)).output)
         rows = in_turn(self.rows, view.step // self.every_steps, batch)
         q, k, v = tapped_inputs(taps, rows)
-        shadow_o = causal_scores(q, k).softmax(-1) @ v
+        shadow_o = causal_scores(q, k, window_of(taps)).softmax(-1) @ v
         bias = []
         for layer, (tap, clean_o) in enumerate(zip(taps, shadow_o, strict=True)):
             numerics, o, do = view.numerics.layer(layer), tap.output[rows], tap.output_grad[rows]

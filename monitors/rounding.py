@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from models.taps import Tap
-from monitors.conservation import over_group
+from models.visibility import score_mask
+from monitors.conservation import over_group, per_query_head
 
 OVER_NOISE = "over_noise"
 """Ends the name of a signal that divides what is broken of a law by what rounding alone predicts."""
@@ -46,7 +47,8 @@ BF16_U2 = 2.0**-14 / 24
 class DotProductStep:
     """The tensors of one layer's dot product in one step, and the sums over a row of P that the predictions need.
 
-    q, o, dq, do: (B, H, T, D); k, v, dk, dv: (B, G, T, D), FP32, as the kernel receives and returns them.
+    q, o, dq, do: (B, H, T, D); k, v, dk, dv: (B, G, T, D), FP32, as the kernel receives and returns them; window: how
+    many keys a query sees, None for all before it.
     """
 
     q: Tensor
@@ -57,6 +59,7 @@ class DotProductStep:
     dk: Tensor
     dv: Tensor
     do: Tensor
+    window: int | None = None
 
     @classmethod
     def of(cls, tap: Tap, rows: slice = slice(None)) -> DotProductStep:
@@ -64,20 +67,22 @@ class DotProductStep:
         stored = tap.module.stored
         q, k, v = (stored(x[rows]) for x in tap.inputs)
         dq, dk, dv = (tap.input_grads[index][rows] for index in range(3))
-        return cls(q, k, v, tap.output[rows], dq, dk, dv, stored(tap.output_grad[rows]))
+        return cls(q, k, v, tap.output[rows], dq, dk, dv, stored(tap.output_grad[rows]), tap.module.window)
 
     @classmethod
     def join(cls, steps: Sequence[DotProductStep]) -> DotProductStep:
-        """Several layers as one: their batch rows after one another."""
-        return cls(*(torch.cat([getattr(step, part.name) for step in steps]) for part in fields(cls)))
+        """Several layers of one window as one: their batch rows after one another."""
+        tensors = [part.name for part in fields(cls) if part.name != "window"]
+        together = {name: torch.cat([getattr(step, name) for step in steps]) for name in tensors}
+        return cls(**together, window=steps[0].window)
 
     @cached_property
     def row_sums(self) -> RowSums:
         """Of the recomputed P and dP: the one part that costs T x T."""
         B, H, T, D = self.q.shape
-        k, v = (_per_query_head(x, H).flatten(0, 1) for x in (self.k, self.v))
+        k, v = (per_query_head(x, H).flatten(0, 1) for x in (self.k, self.v))
         q, do = self.q.flatten(0, 1), self.do.flatten(0, 1)
-        mask = torch.full((1, T, T), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
+        mask = score_mask(T, self.window, 1, q.device, q.dtype)
         p = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D)).softmax(-1)
         dp = do @ v.mT
         largest, where = p.max(-1, keepdim=True)
@@ -116,11 +121,6 @@ class RowSums:
     backward: Tensor
     backward_dp2: Tensor
     backward_v2: Tensor
-
-
-def _per_query_head(x_BGTD: Tensor, n_heads: int) -> Tensor:
-    shared = n_heads // x_BGTD.shape[1]
-    return x_BGTD if shared == 1 else x_BGTD.repeat_interleave(shared, dim=1)
 
 
 def _sum(x: Tensor) -> Tensor:
