@@ -48,7 +48,9 @@ def truth(fault: Mapping[str, Any], onset: int | None, experts: bool = False, sh
     if onset is None:
         return Truth(HEALTHY)
     if "faults" in fault:
-        broken = [t for t in (truth(one, onset, experts, shared) for one in fault["faults"].values()) if t.site_class != OTHER]
+        broken = [
+            t for t in (truth(one, onset, experts, shared) for one in fault["faults"].values()) if t.site_class != OTHER
+        ]
         return broken[0] if len(broken) == 1 else Truth(None if broken else OTHER)
     if "bits" not in fault or fault["bits"] == 0:
         return Truth(OTHER)

@@ -169,9 +169,9 @@ class LayerNumerics:
     def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor, window: int | None = None) -> Tensor:
         """The value that this pass reads at this site: x itself, or a corrupted copy in FP32.
 
-        x_BHT: FP32, shape (batch, heads, ...), heads being those of the site; window: the layer's. The number of non-finite values that reach an
-        active fault is added to ``nonfinite`` (an integer scalar on x's device) before the
-        operation, which could hide them.
+        x_BHT: FP32, shape (batch, heads, ...), heads being those of the site; window: how many keys the layer's queries
+        see. The number of non-finite values that reach an active fault is added to ``nonfinite`` (an integer scalar on
+        x's device) before the operation, which could hide them.
         """
         faults = self._table.get((site, phase))
         if faults is None:

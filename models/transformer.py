@@ -45,7 +45,7 @@ def parameter_group(name: str) -> str:
 class TransformerConfig:
     """Shape and variant of a model. Every field is a key of ``conf/model/*.yaml``.
 
-    n_kv_heads: key-value heads, each shared by n_heads / n_kv_heads neighbouring query heads (arXiv:2305.13245), or None
+    n_kv_heads: key-value heads, each read by n_heads / n_kv_heads neighbouring query heads (arXiv:2305.13245), or None
     for n_heads; window: how many keys a query sees, its own the last, or None for all before it;
     vocab_size: tokens, or None to take the data's; d_ff: hidden width of the MLP, or of each expert;
     moe: router and experts in place of every MLP, or None for a dense model;
@@ -77,9 +77,7 @@ class TransformerConfig:
                 raise ValueError(f"model.{field}={getattr(self, field)} is not allowed: at least 1")
         for field, default in (("n_kv_heads", "for n_heads"), ("window", "for every earlier key")):
             if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise ValueError(
-                    f"model.{field}={getattr(self, field)} is not allowed: at least 1, or null {default}"
-                )
+                raise ValueError(f"model.{field}={getattr(self, field)} is not allowed: at least 1, or null {default}")
         if self.vocab_size is not None and self.vocab_size < 2:
             raise ValueError(f"model.vocab_size={self.vocab_size} is not allowed: at least 2, or null for the data's")
         for field, allowed in CHOICES.items():

@@ -136,7 +136,7 @@ class DeltaW:
 class QKIncrement:
     """Spectra of the increment of each query head's W_Q W_K^T over a window, and the coupling of dW_Q and dW_K.
 
-    W_K is that of the query head's group (the paper has no groups; W_Q W_K^T is what its scores depend on all the same).
+    W_K is that of the query head's group: the paper treats no groups, but scores depend on the same product.
 
     Delta1 = Delta2 + Delta3 is the increment, Delta2 its first order, Delta3 = dW_Q dW_K^T its second
     (``monitors.spectra.qk_increment``). Of each: ``.entropy`` in nats (bad: down), ``.stable_rank``

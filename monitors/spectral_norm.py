@@ -10,7 +10,7 @@ from monitors.spectra import singular_values
 
 
 class SpectralNorm:
-    """``spectral_radius.q`` and ``.k``: the largest singular value of each query head's W_Q and key head's W_K. Bad: up.
+    """``spectral_radius.q`` and ``.k``: the largest singular value of each query head's W_Q, key head's W_K. Bad: up.
 
     Low-precision attention fails by rank-1 weight errors that add up until this norm explodes (Qiu & Yao,
     arXiv:2510.04212). FP64, (layers, heads of the matrix), from 0; NaN or Inf in a weight gives NaN.

@@ -54,6 +54,18 @@ def test_it_is_the_bias_of_the_delta_that_the_backward_uses(trained_steps, numer
     torch.testing.assert_close(got, expected(view, corrupt), rtol=1e-3, atol=1e-6 * scale)
 
 
+def test_grouped_heads_within_a_window_have_the_bias_of_their_own_rounding(trained_steps):
+    """FP32 attention of the same kind has none, which it would not with another head's keys or more of them."""
+    monitor = DeltaBiasOracle(1, 0)
+    grouped = {"n_heads": 4, "n_kv_heads": 2, "window": 5, "init_std": 0.3}
+    rounded, exact = (
+        monitor.observe(trained_steps(monitor, backend=backend, **grouped).next())["delta_bias_oracle"]
+        for backend in ("reference", "sdpa")
+    )
+    assert rounded.shape == (2, 4) and rounded.abs().min() > 0
+    assert exact.abs().max() < 1e-3 * rounded.abs().max()
+
+
 def test_truncation_stands_far_above_healthy_rounding_in_its_head_alone(trained_steps):
     monitor = DeltaBiasOracle(1, 0)
     healthy, faulty = (
