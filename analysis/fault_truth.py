@@ -52,6 +52,8 @@ def truth(fault: Mapping[str, Any], onset: int | None, experts: bool = False, sh
             t for t in (truth(one, onset, experts, shared) for one in fault["faults"].values()) if t.site_class != OTHER
         ]
         return broken[0] if len(broken) == 1 else Truth(None if broken else OTHER)
+    if "pv_accumulation" in fault:
+        return Truth(None)  # the forward's O is wrong, not a copy of it: the classes are of the backward
     if "bits" not in fault or fault["bits"] == 0:
         return Truth(OTHER)
     return _of_modules(fault, experts) if "modules" in fault else _of_attention(fault, shared)

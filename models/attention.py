@@ -16,6 +16,7 @@ arXiv:2205.14135, with one tile a row). What a kernel stores in BF16 is rounded 
 the row sum takes Pbar before rounding, and dS takes the FP32 P of the register tile while the
 product P^T dO takes its BF16 copy.
 
+``models.arithmetic`` has what a kernel of lower precision does in place of this, and what cures it.
 A site is corrupted by ``LayerNumerics``. A backward fault on ``p`` reaches both of P's uses, because
 they read one tile.
 """
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.arithmetic import product_in_bf16, row_shift
 from models.numerics import HEALTHY_LAYER, LayerNumerics, to_bf16_grid
 from models.visibility import score_mask, visible_keys
 
@@ -67,21 +69,27 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHTD, k_BGTD, v_BGTD, numerics: LayerNumerics, nonfinite: Tensor, window: int | None):
         q, k, v = to_bf16_grid(q_BHTD), to_bf16_grid(k_BGTD), to_bf16_grid(v_BGTD)
-        G = k.shape[1]
+        arithmetic, G = numerics.arithmetic, k.shape[1]
 
         def read(site, x):
             return numerics.apply(site, "forward", x, nonfinite, window)
 
         read_s = partial(read, "s") if numerics.touches("s", "forward") else None
         s = _scores(read("q", q), read("k", k), window, read_s)
-        row_max = s.amax(-1, keepdim=True)
+        row_max = row_shift(s, arithmetic)
         p_bar = s.sub_(row_max).mul_(LOG2_E).exp2_()
         row_sum = p_bar.sum(-1, keepdim=True)
-        pv = (_by_group(read("p", to_bf16_grid(p_bar)), G) @ read("v", v)).view(q.shape)
+        p_read, v_read = read("p", to_bf16_grid(p_bar)), read("v", v)
+        if arithmetic.pv_accumulation == "fp32" or arithmetic.stored_o == "fp32":
+            pv_fp32 = (_by_group(p_read, G) @ v_read).view(q.shape)
+        if arithmetic.pv_accumulation == "fp32":
+            pv = pv_fp32
+        else:
+            pv = product_in_bf16(p_read, v_read, arithmetic.pv_block, window)
         o = to_bf16_grid(pv / row_sum)
         lse = row_max + row_sum.log()
 
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, o if arithmetic.stored_o == "bf16" else pv_fp32 / row_sum, lse)
         ctx.numerics, ctx.nonfinite, ctx.window = numerics, nonfinite, window
         return read("o", o)
 
@@ -98,7 +106,6 @@ class _FlashAttention(torch.autograd.Function):
         G, scale = k.shape[1], 1.0 / math.sqrt(D)
         q, k, v = read("q", q), read("k", k), read("v", v)
         do = read("do", to_bf16_grid(do_BHTD))
-        delta = read("delta", (do * read("o", o)).sum(-1, keepdim=True))
 
         read_s = partial(read, "s") if numerics.touches("s", "backward") else None
         p = _scores(q, k, window, read_s).sub_(read("lse", lse)).mul_(LOG2_E).exp2_()
@@ -107,6 +114,8 @@ class _FlashAttention(torch.autograd.Function):
         for heads, hits in numerics.reached("p", "backward", p, window):
             p[:, heads] = p_bf16[:, heads] if hits is None else torch.where(hits, p_bf16[:, heads], p[:, heads])
         dp = read("dp", (_by_group(do, G) @ v.transpose(-1, -2)).view(B, H, T, T))
+        delta = dp * p if numerics.arithmetic.delta == "p" else do * read("o", o)
+        delta = read("delta", delta.sum(-1, keepdim=True))
         ds = read("ds", to_bf16_grid(dp.sub_(delta).mul_(p)))
 
         # A group's queries stand in one row of length H/G x T, so these two products add up over its heads in FP32.

@@ -1,4 +1,4 @@
-"""Which bit operation is done to which attention tensor, and how BF16 storage is imitated."""
+"""Which bit operation is done to which attention tensor, in which arithmetic, and how BF16 storage is imitated."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from models.arithmetic import ORDINARY, Arithmetic
 from models.bits import BitOperation
 
 BF16_SITES = ("q", "k", "v", "p", "o", "do", "ds", "dq", "dk", "dv")
@@ -98,9 +99,13 @@ class SiteFault:
 
 @dataclass(frozen=True)
 class AttentionNumerics:
-    """Which operation is done to which attention tensor of which layer and head. Empty = healthy."""
+    """Which operation is done to which attention tensor of which layer and head, and every layer's arithmetic.
+
+    Empty and ``ORDINARY`` = healthy.
+    """
 
     faults: tuple[SiteFault, ...] = ()
+    arithmetic: Arithmetic = ORDINARY
 
     def __post_init__(self) -> None:
         for i, one in enumerate(self.faults):
@@ -112,7 +117,10 @@ class AttentionNumerics:
                     )
 
     def __or__(self, other: AttentionNumerics) -> AttentionNumerics:
-        return AttentionNumerics(self.faults + other.faults)
+        if ORDINARY not in (self.arithmetic, other.arithmetic):
+            raise ValueError("two faults both change the arithmetic of attention: give each steps of its own")
+        arithmetic = other.arithmetic if self.arithmetic == ORDINARY else self.arithmetic
+        return AttentionNumerics(self.faults + other.faults, arithmetic)
 
     def check_fits(self, n_layers: int, n_heads: int, n_kv_heads: int) -> None:
         """Raise ValueError if a fault names a layer or head that the model does not have."""
@@ -130,25 +138,31 @@ class AttentionNumerics:
 
     @lru_cache(maxsize=256)  # noqa: B019  (frozen and hashable: one small entry a fault and layer)
     def layer(self, index: int) -> LayerNumerics:
-        """The active faults of one layer, looked up by (site, pass)."""
+        """The active faults of one layer, looked up by (site, pass), and its arithmetic."""
         table: dict[tuple[str, str], tuple[SiteFault, ...]] = {}
         for fault in self.faults:
             if fault.bits and (fault.layers is None or index in fault.layers):
                 for phase in ("forward", "backward") if fault.phase == "both" else (fault.phase,):
                     table[fault.site, phase] = (*table.get((fault.site, phase), ()), fault)
-        return LayerNumerics(table) if table else HEALTHY_LAYER
+        healthy = not table and self.arithmetic == ORDINARY
+        return HEALTHY_LAYER if healthy else LayerNumerics(table, self.arithmetic)
 
 
 class LayerNumerics:
-    """The faults of one attention layer. ``bits=0`` faults are left out: they do nothing, bit for bit."""
+    """The faults of one attention layer and its arithmetic, true where it is not a healthy one.
 
-    __slots__ = ("_table",)
+    ``bits=0`` faults are left out: they do nothing, bit for bit.
+    """
 
-    def __init__(self, table: Mapping[tuple[str, str], tuple[SiteFault, ...]]) -> None:
-        self._table = table
+    __slots__ = ("_table", "arithmetic")
+
+    def __init__(
+        self, table: Mapping[tuple[str, str], tuple[SiteFault, ...]], arithmetic: Arithmetic = ORDINARY
+    ) -> None:
+        self._table, self.arithmetic = table, arithmetic
 
     def __bool__(self) -> bool:
-        return bool(self._table)
+        return bool(self._table) or self.arithmetic != ORDINARY
 
     def touches(self, site: str, phase: str) -> bool:
         return (site, phase) in self._table

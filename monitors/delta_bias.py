@@ -17,6 +17,10 @@ class DeltaBiasOracle:
     errors of one sign do not cancel over tokens and steps (Qiu & Yao, arXiv:2510.04212). delta_FP32 comes from a shadow
     O = softmax(S) V in FP32 and the unrounded dO; so a healthy BF16 kernel reads its natural rounding, and not 0.
 
+    The natural error of an O that was accumulated in BF16 is in the forward's output, and so in the reading. Where the
+    backward does not read that O (``models.arithmetic``: an FP32 O, or rowsum(dP * P)), the shadow O stands for what it
+    reads, and only the rounding of dO and faults are left.
+
     rows: how many rows of the batch are looked at, in turn, 0 for all; the sum over the whole batch is estimated from
     them. In nats. The saved O is taken to be the forward's output: a forward fault on ``o``, which a kernel does
     not save, would show here though the backward does not feel it. NaN and Inf propagate.
@@ -39,7 +43,9 @@ class DeltaBiasOracle:
         shadow_o = causal_scores(q, k, window_of(taps)).softmax(-1) @ v
         bias = []
         for layer, (tap, clean_o) in enumerate(zip(taps, shadow_o, strict=True)):
-            numerics, o, do = view.numerics.layer(layer), tap.output[rows], tap.output_grad[rows]
+            numerics, do = view.numerics.layer(layer), tap.output_grad[rows]
+            reads_output = numerics.arithmetic.stored_o == "bf16" and numerics.arithmetic.delta == "o"
+            o = tap.output[rows] if reads_output else clean_o
             reached = torch.zeros((), dtype=torch.int64, device=o.device)  # the run's own counter counts once
 
             read_o = numerics.apply("o", "backward", o, reached)

@@ -44,6 +44,7 @@ ROUTERS = ["blocks.1.mlp.router", "blocks.0.mlp.router"]
         ({"faults": {"a": {"sites": ["dq"], **ATTENTION}, "b": {"factor": 10.0}}}, Truth("dq")),
         ({"faults": {"a": {"sites": ["dq"], **ATTENTION}, "b": {"sites": ["o"], **ATTENTION}}}, Truth(None)),
         ({"faults": {"b": {"factor": 10.0}}}, Truth(OTHER)),
+        ({"pv_accumulation": "bf16", "pv_block": 1, "onset": 0}, Truth(None)),
     ],
 )  # fmt: skip
 def test_the_truth_of_a_fault(fault, expected):

@@ -51,6 +51,8 @@ def test_the_sources_digest_covers_what_determines_a_result():
         (["fault=bf16_shift", "fault.layers=[5]"], r"layers=\[5\] does not fit the model: it has 2 layers"),
         (["fault=bf16_shift", "fault.onset=40"], "fault.onset=40 is after the end: train.steps=40"),
         (["fault=bf16_shift", "model.backend=sdpa"], "model.backend='sdpa' has no fault sites"),
+        (["fault=natural_bf16", "model.backend=sdpa"], "model.backend='sdpa' has no fault sites"),
+        (["fault=natural_bf16", "fault.beta=2.0"], "beta=2.0 is not allowed: it goes with row_max=dynamic alone"),
         (["fault=bf16_shift", "+fault.bit=3"], r"fault.bit is not a key of BF16Shift \(did you mean 'bits'\?"),
         (
             ["fault=bf16_shift", "fault.bits=seven"],

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from models.arithmetic import Arithmetic
 from models.bits import truncate
 from models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
 from monitors.delta_bias import DeltaBiasOracle
@@ -75,6 +76,26 @@ def test_truncation_stands_far_above_healthy_rounding_in_its_head_alone(trained_
     assert healthy.min() > 0
     assert faulty[1, 0] > 20 * healthy[1, 0]
     assert torch.equal(faulty[1, 1], healthy[1, 1])
+
+
+def test_it_reads_the_natural_error_and_that_a_cure_took_it_off(trained_steps):
+    """Even attention and values of one sign: accumulation in BF16 biases O; a delta that does not read it is clean."""
+
+    def reading(*arithmetic, **cure):
+        numerics = AttentionNumerics(arithmetic=Arithmetic(*arithmetic, **cure))
+        run = trained_steps(monitor, numerics=numerics, n_layers=1, context_length=64)
+        with torch.no_grad():
+            block = run.model.blocks[0]
+            block.attention_norm.bias.fill_(2.0)
+            block.attention.v.weight.abs_()
+            block.attention.q.weight.zero_()
+        return monitor.observe(run.next())["delta_bias_oracle"].abs().sum()
+
+    monitor = DeltaBiasOracle(1, 0)
+    healthy, natural = reading(), reading("bf16", 1)
+    assert natural > 5 * healthy
+    assert reading("bf16", 1, stored_o="fp32") < 2 * healthy
+    assert reading("bf16", 1, delta="p") < 2 * healthy
 
 
 def test_rows_stand_for_the_whole_batch(trained_steps):
