@@ -12,7 +12,7 @@ from models.numerics import AttentionNumerics
 
 @dataclass(frozen=True)
 class NaturalBF16:
-    """Accumulate Pbar V in BF16 in every layer at the steps of a window, with or without a cure.
+    """Round Pbar V to BF16 in every layer at the steps of a window, with or without a cure.
 
     Source and mechanism: ``models.arithmetic``, which has the meaning and the range of every field but the last two.
     ``pv_accumulation="fp32"`` with nothing else changed is the healthy control on the same kernel.
@@ -20,7 +20,7 @@ class NaturalBF16:
     """
 
     pv_accumulation: str = "bf16"
-    pv_block: int | None = 1
+    pv_block: int | None = None
     stored_o: str = "bf16"
     delta: str = "o"
     row_max: str = "plain"

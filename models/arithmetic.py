@@ -2,10 +2,10 @@
 
 The natural fault of low-precision attention (Qiu & Yao, arXiv:2510.04212). Where several scores tie at the maximum of
 a row, Pbar = exp(S - max S) is exactly 1 several times, so that V itself is added up. Where V has one sign in some
-feature, the sum carries into the next binade and a bit of V drops out of a BF16 accumulator; what is left over of the
-other keys has the same sign, which breaks the tie away from zero. An accumulator that is rounded more often also loses
-addends below half a unit of its last place, towards zero. Either way the error of O has a sign, and through
-delta = rowsum(dO * O) it enters every dS of its row.
+feature, the sum carries into the next binade and a bit of V drops out as it is rounded to BF16; what the other keys add
+has the same sign, and breaks the tie away from zero. So the error of O has a sign, and through delta = rowsum(dO * O)
+it enters every dS of its row. Rounding every single addition does not do this, for the rest then comes too late or too
+early to break a tie; where attention is even it loses small addends instead, and O errs towards zero.
 
 Shapes: B batch, H query heads, G key-value heads, T tokens, D d_head.
 """
@@ -34,8 +34,8 @@ class Arithmetic:
     """What is done in which precision. The defaults are an ordinary flash-attention kernel.
 
     pv_accumulation: ``fp32``, or ``bf16``: the running sum of Pbar V is rounded to BF16 after every ``pv_block`` keys,
-    in the order of the keys; within a block it is FP32. 1 rounds every addition, the number of tokens O alone, before
-    it is divided by the row sum.
+    in the order of the keys; within a block it is FP32. None rounds the whole sum once, before it is divided by the row
+    sum, as a product of BF16 tensors does and as the source describes; 1 rounds every addition.
 
     The cures, each of which leaves softmax what it is in exact arithmetic. stored_o: the O that the backward reads,
     ``bf16``: the one returned, or ``fp32``: one accumulated and kept in FP32, which the forward does not return.
@@ -60,8 +60,9 @@ class Arithmetic:
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not allowed: one of {', '.join(allowed)}")
+        if self.pv_block is not None and self.pv_accumulation != "bf16":
+            raise ValueError(f"pv_block={self.pv_block} is not allowed: it goes with pv_accumulation=bf16 alone")
         for field, needed, condition in (
-            ("pv_block", self.pv_accumulation == "bf16", "pv_accumulation=bf16"),
             ("beta", self.row_max == "dynamic", "row_max=dynamic"),
             ("offset", self.row_max == "offset", "row_max=offset"),
         ):
@@ -93,8 +94,8 @@ def row_shift(s: Tensor, arithmetic: Arithmetic) -> Tensor:
     return largest
 
 
-def product_in_bf16(p_BHTT: Tensor, v_BGTD: Tensor, block: int, window: int | None) -> Tensor:
-    """P V with an accumulator that is rounded to BF16 after every ``block`` keys, (B, H, T, D) in FP32.
+def product_in_bf16(p_BHTT: Tensor, v_BGTD: Tensor, block: int | None, window: int | None) -> Tensor:
+    """P V with an accumulator that is rounded to BF16 after every ``block`` keys, or once, (B, H, T, D) in FP32.
 
     p: zero where a query does not see a key. Those keys are skipped: to add 0 rounds nothing.
     """
@@ -102,6 +103,7 @@ def product_in_bf16(p_BHTT: Tensor, v_BGTD: Tensor, block: int, window: int | No
     G, D = v_BGTD.shape[1], v_BGTD.shape[-1]
     p, v = p_BHTT.view(B, G, H // G, T, T), v_BGTD.unsqueeze(2)
     total = torch.zeros(B, G, H // G, T, D, dtype=torch.bfloat16, device=p.device)
+    block = T if block is None else block
     for first in range(0, T, block):
         keys = slice(first, min(first + block, T))
         seeing = slice(first, None if window is None else keys.stop - 1 + window)

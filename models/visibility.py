@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 
+@lru_cache(maxsize=16)
 def visible_keys(tokens: int, window: int | None, device: torch.device | None = None) -> Tensor:
-    """(T, T), boolean: rows are queries, columns keys. A window of T or more is none."""
+    """(T, T), boolean: rows are queries, columns keys; not to be written. A window of T or more is none."""
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_()
     return seen if window is None else seen.triu_(1 - window)
 

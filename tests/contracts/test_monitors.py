@@ -76,6 +76,7 @@ def test_every_signal_of_heads_is_alive_on_grouped_heads(signals_of):
     run, signals = signals_of(60, *GROUPED)
     per_head = [s for m in run.monitors.values() for s in m.signals if s.axes == ("layer", "head")]
     assert len(per_head) > 50
+    assert all(np.isfinite(series.values).all() for series in signals.values())
     for signal in per_head:
         values = signals[signal.name].values
         parts = "".join(f".{part}" for part in signal.name.split(".")[1:])

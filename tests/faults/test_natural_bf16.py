@@ -21,7 +21,7 @@ def test_the_yaml_is_bf16_accumulation_without_a_cure():
     assert node.pop("_target_") == "faults.natural_bf16.NaturalBF16"
     assert set(node) == {field.name for field in dataclasses.fields(NaturalBF16)}
     fault = NaturalBF16(**node)
-    assert fault.sites(0, HEALTHY_SITES).numerics == AttentionNumerics(arithmetic=Arithmetic("bf16", 1))
+    assert fault.sites(0, HEALTHY_SITES).numerics == AttentionNumerics(arithmetic=Arithmetic("bf16"))
     assert fault == NaturalBF16()
 
 
@@ -37,23 +37,23 @@ def test_every_field_reaches_the_arithmetic():
     cured = NaturalBF16(pv_block=8, stored_o="fp32", row_max="dynamic", beta=3.0)
     assert cured.numerics.arithmetic == Arithmetic("bf16", 8, "fp32", "o", "dynamic", 3.0)
     control = NaturalBF16(delta="p", row_max="offset", offset=0.5)
-    assert control.numerics.arithmetic == Arithmetic("bf16", 1, delta="p", row_max="offset", offset=0.5)
+    assert control.numerics.arithmetic == Arithmetic("bf16", delta="p", row_max="offset", offset=0.5)
 
 
 def test_fp32_accumulation_is_the_healthy_control():
-    assert NaturalBF16(pv_accumulation="fp32", pv_block=None).sites(0, HEALTHY_SITES) == HEALTHY_SITES
+    assert NaturalBF16(pv_accumulation="fp32").sites(0, HEALTHY_SITES) == HEALTHY_SITES
 
 
 def test_it_adds_to_what_an_earlier_fault_left():
     earlier = BF16Shift(("o",), 7).sites(0, HEALTHY_SITES)
     both = NaturalBF16().sites(0, earlier).numerics
-    assert both.faults == earlier.numerics.faults and both.arithmetic == Arithmetic("bf16", 1)
+    assert both.faults == earlier.numerics.faults and both.arithmetic == Arithmetic("bf16")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pv_block": None}, "pv_block=None is not allowed"),
+        ({"pv_block": 0}, "pv_block=0 is not allowed"),
         ({"row_max": "dynamic"}, "beta=None is not allowed"),
         ({"onset": -1}, "fault.onset=-1 "),
         ({"duration": 0}, "fault.duration=0 "),
