@@ -80,16 +80,14 @@ class _FlashAttention(torch.autograd.Function):
         p_bar = s.sub_(row_max).mul_(LOG2_E).exp2_()
         row_sum = p_bar.sum(-1, keepdim=True)
         p_read, v_read = read("p", to_bf16_grid(p_bar)), read("v", v)
-        if arithmetic.pv_accumulation == "fp32" or arithmetic.stored_o == "fp32":
-            pv_fp32 = (_by_group(p_read, G) @ v_read).view(q.shape)
-        if arithmetic.pv_accumulation == "fp32":
-            pv = pv_fp32
-        else:
+        pv = pv_fp32 = (_by_group(p_read, G) @ v_read).view(q.shape)
+        if arithmetic.pv_accumulation == "bf16":
             pv = product_in_bf16(p_read, v_read, arithmetic.pv_block, window)
         o = to_bf16_grid(pv / row_sum)
+        stored_o = o if arithmetic.stored_o == "bf16" else pv_fp32 / row_sum
         lse = row_max + row_sum.log()
 
-        ctx.save_for_backward(q, k, v, o if arithmetic.stored_o == "bf16" else pv_fp32 / row_sum, lse)
+        ctx.save_for_backward(q, k, v, stored_o, lse)
         ctx.numerics, ctx.nonfinite, ctx.window = numerics, nonfinite, window
         return read("o", o)
 
