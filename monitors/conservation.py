@@ -59,6 +59,12 @@ def over_group(x_BHT: Tensor, n_kv_heads: int) -> Tensor:
     return x_BHT.unflatten(1, (n_kv_heads, -1)).sum(2)
 
 
+def per_query_head(x_BGT: Tensor, n_heads: int) -> Tensor:
+    """The key-value head of each query head: (B, G, ...) -> (B, H, ...), the counterpart of ``over_group``."""
+    shared = n_heads // x_BGT.shape[1]
+    return x_BGT if shared == 1 else x_BGT.repeat_interleave(shared, dim=1)
+
+
 def key_shift(dk: Tensor) -> Broken:
     """||sum_j dK_j|| / sum_j ||dK_j||, per batch row and key-value head.
 

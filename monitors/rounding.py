@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from models.taps import Tap
-from monitors.conservation import over_group
+from models.visibility import score_mask
+from monitors.conservation import over_group, per_query_head
 
 OVER_NOISE = "over_noise"
 """Ends the name of a signal that divides what is broken of a law by what rounding alone predicts."""
@@ -50,7 +51,8 @@ TILE = 64
 class DotProductStep:
     """The tensors of some layers' dot products in one step, and the sums over a row of P that the predictions need.
 
-    q, o, dq, do: (B, H, T, D); k, v, dk, dv: (B, G, T, D), FP32, as the kernel receives and returns them.
+    q, o, dq, do: (B, H, T, D); k, v, dk, dv: (B, G, T, D), FP32, as the kernel receives and returns them; window: how
+    many keys a query sees, None for all before it.
     """
 
     q: Tensor
@@ -61,10 +63,11 @@ class DotProductStep:
     dk: Tensor
     dv: Tensor
     do: Tensor
+    window: int | None = None
 
     @classmethod
     def of(cls, taps: Sequence[Tap], rows: slice = slice(None)) -> DotProductStep:
-        """From the taps on the dot products of some layers, their batch rows after one another."""
+        """From the taps on the dot products of some layers, of one window, their batch rows after one another."""
 
         def together(tensors: Iterable[Tensor]) -> Tensor:
             return torch.cat([x[rows] for x in tensors])
@@ -73,12 +76,12 @@ class DotProductStep:
         q, k, v = (stored(together(tap.inputs[index] for tap in taps)) for index in range(3))
         dq, dk, dv = (together(tap.input_grads[index] for tap in taps) for index in range(3))
         do = stored(together(tap.output_grad for tap in taps))
-        return cls(q, k, v, together(tap.output for tap in taps), dq, dk, dv, do)
+        return cls(q, k, v, together(tap.output for tap in taps), dq, dk, dv, do, taps[0].module.window)
 
     @cached_property
     def squares(self) -> Mapping[str, Tensor]:
         """|x|^2 of each token, (B, H or G, T), of each of the tensors."""
-        return {part.name: _square(getattr(self, part.name)) for part in fields(self)}
+        return {part.name: _square(getattr(self, part.name)) for part in fields(self) if part.name != "window"}
 
     @cached_property
     def row_sums(self) -> RowSums:
@@ -89,7 +92,7 @@ class DotProductStep:
         B, H, T, D = self.q.shape
         k, v = (per_query_head(x, H).flatten(0, 1) for x in (self.k, self.v))
         q, o, do = (x.flatten(0, 1) for x in (self.q, self.o, self.do))
-        mask = torch.full((1, T, T), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
+        mask = score_mask(T, self.window, 1, q.device, q.dtype)
         size_v = torch.linalg.vector_norm(v, dim=-1)[:, None]
 
         def of_queries(i: slice, j: slice) -> tuple[Tensor, ...]:
@@ -123,11 +126,6 @@ class RowSums:
     backward: Tensor
     backward_dp2: Tensor
     backward_v2: Tensor
-
-
-def per_query_head(x_BGTD: Tensor, n_heads: int) -> Tensor:
-    shared = n_heads // x_BGTD.shape[1]
-    return x_BGTD if shared == 1 else x_BGTD.repeat_interleave(shared, dim=1)
 
 
 def _square(x: Tensor) -> Tensor:
