@@ -49,7 +49,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:
-    """Processor time of one thread's work: a share of a few per mille drowns in what other processes do to the wall's."""
+    """Processor time of one thread's work: a few per mille drown in what other processes do to the time on the wall."""
     started = time.process_time()
     call()
     return time.process_time() - started
