@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
+from analysis.contest import ALL_FAULTS, Contest, contest, run_scores
 from analysis.drawing import ALARM, COLOURS, FAULTY, HEALTHY, THOUSANDS, pretty, save, style
 from analysis.experiment import Experiment
-from analysis.leaderboard import ALL_FAULTS, Contest, board, contest, run_scores
+from analysis.leaderboard import board
 
 COLOUR_OF_KIND = {
     "detector": HEALTHY,

@@ -1,9 +1,9 @@
 """Where the fault sits, in every run of an experiment: what ``analysis.place`` names, held against the truth.
 
-A level is a law's statistic over the largest that it reached in any reference run, so that every law pays for its own
-tail: a wild law must not blind the others. Its threshold is conformal: on the largest level of each calibration run,
-over laws, layers, heads and readings. One rank serves all, for n runs support 1 / (n + 1) in all, with nothing to share
-out. No faulty run sets anything.
+A level is the logarithm of a law's statistic, 0 at its median over the reference runs and 1 at the largest that it
+reached in any of them, so that every law pays for its own tail: a wild law must not blind the others. Its threshold is
+conformal: on the largest level of each calibration run, over laws, layers, heads and readings. One rank serves all, for
+n runs support 1 / (n + 1) in all, with nothing to share out. No faulty run sets anything.
 """
 
 from __future__ import annotations
@@ -77,12 +77,16 @@ def _statistics(experiment: Experiment) -> tuple[dict[str, dict[str, Levels]], d
             declined[signal] = str(reason)
             continue
         reference = np.concatenate([rms[run.trace.run_id][1].ravel() for run in experiment.of("reference")])
-        scale = np.nanmax(reference, initial=-np.inf)
-        if not 0 < scale < np.inf:
-            declined[signal] = f"{signal}: no finite level above 0 in the reference runs"
+        usual, reach = np.nanmedian(reference), np.nanmax(reference, initial=-np.inf)
+        if not 0 < usual < reach < np.inf:
+            declined[signal] = (
+                f"{signal}: reference runs give no level, their median {usual:.3g}, their most {reach:.3g}"
+            )
             continue
         axes = tuple(meta["axes"])
-        found[signal] = {run: Levels(law, axes, where, level / scale) for run, (where, level) in rms.items()}
+        with np.errstate(divide="ignore"):
+            levels = {run: (where, np.log(x / usual) / np.log(reach / usual)) for run, (where, x) in rms.items()}
+        found[signal] = {run: Levels(law, axes, where, level) for run, (where, level) in levels.items()}
     return found, declined
 
 

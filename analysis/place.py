@@ -1,13 +1,15 @@
 """The verdict on one run: the class, layer and head of a fault, from how far which conservation laws are broken.
 
 Statistic, of each law's ratio to predicted rounding noise, layer and head: the root mean square over the last
-``WINDOW`` readings, so that one lucky reading names nothing and a weak fault adds up. A ``level`` is that in units of
-what healthy runs reach, as ``analysis.localise`` sets it. Alarm: a level above the threshold. Verdict, ``WAIT``
-readings later, when the window has left the healthy past behind: from the peaks since the alarm,
+``WINDOW`` readings, so that one lucky reading names nothing and a weak fault adds up. A ``level`` is its logarithm,
+counted from 0 at what is usual in healthy runs to 1 at the most that they reach, as ``analysis.localise`` sets it: laws
+with a short and with a long tail are alike in it. Alarm: a level above the threshold. Verdict, ``WINDOW`` readings
+later, when the window has left the healthy past behind:
 
-- the place is where the largest level is: its kind of law, layer and head;
-- in attention the laws of that layer above the threshold are the pattern; the class is the one that needs least change
-  of it, sum of |ln(level / threshold)| over the laws on the wrong side; any at all makes the verdict inexact;
+- the place is where the largest level since the alarm is: its kind of law, layer and head;
+- in attention the laws that stand above 1 there are the pattern; one law alone pays for no other's tail. The class is
+  the one that needs least change of the pattern, sum of |level - 1| over the laws on the wrong side; any at all
+  makes the verdict inexact;
 - elsewhere the law itself names class and part.
 """
 
@@ -19,15 +21,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.align import Aligned
-from analysis.laws import ATTENTION, Law
+from analysis.laws import ATTENTION, EITHER, RECOMPUTED, Law
 from analysis.tracks import finite_or_inf
 
 WINDOW = 10
 """Readings; as long as the past of the self track. A truncated bit raises a ratio by a half or more: 10 show that."""
-WAIT = 10
 NO_ALARM = "no alarm"
-FURTHEST = 700.0
-"""|ln| that stands for a level of 0 or infinity."""
+BROKEN = 1.0
+"""A level that no healthy reference run passes."""
+FURTHEST = 1e3
+"""What stands for a level of minus or plus infinity."""
 
 
 def rolling_rms(series: Aligned, window: int = WINDOW) -> np.ndarray:
@@ -54,9 +57,14 @@ class Levels:
     level: np.ndarray
 
     def peak(self, first: int, last: int) -> np.ndarray:
-        """(layers, heads): the largest level at positions from first to last; 0 where there is none."""
+        """(layers, heads): the largest level at positions from first to last; -inf where there is none."""
         chosen = self.level[(self.positions >= first) & (self.positions <= last)]
-        return np.where(np.isnan(chosen), 0.0, chosen).max(axis=0, initial=0.0)
+        return np.where(np.isnan(chosen), -np.inf, chosen).max(axis=0, initial=-np.inf)
+
+    def at(self, position: int) -> np.ndarray:
+        """(layers, heads): the last level up to a position; -inf where there is none."""
+        chosen = self.level[self.positions <= position][-1:]
+        return np.where(np.isnan(chosen), -np.inf, chosen).max(axis=0, initial=-np.inf)
 
 
 @dataclass(frozen=True)
@@ -73,23 +81,19 @@ class Verdict:
     broken: tuple[str, ...] = ()
 
 
-def nearest_class(levels: Mapping[str, float], threshold: float) -> tuple[str, bool]:
+def nearest_class(levels: Mapping[str, float]) -> tuple[str, bool]:
     """The class of attention that the levels of its laws are nearest to, and whether the pattern is not just that.
 
-    A law without a level counts as kept. The class of fewer laws wins a tie.
+    Laws that are not watched decide nothing. The class of fewer laws wins a tie.
     """
+    excess = {law: float(np.clip(level - BROKEN, -FURTHEST, FURTHEST)) for law, level in levels.items()}
 
-    def change(laws: frozenset[str]) -> float:
-        with np.errstate(divide="ignore"):
-            excess = {law: float(np.log(level / threshold)) for law, level in levels.items()}
-        wrong = [min(abs(e), FURTHEST) for law, e in excess.items() if (e > 0) != (law in laws)]
-        return sum(wrong) + FURTHEST * len(laws - set(levels))
+    def change(site_class: str) -> float:
+        broken, either = ATTENTION[site_class] | RECOMPUTED[site_class], EITHER.get(site_class, frozenset())
+        return sum(abs(e) for law, e in excess.items() if (e > 0) != (law in broken) and law not in either)
 
-    changes = {
-        site_class: change(laws) for site_class, laws in sorted(ATTENTION.items(), key=lambda item: len(item[1]))
-    }
-    best = min(changes, key=lambda site_class: changes[site_class])
-    return best, changes[best] > 0
+    best = min(sorted(ATTENTION, key=lambda site_class: len(ATTENTION[site_class])), key=change)
+    return best, change(best) > 0
 
 
 def name_place(signals: Sequence[Levels], threshold: float) -> Verdict:
@@ -97,27 +101,29 @@ def name_place(signals: Sequence[Levels], threshold: float) -> Verdict:
     alarms = []
     for one in signals:
         above = np.flatnonzero((one.level > threshold).any(axis=(1, 2)))[:1]
-        alarms += [(int(one.positions[i]), int(one.positions[min(i + WAIT, len(one.positions) - 1)])) for i in above]
+        alarms += [(int(one.positions[i]), int(one.positions[min(i + WINDOW, len(one.positions) - 1)])) for i in above]
     if not alarms:
         return Verdict()
     alarm, end = min(alarms)
-    peaks: dict[tuple[Law, tuple[str, ...]], np.ndarray] = {}
-    for one in signals:
-        key, peak = (one.law, one.axes), one.peak(alarm, end)
-        peaks[key] = np.maximum(peaks[key], peak) if key in peaks else peak
-    (law, axes), top = max(peaks.items(), key=lambda item: item[1].max())
+    peaks = [one.peak(alarm, end) for one in signals]
+    first, top = max(zip(signals, peaks, strict=True), key=lambda pair: pair[1].max())
     layer, head = (int(i) for i in np.unravel_index(top.argmax(), top.shape))
-    site_class, part, inexact = law.kind, law.part, False
-    if law.kind == "attention":
-        beside = {other.part: float(peak[layer].max()) for (other, _), peak in peaks.items() if other.kind == law.kind}
-        (site_class, inexact), part = nearest_class(beside, threshold), None
+    broken = {str(one.law) for one, peak in zip(signals, peaks, strict=True) if (peak > threshold).any()}
+    site_class, part, inexact = first.law.kind, first.law.part, False
+    if first.law.kind == "attention":
+        there: dict[str, float] = {}
+        for one in signals:
+            if one.law.kind == "attention":
+                there[one.law.part] = max(there.get(one.law.part, -np.inf), float(one.at(end)[layer, head]))
+        (site_class, inexact), part = nearest_class(there), None
+        broken |= {law for law, level in there.items() if level > BROKEN}
     return Verdict(
         alarm,
         end,
         site_class,
         part,
-        layer if "layer" in axes else None,
-        head if "head" in axes else None,
+        layer if "layer" in first.axes else None,
+        head if "head" in first.axes else None,
         inexact,
-        tuple(sorted({str(one) for (one, _), peak in peaks.items() if (peak > threshold).any()})),
+        tuple(sorted(broken)),
     )

@@ -185,7 +185,7 @@ def read(folder: Path) -> dict[str, Trace]:
 
 def main(arguments: list[str]) -> None:
     from analysis.experiment import load
-    from analysis.leaderboard import other_labels
+    from analysis.sensitivity import other_labels
 
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != {"report", "runs", "out"}:

@@ -26,26 +26,17 @@ from rich.table import Table
 
 from analysis.alarms import AlarmRule, anytime_threshold, make_rule
 from analysis.attribution import HEALTHY, alarm_probabilities, cross_talk, diagnose, selectivity
+from analysis.contest import ALL_FAULTS, Contest, contest, mean_leads, run_scores
 from analysis.costs import monitor_costs
 from analysis.detection import Detection, Detector
 from analysis.entrants import RIVER, Entrant, load_entrant
 from analysis.experiment import Experiment
+from analysis.external import read_alarms
 from analysis.found import conf, find
 from analysis.inference import clopper_pearson_interval, performance_profile
-from analysis.leaderboard import (
-    ALL_FAULTS,
-    IN_TIME,
-    RANKED,
-    Contest,
-    board,
-    contest,
-    halves,
-    label_sensitivity,
-    mean_leads,
-    read_alarms,
-    run_scores,
-)
+from analysis.leaderboard import IN_TIME, RANKED, board
 from analysis.leaderboard_figure import leaderboard_figure
+from analysis.sensitivity import halves, label_sensitivity
 from analysis.tracks import TRACKS, catalogue, family
 from experiments.trace import TraceError
 

@@ -279,6 +279,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
             seen = monitor.observe(view)
             wanted = [s.name for s in monitor.signals if now % s.every_steps == 0 and s.name in seen]
             readings |= {signal: seen[signal] for signal in wanted}
+        del view, taps  # as large as the step's activations: the next step is to find that memory free
         for signal, reading in readings.items():
             recorder.add(now, tokens, signal, reading)
         if progress is not None:

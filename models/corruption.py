@@ -8,6 +8,7 @@ read it. A healthy step sets no hook and pays nothing.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,10 +72,13 @@ class Corrupted:
     """The faults on a model's modules, while the context is open.
 
     Open it before ``models.taps.Taps``, so that a tap sees what the rest of the model sees. ``bits=0`` is left out: it
-    does nothing. Raises ValueError where the model has no such module.
+    does nothing. Raises ValueError where the model has no such module, or two faults would corrupt one tensor.
     """
 
     def __init__(self, model: nn.Module, faults: Collection[ModuleFault]) -> None:
+        for (module, site), count in Counter((fault.module, fault.site) for fault in faults).items():
+            if count > 1:
+                raise ValueError(f"{count} faults on {site!r} of {module} meet: one operation a tensor is allowed")
         found = [(fault, fault.find(model)) for fault in faults]
         self._broken = [(fault, module) for fault, module in found if fault.bits]
         self._handles: list[RemovableHandle] = []

@@ -72,16 +72,16 @@ class AttentionLaws:
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = list(view.taps.at("dot_product").values())
         chosen, layers = in_turn(self.rows, view.step // self.every_steps, len(taps[0].output)), len(taps)
-        together = DotProductStep.join([DotProductStep.of(tap, chosen) for tap in taps])
+        together = DotProductStep.of(taps, chosen)
         broken, scale = (torch.stack(parts) for parts in zip(*(law(together) for law, _ in LAWS.values()), strict=True))
-        readings = dict(zip(LAWS, _over_rows(relative(broken, scale), layers), strict=True))
+        readings = dict(zip(LAWS, over_rows(relative(broken, scale), layers), strict=True))
         if taps[0].module.rounds_to_bf16:
             noise = torch.stack([predict(together) for _, predict in LAWS.values()]).sqrt()
-            ratios = _over_rows(relative(broken, noise), layers)
+            ratios = over_rows(relative(broken, noise), layers)
             readings |= {f"{law}.{OVER_NOISE}": ratio for law, ratio in zip(LAWS, ratios, strict=True)}
         return readings
 
 
-def _over_rows(residual: Tensor, layers: int) -> Tensor:
+def over_rows(residual: Tensor, layers: int) -> Tensor:
     """(laws, layers x rows, G) -> (laws, layers, G): the root mean square over batch rows."""
     return residual.unflatten(1, (layers, -1)).square().mean(2).sqrt()

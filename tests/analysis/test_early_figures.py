@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 
 from analysis import early_figures
+from analysis.contest import contest, run_scores
 from analysis.delays import Size, blind_table, broken_kernels, delays, oracles, size, smallest_table
 from analysis.early_figures import cost_faults, cost_figure, pareto_front, size_figure
 from analysis.experiment import load
 from analysis.labelling import label_points
-from analysis.leaderboard import board, contest, run_scores
+from analysis.leaderboard import board
 from analysis.report import make_report
 
 EARLY, SLOW, NORM = "key_shift_residual.over_noise", "qk_delta2_spectrum.entropy.w50", "grad_global_norm"

@@ -13,11 +13,12 @@ import pandas as pd
 import pytest
 
 from analysis import reduced
+from analysis.contest import contest, run_scores
 from analysis.controls import random_timer
 from analysis.detection import Detection
 from analysis.experiment import load
-from analysis.leaderboard import contest, halves, label_sensitivity, other_labels, run_scores
 from analysis.replay import Request, replay
+from analysis.sensitivity import halves, label_sensitivity, other_labels
 from experiments import trace
 
 SIGNALS = {

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from analysis.contest import contest, run_scores
 from analysis.detection import Detection
 from analysis.experiment import load
-from analysis.leaderboard import board, contest, run_scores
+from analysis.leaderboard import board
 from analysis.replay import Request, replay
 from analysis.tracks import DeclinedSignal, check_has_say, universal_threshold
 

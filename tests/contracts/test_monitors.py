@@ -39,7 +39,7 @@ DENSE = ("model=mha_nano", *VARIANT)
 
 GROUPED = ("model=gqa_nano", "model.n_heads=4", "model.n_kv_heads=2", "model.window=8")
 """Two query heads to a key-value head, and a window: half the context."""
-OF_KEY_VALUE_HEADS = ("key_shift_", "value_shift_", "qk_gauge_", "vo_gauge_")
+OF_KEY_VALUE_HEADS = ("key_shift_", "value_shift_", "qk_gauge_", "vo_gauge_", "attention_recomputed")
 OF_KEYS_OR_VALUES = (".k", ".v")
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import reduced
+from analysis.contest import contest, run_scores
 from analysis.experiment import load
-from analysis.leaderboard import board, contest, run_scores
+from analysis.leaderboard import board
 from analysis.table import lead_table
 from experiments import trace
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis.contest import contest, run_scores
 from analysis.experiment import load
-from analysis.leaderboard import board, contest, run_scores
+from analysis.leaderboard import board
 from analysis.table import lead_table
 
 GOLDEN = Path(__file__).parent / "paper_attention"

@@ -3,8 +3,9 @@
 import pandas as pd
 import pytest
 
+from analysis.contest import contest, run_scores
 from analysis.found import find
-from analysis.leaderboard import board, contest, run_scores
+from analysis.leaderboard import board
 from experiments.build import ROOT
 
 RUNS, TABLE = ROOT / "results" / "reference_set", ROOT / "results" / "leaderboard.csv"

@@ -126,3 +126,9 @@ def test_an_unknown_module_is_refused_with_the_nearest(name):
     model = Transformer(TransformerConfig(**CONFIG))
     with pytest.raises(ValueError, match=f"no '{name}'; the nearest are .*blocks"):
         Corrupted(model, (fault(name),))
+
+
+def test_two_faults_on_one_tensor_are_refused_and_on_two_are_not():
+    with pytest.raises(ValueError, match=f"2 faults on 'dw' of {LINEAR} meet"):
+        run(fault(bits=1), fault(bits=5))
+    assert changed(fault(), fault("head")) == {f"{LINEAR}.weight", "head.weight"}

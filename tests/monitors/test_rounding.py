@@ -7,6 +7,7 @@ import torch
 
 from models.attention import flash_attention
 from models.numerics import KEY_VALUE_SITES, LayerNumerics, SiteFault, to_bf16_grid
+from monitors import rounding
 from monitors.attention_laws import LAWS
 from monitors.rounding import DotProductStep
 
@@ -49,8 +50,9 @@ def test_a_healthy_kernel_breaks_its_laws_by_what_is_predicted(sharpness):
         assert abs(math.log(overall)) < PREDICTION[name], (name, float(overall))
 
 
-@pytest.mark.parametrize("window", [None, 9])
-def test_row_sums_are_those_of_their_definitions(window):
+@pytest.mark.parametrize(("tile", "window"), [(20, None), (64, None), (20, 9), (20, 30), (64, 9)])
+def test_row_sums_are_those_of_their_definitions(tile, window, monkeypatch):
+    monkeypatch.setattr(rounding, "TILE", tile)  # 48 tokens: two whole tiles and a part of one, or one
     t = step(2.0, window=window)
     exact = DotProductStep(*(x.double() for x in (t.q, t.k, t.v, t.o, t.dq, t.dk, t.dv, t.do)))
     T = t.q.shape[-2]

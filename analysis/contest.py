@@ -1,0 +1,169 @@
+"""A contest: every detector, control and entrant on the same runs, at the same false-alarm rate, and each run's score.
+
+Two stages that exchange plain tables: ``contest`` finds alarms, ``run_scores`` scores each run. Anything that can
+fill the first table can enter; ``analysis.leaderboard`` draws the conclusions over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+
+from analysis.alarms import AlarmRule, make_rule
+from analysis.controls import CONTROLS
+from analysis.detection import Detection, Detector, own_past_is_healthy
+from analysis.entrants import Entrant
+from analysis.experiment import Experiment, ScoredRun
+from analysis.score import score
+from analysis.tracks import SELF_WINDOW, family
+
+ALL_FAULTS = "all"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One model on one track: every detector's alarms by run id, and what kind of row it is."""
+
+    experiment: Experiment
+    track: str
+    alpha: float
+    detectors: Mapping[str, Detector]
+    kinds: Mapping[str, str]
+    baseline: str = field(default="")
+
+    @property
+    def scored(self) -> list[ScoredRun]:
+        """Faulty runs and healthy ones that set no threshold: test runs, and where nothing is calibrated all others."""
+        unused = ("calibration",) if self.track == "universal" else ()
+        return self.experiment.of("faulty", "test", *unused)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """What tells this contest's rows from those of others."""
+        experiment = self.experiment
+        return {"experiment": experiment.index["experiment"]["name"], "model": experiment.model, "track": self.track}
+
+    def with_alarms(self, alarms: Mapping[str, Mapping[str, int | None]]) -> Contest:
+        """The same contest of the detectors that other alarms are given for, by name and run id."""
+        detectors = {name: replace(self.detectors[name], alarms=found) for name, found in alarms.items()}
+        return replace(self, detectors=detectors)
+
+
+def contest(
+    experiment: Experiment,
+    track: str,
+    *,
+    rule: AlarmRule | None = None,
+    alpha: float | None = None,
+    entrants: Iterable[Entrant] = (),
+    external: Mapping[str, Mapping[str, int | None]] | None = None,
+    singles: bool = False,
+    maximum: bool = False,
+    detection: Detection | None = None,
+) -> Contest:
+    """Every detector of an experiment on a track, with the controls and whoever else enters.
+
+    rule, alpha: the experiment's own by default; external: by name, alarms by run id; singles: every signal by
+    itself too; maximum: the largest of all calibration runs is the threshold, whatever alpha that is; detection: one
+    whose z-scores are there already. Raises ValueError where calibration runs are too few for alpha or the baseline
+    cannot be judged.
+    """
+    rule = make_rule(**experiment.index["rule"]) if rule is None else rule
+    alpha = experiment.alpha if alpha is None else alpha
+    alpha = 1 / (len(experiment.of("calibration")) + 1) if maximum else alpha
+    detection, baseline = detection or Detection(experiment, track), experiment.index["experiment"]["baseline"]
+    chosen = experiment.named_detectors | (experiment.single_signals if singles else {})
+    detectors = {name: detection.detect(name, signals, rule, alpha) for name, signals in chosen.items()}
+    kinds = dict.fromkeys(chosen, "detector")
+    if track == "published":  # a number of random-matrix theory is no rule that a source proposes for monitoring
+        kinds |= {name: "theory" for name, signals in chosen.items() if family(signals[0]) == "random_matrix"}
+    kinds |= {name: "oracle" for name, signals in chosen.items() if family(signals[0]) == "oracle"}
+    for entrant in entrants:
+        if entrant.name in detectors:
+            raise ValueError(f"detector {entrant.name!r} is on the board already: give it a name of its own")
+        signals = entrant.signals or experiment.named_detectors[baseline]
+        detectors[entrant.name] = detection.detect(entrant.name, signals, entrant.rule, alpha)
+        kinds[entrant.name] = "entrant"
+    for name, alarms in (external or {}).items():
+        if name in detectors:
+            raise ValueError(f"monitor {name!r} is on the board already: give it a name of its own")
+        if alarms:
+            detectors[name], kinds[name] = Detector(name, (), alarms=alarms), "external"
+    one = Contest(experiment, track, alpha, detectors, kinds, baseline)
+    for name, control in CONTROLS.items():
+        alarms = {run.trace.run_id: control(run, experiment, alpha) for run in one.scored}
+        detectors[name], kinds[name] = Detector(name, (), alarms=alarms), "control"
+    if track in ("reference", "self") and detectors[baseline].declined:
+        raise ValueError(f"the baseline {baseline!r} cannot be judged: {detectors[baseline].declined}")
+    return one
+
+
+def _scorable(one: Contest, detector: Detector, run: ScoredRun) -> bool:
+    """On the self track a run counts where its past was healthy for long enough, for the detector's cadence.
+
+    Who has no cadence, a control or a table of alarms, is scored on the baseline's runs.
+    """
+    watched = detector if detector.charts else one.detectors[one.baseline]
+    return one.track != "self" or own_past_is_healthy(run, watched, SELF_WINDOW)
+
+
+def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None) -> pd.DataFrame:
+    """One row a detector and a run of ``Contest.scored``.
+
+    Columns: experiment, model, track, detector, kind, fault (or ``healthy``), seed, run_id, alarm, onset,
+    divergence, reach (where the run's scoring ends), outcome, lead (restricted; NaN unless it diverges),
+    normalised_lead (of onset to divergence), delay (alarm - onset, or what was waited in vain), detected (an alarm at
+    or after onset), degraded (never diverges, ends worse than every calibration run).
+    divergences: by run id, another label than the primary. Declined detectors have no rows.
+    """
+    rows = []
+    for name, detector in one.detectors.items():
+        if detector.declined:
+            continue
+        for run in one.scored:
+            if not _scorable(one, detector, run):
+                continue
+            run_id = run.trace.run_id
+            divergence = run.divergence if divergences is None else divergences[run_id]
+            alarm = detector.alarms[run_id]
+            result = score(alarm=alarm, onset=run.onset, divergence=divergence, horizon=one.experiment.horizon)
+            lead = np.nan if result.restricted_lead_steps is None else float(result.restricted_lead_steps)
+            detected = run.onset is not None and alarm is not None and alarm >= run.onset
+            rows.append(
+                {
+                    **one.keys,
+                    "detector": name,
+                    "kind": one.kinds[name],
+                    "fault": run.fault or "healthy",
+                    "seed": run.seed,
+                    "run_id": run_id,
+                    "alarm": alarm,
+                    "onset": run.onset,
+                    "divergence": divergence,
+                    "reach": run.horizon,
+                    "outcome": result.outcome,
+                    "lead": lead,
+                    "normalised_lead": lead / (divergence - run.onset) if lead > 0 else lead,
+                    "delay": (alarm if detected else _last(run, one)) - run.onset if run.onset is not None else np.nan,
+                    "detected": detected,
+                    "degraded": run.degraded,
+                }
+            )
+    table = pd.DataFrame(rows)
+    for column in ("alarm", "onset", "divergence"):
+        table[column] = table[column].astype("Int64")
+    return table
+
+
+def _last(run: ScoredRun, one: Contest) -> int:
+    """How far the run was watched: its own end, at most the horizon."""
+    done = run.trace.manifest["steps_done" if one.experiment.axis == "steps" else "tokens_done"]
+    return max(min(done, one.experiment.horizon), run.onset or 0)
+
+
+def mean_leads(scores: pd.DataFrame) -> pd.Series:
+    """RMLT of each detector over all of its faulty runs that diverge; NaN if none does."""
+    return scores[scores["fault"] != "healthy"].groupby("detector", sort=False)["lead"].mean()

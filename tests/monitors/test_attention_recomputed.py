@@ -1,0 +1,86 @@
+"""Attention computed again agrees with a healthy kernel up to its rounding, and with a broken one where it is right."""
+
+import pytest
+import torch
+
+from models.attention import flash_attention
+from models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
+from monitors.attention_laws import LAWS
+from monitors.attention_recomputed import PARTS, AttentionRecomputed, recompute
+from monitors.rounding import DotProductStep
+
+
+def step(
+    sharpness: float, *faults: SiteFault, tokens: int = 40, shared: int = 1, window: int | None = None
+) -> DotProductStep:
+    """Forward and backward of the reference kernel on random tensors; sharpness: spread of the scores.
+
+    shared: query heads of one key-value head; window: keys that a query sees.
+    """
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, do = (torch.randn(12, h, tokens, 16, generator=generator) for h in (4, 4 // shared, 4 // shared, 4))
+    q, k, v, do = (to_bf16_grid(x) for x in (sharpness * q, k, v, do))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = flash_attention(q, k, v, AttentionNumerics(faults).layer(0), window=window)
+    o.backward(do)
+    return DotProductStep(*(x.detach() for x in (q, k, v, o, *(x.grad for x in leaves), do)), window)
+
+
+def over_noise(t: DotProductStep) -> dict[str, torch.Tensor]:
+    """By part and head, the root mean square over rows."""
+    return {part: (error.square() / noise).mean(0).sqrt() for part, (error, _, noise) in recompute(t).items()}
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize(("shared", "window"), [(1, None), (2, None), (4, 9)])
+def test_a_healthy_kernel_differs_by_what_is_predicted(sharpness, shared, window):
+    for part, ratio in over_noise(step(sharpness, shared=shared, window=window)).items():
+        assert ratio.shape == (4 // shared,)
+        assert ratio.min() > 0.9 and ratio.max() < 1.1, (part, ratio)
+
+
+BACKWARD = {
+    **dict.fromkeys(("o", "delta", "dp", "ds", "v"), frozenset({"dq", "dk"})),
+    **dict.fromkeys(("do", "lse", "p", "s", "q", "k"), frozenset({"dq", "dk", "dv"})),
+    **{site: {site} for site in ("dq", "dk", "dv")},
+}
+
+
+@pytest.mark.parametrize(("site", "wrong"), BACKWARD.items())
+def test_one_truncated_bit_of_a_site_shows_in_the_gradients_that_it_reaches(site, wrong):
+    t = step(1.0, SiteFault(site, "backward", "truncate", 1, heads=(2,)))
+    for part, ratio in over_noise(t).items():
+        assert (ratio[2] > 1.25) == (part in wrong), (part, ratio)
+        assert ratio[[0, 1, 3]].max() < 1.1, part
+
+
+def test_a_wrong_output_is_seen_and_not_blamed_on_the_gradients_of_a_kernel_that_uses_it():
+    """S corrupted in both passes alike keeps every law: a different softmax, with its own right gradient."""
+    t = step(1.0, SiteFault("s", "both", "truncate", 3))
+    laws = {name: (law(t)[0].square() / noise(t)).mean().sqrt() for name, (law, noise) in LAWS.items()}
+    assert max(laws.values()) < 1.3, laws
+    assert min(ratio.min() for ratio in over_noise(t).values()) > 5
+
+
+def test_an_exact_network_agrees_to_the_last_digits(trained_steps):
+    monitor = AttentionRecomputed(every_steps=1, rows=0)
+    readings = monitor.observe(trained_steps(monitor, dtype=torch.float64, backend="sdpa").next())
+    assert set(readings) == {f"attention_recomputed.{part}" for part in PARTS}  # no prediction for such a kernel
+    assert max(reading.max() for reading in readings.values()) < 1e-13
+
+
+def test_chosen_rows_are_taken_in_turn(trained_steps):
+    monitor = AttentionRecomputed(every_steps=1, rows=1)
+    steps = trained_steps(monitor, qk_norm=True, positions="rope")
+    for row in (1, 2, 0):
+        view = steps.next()
+        found = monitor.observe(view)
+        for layer, tap in enumerate(view.taps.at("dot_product").values()):
+            ratios = over_noise(DotProductStep.of([tap], slice(row, row + 1)))
+            for part, ratio in ratios.items():
+                torch.testing.assert_close(found[f"attention_recomputed.{part}.over_noise"][layer], ratio)
+
+
+def test_rows_must_be_a_number_of_rows():
+    with pytest.raises(ValueError, match=r"monitor\.rows=-1 is not allowed"):
+        AttentionRecomputed(every_steps=10, rows=-1)
