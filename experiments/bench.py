@@ -48,6 +48,13 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    """Processor time of one thread's work: a few per mille drown in what other processes do to the time on the wall."""
+    started = time.process_time()
+    call()
+    return time.process_time() - started
+
+
 def _step_of(run: Run, places: Iterable[str] = ()) -> Callable[[int], StepView]:
     """One training step as the loop does it, without monitors and label; also the bare loop, on the sdpa backend.
 
@@ -196,12 +203,12 @@ def conservation_costs(model: str) -> dict[str, float]:
     extra: dict[frozenset[str], list[float]] = {names: [] for names in watched}
     readings: dict[str, list[float]] = {name: [] for name in laws}
     for index in range(2 * STEPS[model]):
-        bare.append(_seconds(lambda index=index: plain(index)))
+        bare.append(_cpu_seconds(lambda index=index: plain(index)))
         for names, step in watched.items():
-            extra[names].append(_seconds(lambda step=step, index=index: step(index)) - bare[-1])
+            extra[names].append(_cpu_seconds(lambda step=step, index=index: step(index)) - bare[-1])
         view = watched[everything](index)
         for name, monitor in laws.items():
-            readings[name].append(_seconds(lambda monitor=monitor, view=view: monitor.observe(view)))
+            readings[name].append(_cpu_seconds(lambda monitor=monitor, view=view: monitor.observe(view)))
         del view
 
     def share(seconds: list[float]) -> float:

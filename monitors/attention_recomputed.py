@@ -41,8 +41,7 @@ def recompute(t: DotProductStep) -> Found:
     _, H, T, D = t.q.shape
     G, scale = t.k.shape[1], 1 / math.sqrt(D)
     k, v = (per_query_head(x, H) for x in (t.k, t.v))
-    mask = score_mask(T, t.window, 1, t.q.device, t.q.dtype)
-    p = (t.q @ k.mT * scale + mask).softmax(-1)
+    p = (t.q @ k.mT * scale + score_mask(T, t.window, 1, t.q.device, t.q.dtype)).softmax(-1)
     ds = p * (t.do @ v.mT - (t.do * t.o).sum(-1, keepdim=True))
     p2, ds2 = p.square(), ds.square() / D
     forward = p2.scatter(-1, p.argmax(-1, keepdim=True), 0.0)

@@ -44,7 +44,7 @@ BF16_U2 = 2.0**-14 / 24
 
 
 TILE = 64
-"""Queries looked at together: no key is read that none of them sees, and they fit a CPU's cache."""
+"""Queries looked at together: no key after the last of them is read, and they fit a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DotProductStep:
 
     @classmethod
     def of(cls, taps: Sequence[Tap], rows: slice = slice(None)) -> DotProductStep:
-        """From the taps on the dot products of some layers of one window, their batch rows after one another."""
+        """From the taps on the dot products of some layers, of one window, their batch rows after one another."""
 
         def together(tensors: Iterable[Tensor]) -> Tensor:
             return torch.cat([x[rows] for x in tensors])
@@ -85,7 +85,7 @@ class DotProductStep:
 
     @cached_property
     def row_sums(self) -> RowSums:
-        """Of the recomputed P and dP: the one part that costs T x T, less the keys that a tile does not see.
+        """Of the recomputed P and dP: the one part that costs T x T, less what lies beyond a tile's last query.
 
         Sums of squares are norms of T x T tensors, which a CPU takes in one pass each; a matrix product is dearer.
         """
@@ -108,11 +108,7 @@ class DotProductStep:
             inexact = p.sub_(largest).sign_()  # 0 at the largest of a row, and at its equals
             return ds2, _square(p_dp.mul_(inexact)), _square(p_v.mul_(inexact)), *backward
 
-        before = T if self.window is None else self.window - 1
-        tiles = [
-            of_queries(slice(first, first + TILE), slice(max(0, first - before), first + TILE))
-            for first in range(0, T, TILE)
-        ]
+        tiles = [of_queries(slice(first, first + TILE), slice(first + TILE)) for first in range(0, T, TILE)]
         return RowSums(*(torch.cat(parts, -1).view(B, H, T) for parts in zip(*tiles, strict=True)))
 
 

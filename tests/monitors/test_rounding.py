@@ -50,7 +50,8 @@ def test_a_healthy_kernel_breaks_its_laws_by_what_is_predicted(sharpness):
         assert abs(math.log(overall)) < PREDICTION[name], (name, float(overall))
 
 
-@pytest.mark.parametrize(("tile", "window"), [(20, None), (64, None), (20, 9), (20, 30), (64, 9)])
+@pytest.mark.parametrize("tile", [20, 64])
+@pytest.mark.parametrize("window", [None, 9])
 def test_row_sums_are_those_of_their_definitions(tile, window, monkeypatch):
     monkeypatch.setattr(rounding, "TILE", tile)  # 48 tokens: two whole tiles and a part of one, or one
     t = step(2.0, window=window)
