@@ -1,0 +1,96 @@
+"""How a Triton attention kernel corrupts its tiles: the device side of ``models.numerics.LayerNumerics``.
+
+A kernel is compiled for ``FAULTS``, four bits a site: the number of the operation done there (0: none), plus
+``PARTIAL`` where some fault hits only a share of the elements. A site without a fault therefore leaves no
+instruction. What differs from head to head is read at run time from ``faults_ptr``, FP64 (site, 2, head): the
+operation's bits (0: this head is healthy) and the reach, the largest ``place`` that is hit. ``models.flash_faults``
+builds both.
+
+rows, cols: indices, broadcast against each other, that number the elements of one batch row and head as
+``rows * WIDTH + cols``. head: of the tensor that the site names, HEADS of them in the table.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from models import flash_faults
+from models.bits import GOLDEN as GOLDEN_RATIO
+from models.flash_bits import operate, round_to_bf16, widen
+from models.numerics import SITES
+
+Q, K, V, P, O, DO, DS, DQ, DK, DV, S, LSE, DP, DELTA = (  # noqa: E741
+    tl.constexpr(SITES.index(site)) for site in "q k v p o do ds dq dk dv s lse dp delta".split()
+)
+GOLDEN = tl.constexpr(GOLDEN_RATIO)
+
+
+# Evaluated when a kernel is compiled: no branch is left of them.
+operation = triton.constexpr_function(flash_faults.operation)
+is_partial = triton.constexpr_function(flash_faults.is_partial)
+
+
+@triton.jit
+def _place(rows, cols, WIDTH):
+    """Each element's place in [0, 1), FP64, bit for bit that of ``models.bits._spread``."""
+    position = (rows.to(tl.int64) * WIDTH + cols).to(tl.float64) + 0.5
+    golden, zero = tl.full(position.shape, GOLDEN, tl.float64), tl.zeros(position.shape, tl.float64)
+    turns = tl.fma(position, golden, zero)  # a bare product would be fused with the subtraction and never rounded
+    return turns - tl.floor(turns)
+
+
+@triton.jit
+def _reached(
+    rows, cols, WIDTH, valid, head, SITE: tl.constexpr, FAULTS: tl.constexpr, faults_ptr, HEADS: tl.constexpr
+):
+    """The elements that this head's fault hits, and its bits."""
+    bits = tl.load(faults_ptr + 2 * SITE * HEADS + head).to(tl.int32)
+    hit = valid & (bits > 0)
+    if is_partial(FAULTS, SITE):
+        hit = hit & (_place(rows, cols, WIDTH) <= tl.load(faults_ptr + (2 * SITE + 1) * HEADS + head))
+    return hit, bits
+
+
+@triton.jit
+def corrupt(
+    x, rows, cols, WIDTH, valid, head, SITE: tl.constexpr, FAULTS: tl.constexpr, faults_ptr, HEADS: tl.constexpr
+):
+    """x with its valid elements corrupted as this site's fault says; in FP32 those are rounded to BF16 first.
+
+    x: BF16 or FP32 tile, returned in the same type. valid: boolean; padding and masked scores are never hit.
+    """
+    if operation(FAULTS, SITE):
+        hit, bits = _reached(rows, cols, WIDTH, valid, head, SITE, FAULTS, faults_ptr, HEADS)
+        if x.dtype == tl.bfloat16:
+            x = tl.where(hit, operate(x, bits, operation(FAULTS, SITE)), x)
+        else:
+            x = tl.where(hit, widen(operate(round_to_bf16(x), bits, operation(FAULTS, SITE))), x)
+    return x
+
+
+@triton.jit
+def count_nonfinite(
+    x,
+    rows,
+    cols,
+    WIDTH,
+    counted,
+    head,
+    SITE: tl.constexpr,
+    FAULTS: tl.constexpr,
+    faults_ptr,
+    HEADS: tl.constexpr,
+    nonfinite_ptr,
+):
+    """Add the number of NaN and Inf that are about to reach this site's fault to an int64 scalar.
+
+    counted: boolean; where several programs read an element, true in one of them. The rest: as in ``corrupt``.
+    """
+    if operation(FAULTS, SITE):
+        hit, bits = _reached(rows, cols, WIDTH, counted, head, SITE, FAULTS, faults_ptr, HEADS)
+        if x.dtype == tl.bfloat16:
+            x = widen(x)
+        lost = hit & ((x.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000)
+        n = tl.sum(lost.to(tl.int32))
+        tl.atomic_add(nonfinite_ptr, n.to(tl.int64), mask=n > 0)
