@@ -16,7 +16,8 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from models.flash_faults import AttentionShape, kernel_faults, operation
+from models.attention import check_shapes
+from models.flash_faults import BACKWARD, FORWARD, AttentionShape, constants, encode, fault_table, operation
 from models.numerics import SITES, LayerNumerics
 
 
@@ -44,7 +45,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of the forward, the dK/dV and the dQ kernel. They fix the order of summation: part of a run's identity."""
+    """The tiles of the forward, the dK/dV and the dQ kernel: they fix the order of sums, so they belong to a run."""
 
     forward: Tile
     key_gradient: Tile
@@ -54,10 +55,10 @@ class Tiles:
 def pinned_tiles(d_head: int) -> Tiles:
     """The tiles for a head dim, sized for the registers and shared memory of a Hopper GPU. Never tuned at run time."""
     if d_head <= 64:
-        return Tiles(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
+        return Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
     if d_head <= 128:
-        return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
-    return Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 8, 1), Tile(64, 32, 4, 2))
+        return Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2))
+    return Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2))
 
 
 def _kernels():
@@ -66,7 +67,8 @@ def _kernels():
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        raise ModuleNotFoundError("attention backend 'triton' needs the package triton: install foreshock[gpu]") from error
+        message = "attention backend 'triton' needs the package triton: install foreshock[gpu]"
+        raise ModuleNotFoundError(message) from error
     return flash_forward, flash_backward
 
 
@@ -79,32 +81,45 @@ def _counter(like: Tensor, faults: int) -> Tensor:
     return like.new_zeros(1 if faults else 0, dtype=torch.int64)
 
 
+def _table(pass_: int, q: Tensor, k: Tensor, faults: list[int], shares: list[float], window: int) -> Tensor:
+    shape = AttentionShape(q.shape[1], *k.shape[1:], window)
+    return fault_table(tuple(faults), tuple(shares), shape, q.device)[pass_]
+
+
 @torch.library.custom_op("foreshock::flash_forward", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, nonfinite: Tensor, faults: list[int], window: int, tiles: list[int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    nonfinite: Tensor,
+    faults: list[int],
+    shares: list[float],
+    window: int,
+    tiles: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(O, the O that the backward reads if it is another, L, how many non-finite values reached a fault).
 
-    faults: ``KernelFaults.forward``, ``.backward``; the latter, nonfinite and all but the first tile are for the
-    backward. window: 0 for none.
+    faults, shares: as ``models.flash_faults.encode`` gives them; window: 0 for none; tiles: ``Tiles``, flat.
+    ``nonfinite`` is for the backward, which adds to it.
     """
     B, H, T, D = q.shape
-    o, clean_o, lse, count = _forward_outputs(q, k, v, table, nonfinite, faults, window, tiles)
+    code = constants(faults, shares, FORWARD)
+    o, clean_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles)
     queries, keys, warps, stages = tiles[:4]
     kernels, _ = _kernels()
     kernels.forward_kernel[(B * H, -(-T // queries))](
-        q, k, v, o, clean_o, lse, table[0], count, T,
+        q, k, v, o, clean_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
         SCALE=D**-0.5, WINDOW=window, D=D, BLOCK_D=_block_d(D), ROWS=queries, COLS=keys, HEADS=H, KV_HEADS=k.shape[1],
-        FAULTS=faults[0], num_warps=warps, num_stages=stages,
+        FAULTS=code, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return o, clean_o, lse, count
 
 
 @_forward.register_fake
-def _forward_outputs(q, k, v, table, nonfinite, faults, window, tiles):
-    o = torch.empty_like(q)
-    clean_o = torch.empty_like(q) if operation(faults[0], SITES.index("o")) else q.new_empty(0)
-    return o, clean_o, q.new_empty(q.shape[:3], dtype=torch.float32), _counter(q, faults[0])
+def _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles):
+    code = constants(faults, shares, FORWARD)
+    clean_o = torch.empty_like(q) if operation(code, SITES.index("o")) else q.new_empty(0)
+    return torch.empty_like(q), clean_o, q.new_empty(q.shape[:3], dtype=torch.float32), _counter(q, code)
 
 
 @torch.library.custom_op("foreshock::flash_backward", mutates_args=())
@@ -115,51 +130,52 @@ def _backward(
     o: Tensor,
     lse: Tensor,
     do: Tensor,
-    table: Tensor,
-    faults: int,
+    faults: list[int],
+    shares: list[float],
     window: int,
     tiles: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV, how many non-finite values reached a fault)."""
+    """(dQ, dK, dV, how many non-finite values reached a fault). Arguments as in the forward."""
     B, H, T, D = q.shape
     G = k.shape[1]
-    dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, table, faults, window, tiles)
+    code = constants(faults, shares, BACKWARD)
+    table = _table(BACKWARD, q, k, faults, shares, window)
+    dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles)
     delta = torch.empty_like(lse)
     _, kernels = _kernels()
-    shared = {"D": D, "BLOCK_D": _block_d(D), "HEADS": H, "FAULTS": faults}
-    masked = {"SCALE": D**-0.5, "WINDOW": window, "KV_HEADS": G, **shared}
+    every = {"D": D, "BLOCK_D": _block_d(D), "HEADS": H, "FAULTS": code}
+    both = {"SCALE": D**-0.5, "WINDOW": window, "KV_HEADS": G, **every}
 
     queries, keys, warps, stages = tiles[8:]
-    kernels.delta_kernel[(B * H, -(-T // queries))](o, do, delta, table[1], count, T, ROWS=queries, **shared)
+    kernels.delta_kernel[(B * H, -(-T // queries))](o, do, delta, table, count, T, ROWS=queries, **every)
     kernels.query_gradient_kernel[(B * H, -(-T // queries))](
-        q, k, v, do, lse, delta, dq, table[1], count, T,
-        ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **masked,
+        q, k, v, do, lse, delta, dq, table, count, T,
+        ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
     )  # fmt: skip
     queries, keys, warps, stages = tiles[4:8]
     kernels.key_gradient_kernel[(B * G, -(-T // keys))](
-        q, k, v, do, lse, delta, dk, dv, table[1], count, T,
-        ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **masked,
+        q, k, v, do, lse, delta, dk, dv, table, count, T,
+        ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
     )  # fmt: skip
     return dq, dk, dv, count
 
 
 @_backward.register_fake
-def _backward_outputs(q, k, v, o, lse, do, table, faults, window, tiles):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), _counter(q, faults)
+def _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles):
+    count = _counter(q, constants(faults, shares, BACKWARD))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), count
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, table, nonfinite, faults, window, tiles = inputs
+    q, k, v, ctx.nonfinite, *ctx.settings = inputs
     o, clean_o, lse, _ = output
-    ctx.save_for_backward(q, k, v, clean_o if clean_o.numel() else o, lse, table)
-    ctx.nonfinite, ctx.faults, ctx.window, ctx.tiles = nonfinite, faults[1], window, tiles
+    ctx.save_for_backward(q, k, v, clean_o if clean_o.numel() else o, lse)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, do, *_):
-    q, k, v, o, lse, table = ctx.saved_tensors
-    dq, dk, dv, count = _backward(q, k, v, o, lse, do.contiguous(), table, ctx.faults, ctx.window, ctx.tiles)
-    if ctx.faults:
+    dq, dk, dv, count = _backward(*ctx.saved_tensors, do.contiguous(), *ctx.settings)
+    if count.numel():
         ctx.nonfinite.add_(count[0])
     return dq, dk, dv, None, None, None, None, None
 
@@ -181,7 +197,7 @@ def _check(tensors: dict[str, Tensor]) -> None:
     if len(set(devices.values())) > 1:
         raise ValueError(f"attention backend 'triton' needs one device, got {devices}")
     if q.device.type == "cpu" and not _kernels()[0].INTERPRETED:
-        raise ValueError("attention backend 'triton' needs a GPU, got cpu tensors: set TRITON_INTERPRET=1 for its interpreter")
+        raise ValueError("attention backend 'triton' got cpu tensors: set TRITON_INTERPRET=1 to run its interpreter")
 
 
 def flash_attention_triton(
@@ -200,18 +216,18 @@ def flash_attention_triton(
     masked scores not among them.
     """
     _check({"q": q_BHTD, "k": k_BGTD, "v": v_BGTD, "nonfinite": nonfinite})
-    B, H, T, D = q_BHTD.shape
-    faults = kernel_faults(numerics, AttentionShape(H, k_BGTD.shape[1], T, D, window), q_BHTD.device)
+    check_shapes(q_BHTD, k_BGTD, window)
+    faults, shares = encode(numerics)
     o, _, _, count = _forward(
         q_BHTD.contiguous(),
         k_BGTD.contiguous(),
         v_BGTD.contiguous(),
-        faults.table,
         nonfinite,
-        [faults.forward, faults.backward],
+        faults,
+        shares,
         0 if window is None else window,
         [size for tile in (tiles.forward, tiles.key_gradient, tiles.query_gradient) for size in astuple(tile)],
     )
-    if faults.forward:
+    if count.numel():
         nonfinite.add_(count[0])
     return o

@@ -1,10 +1,8 @@
 """How a Triton attention kernel corrupts its tiles: the device side of ``models.numerics.LayerNumerics``.
 
-A kernel is compiled for ``FAULTS``, four bits a site: the number of the operation done there (0: none), plus
-``PARTIAL`` where some fault hits only a share of the elements. A site without a fault therefore leaves no
-instruction. What differs from head to head is read at run time from ``faults_ptr``, FP64 (site, 2, head): the
-operation's bits (0: this head is healthy) and the reach, the largest ``place`` that is hit. ``models.flash_faults``
-builds both.
+A kernel is compiled for ``FAULTS``, the constants of its pass, which name the operation done at each site: a site
+without a fault leaves no instruction. What differs from head to head is read at run time from ``faults_ptr``, this
+pass's half of the table. ``models.flash_faults`` builds both.
 
 rows, cols: indices, broadcast against each other, that number the elements of one batch row and head as
 ``rows * WIDTH + cols``. head: of the tensor that the site names, HEADS of them in the table.
@@ -21,7 +19,8 @@ from models.flash_bits import operate, round_to_bf16, widen
 from models.numerics import SITES
 
 Q, K, V, P, O, DO, DS, DQ, DK, DV, S, LSE, DP, DELTA = (  # noqa: E741
-    tl.constexpr(SITES.index(site)) for site in "q k v p o do ds dq dk dv s lse dp delta".split()
+    tl.constexpr(SITES.index(site))
+    for site in ["q", "k", "v", "p", "o", "do", "ds", "dq", "dk", "dv", "s", "lse", "dp", "delta"]
 )
 GOLDEN = tl.constexpr(GOLDEN_RATIO)
 
@@ -41,9 +40,7 @@ def _place(rows, cols, WIDTH):
 
 
 @triton.jit
-def _reached(
-    rows, cols, WIDTH, valid, head, SITE: tl.constexpr, FAULTS: tl.constexpr, faults_ptr, HEADS: tl.constexpr
-):
+def _reached(rows, cols, WIDTH, valid, head, SITE: tl.constexpr, FAULTS: tl.constexpr, faults_ptr, HEADS: tl.constexpr):
     """The elements that this head's fault hits, and its bits."""
     bits = tl.load(faults_ptr + 2 * SITE * HEADS + head).to(tl.int32)
     hit = valid & (bits > 0)
@@ -88,7 +85,7 @@ def count_nonfinite(
     counted: boolean; where several programs read an element, true in one of them. The rest: as in ``corrupt``.
     """
     if operation(FAULTS, SITE):
-        hit, bits = _reached(rows, cols, WIDTH, counted, head, SITE, FAULTS, faults_ptr, HEADS)
+        hit, _ = _reached(rows, cols, WIDTH, counted, head, SITE, FAULTS, faults_ptr, HEADS)
         if x.dtype == tl.bfloat16:
             x = widen(x)
         lost = hit & ((x.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000)

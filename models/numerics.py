@@ -153,6 +153,10 @@ class LayerNumerics:
     def touches(self, site: str, phase: str) -> bool:
         return (site, phase) in self._table
 
+    def items(self) -> ItemsView[tuple[str, str], tuple[SiteFault, ...]]:
+        """The active faults of each (site, pass) that has any."""
+        return self._table.items()
+
     def reached(
         self, site: str, phase: str, x_BHT: Tensor, window: int | None = None
     ) -> list[tuple[slice | list[int], Tensor | None]]:
