@@ -32,7 +32,6 @@ from models.flash_sites import (
     S,
     V,
     corrupt,
-    count_nonfinite,
     operation,
 )
 
@@ -59,15 +58,12 @@ def delta_kernel(
     inside = (i < T) & (dims < D)
 
     o = load_tile(o_ptr + of_head * D, rows, T, D, BLOCK_D)
-    count_nonfinite(o, i, dims, D, inside, head, O, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    o = corrupt(o, i, dims, D, inside, head, O, FAULTS, faults_ptr, HEADS)
+    o = corrupt(o, i, dims, D, inside, head, O, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     do = load_tile(do_ptr + of_head * D, rows, T, D, BLOCK_D)
-    count_nonfinite(do, i, dims, D, inside, head, DO, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    do = corrupt(do, i, dims, D, inside, head, DO, FAULTS, faults_ptr, HEADS)
+    do = corrupt(do, i, dims, D, inside, head, DO, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
 
     delta = tl.sum(widen(o) * widen(do), 1)
-    count_nonfinite(delta, rows, 0, 1, rows < T, head, DELTA, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    delta = corrupt(delta, rows, 0, 1, rows < T, head, DELTA, FAULTS, faults_ptr, HEADS)
+    delta = corrupt(delta, rows, 0, 1, rows < T, head, DELTA, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     tl.store(delta_ptr + of_head + rows, delta, mask=rows < T)
 
 
@@ -86,7 +82,6 @@ def _probability(
     HEADS: tl.constexpr,
     FAULTS: tl.constexpr,
     MASKED: tl.constexpr,
-    COUNTS: tl.constexpr,
 ):
     """P of a tile in FP32, corrupted on ``s`` and ``p``: what a fault on ``p`` hits is a BF16 number in both its uses.
 
@@ -94,17 +89,13 @@ def _probability(
     """
     if operation(FAULTS, S):
         s = qk * SCALE
-        if COUNTS:
-            count_nonfinite(s, i, j, T, seen, head, S, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-        s = corrupt(s, i, j, T, seen, head, S, FAULTS, faults_ptr, HEADS) * LOG2_E
+        s = corrupt(s, i, j, T, seen, head, S, FAULTS, faults_ptr, HEADS, nonfinite_ptr) * LOG2_E
     else:
         s = qk * (SCALE * LOG2_E)
     p = tl.exp2(s - lse * LOG2_E)
     if MASKED:
         p = tl.where(seen, p, 0.0)
-    if COUNTS:
-        count_nonfinite(p, i, j, T, seen, head, P, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    return corrupt(p, i, j, T, seen, head, P, FAULTS, faults_ptr, HEADS)
+    return corrupt(p, i, j, T, seen, head, P, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
 
 
 @triton.jit
@@ -122,19 +113,14 @@ def _score_gradient(
     HEADS: tl.constexpr,
     FAULTS: tl.constexpr,
     MASKED: tl.constexpr,
-    COUNTS: tl.constexpr,
 ):
     """dS = P * (dP - delta) of a tile in BF16, corrupted on ``dp`` and ``ds``."""
-    if COUNTS:
-        count_nonfinite(dp, i, j, T, seen, head, DP, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    dp = corrupt(dp, i, j, T, seen, head, DP, FAULTS, faults_ptr, HEADS)
+    dp = corrupt(dp, i, j, T, seen, head, DP, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     ds = p * (dp - delta)
     if MASKED:
         ds = tl.where(seen, ds, 0.0)  # 0 * Inf of a row that sees another key
     ds = round_to_bf16(ds)
-    if COUNTS:
-        count_nonfinite(ds, i, j, T, seen, head, DS, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    return corrupt(ds, i, j, T, seen, head, DS, FAULTS, faults_ptr, HEADS)
+    return corrupt(ds, i, j, T, seen, head, DS, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
 
 
 @triton.jit
@@ -153,7 +139,6 @@ def _gather_queries(
     T,
     head,
     faults_ptr,
-    nonfinite_ptr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     D: tl.constexpr,
@@ -178,8 +163,8 @@ def _gather_queries(
         lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
         lse = corrupt(lse, rows, 0, 1, rows < T, head, LSE, FAULTS, faults_ptr, HEADS)
         p = _probability(
-            product(k, tl.trans(q)), lse[None, :], i, j, T, seen, head, faults_ptr, nonfinite_ptr,
-            SCALE, HEADS, FAULTS, MASKED, COUNTS=False,
+            product(k, tl.trans(q)), lse[None, :], i, j, T, seen, head, faults_ptr, None,
+            SCALE, HEADS, FAULTS, MASKED,
         )  # fmt: skip
 
         do = load_tile(do_ptr, rows, T, D, BLOCK_D)
@@ -187,8 +172,8 @@ def _gather_queries(
         dv += product(round_to_bf16(p), do)
         delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
         ds = _score_gradient(
-            p, product(v, tl.trans(do)), delta[None, :], i, j, T, seen, head, faults_ptr, nonfinite_ptr,
-            HEADS, FAULTS, MASKED, COUNTS=False,
+            p, product(v, tl.trans(do)), delta[None, :], i, j, T, seen, head, faults_ptr, None,
+            HEADS, FAULTS, MASKED,
         )  # fmt: skip
         dk += product(ds, q)
     return dk, dv
@@ -227,11 +212,9 @@ def key_gradient_kernel(
     inside = (j < T) & (dims < D)
 
     k = load_tile(k_ptr + of_kv_head * D, cols, T, D, BLOCK_D)
-    count_nonfinite(k, j, dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    k = corrupt(k, j, dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS)
+    k = corrupt(k, j, dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     v = load_tile(v_ptr + of_kv_head * D, cols, T, D, BLOCK_D)
-    count_nonfinite(v, j, dims, D, inside, kv_head, V, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    v = corrupt(v, j, dims, D, inside, kv_head, V, FAULTS, faults_ptr, HEADS)
+    v = corrupt(v, j, dims, D, inside, kv_head, V, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
 
     # Query tiles: first those on the diagonal, then whole ones, then those past the window's edge or the end.
     start = first_col // ROWS * ROWS
@@ -264,7 +247,6 @@ def key_gradient_kernel(
                 T,
                 head,
                 faults_ptr,
-                nonfinite_ptr,
                 SCALE,
                 WINDOW,
                 D,
@@ -277,12 +259,10 @@ def key_gradient_kernel(
             )
 
     dk = round_to_bf16(dk * SCALE)
-    count_nonfinite(dk, j, dims, D, inside, kv_head, DK, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    dk = corrupt(dk, j, dims, D, inside, kv_head, DK, FAULTS, faults_ptr, HEADS)
+    dk = corrupt(dk, j, dims, D, inside, kv_head, DK, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     store_tile(dk_ptr + of_kv_head * D, dk, cols, T, D, BLOCK_D)
     dv = round_to_bf16(dv)
-    count_nonfinite(dv, j, dims, D, inside, kv_head, DV, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    dv = corrupt(dv, j, dims, D, inside, kv_head, DV, FAULTS, faults_ptr, HEADS)
+    dv = corrupt(dv, j, dims, D, inside, kv_head, DV, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     store_tile(dv_ptr + of_kv_head * D, dv, cols, T, D, BLOCK_D)
 
 
@@ -328,11 +308,11 @@ def _gather_keys(
         v = corrupt(v, cols[:, None], dims, D, inside, kv_head, V, FAULTS, faults_ptr, HEADS)
         p = _probability(
             product(q, tl.trans(k)), lse[:, None], i, j, T, seen, head, faults_ptr, nonfinite_ptr,
-            SCALE, HEADS, FAULTS, MASKED, COUNTS=True,
+            SCALE, HEADS, FAULTS, MASKED,
         )  # fmt: skip
         ds = _score_gradient(
             p, product(do, tl.trans(v)), delta[:, None], i, j, T, seen, head, faults_ptr, nonfinite_ptr,
-            HEADS, FAULTS, MASKED, COUNTS=True,
+            HEADS, FAULTS, MASKED,
         )  # fmt: skip
         dq += product(ds, k)
     return dq
@@ -371,13 +351,11 @@ def query_gradient_kernel(
     inside = (i < T) & (dims < D)
 
     q = load_tile(q_ptr + of_head * D, rows, T, D, BLOCK_D)
-    count_nonfinite(q, i, dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    q = corrupt(q, i, dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS)
+    q = corrupt(q, i, dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     do = load_tile(do_ptr + of_head * D, rows, T, D, BLOCK_D)
     do = corrupt(do, i, dims, D, inside, head, DO, FAULTS, faults_ptr, HEADS)
     lse = tl.load(lse_ptr + of_head + rows, mask=rows < T, other=0.0)
-    count_nonfinite(lse, rows, 0, 1, rows < T, head, LSE, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    lse = corrupt(lse, rows, 0, 1, rows < T, head, LSE, FAULTS, faults_ptr, HEADS)
+    lse = corrupt(lse, rows, 0, 1, rows < T, head, LSE, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     delta = tl.load(delta_ptr + of_head + rows, mask=rows < T, other=0.0)
 
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -412,6 +390,5 @@ def query_gradient_kernel(
             )
 
     dq = round_to_bf16(dq * SCALE)
-    count_nonfinite(dq, i, dims, D, inside, head, DQ, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    dq = corrupt(dq, i, dims, D, inside, head, DQ, FAULTS, faults_ptr, HEADS)
+    dq = corrupt(dq, i, dims, D, inside, head, DQ, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     store_tile(dq_ptr + of_head * D, dq, rows, T, D, BLOCK_D)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from models.flash_bits import INTERPRETED, product, round_to_bf16  # noqa: F401
-from models.flash_sites import K, O, P, Q, S, V, corrupt, count_nonfinite, operation
+from models.flash_sites import K, O, P, Q, S, V, corrupt, operation
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -97,16 +97,16 @@ def _attend(
         v = load_tile(v_ptr, cols, T, D, BLOCK_D)
         if MASKED:  # each key lies on the diagonal of one query tile: there it is counted
             own = inside & counts_keys & (keys >= first_row) & (keys < first_row + ROWS)
-            count_nonfinite(k, keys, dims, D, own, kv_head, K, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-            count_nonfinite(v, keys, dims, D, own, kv_head, V, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-        k = corrupt(k, keys, dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS)
-        v = corrupt(v, keys, dims, D, inside, kv_head, V, FAULTS, faults_ptr, HEADS)
+            k = corrupt(k, keys, dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS, nonfinite_ptr, own)
+            v = corrupt(v, keys, dims, D, inside, kv_head, V, FAULTS, faults_ptr, HEADS, nonfinite_ptr, own)
+        else:
+            k = corrupt(k, keys, dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS)
+            v = corrupt(v, keys, dims, D, inside, kv_head, V, FAULTS, faults_ptr, HEADS)
 
         s = product(q, tl.trans(k))
         if operation(FAULTS, S):
             s = s * SCALE
-            count_nonfinite(s, i, j, T, seen, head, S, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-            s = corrupt(s, i, j, T, seen, head, S, FAULTS, faults_ptr, HEADS) * LOG2_E
+            s = corrupt(s, i, j, T, seen, head, S, FAULTS, faults_ptr, HEADS, nonfinite_ptr) * LOG2_E
         else:
             s = s * (SCALE * LOG2_E)
         if MASKED:
@@ -118,8 +118,7 @@ def _attend(
         p_bar = tl.exp2(s - reference[:, None])
         total = total * rescale + tl.sum(p_bar, 1)
         p = round_to_bf16(p_bar)
-        count_nonfinite(p, i, j, T, seen, head, P, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-        p = corrupt(p, i, j, T, seen, head, P, FAULTS, faults_ptr, HEADS)
+        p = corrupt(p, i, j, T, seen, head, P, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
         acc = acc * rescale[:, None] + product(p, v)
         top = new_top
     return acc, total, top
@@ -160,8 +159,7 @@ def forward_kernel(
     inside = (i < T) & (dims < D)
 
     q = load_tile(q_ptr + of_head * D, rows, T, D, BLOCK_D)
-    count_nonfinite(q, i, dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    q = corrupt(q, i, dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS)
+    q = corrupt(q, i, dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
 
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -200,7 +198,6 @@ def forward_kernel(
     o = round_to_bf16(acc / total[:, None])
     if operation(FAULTS, O):
         store_tile(clean_o_ptr + of_head * D, o, rows, T, D, BLOCK_D)
-    count_nonfinite(o, i, dims, D, inside, head, O, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    o = corrupt(o, i, dims, D, inside, head, O, FAULTS, faults_ptr, HEADS)
+    o = corrupt(o, i, dims, D, inside, head, O, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     store_tile(o_ptr + of_head * D, o, rows, T, D, BLOCK_D)
     tl.store(lse_ptr + of_head + rows, (top + tl.log2(total)) * LN_2, mask=rows < T)

@@ -40,54 +40,44 @@ def _place(rows, cols, WIDTH):
 
 
 @triton.jit
-def _reached(rows, cols, WIDTH, valid, head, SITE: tl.constexpr, FAULTS: tl.constexpr, faults_ptr, HEADS: tl.constexpr):
-    """The elements that this head's fault hits, and its bits."""
-    bits = tl.load(faults_ptr + 2 * SITE * HEADS + head).to(tl.int32)
-    hit = valid & (bits > 0)
-    if is_partial(FAULTS, SITE):
-        hit = hit & (_place(rows, cols, WIDTH) <= tl.load(faults_ptr + (2 * SITE + 1) * HEADS + head))
-    return hit, bits
+def _count_nonfinite(x, hit, nonfinite_ptr):
+    if x.dtype == tl.bfloat16:
+        x = widen(x)
+    lost = hit & ((x.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000)
+    n = tl.sum(lost.to(tl.int32))
+    tl.atomic_add(nonfinite_ptr, n.to(tl.int64), mask=n > 0)
 
 
 @triton.jit
 def corrupt(
-    x, rows, cols, WIDTH, valid, head, SITE: tl.constexpr, FAULTS: tl.constexpr, faults_ptr, HEADS: tl.constexpr
-):
-    """x with its valid elements corrupted as this site's fault says; in FP32 those are rounded to BF16 first.
-
-    x: BF16 or FP32 tile, returned in the same type. valid: boolean; padding and masked scores are never hit.
-    """
-    if operation(FAULTS, SITE):
-        hit, bits = _reached(rows, cols, WIDTH, valid, head, SITE, FAULTS, faults_ptr, HEADS)
-        if x.dtype == tl.bfloat16:
-            x = tl.where(hit, operate(x, bits, operation(FAULTS, SITE)), x)
-        else:
-            x = tl.where(hit, widen(operate(round_to_bf16(x), bits, operation(FAULTS, SITE))), x)
-    return x
-
-
-@triton.jit
-def count_nonfinite(
     x,
     rows,
     cols,
     WIDTH,
-    counted,
+    valid,
     head,
     SITE: tl.constexpr,
     FAULTS: tl.constexpr,
     faults_ptr,
     HEADS: tl.constexpr,
-    nonfinite_ptr,
+    nonfinite_ptr=None,
+    counted=None,
 ):
-    """Add the number of NaN and Inf that are about to reach this site's fault to an int64 scalar.
+    """x with its valid elements corrupted as this site's fault says; in FP32 those are rounded to BF16 first.
 
-    counted: boolean; where several programs read an element, true in one of them. The rest: as in ``corrupt``.
+    x: BF16 or FP32 tile, returned in the same type. valid: boolean; padding and masked scores are never hit.
+    nonfinite_ptr: int64 scalar to which the non-finite values that are hit are added, if given. counted: boolean, the
+    valid elements to look at; where several programs read an element, one of them counts it. By default all.
     """
     if operation(FAULTS, SITE):
-        hit, _ = _reached(rows, cols, WIDTH, counted, head, SITE, FAULTS, faults_ptr, HEADS)
+        bits = tl.load(faults_ptr + 2 * SITE * HEADS + head).to(tl.int32)
+        hit = valid & (bits > 0)
+        if is_partial(FAULTS, SITE):
+            hit = hit & (_place(rows, cols, WIDTH) <= tl.load(faults_ptr + (2 * SITE + 1) * HEADS + head))
+        if nonfinite_ptr is not None:
+            _count_nonfinite(x, hit if counted is None else hit & counted, nonfinite_ptr)
         if x.dtype == tl.bfloat16:
-            x = widen(x)
-        lost = hit & ((x.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000)
-        n = tl.sum(lost.to(tl.int32))
-        tl.atomic_add(nonfinite_ptr, n.to(tl.int64), mask=n > 0)
+            x = tl.where(hit, operate(x, bits, operation(FAULTS, SITE)), x)
+        else:
+            x = tl.where(hit, widen(operate(round_to_bf16(x), bits, operation(FAULTS, SITE))), x)
+    return x

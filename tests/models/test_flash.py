@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from models.bits import ROUNDINGS
 from models.flash import Tile, Tiles, _backward, _forward, flash_attention_triton, pinned_tiles
-from models.numerics import HEALTHY_LAYER
+from models.flash_faults import encode
+from models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
 from tests.models.attention_in_fp64 import NAMES, distance, emulate, exact, inputs, layer, run
 from tests.models.attention_in_triton import ONE_TILE, SMALL_TILES, output_in_tiles, run_triton
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 SHAPES = [  # query heads, key-value heads, window, tokens, d_head
     (2, 2, None, 33, 16),
@@ -21,6 +23,7 @@ SHAPES = [  # query heads, key-value heads, window, tokens, d_head
     (1, 1, 5, 63, 128),
     (4, 1, None, 47, 200),
 ]
+SCORE_TILES = [("s", "both"), ("p", "both"), ("dp", "backward"), ("ds", "backward")]
 EVENTS = torch.zeros((), dtype=torch.int64)
 
 
@@ -46,13 +49,11 @@ def test_the_output_of_several_tiles_is_their_online_softmax(H, G, window, T, D)
             assert distance(got[name], right[name]) < 2.0**-7, name
 
 
-@pytest.mark.parametrize(
-    "tiles", [ONE_TILE, SMALL_TILES, Tiles(Tile(32, 16, 4, 1), Tile(16, 64, 4, 1), Tile(16, 64, 4, 1))]
-)
-@pytest.mark.parametrize("window", [None, 1, 16, 17, 40])
+@pytest.mark.parametrize("tiles", [SMALL_TILES, Tiles(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 64, 4, 1))])
+@pytest.mark.parametrize("window", [None, 1, 16, 17])
 def test_tiles_change_the_backward_only_by_the_order_of_sums(window, tiles):
     """From the same saved O and L, which are those of the reference."""
-    q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=57))
+    q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=53))
     flat = [
         size for t in (tiles.forward, tiles.key_gradient, tiles.query_gradient) for size in (t.queries, t.keys, 4, 1)
     ]
@@ -79,22 +80,23 @@ def test_runs_are_bit_identical():
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("rounding", [None, *ROUNDINGS])
+@pytest.mark.parametrize(("rounding", "window"), [(None, None), (None, 6), ("flip", 6), ("round_half_up", None)])
 def test_what_a_query_does_not_see_does_not_reach_it(rounding, window):
-    """Even with a bit flipped in every visible element of the score tiles: masked ones and padding keep their zeros."""
-    q, k, v, do = inputs(B=1, H=2, T=40)
-    t = 20
-    seen = (torch.arange(40) <= t) & (torch.arange(40) > t - (window or 40))
-    changed = [torch.where(seen[:, None], x, x.roll(1, -1)) for x in (k, v)]
-    for site in ("s", "p") if rounding else (None,):
-        numerics = layer(site, "both", 7, rounding) if site else HEALTHY_LAYER
-        of_t = torch.where(torch.arange(40)[:, None] == t, do, 0.0)
-        got = run_triton(q, k, v, of_t, numerics, window, SMALL_TILES)
-        assert torch.equal(got["o"][:, :, t], run_triton(q, *changed, do, numerics, window, SMALL_TILES)["o"][:, :, t])
-        for name in ("dk", "dv"):
+    """Even with a bit changed in every visible element of the score tiles: masked ones and padding keep their zeros."""
+    T, t = 37, 20
+    q, k, v, do = inputs(B=1, H=2, G=1, T=T)
+    faults = [SiteFault(s, p, rounding, 7) for s, p in SCORE_TILES] if rounding else []
+    numerics = AttentionNumerics(tuple(faults)).layer(0)
+    tokens = torch.arange(T)
+    seen = (tokens <= t) & (tokens > t - (window or T))
+    elsewhere = [torch.where(seen[:, None], x, x.roll(1, -1)) for x in (k, v)]
+    got = run_triton(q, k, v, torch.where(tokens[:, None] == t, do, 0.0), numerics, window, SMALL_TILES)
+    other = run_triton(q, *elsewhere, do, numerics, window, SMALL_TILES)
+    assert torch.equal(got["o"][:, :, t], other["o"][:, :, t])
+    for name in ("dk", "dv"):
+        assert (got[name][:, :, seen] != 0).any(-1).all(), name
+        if not rounding:  # a fault makes something of the zeros of the other queries' dO
             assert (got[name][:, :, ~seen] == 0).all(), name
-            assert (got[name][:, :, seen] != 0).any(-1).all(), name
 
 
 def test_non_finite_rows_propagate_as_in_the_reference():
@@ -103,11 +105,9 @@ def test_non_finite_rows_propagate_as_in_the_reference():
     got, expected = run_triton(q, k, v, do), run(q, k, v, do)
     for name in ("o", "dq"):
         assert torch.equal(got[name].isfinite(), expected[name].isfinite()), name
-    for name in (
-        "dk",
-        "dv",
-    ):  # the reference multiplies even the masked zeros of a row of NaN; a tile has a row's sight
-        assert not got[name].isfinite().all(-1)[0, 0, :8].any() or name == "dv", name
+    for name in ("dk", "dv"):
+        assert not got[name][0, 0].isfinite().any() and not expected[name][0, 0].isfinite().any(), name
+        assert torch.equal(got[name][0, 1].isfinite(), expected[name][0, 1].isfinite()), name
 
 
 def test_inputs_need_not_be_contiguous():
@@ -119,17 +119,11 @@ def test_inputs_need_not_be_contiguous():
 
 def test_the_operators_keep_their_contract_with_torch_library():
     q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=5))
-    settings = (*_encoded("o", "both"), 3, [16, 16, 4, 1] * 3)
+    settings = (*encode(layer("o", "both", 3)), 3, [16, 16, 4, 1] * 3)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(_forward, (*leaves, EVENTS, *settings))
     o, _, lse, _ = _forward(*(x.detach() for x in leaves), EVENTS, *settings)
     torch.library.opcheck(_backward, (*(x.detach() for x in leaves), o, lse, do, *settings))
-
-
-def _encoded(site, phase):
-    from models.flash_faults import encode
-
-    return encode(layer(site, phase, 3))
 
 
 @pytest.mark.parametrize("numerics", [HEALTHY_LAYER, layer("q", "both", 7, share=0.5)])
@@ -174,7 +168,7 @@ def test_what_it_cannot_do_is_an_error_of_one_line():
         call(q, *(torch.cat([x, x[:, :1]], 1) for x in (k, v)))
     with pytest.raises(ValueError, match="window=0 is not allowed"):
         call(q, k, v, window=0)
-    with pytest.raises(ValueError, match="needs one device, got .*'nonfinite': 'meta'"):
+    with pytest.raises(ValueError, match=r"needs one device, got .*'nonfinite': 'meta'"):
         call(q, k, v, EVENTS.to("meta"))
 
 
