@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.models.attention_in_fp64 import REACH
-
+ROOT = Path(__file__).parents[2]
 COMPILE = """
 import sys
 
@@ -50,8 +50,8 @@ for kernel, pass_, tile in (
 
 def compiled(*sites):
     """(tensor cores, a place in FP64 or a table of faults, an atomic counter) of the four kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", COMPILE, *sites], capture_output=True, text=True, env=environment)
+    command, environment = [sys.executable, "-c", COMPILE, *sites], {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [tuple(word == "True" for word in line.split()) for line in done.stdout.splitlines()]
 
@@ -68,7 +68,4 @@ def compiled(*sites):
 )
 def test_kernels_compile_for_hopper_and_only_a_fault_s_own_kernels_read_it(sites, found):
     """The kernel of dK and dV corrupts dS as well, but leaves the counting to that of dQ."""
-    assert all(tuple(site.split("-")) in REACH for site in sites)
-    if "models" not in os.listdir():
-        pytest.skip("started outside the repository")
-    assert compiled(*sites)[: len(found)] == found
+    assert compiled(*sites) == found
