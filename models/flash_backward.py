@@ -92,9 +92,9 @@ def _probability(
         s = corrupt(s, i, j, T, seen, head, S, FAULTS, faults_ptr, HEADS, nonfinite_ptr) * LOG2_E
     else:
         s = qk * (SCALE * LOG2_E)
-    p = tl.exp2(s - lse * LOG2_E)
     if MASKED:
-        p = tl.where(seen, p, 0.0)
+        s = tl.where(seen, s, float("-inf"))
+    p = tl.exp2(s - lse * LOG2_E)
     return corrupt(p, i, j, T, seen, head, P, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
 
 
@@ -112,14 +112,10 @@ def _score_gradient(
     nonfinite_ptr,
     HEADS: tl.constexpr,
     FAULTS: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
     """dS = P * (dP - delta) of a tile in BF16, corrupted on ``dp`` and ``ds``."""
     dp = corrupt(dp, i, j, T, seen, head, DP, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    ds = p * (dp - delta)
-    if MASKED:
-        ds = tl.where(seen, ds, 0.0)  # 0 * Inf of a row that sees another key
-    ds = round_to_bf16(ds)
+    ds = round_to_bf16(p * (dp - delta))
     return corrupt(ds, i, j, T, seen, head, DS, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
 
 
@@ -173,7 +169,7 @@ def _gather_queries(
         delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
         ds = _score_gradient(
             p, product(v, tl.trans(do)), delta[None, :], i, j, T, seen, head, faults_ptr, None,
-            HEADS, FAULTS, MASKED,
+            HEADS, FAULTS,
         )  # fmt: skip
         dk += product(ds, q)
     return dk, dv
@@ -312,7 +308,7 @@ def _gather_keys(
         )  # fmt: skip
         ds = _score_gradient(
             p, product(do, tl.trans(v)), delta[:, None], i, j, T, seen, head, faults_ptr, nonfinite_ptr,
-            HEADS, FAULTS, MASKED,
+            HEADS, FAULTS,
         )  # fmt: skip
         dq += product(ds, k)
     return dq

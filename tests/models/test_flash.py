@@ -99,15 +99,13 @@ def test_what_a_query_does_not_see_does_not_reach_it(rounding, window):
             assert (got[name][:, :, ~seen] == 0).all(), name
 
 
-def test_non_finite_rows_propagate_as_in_the_reference():
+def test_non_finite_rows_propagate_within_a_tile_as_in_the_reference():
+    """Masked zeros times NaN or Inf included."""
     q, k, v, do = inputs(B=1, H=2, T=20)
     q[0, 0, 7, 3], do[0, 1, 4, 2] = torch.nan, torch.inf
     got, expected = run_triton(q, k, v, do), run(q, k, v, do)
-    for name in ("o", "dq"):
+    for name in NAMES:
         assert torch.equal(got[name].isfinite(), expected[name].isfinite()), name
-    for name in ("dk", "dv"):
-        assert not got[name][0, 0].isfinite().any() and not expected[name][0, 0].isfinite().any(), name
-        assert torch.equal(got[name][0, 1].isfinite(), expected[name][0, 1].isfinite()), name
 
 
 def test_inputs_need_not_be_contiguous():
