@@ -62,14 +62,15 @@ def pinned_tiles(d_head: int) -> Tiles:
 
 
 def _kernels():
+    """The modules that need Triton, which most machines without a GPU do not have."""
     try:
-        from models import flash_backward, flash_forward
+        from models import flash_backward, flash_bits, flash_forward
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         message = "attention backend 'triton' needs the package triton: install foreshock[gpu]"
         raise ModuleNotFoundError(message) from error
-    return flash_forward, flash_backward
+    return flash_bits, flash_forward, flash_backward
 
 
 def _block_d(d_head: int) -> int:
@@ -106,7 +107,7 @@ def _forward(
     code = constants(faults, shares, FORWARD)
     o, clean_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles)
     queries, keys, warps, stages = tiles[:4]
-    kernels, _ = _kernels()
+    _, kernels, _ = _kernels()
     kernels.forward_kernel[(B * H, -(-T // queries))](
         q, k, v, o, clean_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
         SCALE=D**-0.5, WINDOW=window, D=D, BLOCK_D=_block_d(D), ROWS=queries, COLS=keys, HEADS=H, KV_HEADS=k.shape[1],
@@ -142,7 +143,7 @@ def _backward(
     table = _table(BACKWARD, q, k, faults, shares, window)
     dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles)
     delta = torch.empty_like(lse)
-    _, kernels = _kernels()
+    _, _, kernels = _kernels()
     every = {"D": D, "BLOCK_D": _block_d(D), "HEADS": H, "FAULTS": code}
     both = {"SCALE": D**-0.5, "WINDOW": window, "KV_HEADS": G, **every}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.flash_bits import INTERPRETED, product, round_to_bf16  # noqa: F401
+from models.flash_bits import product, round_to_bf16
 from models.flash_sites import K, O, P, Q, S, V, corrupt, operation
 
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -1,8 +1,12 @@
 """The Triton attention against FP64 and the reference, its interface, and what ``torch.compile`` makes of it."""
 
+import sys
+
 import pytest
 import torch
 
+import models
+from models import flash_bits
 from models.flash import Tile, Tiles, _backward, _forward, flash_attention_triton, pinned_tiles
 from models.flash_faults import encode
 from models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
@@ -176,3 +180,18 @@ def test_what_it_cannot_do_is_an_error_of_one_line():
 def test_a_tile_that_no_kernel_can_hold_is_an_error(sizes, field):
     with pytest.raises(ValueError, match=f"tile {field}="):
         Tile(*sizes)
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.setattr(flash_bits, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="got cpu tensors: set TRITON_INTERPRET=1"):
+        call(*(x.bfloat16() for x in inputs(B=1, H=1, T=2)[:3]))
+
+
+def test_without_triton_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("bits", "sites", "forward", "backward"):
+        monkeypatch.delitem(sys.modules, f"models.flash_{name}")
+        monkeypatch.delattr(models, f"flash_{name}")
+    with pytest.raises(ModuleNotFoundError, match=r"needs the package triton: install foreshock\[gpu\]"):
+        call(*(x.bfloat16() for x in inputs(B=1, H=1, T=2)[:3]))
