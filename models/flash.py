@@ -12,6 +12,7 @@ The kernels stand behind two ``torch.library`` operators, which ``torch.compile`
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -61,16 +62,27 @@ def pinned_tiles(d_head: int) -> Tiles:
     return Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2))
 
 
-def _kernels():
-    """The modules that need Triton, which most machines without a GPU do not have."""
+def _kernels(device: torch.device) -> SimpleNamespace:
+    """The kernels, which need Triton: most machines without a GPU do not have it."""
     try:
-        from models import flash_backward, flash_bits, flash_forward
+        from models.flash_backward import delta_kernel
+        from models.flash_bits import INTERPRETED
+        from models.flash_forward import forward_kernel
+        from models.flash_key_gradient import key_gradient_kernel
+        from models.flash_query_gradient import query_gradient_kernel
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         message = "attention backend 'triton' needs the package triton: install foreshock[gpu]"
         raise ModuleNotFoundError(message) from error
-    return flash_bits, flash_forward, flash_backward
+    if device.type == "cpu" and not INTERPRETED:
+        raise ValueError("attention backend 'triton' got cpu tensors: set TRITON_INTERPRET=1 to run its interpreter")
+    return SimpleNamespace(
+        forward=forward_kernel,
+        delta=delta_kernel,
+        key_gradient=key_gradient_kernel,
+        query_gradient=query_gradient_kernel,
+    )
 
 
 def _block_d(d_head: int) -> int:
@@ -107,8 +119,7 @@ def _forward(
     code = constants(faults, shares, FORWARD)
     o, clean_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles)
     queries, keys, warps, stages = tiles[:4]
-    _, kernels, _ = _kernels()
-    kernels.forward_kernel[(B * H, -(-T // queries))](
+    _kernels(q.device).forward[(B * H, -(-T // queries))](
         q, k, v, o, clean_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
         SCALE=D**-0.5, WINDOW=window, D=D, BLOCK_D=_block_d(D), ROWS=queries, COLS=keys, HEADS=H, KV_HEADS=k.shape[1],
         FAULTS=code, num_warps=warps, num_stages=stages,
@@ -143,18 +154,18 @@ def _backward(
     table = _table(BACKWARD, q, k, faults, shares, window)
     dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles)
     delta = torch.empty_like(lse)
-    _, _, kernels = _kernels()
+    kernels = _kernels(q.device)
     every = {"D": D, "BLOCK_D": _block_d(D), "HEADS": H, "FAULTS": code}
     both = {"SCALE": D**-0.5, "WINDOW": window, "KV_HEADS": G, **every}
 
     queries, keys, warps, stages = tiles[8:]
-    kernels.delta_kernel[(B * H, -(-T // queries))](o, do, delta, table, count, T, ROWS=queries, **every)
-    kernels.query_gradient_kernel[(B * H, -(-T // queries))](
+    kernels.delta[(B * H, -(-T // queries))](o, do, delta, table, count, T, ROWS=queries, **every)
+    kernels.query_gradient[(B * H, -(-T // queries))](
         q, k, v, do, lse, delta, dq, table, count, T,
         ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
     )  # fmt: skip
     queries, keys, warps, stages = tiles[4:8]
-    kernels.key_gradient_kernel[(B * G, -(-T // keys))](
+    kernels.key_gradient[(B * G, -(-T // keys))](
         q, k, v, do, lse, delta, dk, dv, table, count, T,
         ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
     )  # fmt: skip
@@ -197,8 +208,6 @@ def _check(tensors: dict[str, Tensor]) -> None:
     devices = {name: str(tensor.device) for name, tensor in tensors.items()}
     if len(set(devices.values())) > 1:
         raise ValueError(f"attention backend 'triton' needs one device, got {devices}")
-    if q.device.type == "cpu" and not _kernels()[0].INTERPRETED:
-        raise ValueError("attention backend 'triton' got cpu tensors: set TRITON_INTERPRET=1 to run its interpreter")
 
 
 def flash_attention_triton(

@@ -11,12 +11,12 @@ ROOT = Path(__file__).parents[2]
 COMPILE = """
 import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from models import flash_backward, flash_forward
-from models.flash import pinned_tiles
+from models.flash import _kernels, pinned_tiles
 from models.flash_faults import BACKWARD, FORWARD, constants, encode
 from models.numerics import AttentionNumerics, SiteFault
 
@@ -37,11 +37,12 @@ def compile_for_hopper(kernel, pass_, tile):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
+kernels = _kernels(torch.device("cuda"))
 for kernel, pass_, tile in (
-    (flash_forward.forward_kernel, FORWARD, tiles.forward),
-    (flash_backward.delta_kernel, BACKWARD, tiles.query_gradient),
-    (flash_backward.key_gradient_kernel, BACKWARD, tiles.key_gradient),
-    (flash_backward.query_gradient_kernel, BACKWARD, tiles.query_gradient),
+    (kernels.forward, FORWARD, tiles.forward),
+    (kernels.delta, BACKWARD, tiles.query_gradient),
+    (kernels.key_gradient, BACKWARD, tiles.key_gradient),
+    (kernels.query_gradient, BACKWARD, tiles.query_gradient),
 ):
     ptx = compile_for_hopper(kernel, pass_, tile)
     print("wgmma.mma_async" in ptx, ".f64" in ptx, "atom." in ptx)
