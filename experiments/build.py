@@ -41,8 +41,11 @@ RESULT_SOURCES = (
     "monitors/*.py",
     "experiments/build.py",
     "experiments/data.py",
+    "experiments/ledger.py",
     "experiments/loop.py",
     "experiments/optimizer.py",
+    "experiments/stacked_loop.py",
+    "experiments/stacked_optimizer.py",
 )
 """The files that determine what a run measures."""
 

@@ -30,8 +30,8 @@ from analysis.align import AXES
 from analysis.report import make_report
 from experiments import trace
 from experiments.build import Run, build_run
+from experiments.checkpoint import RunError
 from experiments.cli import CONF, USER_ERRORS, guarded, one_line_errors
-from experiments.loop import RunError
 from experiments.plan import PlannedRun, plan
 from experiments.progress import SweepProgress
 from experiments.train import describe, run_one

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_update
 
-from experiments.optimizer import TrainConfig, adamw
+from experiments.optimizer import TrainConfig, adamw, learning_rate, set_learning_rate
+from faults.base import LearningRateScale
 from models.stacked import StackedTransformer
 
 
@@ -19,12 +20,15 @@ class StackedAdamW:
     ``slices``: an ``AdamW`` for each slice, as its monitors and its checkpoint know it: learning rates by group, state
     by parameter. It is never stepped; its state is a view of the moments here. N optimizers stepped one by one would
     cost a GPU N times the launches of one, and a learning rate that is a tensor must have one element.
+
+    configs: of each slice; clip and betas are those of the first for all.
     """
 
-    def __init__(self, model: StackedTransformer, config: TrainConfig) -> None:
-        self._model = model
-        self._clip = config.clip
-        self.slices: list[torch.optim.AdamW] = [adamw(one, config) for one in model.slices]
+    def __init__(self, model: StackedTransformer, configs: Sequence[TrainConfig]) -> None:
+        self._model, self._configs = model, configs
+        self.slices: list[torch.optim.AdamW] = [
+            adamw(one, config) for one, config in zip(model.slices, configs, strict=True)
+        ]
         self._moments = {name: torch.zeros_like(model.weights) for name in ("exp_avg", "exp_avg_sq")}
         self._order = [name for name, _ in model.slices[0].named_parameters()]  # of a single run's sum of squares
         self._segments = _segments(model, self.slices[0])
@@ -59,13 +63,16 @@ class StackedAdamW:
         of_parameters = self._model.views(gradients)
         parts = [torch.linalg.vector_norm(of_parameters[name].flatten(1), dim=1) for name in self._order]
         norms_N = torch.linalg.vector_norm(torch.stack(parts, dim=1), dim=1)
-        if self._clip is not None:  # as torch.nn.utils.clip_grads_with_norm_ has it
-            gradients.mul_((self._clip / (norms_N + 1e-6)).clamp(max=1.0).unsqueeze(1))
+        clip = self._configs[0].clip
+        if clip is not None:  # as torch.nn.utils.clip_grads_with_norm_ has it
+            gradients.mul_((clip / (norms_N + 1e-6)).clamp(max=1.0).unsqueeze(1))
         return norms_N
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One update, at the learning rates that the slices' groups have."""
+    def step(self, step: int, scales: Sequence[LearningRateScale]) -> None:
+        """Update ``step`` (from 0) at each slice's scheduled learning rate times its own factors."""
+        for optimizer, config, scale in zip(self.slices, self._configs, scales, strict=True):
+            set_learning_rate(optimizer, learning_rate(config, step), scale)
         alike: dict[tuple[float, float], list[tuple[int, int]]] = {}
         for index, optimizer in enumerate(self.slices):
             for segment, group in enumerate(optimizer.param_groups):

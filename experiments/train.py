@@ -31,6 +31,11 @@ def describe(run: Run) -> str:
 def run_one(config: DictConfig) -> dict[str, Any]:
     """Build and train the run of one composed configuration; returns its manifest."""
     run = build_run(config)
+    if run.train.stack > 1:
+        raise ValueError(
+            f"train.stack={run.train.stack} has no effect on runs started one by one: "
+            "python -m experiments.reproduce stacks those of an experiment"
+        )
     if config.dry_run:
         print(f"{run.run_id}: {describe(run)}")
         return {"run_id": run.run_id, "end_reason": "dry_run"}

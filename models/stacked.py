@@ -89,7 +89,7 @@ TWINS: Mapping[type[nn.Module], type[nn.Module]] = {
     RMSNorm: StackedRMSNorm,
     DotProduct: StackedDotProduct,
 }
-"""Each module with weights or a batch of its own, and its twin with a model axis: the same attributes, another forward."""
+"""Each module with weights or a batch of its own, and its twin with a model axis: another forward."""
 
 
 @dataclass(frozen=True)
