@@ -29,11 +29,15 @@ def why_single(run: Run) -> str | None:
     return None
 
 
-def stacks(runs: Sequence[Run], size: int) -> list[list[int]]:
-    """The runs' indices in stacks of up to ``size``, in order; those of one stack are alike but for ``OWN``."""
+def stacks(runs: Sequence[Run]) -> list[list[int]]:
+    """The runs' indices, in stacks of up to ``train.stack``; those of one stack are alike but for ``OWN``."""
     alike: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
         train = {key: value for key, value in run.config["train"].items() if key not in OWN["train"]}
         common = {key: value for key, value in run.config.items() if key not in OWN} | {"train": train}
         alike.setdefault(json.dumps(common, sort_keys=True), []).append(index)
-    return [group[i : i + size] for group in alike.values() for i in range(0, len(group), size)]
+    return [
+        group[first : first + runs[group[0]].train.stack]
+        for group in alike.values()
+        for first in range(0, len(group), runs[group[0]].train.stack)
+    ]

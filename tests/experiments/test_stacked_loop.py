@@ -20,7 +20,7 @@ from experiments.loop import train
 from experiments.stacked_loop import train_stack
 
 WEIGHTS = "weights.safetensors"
-THREE = (("fault=none", "seed=3"), ("fault=bf16_shift", "seed=4"), ("fault=lr_scale", "fault.scale=10", "seed=5"))
+THREE = (("fault=none", "seed=3"), ("fault=bf16_shift", "seed=4"), ("fault=lr_scale", "fault.factor=10", "seed=5"))
 RMSNORM = ("model.norm=rmsnorm", "model.positions=rope", "model.mlp=swiglu", "model.qk_norm=true", "train.steps=30")
 LAYERNORM = ("train.steps=30",)
 OF_THE_LOSS = {"train_loss_raw", "train_loss_ema", "held_out_loss", "loss_spike_score"}
