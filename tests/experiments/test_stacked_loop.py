@@ -1,9 +1,9 @@
 """A run in a stack against the same run by itself.
 
 With RMSNorm and on a CPU every weight and signal is compared bit for bit, but for means of the loss over tokens, whose
-sum has another order. A stacked LayerNorm rounds its gain's gradient otherwise, and AdamW divides a gradient that is all
-rounding by its own size, so such runs part slowly: they are compared with a single run whose weights were moved by
-that rounding.
+sum has another order. A stacked LayerNorm rounds its gain's gradient otherwise, and AdamW divides a gradient that is
+all rounding by its own size, so such runs part slowly: they are compared with a single run whose gains were moved by as
+much.
 """
 
 from __future__ import annotations
