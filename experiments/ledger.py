@@ -151,13 +151,17 @@ class Ledger:
             (self._folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def early_ends(config: TrainConfig, finite: Tensor, held_out: Tensor, best: Tensor) -> list[str | None]:
+def drawup_limit(config: TrainConfig) -> float:
+    """How far the label loss may stand above its lowest, in nats."""
+    return torch.inf if config.stop_drawup_nats is None else config.stop_drawup_nats
+
+
+def early_ends(limit: float | Tensor, finite: Tensor, held_out: Tensor, best: Tensor) -> list[str | None]:
     """For each run, why it ends at this evaluation, or None.
 
-    finite: whether its training losses all were; held_out, best: its label loss now and the lowest so far; each 0-dim,
-    or one a run.
+    limit: ``drawup_limit``; finite: whether its training losses all were; held_out, best: its label loss now and the
+    lowest so far; each 0-dim, or one a run.
     """
     broken = (~(finite & torch.isfinite(held_out))).view(-1).tolist()
-    limit = torch.inf if config.stop_drawup_nats is None else config.stop_drawup_nats
     above = (held_out - best >= limit).view(-1).tolist()
     return ["non_finite" if b else "diverged" if a else None for b, a in zip(broken, above, strict=True)]

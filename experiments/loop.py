@@ -31,7 +31,7 @@ from torch import Tensor
 from experiments import trace
 from experiments.build import Run
 from experiments.checkpoint import locked
-from experiments.ledger import Ledger, early_ends
+from experiments.ledger import Ledger, drawup_limit, early_ends
 from experiments.manifest import new_manifest
 from experiments.optimizer import adamw, learning_rate, set_learning_rate
 from faults.base import Sites
@@ -135,7 +135,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         if now % config.held_out_every_steps == 0:
             held_out_loss = label(now, sites)
             ledger.best_held_out = torch.minimum(ledger.best_held_out, held_out_loss)
-            (early,) = early_ends(config, ledger.finite, held_out_loss, ledger.best_held_out)
+            (early,) = early_ends(drawup_limit(config), ledger.finite, held_out_loss, ledger.best_held_out)
             if early is not None:
                 end_reason = early
                 break

@@ -24,7 +24,7 @@ class TrainConfig:
     held_out_*: the label's loss on a fixed held-out batch; stop_drawup_nats: end the run as
     ``diverged`` once that loss stands so far above its minimum, or None to train on;
     device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process; stack: how many runs of an experiment
-    train together along a model axis, 1 for each by itself.
+    train together along a model axis at most, 1 for each by itself; runs that cannot be stacked stay by themselves.
     """
 
     steps: int

@@ -38,7 +38,7 @@ from experiments.plan import PlannedRun, plan
 from experiments.progress import StackProgress, SweepProgress
 from experiments.stacked_loop import train_stack
 from experiments.stacking import stacks, why_single
-from experiments.train import describe, run_one
+from experiments.train import describe, run_one, train_shown
 
 CONFIG_NAME = "reproduce"
 
@@ -52,35 +52,30 @@ def train_quietly(jobs: Sequence[Sequence[Sequence[str]]], config: DictConfig) -
         config.quiet = True
     members = jobs[HydraConfig.get().job.num]
     try:
-        return [run_one(config)] if config.train.stack == 1 else run_stack(members, Path(config.out))
+        return run_together(members, Path(config.out)) if config.train.stack > 1 else [run_one(config)]
     except USER_ERRORS as error:
         return [{"error": " ".join(str(error).split())}] * len(members)
 
 
-def run_stack(members: Sequence[Sequence[str]], out: Path) -> list[dict[str, Any]]:
-    """Build and train runs in one stack; returns their manifests. members: the runs' overrides."""
+def run_together(members: Sequence[Sequence[str]], out: Path) -> list[dict[str, Any]]:
+    """Build and train a stack, or the one run that cannot be in one; their manifests. members: the runs' overrides."""
     runs: list[Run] = []
     for overrides in members:  # launchers hand Hydra's state on to their workers, so that it composes there
         config = compose(CONFIG_NAME, overrides=list(overrides))
         runs.append(build_run(config, corpus=runs[0].corpus if runs else None))
+    if why_single(runs[0]) is not None:
+        return [train_shown(runs[0], out, show=False)]
     with StackProgress() as progress:
         return train_stack(runs, out, progress)
 
 
-def build_all(planned: Sequence[PlannedRun], given: Sequence[str]) -> list[tuple[PlannedRun, Run]]:
-    """Check and identify every run before the first one trains; one corpus serves all.
-
-    A run that cannot be stacked is planned anew as one that trains by itself.
-    """
-    built: list[tuple[PlannedRun, Run]] = []
+def build_all(planned: Sequence[PlannedRun], given: Sequence[str]) -> list[Run]:
+    """Check and identify every run before the first one trains; one corpus serves all."""
+    runs: list[Run] = []
     for cell in planned:
-        corpus = built[0][1].corpus if built else None
-        run = build_run(compose(CONFIG_NAME, overrides=[*given, *cell.overrides]), corpus)
-        if run.train.stack > 1 and why_single(run) is not None:
-            cell = dataclasses.replace(cell, overrides=(*cell.overrides, "train.stack=1"))
-            run = build_run(compose(CONFIG_NAME, overrides=[*given, *cell.overrides]), run.corpus)
-        built.append((cell, run))
-    return built
+        config = compose(CONFIG_NAME, overrides=[*given, *cell.overrides])
+        runs.append(build_run(config, corpus=runs[0].corpus if runs else None))
+    return runs
 
 
 def launch(jobs: Sequence[Sequence[PlannedRun]], given: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -104,17 +99,17 @@ def is_done(folder: Path) -> bool:
     return manifest is not None and manifest["end_reason"] in trace.FINAL_REASONS
 
 
-def sweep(built: Sequence[tuple[PlannedRun, Run]], out: Path, given: Sequence[str]) -> dict[str, Any] | None:
+def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: Sequence[str]) -> dict[str, Any] | None:
     """Train the runs that are not there yet; how long that took and how busy the cores were, or None.
 
     Raises RunError where runs failed, after all others are done.
     """
-    pending = [(cell, run) for cell, run in built if not is_done(out / run.run_id)]
+    pending = [(cell, run) for cell, run in zip(planned, runs, strict=True) if not is_done(out / run.run_id)]
     if not pending:
         return None
     jobs = [[pending[index] for index in stack] for stack in stacks([run for _, run in pending])]
     started = time.monotonic()
-    with SweepProgress({out / run.run_id: run.train.steps for _, run in built}):
+    with SweepProgress({out / run.run_id: run.train.steps for run in runs}):
         done = launch([[cell for cell, _ in job] for job in jobs], given)
     wall_s = time.monotonic() - started
     results = [
@@ -163,16 +158,16 @@ def main(config: DictConfig) -> None:
     experiment = chosen_experiment(settings, given)
     seeds = experiment.get("seeds", settings["scale"]["seeds"])
     planned = plan(seeds, experiment["faults"], experiment["models"], experiment.get("overrides", ()))
-    built = build_all(planned, given)
+    runs = build_all(planned, given)
     if config.dry_run:
-        for cell, run in built:
+        for cell, run in zip(planned, runs, strict=True):
             print(f"{run.run_id}  {cell.model:<9}  {cell.role:<11}  seed {cell.seed:<5} {cell.fault or 'healthy'}")
         for model in experiment["models"]:
-            first = next(run for cell, run in built if cell.model == model)
-            print(f"{model}, each: {describe(first)}")
+            cell_of_model = [cell.model for cell in planned].index(model)
+            print(f"{model}, each: {describe(runs[cell_of_model])}")
         return
     out, report = Path(config.out), Path(config.report)
-    timing = None if config.score_only else sweep(built, out, given)
+    timing = None if config.score_only else sweep(planned, runs, out, given)
     report.mkdir(parents=True, exist_ok=True)
     index = {
         "experiment": experiment,
@@ -180,7 +175,7 @@ def main(config: DictConfig) -> None:
         "label": settings["label"],
         "rule": settings["rule"],
         "sweep": timing,
-        "runs": [{**dataclasses.asdict(cell), "run_id": run.run_id} for cell, run in built],
+        "runs": [{**dataclasses.asdict(cell), "run_id": run.run_id} for cell, run in zip(planned, runs, strict=True)],
     }
     trace.write_whole(report / "experiment.json", json.dumps(index, indent=1).encode() + b"\n")
     make_report(report, out)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from experiments import checkpoint, trace
 from experiments.build import Run
-from experiments.ledger import Ledger, early_ends
+from experiments.ledger import Ledger, drawup_limit, early_ends
 from experiments.loop import cadence
 from experiments.manifest import new_manifest
 from experiments.stacked_history import SliceHistory, load_history
@@ -96,6 +96,7 @@ def _train_together(members: Sequence[tuple[Run, Path, dict[str, Any]]], progres
     ]
     due = {name: cadence(monitor.signals) for name, monitor in runs[0].monitors.items()}
     held_out = torch.from_numpy(runs[0].corpus.held_out_batch(config.held_out_sequences)).to(device)
+    limit_N = torch.tensor([drawup_limit(run.train) for run in runs], device=device)
     recording = list(range(len(runs)))
 
     def label(step: int, sites: Sequence[Sites]) -> Tensor:
@@ -168,7 +169,7 @@ def _train_together(members: Sequence[tuple[Run, Path, dict[str, Any]]], progres
         if now % config.held_out_every_steps == 0:
             held_out_N = label(now, sites)
             best_held_out_N = torch.minimum(best_held_out_N, held_out_N)
-            ends = early_ends(config, finite_N, held_out_N, best_held_out_N)
+            ends = early_ends(limit_N, finite_N, held_out_N, best_held_out_N)
             for index in [index for index in recording if ends[index] is not None]:
                 save(index, now, ends[index])
                 recording.remove(index)

@@ -29,5 +29,7 @@ def test_stacks_are_full_and_hold_runs_that_differ_in_their_own_keys_alone(make_
         make_run("train.stack=2", "seed=4", "train.learning_rate=0.1"),
         make_run("train.stack=2", "seed=5", "monitor.qk_increment.windows=[2]"),
         make_run("train.stack=1", "seed=6"),
+        make_run("train.stack=2", "seed=7", "fault=batch_shrink"),
+        make_run("train.stack=2", "seed=8", "train.stop_drawup_nats=1.0"),
     ]
-    assert stacks(runs) == [[0, 2], [4], [1], [6], [3], [5]]
+    assert stacks(runs) == [[0, 2], [4, 8], [1], [6], [3], [5], [7]]
