@@ -149,20 +149,24 @@ def _train_together(members: Sequence[tuple[Run, Path, dict[str, Any]]], progres
         finite_N = finite_N & torch.isfinite(losses_N)
         for index in recording if observed else ():
             one, numerics = model.slices[index], sites[index].numerics
-            view = StepView(
-                now,
-                ledgers[index].tokens,
-                losses_N[index],
-                grad_norms_N[index],
-                one,
-                histories[index],
-                (),
-                SliceTaps(taps, model, index),
-                optimizer.slices[index],
-                numerics,
-                partial(objective_at, one, batch[index], numerics, (), 1.0),
+            watching = [runs[index].monitors[name] for name in observed]
+            ledgers[index].observe(
+                watching,
+                StepView(
+                    now,
+                    ledgers[index].tokens,
+                    losses_N[index],
+                    grad_norms_N[index],
+                    one,
+                    histories[index],
+                    (),
+                    SliceTaps(taps, model, index),
+                    optimizer.slices[index],
+                    numerics,
+                    partial(objective_at, one, batch[index], numerics, (), 1.0),
+                ),
             )
-            ledgers[index].observe([runs[index].monitors[name] for name in observed], view)
+        del taps  # as large as the step's activations: the next step is to find that memory free
         if progress is not None:
             progress(now, {folders[index]: losses_N[index] for index in recording})
 

@@ -30,9 +30,21 @@ class StackedAdamW:
             adamw(one, config) for one, config in zip(model.slices, configs, strict=True)
         ]
         self._moments = {name: torch.zeros_like(model.weights) for name in ("exp_avg", "exp_avg_sq")}
-        self._order = [name for name, _ in model.slices[0].named_parameters()]  # of a single run's sum of squares
-        self._segments = _segments(model, self.slices[0])
-        self._steps = torch.zeros(len(self.slices), len(self._segments), device=model.weights.device)
+        gradients = model.views(model.gradients)
+        # in the order in which a single run adds up their squares
+        self._gradients = [gradients[name].flatten(1) for name, _ in model.slices[0].named_parameters()]
+        segments = _segments(model, self.slices[0])
+        self._steps = torch.zeros(len(self.slices), len(segments), device=model.weights.device)
+        self._operands = [
+            [
+                (
+                    *(rows[index, span] for rows in (model.weights, model.gradients, *self._moments.values())),
+                    steps[place],
+                )
+                for place, span in enumerate(segments)
+            ]
+            for index, steps in enumerate(self._steps)
+        ]
         for index in range(len(self.slices)):
             self._show_state(index)
 
@@ -59,13 +71,11 @@ class StackedAdamW:
 
     def clip(self) -> Tensor:
         """The gradient norm of every slice before the clip, (N,); then each slice's gradient is clipped to its own."""
-        gradients = self._model.gradients
-        of_parameters = self._model.views(gradients)
-        parts = [torch.linalg.vector_norm(of_parameters[name].flatten(1), dim=1) for name in self._order]
+        parts = [torch.linalg.vector_norm(gradient, dim=1) for gradient in self._gradients]
         norms_N = torch.linalg.vector_norm(torch.stack(parts, dim=1), dim=1)
         clip = self._configs[0].clip
         if clip is not None:  # as torch.nn.utils.clip_grads_with_norm_ has it
-            gradients.mul_((clip / (norms_N + 1e-6)).clamp(max=1.0).unsqueeze(1))
+            self._model.gradients.mul_((clip / (norms_N + 1e-6)).clamp(max=1.0).unsqueeze(1))
         return norms_N
 
     @torch.no_grad()
@@ -73,20 +83,21 @@ class StackedAdamW:
         """Update ``step`` (from 0) at each slice's scheduled learning rate times its own factors."""
         for optimizer, config, scale in zip(self.slices, self._configs, scales, strict=True):
             set_learning_rate(optimizer, learning_rate(config, step), scale)
-        alike: dict[tuple[float, float], list[tuple[int, int]]] = {}
-        for index, optimizer in enumerate(self.slices):
-            for segment, group in enumerate(optimizer.param_groups):
-                alike.setdefault((group["lr"], group["weight_decay"]), []).append((index, segment))
+        alike: dict[tuple[float, float], list[tuple[Tensor, ...]]] = {}
+        for optimizer, operands in zip(self.slices, self._operands, strict=True):
+            for group, segment in zip(optimizer.param_groups, operands, strict=True):
+                alike.setdefault((group["lr"], group["weight_decay"]), []).append(segment)
         group = self.slices[0].param_groups[0]
         beta1, beta2 = group["betas"]
-        for (rate, weight_decay), members in alike.items():
+        for (rate, weight_decay), segments in alike.items():
+            weights, gradients, exp_avgs, exp_avg_sqs, steps = map(list, zip(*segments, strict=True))
             adamw_update(
-                self._parts(self._model.weights, members),
-                self._parts(self._model.gradients, members),
-                self._parts(self._moments["exp_avg"], members),
-                self._parts(self._moments["exp_avg_sq"], members),
+                weights,
+                gradients,
+                exp_avgs,
+                exp_avg_sqs,
                 [],
-                [self._steps[member] for member in members],
+                steps,
                 fused=True,
                 amsgrad=False,
                 beta1=beta1,
@@ -96,9 +107,6 @@ class StackedAdamW:
                 eps=group["eps"],
                 maximize=False,
             )
-
-    def _parts(self, rows_NP: Tensor, members: Sequence[tuple[int, int]]) -> list[Tensor]:
-        return [rows_NP[index, self._segments[segment]] for index, segment in members]
 
 
 def _segments(model: StackedTransformer, optimizer: torch.optim.AdamW) -> list[slice]:

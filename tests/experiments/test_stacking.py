@@ -1,5 +1,6 @@
 import pytest
 
+from experiments import bench_stack
 from experiments.stacking import stacks, why_single
 
 
@@ -33,3 +34,9 @@ def test_stacks_are_full_and_hold_runs_that_differ_in_their_own_keys_alone(make_
         make_run("train.stack=2", "seed=8", "train.stop_drawup_nats=1.0"),
     ]
     assert stacks(runs) == [[0, 2], [4, 8], [1], [6], [3], [5], [7]]
+
+
+def test_the_bench_counts_the_steps_of_every_run_of_a_stack(monkeypatch):
+    monkeypatch.setattr(bench_stack, "TURNS", 2)
+    found = bench_stack.measure("cpu", size=2)
+    assert found["run_steps_per_s_ratio"] == pytest.approx(2 * found["single_ms"] / found["stack_ms"])
