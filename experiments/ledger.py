@@ -118,7 +118,7 @@ class Ledger:
         if self._recorder.first_step is not None:
             trace.write_part(self._folder, self._recorder.first_step, step, self._recorder.columns())
             self._recorder.clear()
-        if end_reason == "running":
+        if end_reason not in trace.FINAL_REASONS:
             checkpoint.save(
                 self._folder,
                 {
@@ -147,7 +147,7 @@ class Ledger:
             cpu_s=self._spent["cpu_s"] + (time.process_time() - self._cpu_started) / self._share,
         )
         trace.write_manifest(self._folder, self.manifest)
-        if end_reason != "running":
+        if end_reason in trace.FINAL_REASONS:
             (self._folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
