@@ -12,8 +12,8 @@
 A monitor sees a slice: a plain transformer, taps, history and optimizer that are views of the stacked ones. A run that
 ends early writes its last files and records no more; its rows are still computed, and reach no other's.
 
-Sums round differently in a stacked norm and, on a GPU, in a stacked product, so ``train.stack`` is part of a run's
-identity. Without LayerNorm and on a CPU, weights come out with the bits of a single run.
+Sums round differently in a stacked LayerNorm and, by shape and device, in a stacked matrix product, so ``train.stack``
+is part of a run's identity. On a CPU and with RMSNorm, a nano run's weights come out with the bits of a single run.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class StackedTransformer(Transformer):
                 model.get_parameter(name).grad = view
         self.to(device)
         for module in self.modules():
-            if type(module) in TWINS:
+            if type(module) in TWINS:  # its attributes stay, whatever they are; its forward alone is another
                 module.__class__ = TWINS[type(module)]
         self._house(self, self.weights)
         for index, block in enumerate(self.blocks):
@@ -154,7 +154,7 @@ class StackedTransformer(Transformer):
         }
 
     def _house(self, model: Transformer, numbers: Tensor) -> None:
-        """Move a model's parameters, which hold the same values or take them now, into this memory."""
+        """Let a model's parameters live in this memory, and have the values that it holds."""
         for name, view in self.views(numbers).items():
             model.get_parameter(name).data = view
 

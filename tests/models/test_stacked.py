@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from models.moe import MoEConfig
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from models.stacked import StackedNumerics, StackedTransformer
 from models.stacked_taps import SliceTaps
@@ -100,6 +101,9 @@ def test_the_sdpa_backend_stacks_too(tokens_NBT1):
         torch.testing.assert_close(loss, model.loss(tokens).detach())
 
 
-def test_models_of_different_shapes_do_not_stack():
+def test_models_of_different_shapes_and_experts_do_not_stack():
     with pytest.raises(ValueError, match="one configuration"):
         StackedTransformer([*models(NANO), *models(SWIGLU)])
+    experts = replace(NANO, moe=MoEConfig(n_experts=4, top_k=2))
+    with pytest.raises(ValueError, match=r"model\.moe is not allowed in a stack"):
+        StackedTransformer(models(experts))
