@@ -44,6 +44,7 @@ RESULT_SOURCES = (
     "experiments/ledger.py",
     "experiments/loop.py",
     "experiments/optimizer.py",
+    "experiments/stacked_history.py",
     "experiments/stacked_loop.py",
     "experiments/stacked_optimizer.py",
 )
