@@ -42,8 +42,12 @@ RESULT_SOURCES = (
     "monitors/*.py",
     "experiments/build.py",
     "experiments/data.py",
+    "experiments/ledger.py",
     "experiments/loop.py",
     "experiments/optimizer.py",
+    "experiments/stacked_history.py",
+    "experiments/stacked_loop.py",
+    "experiments/stacked_optimizer.py",
 )
 """The files that determine what a run measures."""
 

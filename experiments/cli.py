@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.build import ROOT, did_you_mean
-from experiments.loop import RunError
+from experiments.checkpoint import RunError
 from experiments.trace import TraceError
 
 CONF = str(ROOT / "conf")

@@ -23,7 +23,8 @@ class TrainConfig:
     weight_decay: on matrices only; clip: global gradient norm, or None;
     held_out_*: the label's loss on a fixed held-out batch; stop_drawup_nats: end the run as
     ``diverged`` once that loss stands so far above its minimum, or None to train on;
-    device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process.
+    device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process; stack: how many runs of an experiment
+    train together along a model axis at most, 1 for each by itself; runs that cannot be stacked stay by themselves.
     """
 
     steps: int
@@ -41,6 +42,7 @@ class TrainConfig:
     checkpoint_every_steps: int
     device: str
     threads: int
+    stack: int
 
     def __post_init__(self) -> None:
         for field in (
@@ -50,6 +52,7 @@ class TrainConfig:
             "held_out_every_steps",
             "checkpoint_every_steps",
             "threads",
+            "stack",
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"train.{field}={getattr(self, field)} is not allowed: at least 1")

@@ -28,19 +28,30 @@ def describe(run: Run) -> str:
     )
 
 
+def train_shown(run: Run, out: Path, show: bool) -> dict[str, Any]:
+    """Train a run with its progress in its folder and, if asked, on a bar; returns its manifest."""
+    folder = out / run.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    signals = [signal for monitor in run.monitors.values() for signal in monitor.signals]
+    with RunProgress(folder, run.train.steps, signals, show=show) as progress:
+        return train(run, out, progress)
+
+
 def run_one(config: DictConfig) -> dict[str, Any]:
     """Build and train the run of one composed configuration; returns its manifest."""
     run = build_run(config)
+    if run.train.stack > 1:
+        raise ValueError(
+            f"train.stack={run.train.stack} has no effect on runs started one by one: "
+            "python -m experiments.reproduce stacks those of an experiment"
+        )
     if config.dry_run:
         print(f"{run.run_id}: {describe(run)}")
         return {"run_id": run.run_id, "end_reason": "dry_run"}
-    folder = Path(config.out) / run.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    signals = [signal for monitor in run.monitors.values() for signal in monitor.signals]
-    with RunProgress(folder, run.train.steps, signals, show=not config.quiet) as progress:
-        manifest = train(run, Path(config.out), progress)
+    manifest = train_shown(run, Path(config.out), show=not config.quiet)
     if not config.quiet:
-        print(f"{folder}: {manifest['end_reason']} after {manifest['steps_done']} steps, {manifest['wall_s']:.0f} s")
+        folder, ended = Path(config.out) / run.run_id, f"{manifest['end_reason']} after {manifest['steps_done']} steps"
+        print(f"{folder}: {ended}, {manifest['wall_s']:.0f} s")
     return manifest
 
 

@@ -149,7 +149,7 @@ class Attention(nn.Module):
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
 
     def _heads(self, x_BTE: Tensor, norm: nn.Module | None = None, rotary: Rotary | None = None) -> Tensor:
-        x_BHTD = x_BTE.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        x_BHTD = x_BTE.unflatten(-1, (-1, self.d_head)).transpose(-3, -2)
         x_BHTD = norm(x_BHTD) if norm is not None else x_BHTD
         return rotary(x_BHTD) if rotary is not None else x_BHTD
 
@@ -161,7 +161,7 @@ class Attention(nn.Module):
             numerics,
             self.nonfinite,
         )
-        return self.o(o_BHTD.transpose(1, 2).flatten(2))
+        return self.o(o_BHTD.transpose(-3, -2).flatten(-2))
 
 
 class Block(nn.Module):
@@ -215,7 +215,7 @@ class Transformer(nn.Module):
     def _run(self, tokens_BT: Tensor, numerics: AttentionNumerics) -> tuple[Tensor, tuple[Routing, ...]]:
         x_BTE = self.tokens(tokens_BT)
         if self.positions is not None:
-            x_BTE = x_BTE + self.positions.weight[: tokens_BT.shape[1]]
+            x_BTE = x_BTE + self.positions.weight[..., : tokens_BT.shape[-1], :].unsqueeze(-3)
         routings = []
         for index, block in enumerate(self.blocks):
             x_BTE, routing = block(x_BTE, numerics.layer(index))

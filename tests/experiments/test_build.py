@@ -153,6 +153,7 @@ def train_config(**changes) -> TrainConfig:
         held_out_every_steps=10,
         stop_drawup_nats=None,
         checkpoint_every_steps=10,
+        stack=1,
         device="cpu",
         threads=1,
     )

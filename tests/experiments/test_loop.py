@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import loop, trace
+from experiments import checkpoint, trace
 from experiments.build import ROOT, build_run
-from experiments.loop import RunError, train
+from experiments.checkpoint import RunError
+from experiments.loop import train
 from models.transformer import Transformer
 
 WEIGHTS = "weights.safetensors"
@@ -66,19 +67,19 @@ def test_a_stopped_run_resumes_to_the_same_bits(make_run, tmp_path, whole, stops
 
 def test_a_part_written_after_the_last_checkpoint_is_cut_back(make_run, tmp_path, whole, monkeypatch):
     """A kill between a part and its checkpoint leaves rows that no checkpoint knows."""
-    saved = loop._save_checkpoint
+    saved = checkpoint.save
 
     def killed_at_20(folder, state):
         if state["step"] == 20:
             raise Killed
         saved(folder, state)
 
-    monkeypatch.setattr(loop, "_save_checkpoint", killed_at_20)
+    monkeypatch.setattr(checkpoint, "save", killed_at_20)
     with pytest.raises(Killed):
         train(make_run("fault=bf16_shift"), tmp_path / "out")
     folder = tmp_path / "out" / whole.name
     assert [path.stem[-9:] for path in sorted((folder / "trace").iterdir())] == ["000000010", "000000020"]
-    monkeypatch.setattr(loop, "_save_checkpoint", saved)
+    monkeypatch.setattr(checkpoint, "save", saved)
     train(make_run("fault=bf16_shift"), tmp_path / "out")
     assert_same_result(folder, whole)
 
@@ -172,7 +173,7 @@ def test_a_run_may_end_as_diverged(make_run, tmp_path):
 
 def test_two_processes_cannot_share_a_run_folder(make_run, tmp_path):
     run = make_run()
-    with loop.locked(tmp_path / run.run_id), pytest.raises(RunError, match="in use by another process"):
+    with checkpoint.locked(tmp_path / run.run_id), pytest.raises(RunError, match="in use by another process"):
         train(run, tmp_path)
     assert train(run, tmp_path)["end_reason"] == "completed"
 
