@@ -3,8 +3,9 @@
     for step in range(steps):                        # updates applied so far
         sites = fault.sites(step, healthy)           # all that a fault may change
         batch = corpus.batch(seed, step, sites.batch_size)  # INJECT: batch
-        loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)  # INJECT: forward
-        (loss + auxiliary).backward()                # INJECT: backward, sites.modules in both; TAP: activations
+        for micro_batch in batch:
+            loss, auxiliary, routings = model.objective(micro_batch, sites.numerics, ...)  # INJECT: forward
+            (loss + auxiliary).backward()            # INJECT: backward, sites.modules in both; TAP: activations
         grad_norm = clip(gradients)
         optimizer.step(lr(step) * sites.lr_scale)    # INJECT: learning rates
         model.update_balance(routings)               # routers with a balancing bias
@@ -14,7 +15,8 @@
         part, checkpoint                             # what a kill cannot take away
 
 A reading at step s was taken after s updates; the label also has a reading at step 0. The held-out
-batch runs through the faulty kernel, if any: it is the loss that the trainer would see.
+batch runs through the faulty kernel, if any: it is the loss that the trainer would see. Taps, routings and the
+objective at other weights are those of an update's last micro-batch; loss and gradients are the whole batch's.
 """
 
 from __future__ import annotations
@@ -39,11 +41,13 @@ from torch import Tensor
 
 from experiments import trace
 from experiments.build import ROOT, Run
+from experiments.gradients import backward
+from experiments.memory import out_of_memory_named
 from experiments.optimizer import adamw, learning_rate, set_learning_rate
 from faults.base import Sites
+from models.compiled import compiled_objective
 from models.corruption import Corrupted
 from models.objective import objective_at
-from models.taps import Taps
 from monitors.base import Masked, Reading, Signal, StepView, state_of, tapped
 
 HELD_OUT = Signal("held_out_loss", "nats/token", "up")
@@ -157,7 +161,8 @@ def new_manifest(run: Run) -> dict[str, Any]:
 def train(run: Run, out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Train a run into ``out/<run id>`` and return its manifest; a finished run is skipped, a broken one resumed.
 
-    A non-finite loss ends the run as data. Raises RunError, TraceError or OSError where the folder
+    A non-finite loss ends the run as data. After ``train.piece_s`` seconds the run is left as ``interrupted``, with a
+    checkpoint, and the next call goes on. Raises RunError, TraceError or OSError where the folder
     cannot be used; what it already holds stays.
     """
     folder = out / run.run_id
@@ -167,7 +172,8 @@ def train(run: Run, out: Path, progress: Progress | None = None) -> dict[str, An
             return manifest
         manifest["end_reason"] = "running"
         try:
-            _train(run, folder, manifest, progress)
+            with out_of_memory_named(run):
+                _train(run, folder, manifest, progress)
         except BaseException as error:
             manifest["end_reason"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(OSError):  # the first error is the one to report
@@ -186,12 +192,14 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
     finite = torch.ones((), dtype=torch.bool, device=device)
     best_held_out = torch.full((), torch.inf, device=device)
     parameters = list(model.parameters())
+    at_a_time = config.micro_batch or config.batch_size
+    unwatched = compiled_objective(model) if config.compile else model.objective
     started, cpu_started = time.monotonic(), time.process_time()
     spent = {key: manifest[key] for key in ("wall_s", "cpu_s")}
 
     def label(step: int, sites: Sites) -> Tensor:
         with torch.no_grad(), Corrupted(model, sites.modules):
-            losses = [model.loss(chunk, sites.numerics) * len(chunk) for chunk in held_out.split(config.batch_size)]
+            losses = [model.loss(chunk, sites.numerics) * len(chunk) for chunk in held_out.split(at_a_time)]
         loss = torch.stack(losses).sum() / len(held_out)
         recorder.add(step, tokens, HELD_OUT.name, loss)
         return loss
@@ -201,7 +209,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         if recorder.first_step is not None:
             trace.write_part(folder, recorder.first_step, step, recorder.columns())
             recorder.clear()
-        if end_reason == "running":
+        if end_reason not in trace.FINAL_REASONS:
             _save_checkpoint(
                 folder,
                 {
@@ -230,7 +238,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
             cpu_s=spent["cpu_s"] + time.process_time() - cpu_started,
         )
         trace.write_manifest(folder, manifest)
-        if end_reason != "running":
+        if end_reason in trace.FINAL_REASONS:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
 
     state = _load_checkpoint(folder, device)
@@ -258,21 +266,30 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         now = step + 1
         observers = [monitor for name, monitor in run.monitors.items() if due[name](now)]
         optimizer.zero_grad(set_to_none=True)
-        with Corrupted(model, sites.modules), Taps(model, tapped(observers)) as taps:
-            loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
-            (loss + auxiliary).backward()
+        with Corrupted(model, sites.modules):
+            done = backward(model, batch, sites, config.micro_batch, tapped(observers), unwatched)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, grad_norm)
         set_learning_rate(optimizer, learning_rate(config, step), sites.lr_scale)
         optimizer.step()
-        model.update_balance(routings, sites.balance_scale)
+        model.update_balance(done.routings, sites.balance_scale)
 
         history.record(now, model)
-        finite = finite & torch.isfinite(loss.detach())
-        objective = partial(objective_at, model, batch, sites.numerics, sites.modules, sites.balance_scale)
+        finite = finite & torch.isfinite(done.loss)
+        objective = partial(objective_at, model, done.watched, sites.numerics, sites.modules, sites.balance_scale)
         view = StepView(
-            now, tokens, loss.detach(), grad_norm, model, history, routings, taps, optimizer, sites.numerics, objective
+            now,
+            tokens,
+            done.loss,
+            grad_norm,
+            model,
+            history,
+            done.routings,
+            done.taps,
+            optimizer,
+            sites.numerics,
+            objective,
         )
         readings: dict[str, Reading] = {}
         for monitor in observers:
@@ -282,7 +299,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         for signal, reading in readings.items():
             recorder.add(now, tokens, signal, reading)
         if progress is not None:
-            progress(now, loss.detach(), readings)
+            progress(now, done.loss, readings)
 
         if now % config.held_out_every_steps == 0:
             held_out_loss = label(now, sites)
@@ -293,6 +310,9 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
             if config.stop_drawup_nats is not None and bool(held_out_loss - best_held_out >= config.stop_drawup_nats):
                 end_reason = "diverged"
                 break
+        if now < config.steps and config.piece_s is not None and time.monotonic() - started >= config.piece_s:
+            save(now, "interrupted")
+            return
         if now % config.checkpoint_every_steps == 0 and now < config.steps:
             save(now, "running")
     if end_reason == "completed" and not bool(finite):  # broke after the last evaluation

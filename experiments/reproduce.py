@@ -32,6 +32,7 @@ from experiments import trace
 from experiments.build import Run, build_run
 from experiments.cli import CONF, USER_ERRORS, guarded, one_line_errors
 from experiments.loop import RunError
+from experiments.pieces import Unfinished, in_pieces
 from experiments.plan import PlannedRun, plan
 from experiments.progress import SweepProgress
 from experiments.train import describe, run_one
@@ -80,23 +81,33 @@ def is_done(folder: Path) -> bool:
 def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: Sequence[str]) -> dict[str, Any] | None:
     """Train the runs that are not there yet; how long that took and how busy the cores were, or None.
 
-    Raises RunError where runs failed, after all others are done.
+    Raises RunError where runs failed, after all others are done, and Unfinished where ``train.piece_s`` is over.
     """
     pending = [(cell, run) for cell, run in zip(planned, runs, strict=True) if not is_done(out / run.run_id)]
     if not pending:
         return None
     started = time.monotonic()
+    at_once, piece_s = HydraConfig.get().launcher.get("n_jobs", 1), pending[0][1].train.piece_s
     with SweepProgress({out / run.run_id: run.train.steps for run in runs}):
-        results = launch([cell for cell, _ in pending], given)
+        if piece_s is None:
+            results = launch([cell for cell, _ in pending], given)
+        else:
+            cells = [cell for cell, _ in pending]
+            results = in_pieces(
+                cells, at_once, piece_s, lambda some, left_s: launch(some, [*given, f"train.piece_s={left_s}"])
+            )
     wall_s = time.monotonic() - started
-    failed = [(run, result) for (_, run), result in zip(pending, results, strict=True) if "error" in result]
+    failed = [(run, result) for (_, run), result in zip(pending, results, strict=False) if "error" in result]
     if failed:
         run, result = failed[0]
         raise RunError(
             f"{len(failed)} of {len(pending)} runs failed and can be resumed by the same command; "
             f"the first, {run.run_id} (seed {run.seed}): {result['error']}"
         )
-    processes = min(HydraConfig.get().launcher.get("n_jobs", 1), len(pending))
+    unfinished = sum(not is_done(out / run.run_id) for _, run in pending)
+    if unfinished:
+        raise Unfinished(f"{unfinished} runs are left after train.piece_s={piece_s:g} seconds; the same command goes on")
+    processes = min(at_once, len(pending))
     cpu_s = sum(result["cpu_s"] for result in results)
     return {
         "trained": len(pending),

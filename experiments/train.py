@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from experiments.build import Run, build_run
 from experiments.cli import CONF, guarded, one_line_errors
 from experiments.loop import train
+from experiments.pieces import Unfinished
 from experiments.progress import RunProgress
 from models.transformer import Transformer
 
@@ -47,7 +48,12 @@ def run_one(config: DictConfig) -> dict[str, Any]:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 @one_line_errors
 def main(config: DictConfig) -> None:
-    run_one(config)
+    manifest = run_one(config)
+    if manifest["end_reason"] == "interrupted":
+        raise Unfinished(
+            f"{manifest['run_id']} after {manifest['steps_done']} of {config.train.steps} steps and train.piece_s="
+            f"{config.train.piece_s:g} seconds; the same command goes on"
+        )
 
 
 if __name__ == "__main__":

@@ -8,15 +8,16 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from models.numerics import at_least_fp32
 from models.taps import Tap
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 
 
 def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of every layer as its kernel received them, (layers, rows, heads, T, D)."""
+    """q, k and v of every layer as its kernel received them, in FP32, (layers, rows, heads, T, D)."""
     q, k, v = (torch.stack([tap.module.stored(tap.inputs[i][rows]) for tap in taps]) for i in range(3))
-    return q, k, v
+    return at_least_fp32(q), at_least_fp32(k), at_least_fp32(v)
 
 
 def causal_scores(q: Tensor, k: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.numerics import at_least_fp32
+
 Broken = tuple[Tensor, Tensor]
 """By how much a law is broken, 0 or more, and the scale that its residual divides by; one shape."""
 
@@ -206,7 +208,7 @@ def linear_euler(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Broken:
     w, dw: (out, in), or one for each expert; y, dy: (..., out). Sums are taken in FP64: in FP32 a row's would err
     alike in every row, by more than the law is broken.
     """
-    products = y * dy
+    products = at_least_fp32(y) * at_least_fp32(dy)
     total = products.sum(dtype=torch.float64)
     return ((w.double() * dw).sum() - total).abs(), products.abs_().sum(-1).double().sum()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from models.numerics import at_least_fp32
 from monitors.attention_scores import causal_scores, tapped_inputs
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
@@ -39,7 +40,8 @@ class DeltaBiasOracle:
         shadow_o = causal_scores(q, k).softmax(-1) @ v
         bias = []
         for layer, (tap, clean_o) in enumerate(zip(taps, shadow_o, strict=True)):
-            numerics, o, do = view.numerics.layer(layer), tap.output[rows], tap.output_grad[rows]
+            numerics = view.numerics.layer(layer)
+            o, do = at_least_fp32(tap.output[rows]), at_least_fp32(tap.output_grad[rows])
             reached = torch.zeros((), dtype=torch.int64, device=o.device)  # the run's own counter counts once
 
             read_o = numerics.apply("o", "backward", o, reached)

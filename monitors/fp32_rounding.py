@@ -20,6 +20,10 @@ that these two are left out of the universal track (``analysis.tracks``). The ot
 Sums of squared terms, T summed over a product's outputs with weights, would cost another matrix product. They are taken
 mean-field: sum_j W_ij^2 x_j^2 = |W_i|^2 |x|^2 / n_in.
 
+They are predictions for FP32. Under BF16 autocast a linear layer stores y, dy and dW in BF16, multiplies a rounded W, and
+is off by 2^16 times as much: ``stored_in_fp32`` says whether a prediction applies. The residuals remain, at BF16's
+level. Norms and routers compute and store in FP32 there too, and keep theirs.
+
 Shapes: N tokens (or slots at experts), V vocabulary, M width, E experts. All predictions are mean squares, FP64,
 in the squared unit of what is broken, per token or 0-dim as that is.
 """
@@ -34,6 +38,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from models.numerics import at_least_fp32
 from models.taps import Tap
 
 FP32_U2 = 2.0**-46 / 24
@@ -54,6 +59,11 @@ def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
     blocks = 1 + (n - 1) // BLOCK
     coherent = (n / blocks**2 + blocks - 1) / 3 + 0.5
     return coherent, n / blocks * (1 / 2 - 1 / (3 * blocks)) + (blocks - 1) / 6
+
+
+def stored_in_fp32(tap: Tap) -> bool:
+    """Whether a linear layer's output, and with it its gradients, were not rounded to BF16."""
+    return tap.output.dtype != torch.bfloat16
 
 
 def _square(x: Tensor) -> Tensor:
@@ -82,12 +92,13 @@ class LinearStep:
     @classmethod
     def of(cls, tap: Tap, sample: slice = slice(None), slots: Tensor | None = None) -> LinearStep:
         """From a tap on a linear layer, or, with ``slots``, on the experts', whose weight lies the other way round."""
-        x, y, dy = (t.flatten(0, -2) for t in (tap.inputs[0], tap.output, tap.output_grad))
+        tokens = tap.output.shape[:-1].numel()
+        x, y, dy = (at_least_fp32(t.flatten(0, -2)[sample]) for t in (tap.inputs[0], tap.output, tap.output_grad))
         if slots is None:
-            return cls(x[sample], y[sample], dy[sample], tap.weight[None], tap.weight_grad[None], len(x))
-        experts = torch.arange(len(slots), device=x.device).repeat_interleave(slots, output_size=len(x))
+            return cls(x, y, dy, tap.weight[None], tap.weight_grad[None], tokens)
+        experts = torch.arange(len(slots), device=x.device).repeat_interleave(slots, output_size=tokens)
         w, dw = tap.weight.mT, tap.weight_grad.mT
-        return cls(x[sample], y[sample], dy[sample], w, dw, len(x), slots, experts[sample])
+        return cls(x, y, dy, w, dw, tokens, slots, experts[sample])
 
     @property
     def weight_of_sample(self) -> float:

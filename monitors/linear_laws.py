@@ -38,7 +38,8 @@ class LinearLaws:
     one; the law in x for each token: the root mean square over tokens.
 
     Left out: parts that the model does not have; ``linear_euler_residual.head`` of a head tied to the embedding, whose
-    gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts.
+    gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts;
+    under BF16 autocast every ratio but the router's, which alone is computed in FP32.
     token_stride: the law in x and both predictions take one token in so many, in turn, 1 for all; the law in W always
     takes all. every_steps: cadence.
     """
@@ -67,7 +68,10 @@ class LinearLaws:
         found["linear_input_residual.head"] = [_input(source.output_grad.flatten(0, -2)[sample], [step])]
         if not view.model.config.tie_embeddings:
             found["linear_euler_residual.head"] = [_euler(head, step)]
-        return _readings(found, "linear_euler_residual") | _readings(found, "linear_input_residual")
+        readings = _readings(found, "linear_euler_residual") | _readings(found, "linear_input_residual")
+        if fp32_rounding.stored_in_fp32(head):
+            return readings
+        return {name: value for name, value in readings.items() if OVER_NOISE not in name or ".router." in name}
 
     def _block(self, view: StepView, layer: int, found: Found) -> None:
         taps, slots = view.taps.at("linear"), view.routings[layer].counts_E if view.routings else None

@@ -32,6 +32,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from models.numerics import at_least_fp32
 from models.taps import Tap
 from monitors.conservation import over_group
 
@@ -64,7 +65,8 @@ class DotProductStep:
         stored = tap.module.stored
         q, k, v = (stored(x[rows]) for x in tap.inputs)
         dq, dk, dv = (tap.input_grads[index][rows] for index in range(3))
-        return cls(q, k, v, tap.output[rows], dq, dk, dv, stored(tap.output_grad[rows]))
+        step = (q, k, v, tap.output[rows], dq, dk, dv, stored(tap.output_grad[rows]))
+        return cls(*(at_least_fp32(x) for x in step))
 
     @classmethod
     def join(cls, steps: Sequence[DotProductStep]) -> DotProductStep:
