@@ -268,6 +268,8 @@ def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = No
     train: TrainConfig = construct(plain["train"], "train")
     fault: Fault = construct(plain["fault"], "fault")
     _check_fit(fault, model, train)
+    if train.compile and model.moe and train.precision != "bf16":
+        raise ValueError("train.compile=True is not allowed with experts in FP32: set train.precision=bf16")
     if train.micro_batch is not None and model.moe and model.moe.bias_update_speed is not None:
         raise ValueError(
             "train.micro_batch is not allowed with model.moe.bias_update_speed: the bias follows a whole batch's loads"

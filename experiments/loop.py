@@ -45,7 +45,7 @@ from experiments.gradients import backward
 from experiments.memory import out_of_memory_named
 from experiments.optimizer import adamw, learning_rate, set_learning_rate
 from faults.base import Sites
-from models.compiled import compiled_objective
+from models.compiled import CompiledObjective
 from models.corruption import Corrupted
 from models.objective import objective_at
 from monitors.base import Masked, Reading, Signal, StepView, state_of, tapped
@@ -193,7 +193,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
     best_held_out = torch.full((), torch.inf, device=device)
     parameters = list(model.parameters())
     at_a_time = config.micro_batch or config.batch_size
-    unwatched = compiled_objective(model) if config.compile else model.objective
+    unwatched = CompiledObjective(model) if config.compile else model.objective
     started, cpu_started = time.monotonic(), time.process_time()
     spent = {key: manifest[key] for key in ("wall_s", "cpu_s")}
 

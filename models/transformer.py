@@ -216,6 +216,10 @@ class Transformer(nn.Module):
             routings.append(routing)
         return self.head(self.final_norm(x_BTE)), tuple(r for r in routings if r is not None)
 
+    def mean_nll(self, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        """Mean over tokens of -ln softmax(logits)[target], in nats, taken in FP32. 0-dim."""
+        return F.cross_entropy(at_least_fp32(logits_NV), targets_N)
+
     def forward(self, tokens_BT: Tensor, numerics: AttentionNumerics = HEALTHY) -> Tensor:
         return self._run(tokens_BT, numerics)[0]
 
@@ -228,7 +232,7 @@ class Transformer(nn.Module):
         load-balance term times ``balance_scale``; routings: one a layer, none for a dense model.
         """
         logits_BTV, routings = self._run(tokens_BT1[:, :-1], numerics)
-        nll = F.cross_entropy(at_least_fp32(logits_BTV.flatten(0, 1)), tokens_BT1[:, 1:].flatten())
+        nll = self.mean_nll(logits_BTV.flatten(0, 1), tokens_BT1[:, 1:].flatten())
         auxiliary = auxiliary_loss(routings, self.config.moe, balance_scale) if routings else torch.zeros_like(nll)
         return nll, auxiliary, routings
 
