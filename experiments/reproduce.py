@@ -106,7 +106,9 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
         )
     unfinished = sum(not is_done(out / run.run_id) for _, run in pending)
     if unfinished:
-        raise Unfinished(f"{unfinished} runs are left after train.piece_s={piece_s:g} seconds; the same command goes on")
+        raise Unfinished(
+            f"{unfinished} runs are left after train.piece_s={piece_s:g} seconds; the same command goes on"
+        )
     processes = min(at_once, len(pending))
     cpu_s = sum(result["cpu_s"] for result in results)
     return {
