@@ -39,9 +39,9 @@ def backward(
     """Backpropagate the objective of a batch, tokens (B, T + 1), through a model without gradients.
 
     micro_batch: sequences at a time, a divisor of B; B itself or more, or None, for one piece. places: what is tapped.
-    unwatched: the objective for all micro-batches but the last. Each is backpropagated as a batch of its own and the sum
-    of gradients divided afterwards, so that every law of a gradient holds in what the taps saw. A router's auxiliary
-    losses and its capacity are of a micro-batch, as wherever gradients are accumulated.
+    unwatched: the objective for all micro-batches but the last. Each is backpropagated as a batch of its own and the
+    sum of gradients divided afterwards, so that every law of a gradient holds in what the taps saw. A router's
+    auxiliary losses and its capacity are of a micro-batch, as wherever gradients are accumulated.
     """
     *others, last = batch.split(micro_batch or len(batch))
     losses = []

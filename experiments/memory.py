@@ -16,13 +16,13 @@ class OutOfMemory(Exception):
 
 @contextmanager
 def out_of_memory_named(run: Run) -> Iterator[None]:
-    """Raise OutOfMemory in place of the allocator's own error. A host without memory gets its process killed instead."""
+    """Raise OutOfMemory in place of the allocator's own error."""
     try:
         yield
     except torch.OutOfMemoryError:
         at_a_time, context = run.train.micro_batch or run.train.batch_size, run.model_config.context_length
         lower = "train.micro_batch" if at_a_time > 1 else "model.context_length, or choose a smaller model"
         raise OutOfMemory(
-            f"{run.device.type} is out of memory at {at_a_time} of train.batch_size={run.train.batch_size} sequences of "
-            f"model.context_length={context} at a time (train.micro_batch={run.train.micro_batch}): lower {lower}"
+            f"{run.device.type} is out of memory at {at_a_time} of train.batch_size={run.train.batch_size} sequences "
+            f"of model.context_length={context} at a time (train.micro_batch={run.train.micro_batch}): lower {lower}"
         ) from None

@@ -20,8 +20,8 @@ that these two are left out of the universal track (``analysis.tracks``). The ot
 Sums of squared terms, T summed over a product's outputs with weights, would cost another matrix product. They are taken
 mean-field: sum_j W_ij^2 x_j^2 = |W_i|^2 |x|^2 / n_in.
 
-They are predictions for FP32. Under BF16 autocast a linear layer stores y, dy and dW in BF16, multiplies a rounded W, and
-is off by 2^16 times as much: ``stored_in_fp32`` says whether a prediction applies. The residuals remain, at BF16's
+They are predictions for FP32. Under BF16 autocast a linear layer stores y, dy and dW in BF16 and multiplies a rounded
+W, which breaks its laws far more: ``stored_in_fp32`` says whether a prediction applies. The residuals remain, at BF16's
 level. Norms and routers compute and store in FP32 there too, and keep theirs.
 
 Shapes: N tokens (or slots at experts), V vocabulary, M width, E experts. All predictions are mean squares, FP64,

@@ -183,7 +183,7 @@ def train_config(**changes) -> TrainConfig:
 
 def test_a_device_that_is_not_there_is_named(make_run, monkeypatch):
     monkeypatch.setattr(build.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="train.device='cuda' is not allowed here: torch sees no CUDA device"):
+    with pytest.raises(ValueError, match=r"train\.device='cuda' is not allowed here: torch sees no CUDA device"):
         make_run("train.device=cuda").run_id  # noqa: B018
 
 
