@@ -10,6 +10,8 @@ from typing import Any
 from analysis.laws import ATTENTION, INPUTS, LINEAR, LOSS, NORM, ROUTER
 from experiments.trace import Trace
 
+KEY_VALUE_SITES = ("k", "v", "dk", "dv")
+"""Attention sites whose heads are key-value heads; the heads of the others are query heads."""
 HEALTHY, OTHER = "healthy", "other fault"
 """Classes of runs in which every law holds: without a fault, and with one that breaks no kernel."""
 LINEAR_PARTS = ("q", "k", "v", "o", "input", "gate", "output", "shared_input", "shared_gate", "shared_output", "head")
@@ -20,7 +22,8 @@ NORM_PARTS = {"attention_norm": "attention", "mlp_norm": "mlp", "final_norm": "f
 class Truth:
     """site_class: of ``laws.CLASSES``, HEALTHY, OTHER, or None where no derivation says what the fault breaks.
 
-    part: of a linear layer or norm; layers, heads: which were hit, None for all or where there is none.
+    part: of a linear layer or norm; layers, heads: which were hit, None for all or where there is none. Heads are
+    key-value heads, as those of the laws are: a fault in a query head breaks the laws of its group.
     """
 
     site_class: str | None
@@ -32,22 +35,31 @@ class Truth:
 def truth_of(run: Trace) -> Truth:
     """The truth of a run."""
     config = run.manifest["config"]
-    return truth(config["fault"], run.onset, experts=bool(config.get("model", {}).get("moe")))
+    model = config.get("model", {})
+    shared = model["n_heads"] // model["n_kv_heads"] if model.get("n_kv_heads") else 1
+    return truth(config["fault"], run.onset, experts=bool(model.get("moe")), shared=shared)
 
 
-def truth(fault: Mapping[str, Any], onset: int | None, experts: bool = False) -> Truth:
-    """The truth of a run from its manifest's fault node and onset step; experts: whether its model has them."""
+def truth(fault: Mapping[str, Any], onset: int | None, experts: bool = False, shared: int = 1) -> Truth:
+    """The truth of a run from its manifest's fault node and onset step.
+
+    experts: whether its model has them; shared: how many neighbouring query heads share a key-value head.
+    """
     if onset is None:
         return Truth(HEALTHY)
     if "faults" in fault:
-        broken = [t for t in (truth(one, onset, experts) for one in fault["faults"].values()) if t.site_class != OTHER]
+        broken = [
+            t for t in (truth(one, onset, experts, shared) for one in fault["faults"].values()) if t.site_class != OTHER
+        ]
         return broken[0] if len(broken) == 1 else Truth(None if broken else OTHER)
+    if "pv_accumulation" in fault:
+        return Truth(None)  # the forward's O is wrong, not a copy of it: the classes are of the backward
     if "bits" not in fault or fault["bits"] == 0:
         return Truth(OTHER)
-    return _of_modules(fault, experts) if "modules" in fault else _of_attention(fault)
+    return _of_modules(fault, experts) if "modules" in fault else _of_attention(fault, shared)
 
 
-def _of_attention(fault: Mapping[str, Any]) -> Truth:
+def _of_attention(fault: Mapping[str, Any], shared: int) -> Truth:
     """Several sites break the laws of each; the classes are derived for the backward alone."""
     if fault["phase"] != "backward":
         return Truth(None)
@@ -55,6 +67,9 @@ def _of_attention(fault: Mapping[str, Any]) -> Truth:
     broken = frozenset().union(*sets)
     site_class = next((names for names, laws in ATTENTION.items() if laws == broken), None)
     layers, heads = (None if fault[key] is None else tuple(fault[key]) for key in ("layers", "heads"))
+    if heads is not None:
+        groups = {head if site in KEY_VALUE_SITES else head // shared for site in fault["sites"] for head in heads}
+        heads = tuple(sorted(groups))
     return Truth(site_class, None, layers, heads)
 
 

@@ -118,7 +118,10 @@ def _joined(values: tuple | None) -> str | None:
 
 
 def _right(true: Truth, named: Verdict, onset: int | None) -> dict[str, bool | None]:
-    """Whether class, part, layer and head are right; None where there is no telling. An alarm before onset is wrong."""
+    """Whether class, part, layer and key-value head are right; None where there is no telling.
+
+    An alarm before onset is wrong.
+    """
     if true.site_class is None:
         return dict.fromkeys(("class_right", "part_right", "layer_right", "head_right"))
     if true.site_class in (HEALTHY, OTHER):

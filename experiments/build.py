@@ -27,6 +27,7 @@ from experiments.data import Corpus, DataConfig
 from experiments.optimizer import TrainConfig
 from faults.base import Fault, Sites
 from faults.combined import Combined
+from models.arithmetic import ORDINARY
 from models.corruption import Corrupted
 from models.transformer import Transformer, TransformerConfig
 from monitors.base import Monitor, WeightHistory
@@ -208,8 +209,9 @@ def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> No
         if sites.modules != corrupted:
             corrupted = sites.modules
             Corrupted(_skeleton(model), corrupted)
-        sites.numerics.check_fits(model.n_layers, model.n_heads)
-        if sites.numerics.faults and model.backend != "reference":
+        sites.numerics.check_fits(model.n_layers, model.n_heads, model.kv_heads)
+        changed = sites.numerics.faults or sites.numerics.arithmetic != ORDINARY
+        if changed and model.backend != "reference":
             raise ValueError(f"model.backend={model.backend!r} has no fault sites: use 'reference'")
         if sites.modules and train.compile:
             raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")

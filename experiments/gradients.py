@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from models.taps import Taps
 from models.transformer import Transformer
 
 
-@dataclass(frozen=True)
-class Backward:
+class Backward(NamedTuple):
     """What a backward pass leaves beside the parameters' ``grad``, the mean over the batch.
 
     loss: mean NLL of the batch, 0-dim, detached; watched: the micro-batch that taps and routings are of, the last.

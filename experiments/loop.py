@@ -267,39 +267,32 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         observers = [monitor for name, monitor in run.monitors.items() if due[name](now)]
         optimizer.zero_grad(set_to_none=True)
         with Corrupted(model, sites.modules):
-            done = backward(model, batch, sites, config.micro_batch, tapped(observers), unwatched)
+            loss, routings, taps, watched = backward(
+                model, batch, sites, config.micro_batch, tapped(observers), unwatched
+            )
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, grad_norm)
         set_learning_rate(optimizer, learning_rate(config, step), sites.lr_scale)
         optimizer.step()
-        model.update_balance(done.routings, sites.balance_scale)
+        model.update_balance(routings, sites.balance_scale)
 
         history.record(now, model)
-        finite = finite & torch.isfinite(done.loss)
-        objective = partial(objective_at, model, done.watched, sites.numerics, sites.modules, sites.balance_scale)
+        finite = finite & torch.isfinite(loss)
+        objective = partial(objective_at, model, watched, sites.numerics, sites.modules, sites.balance_scale)
         view = StepView(
-            now,
-            tokens,
-            done.loss,
-            grad_norm,
-            model,
-            history,
-            done.routings,
-            done.taps,
-            optimizer,
-            sites.numerics,
-            objective,
+            now, tokens, loss, grad_norm, model, history, routings, taps, optimizer, sites.numerics, objective
         )
         readings: dict[str, Reading] = {}
         for monitor in observers:
             seen = monitor.observe(view)
             wanted = [s.name for s in monitor.signals if now % s.every_steps == 0 and s.name in seen]
             readings |= {signal: seen[signal] for signal in wanted}
+        del view, taps  # as large as the step's activations: the next step is to find that memory free
         for signal, reading in readings.items():
             recorder.add(now, tokens, signal, reading)
         if progress is not None:
-            progress(now, done.loss, readings)
+            progress(now, loss, readings)
 
         if now % config.held_out_every_steps == 0:
             held_out_loss = label(now, sites)

@@ -20,8 +20,8 @@ class BF16Shift:
 
     tensors (YAML key ``sites``): names in ``models.numerics.SITES``; phase: ``forward``, ``backward``
     or ``both``; bits: 0 to 8 (``flip``: 16), 0 being the healthy control on the same kernel; share: of the elements
-    of each batch row and head, 0 for one; layers, heads: indices or None for all; onset: first faulty update;
-    duration: updates, or None for no end.
+    of each batch row and head, 0 for one; layers, heads: indices or None for all, heads being key-value heads for
+    ``k v dk dv``; onset: first faulty update; duration: updates, or None for no end.
     Raises ValueError on impossible values, by name.
     """
 

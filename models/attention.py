@@ -1,10 +1,14 @@
-"""Causal multi-head attention with fault sites: what a flash-attention kernel computes, in plain PyTorch.
+"""Causal attention with fault sites: what a flash-attention kernel computes, in plain PyTorch.
 
-Shapes: B batch, H heads, T tokens, D d_head. Per batch row and head
+Shapes: B batch, H query heads, G key-value heads, T tokens, D d_head. Query head h reads key-value head h // (H/G)
+(grouped-query attention, arXiv:2305.13245; G = H is multi-head, G = 1 multi-query attention). Per batch row and head
 
     S = Q K^T / sqrt(D)     Pbar = exp(S - max S)    O = Pbar V / rowsum(Pbar)    L = log-sum-exp of S
     P = exp(S - L)          delta = rowsum(dO * O)   dP = dO V^T                  dS = P * (dP - delta)
     dQ = dS K / sqrt(D)     dK = dS^T Q / sqrt(D)    dV = P^T dO
+
+where max, softmax and sums run over the keys that a query sees (``models.visibility``). dK and dV of a key-value head
+add up over its query heads in FP32 and are rounded once, as by a kernel that loops over a group in registers.
 
 Saved for the backward: Q, K, V, O and L; S and P are recomputed from them (Dao et al.,
 arXiv:2205.14135, with one tile a row). What a kernel stores in BF16 is rounded to BF16 here
@@ -12,6 +16,7 @@ arXiv:2205.14135, with one tile a row). What a kernel stores in BF16 is rounded 
 the row sum takes Pbar before rounding, and dS takes the FP32 P of the register tile while the
 product P^T dO takes its BF16 copy.
 
+``models.arithmetic`` has what a kernel of lower precision does in place of this, and what cures it.
 A site is corrupted by ``LayerNumerics``. A backward fault on ``p`` reaches both of P's uses, because
 they read one tile.
 """
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -28,7 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.arithmetic import product_in_bf16, row_shift
 from models.numerics import HEALTHY_LAYER, LayerNumerics, to_bf16_grid
+from models.visibility import score_mask, visible_keys
 
 BACKENDS = ("reference", "sdpa")
 
@@ -36,117 +43,156 @@ LOG2_E = math.log2(math.e)
 """Kernels take exp(x) as exp2(x log2 e); so do we, and on a CPU it is the fast one at -inf."""
 
 
-@lru_cache(maxsize=8)
-def _causal_mask(tokens: int, device: torch.device) -> Tensor:
-    """(1, T, T): 0 where a query may look, -inf at later keys."""
-    return torch.full((tokens, tokens), -math.inf, device=device).triu_(1).unsqueeze(0)
+def _by_group(x_BHT: Tensor, kv_heads: int) -> Tensor:
+    """(B, H, T, ...) -> (B, G, H/G x T, ...): the queries that share a key-value head, head after head."""
+    return x_BHT.reshape(x_BHT.shape[0], kv_heads, -1, x_BHT.shape[-1])
 
 
-def _scores(q_BHTD: Tensor, k_BHTD: Tensor, read_s: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """S with the causal mask, (B, H, T, T) in FP32.
+def _scores(
+    q_BHTD: Tensor, k_BGTD: Tensor, window: int | None, read_s: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """S, -inf where a query may not look, (B, H, T, T) in FP32.
 
     ``read_s`` corrupts S before the mask, so that no bit operation can reach a masked score.
     """
     B, H, T, D = q_BHTD.shape
-    mask = _causal_mask(T, q_BHTD.device)
-    q, k = q_BHTD.reshape(B * H, T, D), k_BHTD.reshape(B * H, T, D)
+    G = k_BGTD.shape[1]
+    mask = score_mask(T, window, H // G, q_BHTD.device)
+    q, k = q_BHTD.reshape(B * G, -1, D), k_BGTD.reshape(B * G, T, D)
     scale = 1.0 / math.sqrt(D)
     if read_s is None:
         return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).view(B, H, T, T)
-    return read_s((q @ k.transpose(1, 2) * scale).view(B, H, T, T)).add_(mask)
+    return read_s((q @ k.transpose(1, 2) * scale).view(B, H, T, T)).add_(mask[:, :T])
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHTD, k_BHTD, v_BHTD, numerics: LayerNumerics, nonfinite: Tensor):
-        q, k, v = to_bf16_grid(q_BHTD), to_bf16_grid(k_BHTD), to_bf16_grid(v_BHTD)
+    def forward(ctx, q_BHTD, k_BGTD, v_BGTD, numerics: LayerNumerics, nonfinite: Tensor, window: int | None):
+        q, k, v = to_bf16_grid(q_BHTD), to_bf16_grid(k_BGTD), to_bf16_grid(v_BGTD)
+        arithmetic, G = numerics.arithmetic, k.shape[1]
 
         def read(site, x):
-            return numerics.apply(site, "forward", x, nonfinite)
+            return numerics.apply(site, "forward", x, nonfinite, window)
 
         read_s = partial(read, "s") if numerics.touches("s", "forward") else None
-        s = _scores(read("q", q), read("k", k), read_s)
-        row_max = s.amax(-1, keepdim=True)
+        s = _scores(read("q", q), read("k", k), window, read_s)
+        row_max = row_shift(s, arithmetic)
         p_bar = s.sub_(row_max).mul_(LOG2_E).exp2_()
         row_sum = p_bar.sum(-1, keepdim=True)
-        o = to_bf16_grid(read("p", to_bf16_grid(p_bar)) @ read("v", v) / row_sum)
+        p_read, v_read = read("p", to_bf16_grid(p_bar)), read("v", v)
+        pv = pv_fp32 = (_by_group(p_read, G) @ v_read).view(q.shape)
+        if arithmetic.pv_accumulation == "bf16":
+            pv = product_in_bf16(p_read, v_read, arithmetic.pv_block, window)
+        o = to_bf16_grid(pv / row_sum)
+        stored_o = o if arithmetic.stored_o == "bf16" else pv_fp32 / row_sum
         lse = row_max + row_sum.log()
 
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.numerics, ctx.nonfinite = numerics, nonfinite
+        ctx.save_for_backward(q, k, v, stored_o, lse)
+        ctx.numerics, ctx.nonfinite, ctx.window = numerics, nonfinite, window
         return read("o", o)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do_BHTD):
         q, k, v, o, lse = ctx.saved_tensors
-        numerics, nonfinite = ctx.numerics, ctx.nonfinite
+        numerics, nonfinite, window = ctx.numerics, ctx.nonfinite, ctx.window
 
         def read(site, x):
-            return numerics.apply(site, "backward", x, nonfinite)
+            return numerics.apply(site, "backward", x, nonfinite, window)
 
-        scale = 1.0 / math.sqrt(q.shape[-1])
+        B, H, T, D = q.shape
+        G, scale = k.shape[1], 1.0 / math.sqrt(D)
         q, k, v = read("q", q), read("k", k), read("v", v)
         do = read("do", to_bf16_grid(do_BHTD))
-        delta = read("delta", (do * read("o", o)).sum(-1, keepdim=True))
 
         read_s = partial(read, "s") if numerics.touches("s", "backward") else None
-        p = _scores(q, k, read_s).sub_(read("lse", lse)).mul_(LOG2_E).exp2_()
+        p = _scores(q, k, window, read_s).sub_(read("lse", lse)).mul_(LOG2_E).exp2_()
         p_bf16 = to_bf16_grid(p)
         p_bf16 = read("p", p_bf16)
-        for heads, hits in numerics.reached("p", "backward", p):
+        for heads, hits in numerics.reached("p", "backward", p, window):
             p[:, heads] = p_bf16[:, heads] if hits is None else torch.where(hits, p_bf16[:, heads], p[:, heads])
-        dp = read("dp", do @ v.transpose(-1, -2))
+        dp = read("dp", (_by_group(do, G) @ v.transpose(-1, -2)).view(B, H, T, T))
+        delta = dp * p if numerics.arithmetic.delta == "p" else do * read("o", o)
+        delta = read("delta", delta.sum(-1, keepdim=True))
         ds = read("ds", to_bf16_grid(dp.sub_(delta).mul_(p)))
 
-        dq = to_bf16_grid((ds @ k).mul_(scale))
-        dk = to_bf16_grid((ds.transpose(-1, -2) @ q).mul_(scale))
-        dv = to_bf16_grid(p_bf16.transpose(-1, -2) @ do)
-        return read("dq", dq), read("dk", dk), read("dv", dv), None, None
+        # A group's queries stand in one row of length H/G x T, so these two products add up over its heads in FP32.
+        ds_GT, do_GT, q_GT, p_GT = (_by_group(x, G) for x in (ds, do, q, p_bf16))
+        dq = to_bf16_grid((ds_GT @ k).mul_(scale)).view(q.shape)
+        dk = to_bf16_grid((ds_GT.transpose(-1, -2) @ q_GT).mul_(scale))
+        dv = to_bf16_grid(p_GT.transpose(-1, -2) @ do_GT)
+        return read("dq", dq), read("dk", dk), read("dv", dv), None, None, None
 
 
 def flash_attention(
     q_BHTD: Tensor,
-    k_BHTD: Tensor,
-    v_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
     numerics: LayerNumerics = HEALTHY_LAYER,
     nonfinite: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention with BF16 storage, FP32 accumulation and the given site faults.
 
-    q, k, v: (B, H, T, D), floating point; rounded to BF16 on entry. Returns O (B, H, T, D) in FP32
-    that holds BF16 numbers; so are the gradients that flow back to q, k, v. Differentiable once.
+    q: (B, H, T, D), k, v: (B, G, T, D) with H a multiple of G, floating point; rounded to BF16 on entry. window: how
+    many keys a query sees, its own the last; None for all before it. Returns O (B, H, T, D) in FP32 that holds BF16
+    numbers; so are the gradients that flow back to q, k, v. Differentiable once.
     nonfinite: integer scalar to which the non-finite values that reach an active fault are added.
-    NaN and Inf propagate as in a kernel.
+    NaN and Inf propagate as in a kernel. Raises ValueError where G does not divide H or window is below 1.
     """
+    check_shapes(q_BHTD, k_BGTD, window)
     if nonfinite is None:
         nonfinite = torch.zeros((), dtype=torch.int64, device=q_BHTD.device)
-    return _FlashAttention.apply(q_BHTD, k_BHTD, v_BHTD, numerics, nonfinite)
+    return _FlashAttention.apply(q_BHTD, k_BGTD, v_BGTD, numerics, nonfinite, window)
+
+
+def check_shapes(q_BHTD: Tensor, k_BGTD: Tensor, window: int | None) -> None:
+    """Raise ValueError for key-value heads that query heads cannot share evenly, or a window without a key."""
+    H, G = q_BHTD.shape[1], k_BGTD.shape[1]
+    if H % G:
+        raise ValueError(f"{H} query heads cannot share {G} key-value heads evenly")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} is not allowed: at least 1 key, or None for all")
+
+
+def _sdpa(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, window: int | None) -> Tensor:
+    """PyTorch's own attention, in the inputs' dtype."""
+    grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
+    T = q_BHTD.shape[2]
+    if window is None or window >= T:
+        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=grouped)
+    seen = visible_keys(T, window, q_BHTD.device)
+    return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, attn_mask=seen, enable_gqa=grouped)
 
 
 def attention(
     q_BHTD: Tensor,
-    k_BHTD: Tensor,
-    v_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
     *,
     backend: str,
     numerics: LayerNumerics,
     nonfinite: Tensor,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention by the named backend: ``reference`` (fault sites) or ``sdpa`` (fault-free speed)."""
     if backend == "reference":
-        return flash_attention(q_BHTD, k_BHTD, v_BHTD, numerics, nonfinite)
+        return flash_attention(q_BHTD, k_BGTD, v_BGTD, numerics, nonfinite, window)
     if numerics:
         raise ValueError(f"attention backend {backend!r} has no fault sites: use 'reference'")
-    return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
+    check_shapes(q_BHTD, k_BGTD, window)
+    return _sdpa(q_BHTD, k_BGTD, v_BGTD, window)
 
 
 class DotProduct(nn.Module):
-    """``attention`` as a module without parameters: the place where taps meet q, k, v, o and their gradients."""
+    """``attention`` as a module without parameters: the place where taps meet q, k, v, o and their gradients.
 
-    def __init__(self, backend: str) -> None:
+    window: how many keys a query sees, None for all before it.
+    """
+
+    def __init__(self, backend: str, window: int | None = None) -> None:
         super().__init__()
-        self.backend = backend
+        self.backend, self.window = backend, window
 
     @property
     def rounds_to_bf16(self) -> bool:
@@ -154,9 +200,11 @@ class DotProduct(nn.Module):
         return self.backend != "sdpa"
 
     def forward(
-        self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, numerics: LayerNumerics, nonfinite: Tensor
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, numerics: LayerNumerics, nonfinite: Tensor
     ) -> Tensor:
-        return attention(q_BHTD, k_BHTD, v_BHTD, backend=self.backend, numerics=numerics, nonfinite=nonfinite)
+        return attention(
+            q_BHTD, k_BGTD, v_BGTD, backend=self.backend, numerics=numerics, nonfinite=nonfinite, window=self.window
+        )
 
     def stored(self, x: Tensor) -> Tensor:
         """x as the kernel receives it."""

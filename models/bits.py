@@ -15,6 +15,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from models.visibility import visible_keys
+
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -100,9 +102,16 @@ class BitOperation:
         if not 0 <= self.share <= 1:
             raise ValueError(f"share={self.share} is not allowed: 0 (one element) to 1 (all)")
 
-    def hits(self, shape: tuple[int, ...], device: torch.device, causal: bool = False) -> Tensor | None:
-        """Which elements of ``shape`` are hit, boolean, or None for all; causal: none above the last two's diagonal."""
-        return None if self.share == 1 else _spread(tuple(shape), self.share, device, causal)
+    def hits(
+        self, shape: tuple[int, ...], device: torch.device, causal: bool = False, window: int | None = None
+    ) -> Tensor | None:
+        """Which elements of ``shape`` are hit, boolean, or None for all.
+
+        causal: the last two dimensions are queries and keys, and only keys that a query sees within ``window`` are hit.
+        All of them are told apart from all elements where it matters: a masked 0 stays 0 unless a bit is flipped.
+        """
+        everywhere = self.share == 1 and not (causal and self.rounding == "flip")
+        return None if everywhere else _spread(tuple(shape), self.share, device, causal, window)
 
     def __call__(self, x: Tensor, hits: Tensor | None) -> Tensor:
         """x, FP32, rounded to BF16 and corrupted where it is hit; a new tensor. hits: boolean, broadcast over x."""
@@ -111,9 +120,9 @@ class BitOperation:
 
 
 @lru_cache(maxsize=64)
-def _spread(shape: tuple[int, ...], share: float, device: torch.device, causal: bool) -> Tensor:
+def _spread(shape: tuple[int, ...], share: float, device: torch.device, causal: bool, window: int | None) -> Tensor:
     """A share of the elements, evenly: the i-th where the fractional part of (i + 1/2) golden ratios is small."""
     place = ((torch.arange(math.prod(shape), dtype=torch.float64) + 0.5) * GOLDEN % 1).view(shape)
     if causal:
-        place = place.masked_fill(torch.ones(shape[-2:], dtype=torch.bool).triu(1), 1.0)
+        place = place.masked_fill(~visible_keys(shape[-1], window), 2.0)
     return (place <= max(share, place.min().item())).to(device)

@@ -1,4 +1,4 @@
-"""Which bit operation is done to which attention tensor, and how BF16 storage is imitated."""
+"""Which bit operation is done to which attention tensor, in which arithmetic, and how BF16 storage is imitated."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from models.arithmetic import ORDINARY, Arithmetic
 from models.bits import BitOperation
 
 BF16_SITES = ("q", "k", "v", "p", "o", "do", "ds", "dq", "dk", "dv")
@@ -23,7 +24,10 @@ FORWARD_SITES = ("q", "k", "v", "s", "p", "o")
 """Sites that the forward pass uses or returns (it writes ``lse`` but never reads it)."""
 
 CAUSAL_SITES = ("s", "p", "dp", "ds")
-"""Sites with a row of keys for each query, of which those that come later are masked."""
+"""Sites with a row of keys for each query, of which those that it may not look at are masked."""
+
+KEY_VALUE_SITES = ("k", "v", "dk", "dv")
+"""Sites whose heads are key-value heads; those of all others are query heads."""
 
 PHASES = ("forward", "backward", "both")
 
@@ -49,7 +53,8 @@ class SiteFault:
     site: a name in ``SITES``; phase: ``forward`` corrupts the value that the forward uses or
     returns (its saved copy stays clean), ``backward`` the value that the backward reads,
     ``both`` each of them. rounding, bits, share: see ``models.bits.BitOperation``; the share is of the elements of
-    each batch row and head. layers, heads: indices, or None for all.
+    each batch row and head. layers, heads: indices, or None for all; heads are those of the tensor that ``site`` names
+    (``KEY_VALUE_SITES``).
     """
 
     site: str
@@ -94,9 +99,13 @@ class SiteFault:
 
 @dataclass(frozen=True)
 class AttentionNumerics:
-    """Which operation is done to which attention tensor of which layer and head. Empty = healthy."""
+    """Which operation is done to which attention tensor of which layer and head, and every layer's arithmetic.
+
+    Empty and ``ORDINARY`` = healthy.
+    """
 
     faults: tuple[SiteFault, ...] = ()
+    arithmetic: Arithmetic = ORDINARY
 
     def __post_init__(self) -> None:
         for i, one in enumerate(self.faults):
@@ -108,62 +117,81 @@ class AttentionNumerics:
                     )
 
     def __or__(self, other: AttentionNumerics) -> AttentionNumerics:
-        return AttentionNumerics(self.faults + other.faults)
+        if ORDINARY not in (self.arithmetic, other.arithmetic):
+            raise ValueError("two faults both change the arithmetic of attention: give each steps of its own")
+        arithmetic = other.arithmetic if self.arithmetic == ORDINARY else self.arithmetic
+        return AttentionNumerics(self.faults + other.faults, arithmetic)
 
-    def check_fits(self, n_layers: int, n_heads: int) -> None:
+    def check_fits(self, n_layers: int, n_heads: int, n_kv_heads: int) -> None:
         """Raise ValueError if a fault names a layer or head that the model does not have."""
         for fault in self.faults:
-            for field, chosen, count in (("layers", fault.layers, n_layers), ("heads", fault.heads, n_heads)):
+            shared = fault.site in KEY_VALUE_SITES and n_kv_heads != n_heads
+            heads = (n_kv_heads, f"key-value heads for {fault.site!r}") if shared else (n_heads, "heads")
+            for field, chosen, (count, what) in (
+                ("layers", fault.layers, (n_layers, "layers")),
+                ("heads", fault.heads, heads),
+            ):
                 if chosen is not None and max(chosen) >= count:
                     raise ValueError(
-                        f"fault.{field}={list(chosen)} does not fit the model: it has {count} {field}, 0 to {count - 1}"
+                        f"fault.{field}={list(chosen)} does not fit the model: it has {count} {what}, 0 to {count - 1}"
                     )
 
     @lru_cache(maxsize=256)  # noqa: B019  (frozen and hashable: one small entry a fault and layer)
     def layer(self, index: int) -> LayerNumerics:
-        """The active faults of one layer, looked up by (site, pass)."""
+        """The active faults of one layer, looked up by (site, pass), and its arithmetic."""
         table: dict[tuple[str, str], tuple[SiteFault, ...]] = {}
         for fault in self.faults:
             if fault.bits and (fault.layers is None or index in fault.layers):
                 for phase in ("forward", "backward") if fault.phase == "both" else (fault.phase,):
                     table[fault.site, phase] = (*table.get((fault.site, phase), ()), fault)
-        return LayerNumerics(table) if table else HEALTHY_LAYER
+        healthy = not table and self.arithmetic == ORDINARY
+        return HEALTHY_LAYER if healthy else LayerNumerics(table, self.arithmetic)
 
 
 class LayerNumerics:
-    """The faults of one attention layer. ``bits=0`` faults are left out: they do nothing, bit for bit."""
+    """The faults of one attention layer and its arithmetic, true where it is not a healthy one.
 
-    __slots__ = ("_table",)
+    ``bits=0`` faults are left out: they do nothing, bit for bit.
+    """
 
-    def __init__(self, table: Mapping[tuple[str, str], tuple[SiteFault, ...]]) -> None:
-        self._table = table
+    __slots__ = ("_table", "arithmetic")
+
+    def __init__(
+        self, table: Mapping[tuple[str, str], tuple[SiteFault, ...]], arithmetic: Arithmetic = ORDINARY
+    ) -> None:
+        self._table, self.arithmetic = table, arithmetic
 
     def __bool__(self) -> bool:
-        return bool(self._table)
+        return bool(self._table) or self.arithmetic != ORDINARY
 
     def touches(self, site: str, phase: str) -> bool:
         return (site, phase) in self._table
 
-    def reached(self, site: str, phase: str, x_BHT: Tensor) -> list[tuple[slice | list[int], Tensor | None]]:
+    def reached(
+        self, site: str, phase: str, x_BHT: Tensor, window: int | None = None
+    ) -> list[tuple[slice | list[int], Tensor | None]]:
         """What each fault of this site reaches of x: its heads, and which of their elements (None: all)."""
         shape, device, causal = x_BHT.shape[2:], x_BHT.device, site in CAUSAL_SITES
         return [
-            (slice(None) if fault.heads is None else list(fault.heads), fault.operation.hits(shape, device, causal))
+            (
+                slice(None) if fault.heads is None else list(fault.heads),
+                fault.operation.hits(shape, device, causal, window if causal else None),
+            )
             for fault in self._table.get((site, phase), ())
         ]
 
-    def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor) -> Tensor:
+    def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor, window: int | None = None) -> Tensor:
         """The value that this pass reads at this site: x itself, or a corrupted copy in FP32.
 
-        x_BHT: FP32, shape (batch, heads, ...). The number of non-finite values that reach an
-        active fault is added to ``nonfinite`` (an integer scalar on x's device) before the
-        operation, which could hide them.
+        x_BHT: FP32, shape (batch, heads, ...), heads being those of the site; window: how many keys the layer's queries
+        see. The number of non-finite values that reach an active fault is added to ``nonfinite`` (an integer scalar on
+        x's device) before the operation, which could hide them.
         """
         faults = self._table.get((site, phase))
         if faults is None:
             return x_BHT
         out = x_BHT.clone()
-        for fault, (heads, hits) in zip(faults, self.reached(site, phase, x_BHT), strict=True):
+        for fault, (heads, hits) in zip(faults, self.reached(site, phase, x_BHT, window), strict=True):
             before = x_BHT[:, heads]
             finite = torch.isfinite(before)
             nonfinite += finite.numel() - (finite if hits is None else finite | ~hits).sum()

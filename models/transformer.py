@@ -1,6 +1,6 @@
-"""Decoder-only pre-norm transformer with explicit multi-head attention.
+"""Decoder-only pre-norm transformer with explicit multi-head or grouped-query attention.
 
-Shapes: B batch, T tokens, E d_model, H heads, D d_head, V vocabulary.
+Shapes: B batch, T tokens, E d_model, H query heads, G key-value heads, D d_head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def parameter_group(name: str) -> str:
 class TransformerConfig:
     """Shape and variant of a model. Every field is a key of ``conf/model/*.yaml``.
 
+    n_kv_heads: key-value heads, each read by n_heads / n_kv_heads neighbouring query heads (arXiv:2305.13245), or None
+    for n_heads; window: how many keys a query sees, its own the last, or None for all before it;
     vocab_size: tokens, or None to take the data's; d_ff: hidden width of the MLP, or of each expert;
     moe: router and experts in place of every MLP, or None for a dense model;
     rope_base: base of the rotary frequencies, used when positions is ``rope``;
@@ -57,6 +59,8 @@ class TransformerConfig:
     n_heads: int
     d_ff: int
     context_length: int
+    n_kv_heads: int | None = None
+    window: int | None = None
     vocab_size: int | None = None
     norm: str = "layernorm"
     positions: str = "learned"
@@ -72,6 +76,9 @@ class TransformerConfig:
         for field in ("d_model", "n_layers", "n_heads", "d_ff", "context_length"):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field}={getattr(self, field)} is not allowed: at least 1")
+        for field, default in (("n_kv_heads", "for n_heads"), ("window", "for every earlier key")):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"model.{field}={getattr(self, field)} is not allowed: at least 1, or null {default}")
         if self.vocab_size is not None and self.vocab_size < 2:
             raise ValueError(f"model.vocab_size={self.vocab_size} is not allowed: at least 2, or null for the data's")
         for field, allowed in CHOICES.items():
@@ -79,6 +86,8 @@ class TransformerConfig:
                 raise ValueError(f"model.{field}={getattr(self, field)!r} is not allowed: one of {', '.join(allowed)}")
         if self.d_model % self.n_heads:
             raise ValueError(f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads={self.n_kv_heads}")
         for field in ("d_model", "d_ff") if self.moe else ():
             if getattr(self, field) % 8:  # rows of 16 bytes, in BF16 too, which the grouped product needs
                 raise ValueError(f"model.{field}={getattr(self, field)} is not allowed with experts: a multiple of 8")
@@ -88,6 +97,11 @@ class TransformerConfig:
     @property
     def d_head(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
 
 class RMSNorm(nn.RMSNorm):
@@ -122,20 +136,21 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; q, k, v, o are bias-free ``nn.Linear`` layers of (E, E)."""
+    """Self-attention; q, k, v, o are bias-free ``nn.Linear`` layers, q and o of (E, E), k and v of (G x D, E)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         E, D = config.d_model, config.d_head
-        self.n_heads = config.n_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(E, E, bias=False) for _ in range(4))
+        kv_width = config.kv_heads * D
+        self.d_head = D
+        self.q, self.k, self.v, self.o = (nn.Linear(E, width, bias=False) for width in (E, kv_width, kv_width, E))
         self.q_norm, self.k_norm = (_norm(config, D), _norm(config, D)) if config.qk_norm else (None, None)
-        self.dot_product = DotProduct(config.backend)
+        self.dot_product = DotProduct(config.backend, config.window)
         self.rotary = Rotary(D, config.context_length, config.rope_base) if config.positions == "rope" else None
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
 
     def _heads(self, x_BTE: Tensor, norm: nn.Module | None = None, rotary: Rotary | None = None) -> Tensor:
-        x_BHTD = x_BTE.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        x_BHTD = x_BTE.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
         x_BHTD = norm(at_least_fp32(x_BHTD)) if norm is not None else x_BHTD
         return rotary(x_BHTD) if rotary is not None else x_BHTD
 

@@ -72,7 +72,7 @@ class AttentionLaws:
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = list(view.taps.at("dot_product").values())
         chosen, layers = in_turn(self.rows, view.step // self.every_steps, len(taps[0].output)), len(taps)
-        together = DotProductStep.join([DotProductStep.of(tap, chosen) for tap in taps])
+        together = DotProductStep.of(taps, chosen)
         broken, scale = (torch.stack(parts) for parts in zip(*(law(together) for law, _ in LAWS.values()), strict=True))
         readings = dict(zip(LAWS, over_rows(relative(broken, scale), layers), strict=True))
         if taps[0].module.rounds_to_bf16:

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from models.visibility import score_mask
 from monitors.attention_laws import over_rows
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
-from monitors.conservation import over_group, relative
-from monitors.rounding import BF16_U2, OVER_NOISE, DotProductStep, per_query_head
+from monitors.conservation import over_group, per_query_head, relative
+from monitors.rounding import BF16_U2, OVER_NOISE, DotProductStep
 
 NAME = "attention_recomputed"
 PARTS = ("o", "dq", "dk", "dv")
@@ -40,8 +41,7 @@ def recompute(t: DotProductStep) -> Found:
     _, H, T, D = t.q.shape
     G, scale = t.k.shape[1], 1 / math.sqrt(D)
     k, v = (per_query_head(x, H) for x in (t.k, t.v))
-    mask = torch.full((T, T), -math.inf, device=t.q.device, dtype=t.q.dtype).triu_(1)
-    p = (t.q @ k.mT * scale + mask).softmax(-1)
+    p = (t.q @ k.mT * scale + score_mask(T, t.window, 1, t.q.device, t.q.dtype)).softmax(-1)
     ds = p * (t.do @ v.mT - (t.do * t.o).sum(-1, keepdim=True))
     p2, ds2 = p.square(), ds.square() / D
     forward = p2.scatter(-1, p.argmax(-1, keepdim=True), 0.0)
@@ -94,7 +94,7 @@ class AttentionRecomputed:
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = list(view.taps.at("dot_product").values())
         chosen = in_turn(self.rows, view.step // self.every_steps, len(taps[0].output))
-        found = recompute(DotProductStep.join([DotProductStep.of(tap, chosen) for tap in taps]))
+        found = recompute(DotProductStep.of(taps, chosen))
         error, size, noise = (torch.stack(parts) for parts in zip(*found.values(), strict=True))
         names = [f"{NAME}.{part}" for part in found]
         readings = dict(zip(names, over_rows(relative(error, size), len(taps)), strict=True))

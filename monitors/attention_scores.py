@@ -10,26 +10,37 @@ from torch import Tensor
 
 from models.numerics import at_least_fp32
 from models.taps import Tap
+from models.visibility import score_mask
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
+from monitors.conservation import per_query_head
 
 
 def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of every layer as its kernel received them, in FP32, (layers, rows, heads, T, D)."""
-    q, k, v = (torch.stack([tap.module.stored(tap.inputs[i][rows]) for tap in taps]) for i in range(3))
-    return at_least_fp32(q), at_least_fp32(k), at_least_fp32(v)
+    """q, k and v of every layer as its kernel received them, in FP32, (layers, rows, query heads, T, D).
+
+    Each query head has the k and v that it reads: a group's appear once for each of its query heads.
+    """
+    q, k, v = ([at_least_fp32(tap.module.stored(tap.inputs[i][rows])) for tap in taps] for i in range(3))
+    heads = q[0].shape[1]
+    return torch.stack(q), *(torch.stack([per_query_head(x, heads) for x in shared]) for shared in (k, v))
 
 
-def causal_scores(q: Tensor, k: Tensor) -> Tensor:
-    """S = q k^T / sqrt(D) where a query may look, -inf at later keys. q, k: (..., T, D) -> (..., T, T)."""
+def window_of(taps: Collection[Tap]) -> int | None:
+    """How many keys a query of these layers sees, None for all before it."""
+    return next(iter(taps)).module.window
+
+
+def causal_scores(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
+    """S = q k^T / sqrt(D) where a query may look, -inf elsewhere. q, k: (..., T, D) -> (..., T, T)."""
     T, D = q.shape[-2:]
-    mask = torch.full((1, T, T), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
+    mask = score_mask(T, window, 1, q.device, q.dtype)
     scores = torch.baddbmm(mask, q.reshape(-1, T, D), k.reshape(-1, T, D).mT, alpha=1 / math.sqrt(D))
     return scores.view(*q.shape[:-1], T)
 
 
 class AttentionScores:
-    """``max_attn_logit`` and ``attn_entropy``, per layer and head, from one recomputation of the scores.
+    """``max_attn_logit`` and ``attn_entropy``, per layer and query head, from one recomputation of the scores.
 
     ``max_attn_logit``: the largest causal q.k / sqrt(D), as QK-clip watches it (Kimi K2, arXiv:2507.20534). Bad: up.
     ``attn_entropy``: mean over queries of -sum_j P_ij ln P_ij, in nats, from 0 to the mean of ln(i + 1) (Zhai et al.,
@@ -52,6 +63,6 @@ class AttentionScores:
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
         q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).output)))
-        scores = causal_scores(q, k)
+        scores = causal_scores(q, k, window_of(taps))
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
         return {"max_attn_logit": scores.amax((1, 3, 4)), "attn_entropy": entropy.mean((1, 3))}

@@ -2,7 +2,8 @@
 
 Source: arXiv:2606.28116 sections 3.2 and 3.3, and its authors' design notes. A numeric fault in
 attention's backward pushes the weights along one direction, so the spectrum of the update collapses
-long before the weights themselves show it. Readings are FP64, (layers, heads) or (layers,).
+long before the weights themselves show it. Readings are FP64, (layers, heads) or (layers,); the heads of W_Q and W_O
+are query heads, those of W_K and W_V key-value heads.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from models.transformer import Transformer
+from models.transformer import Transformer, TransformerConfig
 from monitors.base import Lookback, Masked, Reading, Signal, StepView
 from monitors.spectra import qk_increment, singular_values, spectral_entropy, stable_rank
 
@@ -27,9 +28,21 @@ def is_attention_matrix(name: str) -> bool:
 
 
 def stack_matrix(weights: Mapping[str, Tensor], n_layers: int, matrix: str) -> Tensor:
-    """One projection of every layer: (layers, E, E), rows grouped by head (W_O is transposed for that)."""
+    """One projection of every layer: (layers, heads x D, E), rows grouped by head (W_O is transposed for that)."""
     stacked = torch.stack([weights[f"blocks.{layer}.attention.{matrix}.weight"] for layer in range(n_layers)])
     return stacked.mT if matrix == "o" else stacked
+
+
+def head_blocks(stacked: Tensor, config: TransformerConfig) -> Tensor:
+    """Each head's rows of stacked projections: (..., heads x D, E) -> (..., heads, D, E)."""
+    return stacked.unflatten(-2, (-1, config.d_head))
+
+
+def keys_per_query_head(stacked_k: Tensor, config: TransformerConfig) -> Tensor:
+    """W_K with each group's rows once for every query head that reads them: (..., G x D, E) -> (..., H x D, E)."""
+    if config.kv_heads == config.n_heads:
+        return stacked_k
+    return head_blocks(stacked_k, config).repeat_interleave(config.n_heads // config.kv_heads, -3).flatten(-3, -2)
 
 
 def attention_weights(model: Transformer) -> dict[str, Tensor]:
@@ -53,6 +66,20 @@ def _spectrum_readings(name: str, suffix: str, spectrum: Tensor) -> dict[str, Re
         f"{name[1]}.{suffix}": Masked(stable_rank(spectrum), empty),
         f"{name[2]}.{suffix}": norm,
     }
+
+
+def _head_spectra(blocks: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Singular values of every matrix's head blocks (layers, heads, D, E), in one batched call."""
+    return singular_values(torch.cat(tuple(blocks), dim=1)).split([of_matrix.shape[1] for of_matrix in blocks], dim=1)
+
+
+def _whole_spectra(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Singular values of every matrix (layers, rows, E), in the order of ``MATRICES``; one batched call a shape."""
+    q, k, v, o = matrices
+    if q.shape == k.shape:
+        return tuple(singular_values(torch.stack((q, k, v, o))))
+    queries, keys = singular_values(torch.stack((q, o))), singular_values(torch.stack((k, v)))
+    return queries[0], keys[0], keys[1], queries[1]
 
 
 class DeltaW:
@@ -92,11 +119,13 @@ class DeltaW:
             before = view.weights_before(window)
             if before is None:
                 continue
-            new, old = (torch.stack([stack_matrix(w, config.n_layers, m) for m in MATRICES]) for w in (now, before))
-            delta = new.double() - old
-            spectra = {"": singular_values(delta.unflatten(-2, (config.n_heads, -1)))}
+            delta = [
+                stack_matrix(now, config.n_layers, m).double() - stack_matrix(before, config.n_layers, m)
+                for m in MATRICES
+            ]
+            spectra = {"": _head_spectra([head_blocks(of_matrix, config) for of_matrix in delta])}
             if self.whole:
-                spectra["_whole"] = singular_values(delta)
+                spectra["_whole"] = _whole_spectra(delta)
             for kind, spectrum in spectra.items():
                 for matrix, of_matrix in zip(MATRICES, spectrum, strict=True):
                     names = ("delta_w_spectral_entropy", "delta_w_stable_rank", "delta_w_norm")
@@ -105,7 +134,9 @@ class DeltaW:
 
 
 class QKIncrement:
-    """Spectra of the increment of each head's W_Q W_K^T over a window, and the coupling of dW_Q and dW_K.
+    """Spectra of the increment of each query head's W_Q W_K^T over a window, and the coupling of dW_Q and dW_K.
+
+    W_K is that of the query head's group: the paper treats no groups, but scores depend on the same product.
 
     Delta1 = Delta2 + Delta3 is the increment, Delta2 its first order, Delta3 = dW_Q dW_K^T its second
     (``monitors.spectra.qk_increment``). Of each: ``.entropy`` in nats (bad: down), ``.stable_rank``
@@ -144,7 +175,8 @@ class QKIncrement:
         now = attention_weights(view.model)
         # Every window of every layer goes through one batched call.
         q0, k0 = (torch.stack([stack_matrix(b, config.n_layers, m) for b in known.values()]) for m in "qk")
-        q1, k1 = (stack_matrix(now, config.n_layers, m).expand_as(q0) for m in "qk")
+        q1, k1 = (stack_matrix(now, config.n_layers, m).expand_as(w0) for m, w0 in (("q", q0), ("k", k0)))
+        k0, k1 = (keys_per_query_head(k, config) for k in (k0, k1))
         spectra = qk_increment(q0, k0, q1, k1, config.n_heads)
         dq, dk = (
             torch.linalg.matrix_norm((w1.double() - w0).unflatten(-2, (config.n_heads, -1)))
@@ -180,10 +212,10 @@ class AttentionWeight:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         now = attention_weights(view.model)
-        spectra = singular_values(torch.stack([stack_matrix(now, view.model.config.n_layers, m) for m in MATRICES]))
-        norm, rank = torch.linalg.vector_norm(spectra, dim=-1), stable_rank(spectra)
+        spectra = _whole_spectra([stack_matrix(now, view.model.config.n_layers, m) for m in MATRICES])
         readings: dict[str, Reading] = {}
-        for index, matrix in enumerate(MATRICES):
-            readings[f"weight_norm.{matrix}"] = norm[index]
-            readings[f"weight_stable_rank.{matrix}"] = Masked(rank[index], norm[index] == 0)
+        for matrix, spectrum in zip(MATRICES, spectra, strict=True):
+            norm = torch.linalg.vector_norm(spectrum, dim=-1)
+            readings[f"weight_norm.{matrix}"] = norm
+            readings[f"weight_stable_rank.{matrix}"] = Masked(stable_rank(spectrum), norm == 0)
         return readings

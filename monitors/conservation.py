@@ -17,12 +17,15 @@ Source: Noether's theorem for gradients as in Kunin et al., arXiv:2012.04728; th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from models.numerics import at_least_fp32
+
+CACHED = 2**17
+"""Numbers in a block of a long sum: half a megabyte in FP32, one in FP64."""
 
 Broken = tuple[Tensor, Tensor]
 """By how much a law is broken, 0 or more, and the scale that its residual divides by; one shape."""
@@ -56,6 +59,12 @@ def over_group(x_BHT: Tensor, n_kv_heads: int) -> Tensor:
     if x_BHT.shape[1] % n_kv_heads:
         raise ValueError(f"{x_BHT.shape[1]} query heads cannot share {n_kv_heads} key-value heads evenly")
     return x_BHT.unflatten(1, (n_kv_heads, -1)).sum(2)
+
+
+def per_query_head(x_BGT: Tensor, n_heads: int) -> Tensor:
+    """The key-value head of each query head: (B, G, ...) -> (B, H, ...), the counterpart of ``over_group``."""
+    shared = n_heads // x_BGT.shape[1]
+    return x_BGT if shared == 1 else x_BGT.repeat_interleave(shared, dim=1)
 
 
 def key_shift(dk: Tensor) -> Broken:
@@ -99,8 +108,9 @@ def qk_gauge(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Broken:
 
     q, dq: (B, H, T, D); k, dk: (B, G, T, D). Returns the two, each (B, G).
     """
-    query, key = over_group(_total(q * dq), k.shape[1]), _total(k * dk)
-    return (query - key).abs(), over_group(_total((q * dq).abs()), k.shape[1])
+    q_dq = q * dq
+    query, key = over_group(_total(q_dq), k.shape[1]), _total(k * dk)
+    return (query - key).abs(), over_group(_total(q_dq.abs_()), k.shape[1])
 
 
 def qk_gauge_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
@@ -131,8 +141,9 @@ def vo_gauge(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Broken:
 
     v, dv: (B, G, T, D); o, do: (B, H, T, D). Returns the two, each (B, G).
     """
-    value, output = _total(v * dv), over_group(_total(o * do), v.shape[1])
-    return (value - output).abs(), over_group(_total((o * do).abs()), v.shape[1])
+    o_do = o * do
+    value, output = _total(v * dv), over_group(_total(o_do), v.shape[1])
+    return (value - output).abs(), over_group(_total(o_do.abs_()), v.shape[1])
 
 
 def vo_gauge_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Tensor:
@@ -208,9 +219,21 @@ def linear_euler(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Broken:
     w, dw: (out, in), or one for each expert; y, dy: (..., out). Sums are taken in FP64: in FP32 a row's would err
     alike in every row, by more than the law is broken.
     """
+    totals, sizes = zip(*(_sum_and_size(*block) for block in _blocks(y, dy)), strict=True)
+    weights = torch.dot(w.flatten().double(), dw.flatten().double())
+    return (weights - torch.stack(totals).sum()).abs(), torch.stack(sizes).sum()
+
+
+def _blocks(y: Tensor, dy: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both by some tokens at a time, so that their product and its FP64 copy never leave the cache."""
+    tokens = max(1, CACHED // y.shape[-1])
+    return zip(y.flatten(0, -2).split(tokens), dy.flatten(0, -2).split(tokens), strict=True)
+
+
+def _sum_and_size(y: Tensor, dy: Tensor) -> Broken:
+    """sum y dy and sum |y dy|, 0-dim, FP64."""
     products = at_least_fp32(y) * at_least_fp32(dy)
-    total = products.sum(dtype=torch.float64)
-    return ((w.double() * dw).sum() - total).abs(), products.abs_().sum(-1).double().sum()
+    return products.sum(dtype=torch.float64), products.abs_().sum().double()
 
 
 def linear_euler_residual(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Tensor:

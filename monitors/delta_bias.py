@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 
 from models.numerics import at_least_fp32
-from monitors.attention_scores import causal_scores, tapped_inputs
+from monitors.attention_scores import causal_scores, tapped_inputs, window_of
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 
 
 class DeltaBiasOracle:
-    """``delta_bias_oracle``: sum over tokens of delta_faulty - delta_FP32, per layer and head. Bad: both.
+    """``delta_bias_oracle``: sum over tokens of delta_faulty - delta_FP32, per layer and query head. Bad: both.
 
     An ORACLE: it is told which operations this step's fault does to ``o``, ``do`` and ``delta`` in the backward, and
     does them again, so it bounds what a monitor could know and is no rival. delta = rowsum(dO * O) enters dS, and its
     errors of one sign do not cancel over tokens and steps (Qiu & Yao, arXiv:2510.04212). delta_FP32 comes from a shadow
     O = softmax(S) V in FP32 and the unrounded dO; so a healthy BF16 kernel reads its natural rounding, and not 0.
+
+    The natural error of an O that was accumulated in BF16 is in the forward's output, and so in the reading. Where the
+    backward does not read that O (``models.arithmetic``: an FP32 O, or rowsum(dP * P)), the shadow O stands for what it
+    reads, and only the rounding of dO and faults are left.
 
     rows: how many rows of the batch are looked at, in turn, 0 for all; the sum over the whole batch is estimated from
     them. In nats. The saved O is taken to be the forward's output: a forward fault on ``o``, which a kernel does
@@ -37,11 +41,12 @@ class DeltaBiasOracle:
         batch = len(next(iter(taps)).output)
         rows = in_turn(self.rows, view.step // self.every_steps, batch)
         q, k, v = tapped_inputs(taps, rows)
-        shadow_o = causal_scores(q, k).softmax(-1) @ v
+        shadow_o = causal_scores(q, k, window_of(taps)).softmax(-1) @ v
         bias = []
         for layer, (tap, clean_o) in enumerate(zip(taps, shadow_o, strict=True)):
-            numerics = view.numerics.layer(layer)
-            o, do = at_least_fp32(tap.output[rows]), at_least_fp32(tap.output_grad[rows])
+            numerics, do = view.numerics.layer(layer), at_least_fp32(tap.output_grad[rows])
+            reads_output = numerics.arithmetic.stored_o == "bf16" and numerics.arithmetic.delta == "o"
+            o = at_least_fp32(tap.output[rows]) if reads_output else clean_o
             reached = torch.zeros((), dtype=torch.int64, device=o.device)  # the run's own counter counts once
 
             read_o = numerics.apply("o", "backward", o, reached)

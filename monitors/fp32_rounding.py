@@ -24,14 +24,14 @@ They are predictions for FP32. Under BF16 autocast a linear layer stores y, dy a
 W, which breaks its laws far more: ``stored_in_fp32`` says whether a prediction applies. The residuals remain, at BF16's
 level. Norms and routers compute and store in FP32 there too, and keep theirs.
 
-Shapes: N tokens (or slots at experts), V vocabulary, M width, E experts. All predictions are mean squares, FP64,
-in the squared unit of what is broken, per token or 0-dim as that is.
+Shapes: L layers, N tokens (or slots at experts), V vocabulary, M width, E experts. All predictions are mean squares,
+FP64, in the squared unit of what is broken, of each layer or token as that is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,37 +73,42 @@ def _square(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearStep:
-    """One linear layer y = W x in one step; the experts of a layer are one step with a weight each.
+    """Linear layers y = W x of one shape in one step; the experts of a layer are one with a weight each.
 
-    x: (n, in); y, dy: (n, out), of n tokens out of ``tokens``, an even sample; w, dw: (E, out, in), E = 1 for an
-    ordinary layer; slots: how many of all the tokens each expert has, (E,), and expert: whose each sampled one is,
-    (n,); None for an ordinary layer.
+    x: (L, n, in); y, dy: (L, n, out), of n tokens out of ``tokens``, an even sample; w, dw: by layer, (E, out, in),
+    E = 1 for an ordinary one; slots: how many of all the tokens each expert has, (L, E), and expert: whose each sampled
+    one is, (L, n); None for ordinary layers.
     """
 
     x: Tensor
     y: Tensor
     dy: Tensor
-    w: Tensor
-    dw: Tensor
+    w: Sequence[Tensor]
+    dw: Sequence[Tensor]
     tokens: int
     slots: Tensor | None = None
     expert: Tensor | None = None
 
     @classmethod
-    def of(cls, tap: Tap, sample: slice = slice(None), slots: Tensor | None = None) -> LinearStep:
-        """From a tap on a linear layer, or, with ``slots``, on the experts', whose weight lies the other way round."""
-        tokens = tap.output.shape[:-1].numel()
-        x, y, dy = (at_least_fp32(t.flatten(0, -2)[sample]) for t in (tap.inputs[0], tap.output, tap.output_grad))
+    def of(cls, taps: Sequence[Tap], sample: slice = slice(None), slots: Tensor | None = None) -> LinearStep:
+        """From taps on linear layers, or, with ``slots``, on the experts', whose weights lie the other way round."""
+
+        def together(tensors: Iterable[Tensor]) -> Tensor:
+            return at_least_fp32(torch.stack([tensor.flatten(0, -2)[sample] for tensor in tensors]))
+
+        x, y = together(tap.inputs[0] for tap in taps), together(tap.output for tap in taps)
+        dy, tokens = together(tap.output_grad for tap in taps), taps[0].output.shape[:-1].numel()
+        w, dw = [tap.weight for tap in taps], [tap.weight_grad for tap in taps]
         if slots is None:
-            return cls(x, y, dy, tap.weight[None], tap.weight_grad[None], tokens)
-        experts = torch.arange(len(slots), device=x.device).repeat_interleave(slots, output_size=tokens)
-        w, dw = tap.weight.mT, tap.weight_grad.mT
-        return cls(x, y, dy, w, dw, tokens, slots, experts[sample])
+            return cls(x, y, dy, [one[None] for one in w], [one[None] for one in dw], tokens)
+        numbers = torch.arange(slots.shape[-1], device=x.device)
+        expert = torch.stack([numbers.repeat_interleave(own, output_size=tokens)[sample] for own in slots])
+        return cls(x, y, dy, [one.mT for one in w], [one.mT for one in dw], tokens, slots, expert)
 
     @property
     def weight_of_sample(self) -> float:
         """How many tokens a sampled one stands for."""
-        return self.tokens / len(self.x)
+        return self.tokens / self.x.shape[1]
 
     @cached_property
     def y_dy(self) -> Tensor:
@@ -112,26 +117,27 @@ class LinearStep:
 
     @cached_property
     def y_dy2(self) -> Tensor:
-        """sum_i (y_i dy_i)^2 of each token, (n,)."""
+        """sum_i (y_i dy_i)^2 of each token, (L, n)."""
         return _square(self.y_dy)
 
     @cached_property
     def terms2(self) -> Tensor:
-        """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (n,)."""
-        weighted_NE = self.dy.square() @ torch.linalg.vector_norm(self.w, dim=-1).square().T
-        weighted = weighted_NE[:, 0] if self.expert is None else weighted_NE.gather(1, self.expert[:, None])[:, 0]
-        return weighted * _square(self.x) / self.x.shape[-1]
+        """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (L, n)."""
+        norms = torch.stack([torch.linalg.vector_norm(w, dim=-1) for w in self.w])  # (L, E, out)
+        if self.expert is not None:
+            norms = norms.gather(1, self.expert[..., None].expand(-1, -1, norms.shape[-1]))
+        return _square(self.dy * norms) * _square(self.x) / self.x.shape[-1]
 
     def total(self, per_token: Tensor) -> Tensor:
-        """Sum over all tokens of each weight, (E,), from the sampled ones."""
+        """Sum over all tokens of each weight, (L, n) -> (L, E), from the sampled ones."""
         if self.expert is None:
-            return per_token.sum().double()[None] * self.weight_of_sample
-        summed = per_token.new_zeros(len(self.w)).index_add_(0, self.expert, per_token)
+            return per_token.sum(-1, keepdim=True).double() * self.weight_of_sample
+        summed = per_token.new_zeros(self.slots.shape).scatter_add_(-1, self.expert, per_token)
         return summed.double() * self.weight_of_sample
 
 
 def linear_euler_noise(t: LinearStep) -> Tensor:
-    """E|<W, dW> - <y, dy>|^2, 0-dim: y accumulates over the inputs, dW over the tokens, their errors are independent.
+    """E|<W, dW> - <y, dy>|^2, (L,): y accumulates over the inputs, dW over the tokens, their errors are independent.
 
     u^2 [c sum (y dy)^2 + r A + c' sum (W dW)^2 + r' A], A = sum over tokens and weights of (dy_i W_ij x_j)^2;
     c, r of ``accumulation(n_in)``, c', r' of ``accumulation(tokens)``, which for experts are each one's own.
@@ -140,12 +146,13 @@ def linear_euler_noise(t: LinearStep) -> Tensor:
     c_tokens, r_tokens = accumulation(t.tokens if t.slots is None else t.slots.clamp(min=1))
     terms2 = t.total(t.terms2)
     outputs = c_in * t.total(t.y_dy2) + r_in * terms2
-    weights = c_tokens * _square((t.w * t.dw).flatten(1)) + r_tokens * terms2
-    return FP32_U2 * (outputs + weights).sum()
+    products2 = torch.stack([_square((w * dw).flatten(1)) for w, dw in zip(t.w, t.dw, strict=True)])
+    weights = c_tokens * products2 + r_tokens * terms2
+    return FP32_U2 * (outputs + weights).sum(-1)
 
 
 def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
-    """E|<x, dx> - sum over layers of <y, dy>|^2 per token, (n,), for layers of one output width that read x.
+    """E|<x, dx> - sum over layers of <y, dy>|^2 per token, (L, n), for layers of one output width that read x.
 
     u^2 [sum over layers (c sum (y dy)^2 + r A) + c' sum (x dx)^2 + r' sum over layers A], A as in
     ``linear_euler_noise`` of one token; c, r of ``accumulation(n_in)``, c', r' of ``accumulation(n_out)``.
@@ -157,14 +164,15 @@ def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
 
 
 def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:
-    """E||sum_i dW_i||^2, 0-dim, where sum_i dy_i of each token is an error of mean square ``shift_noise``, (n,).
+    """E||sum_i dW_i||^2, (L,), where sum_i dy_i of each token is an error of mean square ``shift_noise``, (L, n).
 
     sum_i dW_i = sum over tokens of (sum_i dy_i) x, and every entry of dW accumulates over the tokens by itself:
     sum_t shift_noise_t |x_t|^2 + u^2 [c ||dW||^2 + r sum_t |dy_t|^2 |x_t|^2], c, r of ``accumulation(tokens)``.
     """
     c, r = accumulation(t.tokens)
     per_token = (shift_noise + FP32_U2 * r * _square(t.dy).double()) * _square(t.x)
-    return t.weight_of_sample * per_token.sum() + FP32_U2 * c * _square(t.dw.flatten()).double()
+    own = torch.stack([_square(dw.flatten()) for dw in t.dw]).double()
+    return t.weight_of_sample * per_token.sum(-1) + FP32_U2 * c * own
 
 
 def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:
@@ -202,8 +210,8 @@ def _own_rounding(x: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(x), 2 * torch.frexp(x).exponent - 1)
 
 
-def router_logit_noise(logits: Tensor, dlogits: Tensor, aux_NE: Tensor | float, z_coef: float) -> Tensor:
-    """E|sum_e dz_e - z-loss part|^2 per token, (N,), of the gradient dz of the router's logits.
+def router_logit_noise(logits: Tensor, dlogits: Tensor, aux_LNE: Tensor | float, z_coef: float) -> Tensor:
+    """E|sum_e dz_e - z-loss part|^2 per token, (L, N), of the gradient dz of the routers' logits, (L, N, E).
 
     Softmax backward is dz = p (g - s), s = sum p g, plus w p' from the z-loss with p' = exp(z - L), w = 2 z_coef L / N,
     L = logsumexp z. Rounded are the product, the difference and the sum of both parts, each dz_e u; p g and s; p, whose
@@ -212,21 +220,21 @@ def router_logit_noise(logits: Tensor, dlogits: Tensor, aux_NE: Tensor | float, 
         u^2 [3 |dz|^2 + sum (p g)^2 + s^2 (sum p^2 + 2) + w^2 (L^2 + sum p^2 (log^2 p + 2))]
 
     s is read where g is known: the least probable expert is not chosen, so that its g is the balance loss's alone.
-    aux_NE: that loss's gradient with respect to p, or 0.
+    aux_LNE: that loss's gradient with respect to p, or 0.
     """
     logits, dlogits = logits.double(), dlogits.double()
     lse = logits.logsumexp(-1, keepdim=True)
     log_p = logits - lse
     p = log_p.exp()
-    w = 2 * z_coef / len(logits) * lse
+    w = 2 * z_coef / logits.shape[-2] * lse
     by_softmax = dlogits - w * p
     least, where = p.min(-1, keepdim=True)
-    aux = aux_NE * torch.ones_like(p)
+    aux = aux_LNE * torch.ones_like(p)
     s = aux.gather(-1, where) - by_softmax.gather(-1, where) / least
     p2 = p.square()
     p2_sum = p2.sum(-1)
-    softmax = 3 * _square(dlogits) + _square(by_softmax + p * s) + s[:, 0].square() * (p2_sum + 2)
-    z_loss = w[:, 0].square() * (lse[:, 0].square() + (p2 * (log_p.square() + 2)).sum(-1))
+    softmax = 3 * _square(dlogits) + _square(by_softmax + p * s) + s[..., 0].square() * (p2_sum + 2)
+    z_loss = w[..., 0].square() * (lse[..., 0].square() + (p2 * (log_p.square() + 2)).sum(-1))
     return FP32_U2 * (softmax + z_loss)
 
 

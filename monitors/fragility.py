@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monitors.attention_scores import causal_scores, tapped_inputs
+from monitors.attention_scores import causal_scores, tapped_inputs, window_of
 from monitors.attention_update import attention_weights, stack_matrix
 from monitors.base import Masked, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
@@ -64,7 +64,7 @@ def _finite(symmetric: Tensor) -> Tensor:
 
 
 class AttentionFragility:
-    """``attn_fragility``: kappa_softmax (1 + kappa_score) kappa(V) ||W_O||_2, per layer and head. Bad: up.
+    """``attn_fragility``: kappa_softmax (1 + kappa_score) kappa(V) ||W_O||_2, per layer and query head. Bad: up.
 
     Source: Baek, arXiv:2510.21770, the attention part of its predictor of a layer's low-precision error. What it calls
     row-wise softmax sensitivity, score-scale ratio and value conditioning are taken here as relative condition
@@ -95,7 +95,7 @@ class AttentionFragility:
         q, k, v = (x.double() for x in tapped_inputs(taps, rows))
         config = view.model.config
         w_o = stack_matrix(attention_weights(view.model), config.n_layers, "o").unflatten(-2, (config.n_heads, -1))
-        softmax, values = softmax_condition(causal_scores(q, k)), singular_values(v)
+        softmax, values = softmax_condition(causal_scores(q, k, window_of(taps))), singular_values(v)
         product = softmax * (1 + score_condition(q, k)) * values[..., 0] / values[..., -1] * _top(w_o)[:, None]
         empty = ((q == 0).all(-1).all(-1) | (k == 0).all(-1).all(-1) | (v == 0).all(-1).all(-1)).any(1)
         sensitivity = softmax.amax(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,7 @@ READERS = {"qkv": ("attention_norm", ("q", "k", "v")), "mlp": ("mlp_norm", ("inp
 """By signal: the norm whose output is read, whose gradient is the input's, and the parts that alone read it."""
 
 Law = tuple[Tensor, Tensor, Tensor]
-"""What is broken, the scale of its residual, and the mean square that rounding predicts: 0-dim, or one a token."""
-Found = dict[str, list[Law]]
-"""By signal, its layers."""
+"""What is broken, the scale of its residual, and the mean square that rounding predicts: by layer, (L,) or (L, n)."""
 
 
 class LinearLaws:
@@ -59,63 +59,64 @@ class LinearLaws:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        found: Found = {}
-        for layer in range(view.model.config.n_layers):
-            self._block(view, layer, found)
-        head, source = view.taps.at("linear")["head"], view.taps.at("norm")["final_norm"]
+        layers = range(view.model.config.n_layers)
+
+        def of_blocks(place: str, name: str) -> list[Tap]:
+            taps = view.taps.at(place)
+            return [taps[f"blocks.{layer}.{name}"] for layer in layers if f"blocks.{layer}.{name}" in taps]
+
+        slots = torch.stack([routing.counts_E for routing in view.routings]) if view.routings else None
+        steps: dict[str, LinearStep] = {}
+        euler: dict[str, Law] = {}
+        for part, name in (ATTENTION | (DENSE if slots is None else ROUTED)).items():
+            if taps := of_blocks("linear", name):
+                steps[part] = LinearStep.of(taps, self._sample(view, taps[0]), slots if part in EXPERTS else None)
+                euler[part] = _euler(taps, steps[part])
+        head = view.taps.at("linear")["head"]
         sample = self._sample(view, head)
-        step = LinearStep.of(head, sample)
-        found["linear_input_residual.head"] = [_input(source.output_grad.flatten(0, -2)[sample], [step])]
+        steps["head"] = LinearStep.of([head], sample)
         if not view.model.config.tie_embeddings:
-            found["linear_euler_residual.head"] = [_euler(head, step)]
-        readings = _readings(found, "linear_euler_residual") | _readings(found, "linear_input_residual")
+            euler["head"] = _euler([head], steps["head"])
+
+        do_BHTD = [tap.output_grad for tap in of_blocks("dot_product", "attention.dot_product")]
+        inputs = {"o": ([do.transpose(1, 2).flatten(2) for do in do_BHTD], ("o",))}
+        for name, (norm, parts) in READERS.items():
+            inputs[name] = [tap.output_grad for tap in of_blocks("norm", norm)], parts
+        inputs["head"] = [view.taps.at("norm")["final_norm"].output_grad], ("head",)
+        by_input: dict[str, Law] = {}
+        for name, (dx, parts) in inputs.items():
+            if readers := [steps[part] for part in parts if part in steps]:
+                sampled = torch.stack([one.flatten(0, -2)[sample] for one in dx])
+                by_input[name] = _input(sampled, readers)
+        readings = _readings("linear_euler_residual", euler) | _readings("linear_input_residual", by_input)
         if fp32_rounding.stored_in_fp32(head):
             return readings
         return {name: value for name, value in readings.items() if OVER_NOISE not in name or ".router." in name}
-
-    def _block(self, view: StepView, layer: int, found: Found) -> None:
-        taps, slots = view.taps.at("linear"), view.routings[layer].counts_E if view.routings else None
-        steps: dict[str, LinearStep] = {}
-        for part, name in (ATTENTION | (DENSE if slots is None else ROUTED)).items():
-            tap = taps.get(f"blocks.{layer}.{name}")
-            if tap is not None:
-                steps[part] = LinearStep.of(tap, self._sample(view, tap), slots if part in EXPERTS else None)
-                found.setdefault(f"linear_euler_residual.{part}", []).append(_euler(tap, steps[part]))
-        do_BHTD = view.taps.at("dot_product")[f"blocks.{layer}.attention.dot_product"].output_grad
-        inputs = {"o": (do_BHTD.transpose(1, 2).flatten(2), ("o",))}
-        for name, (norm, parts) in READERS.items():
-            inputs[name] = view.taps.at("norm")[f"blocks.{layer}.{norm}"].output_grad, parts
-        sample = self._sample(view, taps[f"blocks.{layer}.attention.o"])
-        for name, (dx, parts) in inputs.items():
-            readers = [steps[part] for part in parts if part in steps]
-            if readers:
-                law = _input(dx.flatten(0, -2)[sample], readers)
-                found.setdefault(f"linear_input_residual.{name}", []).append(law)
 
     def _sample(self, view: StepView, tap: Tap) -> slice:
         return every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
 
 
-def _euler(tap: Tap, step: LinearStep) -> Law:
-    """Over all tokens of the tap, its prediction from the sampled ones."""
-    broken, scale = conservation.linear_euler(step.w, step.dw, tap.output, tap.output_grad)
+def _euler(taps: Sequence[Tap], step: LinearStep) -> Law:
+    """Over all tokens of the taps, the prediction from the sampled ones."""
+    laws = [conservation.linear_euler(tap.weight, tap.weight_grad, tap.output, tap.output_grad) for tap in taps]
+    broken, scale = (torch.stack(parts) for parts in zip(*laws, strict=True))
     return broken, scale, fp32_rounding.linear_euler_noise(step)
 
 
-def _input(dx: Tensor, readers: list[LinearStep]) -> Law:
-    """Over the sampled tokens; dx: (n, in)."""
+def _input(dx: Tensor, readers: Sequence[LinearStep]) -> Law:
+    """Over the sampled tokens; dx: (L, n, in)."""
     x_dx = readers[0].x * dx
     broken, scale = conservation.linear_input(x_dx, [reader.y_dy for reader in readers])
     return broken, scale, fp32_rounding.linear_input_noise(x_dx, readers)
 
 
-def _readings(found: Found, law: str) -> dict[str, Reading]:
+def _readings(law: str, found: Mapping[str, Law]) -> dict[str, Reading]:
     """Residuals and ratios of one law, the root mean square over tokens where it is per token; all in one go."""
-    names = [name for name in found if name.startswith(law)]
-    broken, scale, noise = (torch.stack(parts) for parts in zip(*(one for n in names for one in found[n]), strict=True))
+    broken, scale, noise = (torch.cat(parts) for parts in zip(*found.values(), strict=True))
     readings: dict[str, Reading] = {}
     for suffix, unit in (("", scale), (f".{OVER_NOISE}", noise.sqrt())):
         values = relative(broken, unit).view(len(broken), -1).square().mean(-1).sqrt()
-        for name, value in zip(names, values.split([len(found[name]) for name in names]), strict=True):
-            readings[name + suffix] = value[0] if name.endswith(".head") else value
+        for name, value in zip(found, values.split([len(part[0]) for part in found.values()]), strict=True):
+            readings[f"{law}.{name}{suffix}"] = value[0] if name == "head" else value
     return readings

@@ -50,18 +50,23 @@ class NormLaws:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        taps, layers, readings = view.taps.at("norm"), view.model.config.n_layers, {}
-        reading = view.step // self.every_steps
-        for norm, name in BLOCK_NORMS.items():
-            if f"blocks.0.{name}" in taps:
-                found = _laws([taps[f"blocks.{layer}.{name}"] for layer in range(layers)], self.rows, reading)
-                readings |= {f"{law}.{norm}{suffix}": value for (law, suffix), value in found.items()}
-        found = _laws([taps["final_norm"]], self.rows, reading)
-        return readings | {f"{law}.final{suffix}": value[0] for (law, suffix), value in found.items()}
+        taps, layers = view.taps.at("norm"), range(view.model.config.n_layers)
+        norms = {norm: [taps.get(f"blocks.{layer}.{name}") for layer in layers] for norm, name in BLOCK_NORMS.items()}
+        alike: dict[torch.Size, dict[str, list[Tap]]] = {}
+        for norm, own in (norms | {"final": [taps["final_norm"]]}).items():
+            if None not in own:
+                alike.setdefault(own[0].output.shape, {})[norm] = own
+        readings: dict[str, Reading] = {}
+        for group in alike.values():
+            found = _laws([tap for own in group.values() for tap in own], self.rows, view.step // self.every_steps)
+            for (law, suffix), values in found.items():
+                for norm, value in zip(group, values.split([len(own) for own in group.values()]), strict=True):
+                    readings[f"{law}.{norm}{suffix}"] = value[0] if norm == "final" else value
+        return readings
 
 
 def _laws(taps: Sequence[Tap], rows: int, reading: int) -> dict[tuple[str, str], Tensor]:
-    """By law and suffix, (layers,), of norms of one shape."""
+    """By law and suffix, (len(taps),), of norms of one shape, whichever they are: every operation is paid once."""
     t = _step(taps, in_turn(rows, reading, len(taps[0].output)))
     orthogonality = conservation.norm_orthogonality(t.x, t.dx, t.y, t.dy, eps=t.eps, bias=t.bias, centred=t.centred)
     laws = {LAW: (orthogonality, fp32_rounding.norm_orthogonality_noise(t))}
@@ -75,7 +80,7 @@ def _laws(taps: Sequence[Tap], rows: int, reading: int) -> dict[tuple[str, str],
 
 
 def _over_tokens(residual: Tensor) -> Tensor:
-    """(layers, ...) -> (layers,): the root mean square over tokens."""
+    """(norms, ...) -> (norms,): the root mean square over tokens."""
     return residual.flatten(1).square().mean(-1).sqrt()
 
 
@@ -84,7 +89,7 @@ def _step(taps: Sequence[Tap], rows: slice) -> NormStep:
         return torch.stack([tensor[rows] for tensor in tensors]).double()
 
     def beside(vectors: Sequence[Tensor]) -> Tensor:
-        """(layers, M) so that it broadcasts over the tokens of each layer."""
+        """(norms, M) so that it broadcasts over the tokens of each."""
         stacked = torch.stack([vector.detach() for vector in vectors]).double()
         return stacked.view(len(taps), *[1] * (taps[0].output.ndim - 1), -1)
 

@@ -21,7 +21,15 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from torch import Tensor
 
-from monitors.attention_update import PER_HEAD, attention_weights, check_windows, is_attention_matrix, stack_matrix
+from monitors.attention_update import (
+    PER_HEAD,
+    attention_weights,
+    check_windows,
+    head_blocks,
+    is_attention_matrix,
+    keys_per_query_head,
+    stack_matrix,
+)
 from monitors.base import Lookback, Masked, Reading, Signal, StepView
 from monitors.spectra import increment_singular_values, singular_values, spectral_entropy
 
@@ -95,6 +103,7 @@ def tracy_widom_score(spectrum: Tensor, m: int, n: int) -> Tensor:
 class RandomMatrix:
     """Scores per layer and head, for the updates of W_Q and W_K over a window and for their Delta2; bad: up.
 
+    Heads are query heads, but key heads for ``.k``; a query head's Delta2 takes the W_K of its group.
     ``delta_w_flip_edge.q`` and ``.k``, ``qk_delta2_flip_edge``: ``flip_edge_ratio``;
     ``qk_delta2_flip_deficit``: ``flip_entropy_deficit`` (nats);
     ``delta_w_bbp_edge.q``, ``.k`` and ``delta_w_tracy_widom.q``, ``.k``: the comparison.
@@ -128,22 +137,32 @@ class RandomMatrix:
             return {}
         config = view.model.config
         old, new = (
-            torch.stack([stack_matrix(weights, config.n_layers, matrix) for matrix in "qk"]).double()
+            torch.stack(
+                (
+                    stack_matrix(weights, config.n_layers, "q"),
+                    keys_per_query_head(stack_matrix(weights, config.n_layers, "k"), config),
+                )
+            ).double()
             for weights in (before, attention_weights(view.model))
         )
-        old, new = (w.unflatten(-2, (config.n_heads, -1)) for w in (old, new))  # (q and k, layers, H, D, E)
-        return {f"{name}.w{self.window}": reading for name, reading in self._scores(old, new - old).items()}
+        old, new = (head_blocks(w, config) for w in (old, new))  # (q and k, layers, H, D, E)
+        shared = config.n_heads // config.kv_heads
+        return {f"{name}.w{self.window}": reading for name, reading in self._scores(old, new - old, shared).items()}
 
-    def _scores(self, old: Tensor, delta: Tensor) -> dict[str, Reading]:
+    def _scores(self, old: Tensor, delta: Tensor, shared: int) -> dict[str, Reading]:
+        """shared: how many neighbouring query heads read one key head, whose own scores are given once."""
         flipped = random_signs((self.flips, *delta.shape)).to(delta.device) * delta
         spectra = singular_values(torch.cat((delta[None], flipped)))
         m, n = sorted(delta.shape[-2:])
         zero = delta.eq(0).flatten(-2).all(-1)
         readings: dict[str, Reading] = {}
         for index, matrix in enumerate("qk"):
-            spectrum, nothing = spectra[0, index], zero[index]
+            heads = slice(None, None, shared if matrix == "k" else 1)
+            of_matrix = spectra[:, index, :, heads]
+            spectrum, copies = of_matrix[0], of_matrix[1:]
+            nothing = zero[index, :, heads]
             noiseless = nothing | (noise_variance(spectrum, m, n) == 0)
-            readings[f"delta_w_flip_edge.{matrix}"] = Masked(flip_edge_ratio(spectrum, spectra[1:, index]), nothing)
+            readings[f"delta_w_flip_edge.{matrix}"] = Masked(flip_edge_ratio(spectrum, copies), nothing)
             readings[f"delta_w_bbp_edge.{matrix}"] = Masked(bbp_edge_ratio(spectrum, m, n), noiseless)
             readings[f"delta_w_tracy_widom.{matrix}"] = Masked(tracy_widom_score(spectrum, m, n), noiseless)
         updates = torch.cat((delta[None], flipped))

@@ -25,7 +25,7 @@ predictions are mean squares, (B, G), in the squared unit of the law's numerator
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -34,7 +34,8 @@ from torch import Tensor
 
 from models.numerics import at_least_fp32
 from models.taps import Tap
-from monitors.conservation import over_group
+from models.visibility import score_mask
+from monitors.conservation import over_group, per_query_head
 
 OVER_NOISE = "over_noise"
 """Ends the name of a signal that divides what is broken of a law by what rounding alone predicts."""
@@ -43,11 +44,16 @@ BF16_U2 = 2.0**-14 / 24
 """Mean square of the relative error of one rounding to BF16."""
 
 
+TILE = 64
+"""Queries looked at together: no key after the last of them is read, and they fit a CPU's cache."""
+
+
 @dataclass(frozen=True)
 class DotProductStep:
-    """The tensors of one layer's dot product in one step, and the sums over a row of P that the predictions need.
+    """The tensors of some layers' dot products in one step, and the sums over a row of P that the predictions need.
 
-    q, o, dq, do: (B, H, T, D); k, v, dk, dv: (B, G, T, D), FP32, as the kernel receives and returns them.
+    q, o, dq, do: (B, H, T, D); k, v, dk, dv: (B, G, T, D), FP32, as the kernel receives and returns them; window: how
+    many keys a query sees, None for all before it.
     """
 
     q: Tensor
@@ -58,50 +64,53 @@ class DotProductStep:
     dk: Tensor
     dv: Tensor
     do: Tensor
+    window: int | None = None
 
     @classmethod
-    def of(cls, tap: Tap, rows: slice = slice(None)) -> DotProductStep:
-        """From a tap on a dot product, for some batch rows."""
-        stored = tap.module.stored
-        q, k, v = (stored(x[rows]) for x in tap.inputs)
-        dq, dk, dv = (tap.input_grads[index][rows] for index in range(3))
-        step = (q, k, v, tap.output[rows], dq, dk, dv, stored(tap.output_grad[rows]))
-        return cls(*(at_least_fp32(x) for x in step))
+    def of(cls, taps: Sequence[Tap], rows: slice = slice(None)) -> DotProductStep:
+        """From the taps on the dot products of some layers, of one window, their batch rows after one another."""
 
-    @classmethod
-    def join(cls, steps: Sequence[DotProductStep]) -> DotProductStep:
-        """Several layers as one: their batch rows after one another."""
-        return cls(*(torch.cat([getattr(step, part.name) for step in steps]) for part in fields(cls)))
+        def together(tensors: Iterable[Tensor]) -> Tensor:
+            return at_least_fp32(torch.cat([x[rows] for x in tensors]))
+
+        stored = taps[0].module.stored
+        q, k, v = (stored(together(tap.inputs[index] for tap in taps)) for index in range(3))
+        dq, dk, dv = (together(tap.input_grads[index] for tap in taps) for index in range(3))
+        do = stored(together(tap.output_grad for tap in taps))
+        return cls(q, k, v, together(tap.output for tap in taps), dq, dk, dv, do, taps[0].module.window)
+
+    @cached_property
+    def squares(self) -> Mapping[str, Tensor]:
+        """|x|^2 of each token, (B, H or G, T), of each of the tensors."""
+        return {part.name: _square(getattr(self, part.name)) for part in fields(self) if part.name != "window"}
 
     @cached_property
     def row_sums(self) -> RowSums:
-        """Of the recomputed P and dP: the one part that costs T x T."""
+        """Of the recomputed P and dP: the one part that costs T x T, less what lies beyond a tile's last query.
+
+        Sums of squares are norms of T x T tensors, which a CPU takes in one pass each; a matrix product is dearer.
+        """
         B, H, T, D = self.q.shape
         k, v = (per_query_head(x, H).flatten(0, 1) for x in (self.k, self.v))
-        q, do = self.q.flatten(0, 1), self.do.flatten(0, 1)
-        mask = torch.full((1, T, T), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
-        p = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D)).softmax(-1)
-        dp = do @ v.mT
-        largest, where = p.max(-1, keepdim=True)
-        v2 = v.square().sum(-1, keepdim=True)
-        top = largest.square()
-        top_dp2, top_v2 = top * dp.gather(-1, where).square(), top * v2.gather(1, where)
-        weighted = p.square() @ torch.cat((torch.ones_like(v2), v2, v), -1)
-        p2, p2_v2, p2_v = weighted.split((1, 1, D), -1)
-        p2_dp2 = torch.linalg.vector_norm(dp.mul_(p), dim=-1, keepdim=True).square()
-        delta = (do * self.o.flatten(0, 1)).sum(-1, keepdim=True)
-        p2_dp = (p2_v * do).sum(-1, keepdim=True)
-        ds2 = (p2_dp2 - 2 * delta * p2_dp + delta.square() * p2).clamp(min=0)
-        twice_rounded = largest < 1  # P = 1 is exact in the backward as well
-        found = (
-            ds2,
-            p2_dp2 - top_dp2,
-            p2_v2 - top_v2,
-            p2 * twice_rounded,
-            p2_dp2 * twice_rounded,
-            p2_v2 * twice_rounded,
-        )
-        return RowSums(*(x.clamp(min=0).view(B, H, T) for x in found))
+        q, o, do = (x.flatten(0, 1) for x in (self.q, self.o, self.do))
+        mask = score_mask(T, self.window, 1, q.device, q.dtype)
+        size_v = torch.linalg.vector_norm(v, dim=-1)[:, None]
+
+        def of_queries(i: slice, j: slice) -> tuple[Tensor, ...]:
+            """For queries i, which look at keys j at most."""
+            p = torch.baddbmm(mask[:, i, j], q[:, i], k[:, j].mT, alpha=1 / math.sqrt(D)).softmax(-1)
+            largest = p.amax(-1, keepdim=True)
+            twice_rounded = largest[..., 0] < 1  # P = 1 is exact in the backward as well
+            delta = (do[:, i] * o[:, i]).sum(-1, keepdim=True)
+            p_dp = (do[:, i] @ v[:, j].mT).mul_(p)
+            ds2 = _square(torch.addcmul(p_dp, p, delta, value=-1))
+            p_v = p * size_v[..., j]
+            backward = [_square(x) * twice_rounded for x in (p, p_dp, p_v)]
+            inexact = p.sub_(largest).sign_()  # 0 at the largest of a row, and at its equals
+            return ds2, _square(p_dp.mul_(inexact)), _square(p_v.mul_(inexact)), *backward
+
+        tiles = [of_queries(slice(first, first + TILE), slice(first + TILE)) for first in range(0, T, TILE)]
+        return RowSums(*(torch.cat(parts, -1).view(B, H, T) for parts in zip(*tiles, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -120,17 +129,12 @@ class RowSums:
     backward_v2: Tensor
 
 
-def per_query_head(x_BGTD: Tensor, n_heads: int) -> Tensor:
-    shared = n_heads // x_BGTD.shape[1]
-    return x_BGTD if shared == 1 else x_BGTD.repeat_interleave(shared, dim=1)
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.sum((-2, -1))
-
-
 def _square(x: Tensor) -> Tensor:
-    return x.square().sum(-1)
+    return torch.linalg.vector_norm(x, dim=-1).square()
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(-2, -1)).square()
 
 
 def key_shift_noise(t: DotProductStep) -> Tensor:
@@ -139,25 +143,25 @@ def key_shift_noise(t: DotProductStep) -> Tensor:
     e: the error of P in O. An error of delta_i moves the row dS_i by as much times P_i, whose sum is 1.
     """
     row_BHT = t.row_sums.ds2 + t.row_sums.forward_dp2 + _square(t.do * t.o)
-    heads = (row_BHT * _square(t.q)).sum(-1) / t.q.shape[-1]
-    return BF16_U2 * (over_group(heads, t.dk.shape[1]) + _sum(t.dk.square()))
+    heads = (row_BHT * t.squares["q"]).sum(-1) / t.q.shape[-1]
+    return BF16_U2 * (over_group(heads, t.dk.shape[1]) + t.squares["dk"].sum(-1))
 
 
 def value_shift_noise(t: DotProductStep) -> Tensor:
     """E||sum_j dV_j - sum_i dO_i||^2 = u^2 [sum_ij e_ij |do_i|^2 + sum_j |dV_j|^2], e: the error of P in dV."""
-    heads = (t.row_sums.backward * _square(t.do)).sum(-1)
-    return BF16_U2 * (over_group(heads, t.dv.shape[1]) + _sum(t.dv.square()))
+    heads = (t.row_sums.backward * t.squares["do"]).sum(-1)
+    return BF16_U2 * (over_group(heads, t.dv.shape[1]) + t.squares["dv"].sum(-1))
 
 
 def qk_gauge_noise(t: DotProductStep) -> Tensor:
     """E|sum q.dq - sum k.dk|^2 = u^2 [sum (q dq)^2 + sum (k dk)^2], over tokens and components."""
-    return BF16_U2 * (over_group(_sum((t.q * t.dq).square()), t.k.shape[1]) + _sum((t.k * t.dk).square()))
+    return BF16_U2 * (over_group(_sum_of_squares(t.q * t.dq), t.k.shape[1]) + _sum_of_squares(t.k * t.dk))
 
 
 def qk_gauge_matrix_noise(t: DotProductStep) -> Tensor:
     """E||Q^T dQ - dK^T K||_F^2 = u^2 [sum_i |q_i|^2 |dq_i|^2 + sum_j |k_j|^2 |dk_j|^2]."""
-    query = over_group((_square(t.q) * _square(t.dq)).sum(-1), t.k.shape[1])
-    return BF16_U2 * (query + (_square(t.k) * _square(t.dk)).sum(-1))
+    query = over_group((t.squares["q"] * t.squares["dq"]).sum(-1), t.k.shape[1])
+    return BF16_U2 * (query + (t.squares["k"] * t.squares["dk"]).sum(-1))
 
 
 def vo_gauge_noise(t: DotProductStep) -> Tensor:
@@ -165,8 +169,8 @@ def vo_gauge_noise(t: DotProductStep) -> Tensor:
 
     e, e': the errors of P in O and in dV.
     """
-    heads = (t.row_sums.forward_dp2 + t.row_sums.backward_dp2).sum(-1) + _sum((t.o * t.do).square())
-    return BF16_U2 * (over_group(heads, t.v.shape[1]) + _sum((t.v * t.dv).square()))
+    heads = (t.row_sums.forward_dp2 + t.row_sums.backward_dp2).sum(-1) + _sum_of_squares(t.o * t.do)
+    return BF16_U2 * (over_group(heads, t.v.shape[1]) + _sum_of_squares(t.v * t.dv))
 
 
 def vo_gauge_matrix_noise(t: DotProductStep) -> Tensor:
@@ -174,6 +178,6 @@ def vo_gauge_matrix_noise(t: DotProductStep) -> Tensor:
 
     e, e': the errors of P in O and in dV.
     """
-    rows = t.row_sums.forward_v2 + t.row_sums.backward_v2 + _square(t.o)
-    heads = (rows * _square(t.do)).sum(-1)
-    return BF16_U2 * (over_group(heads, t.v.shape[1]) + (_square(t.v) * _square(t.dv)).sum(-1))
+    rows = t.row_sums.forward_v2 + t.row_sums.backward_v2 + t.squares["o"]
+    heads = (rows * t.squares["do"]).sum(-1)
+    return BF16_U2 * (over_group(heads, t.v.shape[1]) + (t.squares["v"] * t.squares["dv"]).sum(-1))

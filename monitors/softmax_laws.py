@@ -43,13 +43,13 @@ class LogitLaws:
     def observe(self, view: StepView) -> dict[str, Reading]:
         tap = view.taps.at("linear")["head"]
         sample = every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
-        head = LinearStep.of(tap, sample)
+        head = LinearStep.of([tap], sample)
         exact = fp32_rounding.stored_in_fp32(tap)
         noise = fp32_rounding.logit_shift_noise(head.y, head.dy, head.tokens) if exact else None
-        readings = _both("logit_shift_residual", conservation.logit_shift(head.dy), noise.sum() if exact else None)
+        readings = _both("logit_shift_residual", conservation.logit_shift(head.dy[0]), noise.sum() if exact else None)
         if not view.model.config.tie_embeddings:
-            of_weight = fp32_rounding.weight_sum_noise(head, noise) if exact else None
-            readings |= _both("logit_shift_residual.head", conservation.logit_shift(head.dw[0].T), of_weight)
+            of_weight = fp32_rounding.weight_sum_noise(head, noise)[0] if exact else None
+            readings |= _both("logit_shift_residual.head", conservation.logit_shift(tap.weight_grad.T), of_weight)
         return readings
 
 
@@ -74,13 +74,14 @@ class RouterLaws:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config, layers = view.model.config.moe, []
-        for index, routing in enumerate(view.routings):
-            step = LinearStep.of(view.taps.at("linear")[f"blocks.{index}.mlp.router"])
-            share_E = routing.counts_E / routing.counts_E.sum()
-            aux_E = config.aux_coef * config.n_experts / len(step.x) * share_E.double()
-            per_token = fp32_rounding.router_logit_noise(step.y, step.dy, aux_E, config.z_coef)
-            noise = fp32_rounding.weight_sum_noise(step, per_token)
-            broken = conservation.router_shift(step.dw[0], step.x, step.y, config.z_coef)
-            layers.append(_both("router_shift_residual", broken, noise))
-        return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+        config, linear = view.model.config.moe, view.taps.at("linear")
+        taps = [linear[f"blocks.{layer}.mlp.router"] for layer in range(len(view.routings))]
+        step = LinearStep.of(taps)
+        counts_LE = torch.stack([routing.counts_E for routing in view.routings]).double()
+        share_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
+        aux_LE = config.aux_coef * config.n_experts / step.tokens * share_LE
+        per_token = fp32_rounding.router_logit_noise(step.y, step.dy, aux_LE[:, None], config.z_coef)
+        noise = fp32_rounding.weight_sum_noise(step, per_token)
+        layers = zip([tap.weight_grad for tap in taps], step.x, step.y, strict=True)
+        broken, scale = zip(*(conservation.router_shift(*layer, config.z_coef) for layer in layers), strict=True)
+        return _both("router_shift_residual", (torch.stack(broken), torch.stack(scale)), noise)

@@ -1,8 +1,12 @@
 """A manifest's fault node says which class of sites it hits, where."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from analysis.fault_truth import HEALTHY, OTHER, Truth, truth
+from analysis import fault_truth
+from analysis.fault_truth import HEALTHY, OTHER, Truth, truth, truth_of
+from models import numerics
 
 ATTENTION = {"bits": 2, "rounding": "truncate", "phase": "backward", "layers": None, "heads": None, "onset": 0}
 MODULE = {"bits": 2, "rounding": "flip", "share": 0.0, "onset": 0}
@@ -40,10 +44,44 @@ ROUTERS = ["blocks.1.mlp.router", "blocks.0.mlp.router"]
         ({"faults": {"a": {"sites": ["dq"], **ATTENTION}, "b": {"factor": 10.0}}}, Truth("dq")),
         ({"faults": {"a": {"sites": ["dq"], **ATTENTION}, "b": {"sites": ["o"], **ATTENTION}}}, Truth(None)),
         ({"faults": {"b": {"factor": 10.0}}}, Truth(OTHER)),
+        ({"pv_accumulation": "bf16", "pv_block": 1, "onset": 0}, Truth(None)),
     ],
 )  # fmt: skip
 def test_the_truth_of_a_fault(fault, expected):
     assert truth(fault, onset=1) == expected
+
+
+@pytest.mark.parametrize(
+    ("sites", "heads", "expected"),
+    [
+        (["dq"], [0, 1], (0,)),
+        (["dq"], [3], (1,)),
+        (["o"], [2, 1], (0, 1)),
+        (["dk"], [1], (1,)),
+        (["v"], [0], (0,)),
+        (["q", "k"], [0, 1], (0, 1)),
+        (["p"], None, None),
+    ],
+)
+def test_a_fault_in_a_query_head_breaks_the_laws_of_its_group(sites, heads, expected):
+    """Two query heads to a key-value head, whose number the laws go by."""
+    fault = {"sites": sites, **ATTENTION, "heads": heads}
+    assert truth(fault, 1, shared=2).heads == expected
+    both = {"faults": {"a": fault, "b": {"factor": 10.0}}}
+    assert truth(both, 1, shared=2).heads == expected
+
+
+def test_the_sites_of_key_value_heads_are_those_of_the_kernel():
+    assert fault_truth.KEY_VALUE_SITES == numerics.KEY_VALUE_SITES
+
+
+@pytest.mark.parametrize(
+    ("model", "heads"),
+    [({}, (1,)), ({"n_heads": 4, "n_kv_heads": None}, (1,)), ({"n_heads": 4, "n_kv_heads": 2}, (0,))],
+)
+def test_the_truth_of_a_run_knows_its_groups(model, heads):
+    config = {"fault": {"sites": ["o"], **ATTENTION, "heads": [1]}, "model": model}
+    assert truth_of(SimpleNamespace(manifest={"config": config}, onset=1)).heads == heads
 
 
 def test_without_onset_a_run_is_healthy():

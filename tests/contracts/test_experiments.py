@@ -22,6 +22,7 @@ SHORT = [
     "scale.batch_steps={half: 60, quarter: 60, eighth: 60}",
     "scale.grid_steps={quarter: 60, eighth: 60}",
     *(f"scale.{name}={{steps: 60, onset: 30}}" for name in ("early_warning", "localise", "smallest_fault")),
+    "scale.natural_bf16={steps: 60}",
     "scale.reference_set={steps: 60, ramp: {onset: 10, ramp_steps: 40}}",
 ]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -37,6 +37,12 @@ DENSE = ("model=mha_nano", *VARIANT)
 """What a model with experts lacks: an MLP. Between the two every signal has something to see."""
 
 
+GROUPED = ("model=gqa_nano", "model.n_heads=4", "model.n_kv_heads=2", "model.window=8")
+"""Two query heads to a key-value head, and a window: half the context."""
+OF_KEY_VALUE_HEADS = ("key_shift_", "value_shift_", "qk_gauge_", "vo_gauge_", "attention_recomputed.")
+OF_KEYS_OR_VALUES = (".k", ".v")
+
+
 @pytest.fixture
 def signals_of(make_run, tmp_path):
     """Train a model of so many steps: the run, and what it recorded."""
@@ -85,6 +91,22 @@ def test_every_signal_is_alive_under_bf16_autocast_but_for_predictions_of_fp32(s
         for name in bf16:
             if name.endswith(".over_noise") and name.startswith(("norm_", "router_", "key_", "value_", "vo_", "qk_")):
                 assert 0.3 < np.median(bf16[name].values) < 3, name
+
+
+def test_every_signal_of_heads_is_alive_on_grouped_heads(signals_of):
+    """A reading for each query head; for each key-value head where it is of one: laws, W_K, W_V."""
+    run, signals = signals_of(60, *GROUPED)
+    per_head = [s for m in run.monitors.values() for s in m.signals if s.axes == ("layer", "head")]
+    assert len(per_head) > 50
+    assert all(np.isfinite(series.values).all() for series in signals.values())
+    for signal in per_head:
+        values = signals[signal.name].values
+        parts = "".join(f".{part}" for part in signal.name.split(".")[1:])
+        of_keys = signal.name.startswith(OF_KEY_VALUE_HEADS) or any(
+            parts == kind or parts.startswith(f"{kind}.") for kind in OF_KEYS_OR_VALUES
+        )
+        assert values.shape[1:] == (2, 2 if of_keys else 4), signal.name
+        assert np.isfinite(values).all() and (np.ptp(values, axis=0) > 0).all(), signal.name
 
 
 def test_readings_do_not_depend_on_what_comes_later(signals_of):

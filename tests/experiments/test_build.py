@@ -9,6 +9,9 @@ from faults.base import LearningRateScale
 CONF = ROOT / "conf"
 
 
+GROUPED = ("model=gqa_nano", "model.n_heads=4")
+
+
 def test_equal_configurations_are_one_run(make_run):
     one = make_run("fault=bf16_shift")
     reordered = {key: one.config[key] for key in reversed(one.config)}
@@ -50,9 +53,16 @@ def test_the_sources_digest_covers_what_determines_a_result():
     [
         (["fault=bf16_shift", "fault.bits=9"], "bits=9 is not allowed: an integer from 0 to 8"),
         (["fault=bf16_shift", "fault.heads=[7]"], r"heads=\[7\] does not fit the model: it has 2 heads, 0 to 1"),
+        (
+            [*GROUPED, "fault=bf16_shift", "fault.sites=[o,dk]", "fault.heads=[3]"],
+            r"heads=\[3\] does not fit the model: it has 2 key-value heads for 'dk', 0 to 1",
+        ),
+        ([*GROUPED, "model.n_kv_heads=3"], "model.n_heads=4 is not divisible by model.n_kv_heads=3"),
         (["fault=bf16_shift", "fault.layers=[5]"], r"layers=\[5\] does not fit the model: it has 2 layers"),
         (["fault=bf16_shift", "fault.onset=40"], "fault.onset=40 is after the end: train.steps=40"),
         (["fault=bf16_shift", "model.backend=sdpa"], "model.backend='sdpa' has no fault sites"),
+        (["fault=natural_bf16", "model.backend=sdpa"], "model.backend='sdpa' has no fault sites"),
+        (["fault=natural_bf16", "fault.beta=2.0"], "beta=2.0 is not allowed: it goes with row_max=dynamic alone"),
         (["fault=bf16_shift", "+fault.bit=3"], r"fault.bit is not a key of BF16Shift \(did you mean 'bits'\?"),
         (
             ["fault=bf16_shift", "fault.bits=seven"],

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from experiments.bench import qk_core_speedup
+from experiments.bench import due_together, qk_core_speedup
 from experiments.live import LiveAlarms
 from experiments.progress import RunProgress
 from monitors.base import Masked, Signal
@@ -42,6 +42,11 @@ def test_a_run_says_where_it_stands_while_it_trains_and_cleans_up(tmp_path):
         progress(5, torch.tensor(2.5), {"up": torch.tensor(1.0)})
         assert '"step": 5' in (tmp_path / "status.json").read_text()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bench_knows_which_monitors_share_a_step():
+    both, one, none = frozenset("ab"), frozenset("a"), frozenset()
+    assert due_together({"a": 2, "b": 3}) == [both, none, one, frozenset("b"), one, none]
 
 
 def test_the_bench_measures_the_qk_core():

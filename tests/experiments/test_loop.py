@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from experiments import loop, trace
 from experiments.build import ROOT, build_run
 from experiments.loop import RunError, train
 from experiments.memory import OutOfMemory
+from models.transformer import Transformer
 
 WEIGHTS = "weights.safetensors"
 
@@ -340,3 +343,23 @@ def test_a_dense_run_says_which_monitors_it_left_out(make_run, tmp_path):
     manifest = train(make_run("train.steps=1"), tmp_path)
     assert manifest["left_out_monitors"] == ["expert_load", "router_laws", "router_weight", "routing_probability"]
     assert train(make_run("train.steps=1", *MOE), tmp_path)["left_out_monitors"] == []
+
+
+def test_what_a_step_was_tapped_for_is_gone_before_the_next(make_run, tmp_path, monkeypatch):
+    """It is as large as the step's activations, and would take the memory that the next step needs."""
+    made, seen, alive = make_run("train.steps=12", "monitor.attention_laws.every_steps=1"), [], []
+    laws, objective = made.monitors["attention_laws"], Transformer.objective
+    run, observe = replace(made, monitors={"attention_laws": laws}), laws.observe
+
+    def remember(view):
+        seen.append(weakref.ref(view.taps))
+        return observe(view)
+
+    def count(*arguments):
+        alive.append(sum(taps() is not None for taps in seen))
+        return objective(*arguments)
+
+    monkeypatch.setattr(laws, "observe", remember)
+    monkeypatch.setattr(Transformer, "objective", count)
+    train(run, tmp_path)
+    assert len(seen) == 12 and not any(alive)

@@ -1,125 +1,22 @@
 """Attention against FP64: healthy error bounds, causality, and the size and reach of a fault at every site.
 
-``emulate`` writes the equations down a second time, in FP64 and with the BF16 roundings of the storage
-sites; ``bounds`` follows those roundings through the equations, |error| <= u |value| at each, with the
-unit roundoff u = 2^-8 of BF16's 8 significant bits.
+``attention_in_fp64`` writes the equations down a second time; ``bounds`` follows their roundings through them,
+|error| <= u |value| at each, with the unit roundoff u = 2^-8 of BF16's 8 significant bits.
 """
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from models.attention import attention, flash_attention
+from models.attention import flash_attention
 from models.bits import ROUNDINGS, round_half_up, truncate
-from models.numerics import (
-    FORWARD_SITES,
-    HEALTHY_LAYER,
-    SITES,
-    AttentionNumerics,
-    SiteFault,
-)
+from models.numerics import FORWARD_SITES, HEALTHY_LAYER, SITES, AttentionNumerics, SiteFault
+from tests.models.attention_in_fp64 import NAMES, REACH, distance, emulate, exact, inputs, layer, run
 
-NAMES = ("o", "dq", "dk", "dv")
 U = 2.0**-8
 
-REACH = {
-    # forward: the value that the forward uses; the backward sees its consequences in the saved O and L
-    ("q", "forward"): "o dq dk dv",
-    ("k", "forward"): "o dq dk dv",
-    ("s", "forward"): "o dq dk dv",
-    ("p", "forward"): "o dq dk",  # L is clean, so P is: only delta feels the saved O
-    ("v", "forward"): "o dq dk",
-    ("o", "forward"): "o",  # the saved copy is clean
-    # backward
-    ("q", "backward"): "dq dk dv",  # through the recomputed S
-    ("k", "backward"): "dq dk dv",
-    ("s", "backward"): "dq dk dv",
-    ("lse", "backward"): "dq dk dv",
-    ("p", "backward"): "dq dk dv",
-    ("do", "backward"): "dq dk dv",
-    ("v", "backward"): "dq dk",  # through dP
-    ("dp", "backward"): "dq dk",
-    ("o", "backward"): "dq dk",  # through delta
-    ("delta", "backward"): "dq dk",
-    ("ds", "backward"): "dq dk",
-    ("dq", "backward"): "dq",
-    ("dk", "backward"): "dk",
-    ("dv", "backward"): "dv",
-}
 DIRECT = {("o", "forward"): "o", ("dq", "backward"): "dq", ("dk", "backward"): "dk", ("dv", "backward"): "dv"}
-
-
-def inputs(B=2, H=3, T=33, D=16, seed=0):
-    """q, k, v and dO, holding BF16 numbers in FP32."""
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(B, H, T, D, generator=generator).bfloat16().float() for _ in range(4))
-
-
-def layer(site, phase, bits, rounding="truncate", heads=None, share=1.0):
-    return AttentionNumerics((SiteFault(site, phase, rounding, bits, heads=heads, share=share),)).layer(0)
-
-
-def run(q, k, v, do, numerics=HEALTHY_LAYER, backend="reference"):
-    """{o, dq, dk, dv} of the module under test."""
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    o = attention(*leaves, backend=backend, numerics=numerics, nonfinite=torch.zeros((), dtype=torch.int64))
-    return dict(zip(NAMES, (o.detach(), *torch.autograd.grad(o, leaves, do)), strict=True))
-
-
-def exact(q, k, v, do):
-    """{o, dq, dk, dv} in FP64: autograd of plain softmax attention."""
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    T, D = q.shape[-2:]
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    s = torch.einsum("bhid,bhjd->bhij", *leaves[:2]) / math.sqrt(D)
-    o = s.masked_fill(future, -math.inf).softmax(-1) @ leaves[2]
-    return dict(zip(NAMES, (o.detach(), *torch.autograd.grad(o, leaves, do.double())), strict=True))
-
-
-def grid(x):
-    return x.float().bfloat16().double()
-
-
-def emulate(q, k, v, do, fault=None):
-    """{o, dq, dk, dv} from the equations in FP64, rounded at the BF16 storage sites.
-
-    fault: (site, phase, bits) to truncate, by arithmetic on the 16-bit integers, or None.
-    """
-    q, k, v, do = (x.double() for x in (q, k, v, do))
-    T, D = q.shape[-2:]
-    past = torch.ones(T, T, dtype=torch.bool).tril()
-
-    def at(site, phase, x):
-        if fault is None or (site, phase) != fault[:2]:
-            return x
-        raw = x.float().bfloat16().view(torch.int16).numpy().view(np.uint16)
-        cleared = raw // np.uint16(2 ** fault[2]) * np.uint16(2 ** fault[2])
-        return torch.from_numpy(cleared.view(np.int16)).view(torch.bfloat16).double()
-
-    def scores(q, k, phase):
-        return at("s", phase, torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(D))
-
-    s = scores(at("q", "forward", q), at("k", "forward", k), "forward").masked_fill(~past, -math.inf)
-    row_max = s.amax(-1, keepdim=True)
-    p_bar = torch.exp(s - row_max)
-    o = grid(at("p", "forward", grid(p_bar)) @ at("v", "forward", v) / p_bar.sum(-1, keepdim=True))
-    lse = torch.logsumexp(s, -1, keepdim=True)
-    returned = at("o", "forward", o)
-
-    q, k, v, do = (at(site, "backward", x) for site, x in (("q", q), ("k", k), ("v", v), ("do", do)))
-    p = torch.exp(scores(q, k, "backward") - at("lse", "backward", lse)) * past
-    stored_p = at("p", "backward", grid(p))
-    if fault is not None and fault[:2] == ("p", "backward"):
-        p = stored_p
-    delta = at("delta", "backward", (do * at("o", "backward", o)).sum(-1, keepdim=True))
-    dp = at("dp", "backward", torch.einsum("bhid,bhjd->bhij", do, v))
-    ds = at("ds", "backward", grid(p * (dp - delta)))
-    dq = at("dq", "backward", grid(ds @ k / math.sqrt(D)))
-    dk = at("dk", "backward", grid(ds.mT @ q / math.sqrt(D)))
-    dv = at("dv", "backward", grid(stored_p.mT @ do))
-    return dict(zip(NAMES, (returned, dq, dk, dv), strict=True))
 
 
 def bounds(q, k, v, do):
@@ -148,11 +45,6 @@ def bounds(q, k, v, do):
         "dk": stored(scale * ds.mT @ q, scale * (ds_error + fp32 * ds.abs()).mT @ q.abs()),
         "dv": stored(p.mT @ do, (U + 8 * fp32) * p.mT @ do.abs()),
     }
-
-
-def distance(a, b):
-    """Relative to b, in the Frobenius norm."""
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def slope(error, predicted):

@@ -105,6 +105,21 @@ class TestShare:
         hits = BitOperation("flip", 7, share).hits((64, 64), CPU, causal=True)
         assert hits.any() and not hits.triu(1).any()
 
+    @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
+    def test_a_window_leaves_fewer_to_hit(self, share):
+        operation = BitOperation("flip", 7, share)
+        hits, causal = (operation.hits((64, 64), CPU, True, window) for window in (8, None))
+        visible = torch.ones(64, 64, dtype=torch.bool).tril().triu(-7)
+        assert hits.any() and not hits[~visible].any()
+        if share > 0:
+            assert torch.equal(hits, causal & visible)  # the very elements, those that are out of sight left out
+        assert share < 1 or torch.equal(hits, visible)
+
+    @pytest.mark.parametrize("rounding", ["truncate", "round_half_up"])
+    def test_all_is_no_mask_where_a_masked_zero_stays_zero(self, rounding):
+        assert BitOperation(rounding, 7).hits((8, 8), CPU, causal=True) is None
+        assert not BitOperation(rounding, 7)(torch.zeros(3), None).any()
+
     def test_it_is_spread_evenly(self):
         hits = BitOperation("flip", 7, 0.05).hits((64, 64), CPU)
         assert hits.sum(0).max() <= 6 and hits.sum(1).max() <= 6

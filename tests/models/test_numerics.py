@@ -124,13 +124,24 @@ def test_two_faults_on_one_value_are_refused(one, other, meet):
 @pytest.mark.parametrize("field", ["layers", "heads"])
 def test_a_fault_must_fit_the_model(field):
     numerics = AttentionNumerics((fault(**{field: (0, 3)}),))
-    numerics.check_fits(4, 4)
+    numerics.check_fits(4, 4, 4)
     with pytest.raises(ValueError, match=rf"fault\.{field}=\[0, 3\] .*3 {field}, 0 to 2"):
-        numerics.check_fits(**{"n_layers": 4, "n_heads": 4, f"n_{field}": 3})
+        numerics.check_fits(**{"n_layers": 4, "n_heads": 4, "n_kv_heads": 1, f"n_{field}": 3})
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_fault_s_heads_are_those_of_its_site(site):
+    numerics = AttentionNumerics((fault(site, heads=(3,)),))
+    numerics.check_fits(1, 4, 4)
+    if site not in ("k", "v", "dk", "dv"):
+        numerics.check_fits(1, 4, 2)
+        return
+    with pytest.raises(ValueError, match=rf"fault\.heads=\[3\] .*2 key-value heads for '{site}', 0 to 1"):
+        numerics.check_fits(1, 4, 2)
 
 
 def test_the_healthy_numerics_fit_any_model_and_touch_nothing():
-    HEALTHY.check_fits(1, 1)
+    HEALTHY.check_fits(1, 1, 1)
     assert HEALTHY.layer(0) is HEALTHY_LAYER and not HEALTHY_LAYER
     x = torch.ones(1, 1, 1)
     for site, phase in itertools.product(SITES, ("forward", "backward")):

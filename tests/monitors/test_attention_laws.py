@@ -42,6 +42,27 @@ def test_three_bits_in_one_head_are_felt_there_at_the_first_faulty_step_and_nowh
     assert all(faulty[name].max() < 3 for name in RATIOS if not name.startswith("key_shift"))
 
 
+GROUPED = ["model=gqa_nano", "model.n_heads=4", "model.window=8"]
+
+
+def test_grouped_heads_and_a_window_stand_at_their_prediction(readings):
+    healthy = readings(*GROUPED)
+    for name in RATIOS:
+        assert healthy[name].shape == (30, 2, 2)
+        assert 0.75 < np.sqrt(np.mean(healthy[name] ** 2)) < 1.3, name
+        assert healthy[name].max() < 3.5, name
+
+
+@pytest.mark.parametrize(("site", "head", "law"), [("o", 3, "key_shift"), ("dq", 0, "qk_gauge"), ("dv", 1, "vo_gauge")])
+def test_a_faulty_head_is_felt_in_its_key_value_head_alone(readings, site, head, law):
+    where = ["fault.layers=[1]", f"fault.heads=[{head}]", "fault.onset=10"]
+    faulty = readings(*GROUPED, "fault=bf16_shift", f"fault.sites=[{site}]", "fault.bits=5", *where)
+    broken = faulty[f"{law}_residual{'' if law == 'key_shift' else '.matrix'}.over_noise"]
+    group = head if site == "dv" else head // 2
+    assert (broken[10:, 1, group] > 3).all()
+    assert max(broken[:, 0].max(), broken[:, 1, 1 - group].max(), broken[:10].max()) < 3
+
+
 @pytest.mark.parametrize("fault", [["fault=lr_scale", "fault.factor=10"], ["fault=batch_shrink", "fault.factor=0.5"]])
 def test_hyperparameter_faults_break_no_law(readings, fault):
     faulty = readings(*fault)
@@ -49,9 +70,10 @@ def test_hyperparameter_faults_break_no_law(readings, fault):
 
 
 def test_an_fp32_kernel_keeps_the_laws_and_has_no_prediction(readings):
-    found = readings("model.backend=sdpa")
-    assert set(found) == set(LAWS)
-    assert max(values.max() for values in found.values()) < 1e-4
+    for model in ([], GROUPED):
+        found = readings("model.backend=sdpa", *model)
+        assert set(found) == set(LAWS)
+        assert max(values.max() for values in found.values()) < 1e-4
 
 
 def test_a_negative_number_of_rows_is_refused():

@@ -34,6 +34,22 @@ def test_both_are_those_of_every_head_s_scores(trained_steps, rows, chosen, back
             assert got["attn_entropy"][layer, head].item() == pytest.approx(entropy, rel=1e-5)
 
 
+def test_a_grouped_head_reads_its_group_s_keys_within_the_window(trained_steps):
+    monitor = AttentionScores(1, 0)
+    view = trained_steps(monitor, n_heads=4, n_kv_heads=2, window=5, init_std=0.5).next()
+    got = monitor.observe(view)
+    for layer, tap in enumerate(view.taps.at("dot_product").values()):
+        q, k = (tap.module.stored(x).double() for x in tap.inputs[:2])
+        for head in range(4):
+            s = q[:, head] @ k[:, head // 2].mT / 2
+            seen = torch.ones(16, 16, dtype=torch.bool).tril().triu(-4)
+            p = s.masked_fill(~seen, -math.inf).softmax(-1)
+            assert got["max_attn_logit"][layer, head].item() == pytest.approx(float(s[:, seen].max()), rel=1e-5)
+            assert got["attn_entropy"][layer, head].item() == pytest.approx(
+                float(torch.special.entr(p).sum(-1).mean()), rel=1e-5
+            )
+
+
 def test_zero_queries_attend_evenly_and_one_huge_key_takes_all(trained_steps):
     monitor = AttentionScores(1, 0)
     run = trained_steps(monitor)

@@ -87,6 +87,40 @@ def test_qk_increment_is_the_spectrum_of_the_formed_product(tiny_run, window):
         close(value(got[f"qk_coupling.w{window}"])[layer, head], coupling)
 
 
+def test_a_grouped_head_has_its_group_s_key_update(tiny_run):
+    """Delta W of each query or key-value head, Delta2 of each query head with the keys that it reads."""
+    monitors = DeltaW(1, [2], whole=True), QKIncrement(1, [2]), AttentionWeight(1)
+    run = tiny_run(*monitors, n_heads=4, n_kv_heads=2)
+    for _ in range(3):
+        view = run.advance()
+    delta_w, increment, weight = (monitor.observe(view) for monitor in monitors)
+    for matrix, layer in itertools.product(MATRICES, range(LAYERS)):
+        delta = run.delta(name_of(layer, matrix), 2)
+        blocks = (delta.T if matrix == "o" else delta).unflatten(0, (-1, 4))
+        assert len(blocks) == (4 if matrix in "qo" else 2)
+        for head, of_head in enumerate(blocks):
+            got = value(delta_w[f"delta_w_spectral_entropy.{matrix}.w2"])
+            assert got.shape == (LAYERS, len(blocks))
+            close(got[layer, head], statistics(of_head)["entropy"])
+        close(value(delta_w[f"delta_w_stable_rank.{matrix}_whole.w2"])[layer], statistics(delta)["stable_rank"])
+        now = statistics(run.past[run.step][name_of(layer, matrix)])
+        close(weight[f"weight_norm.{matrix}"][layer], now["norm"])
+        close(value(weight[f"weight_stable_rank.{matrix}"])[layer], now["stable_rank"])
+    past = run.past[run.step - 2]
+    for layer, head in itertools.product(range(LAYERS), range(4)):
+        q0, dq = (
+            w.unflatten(0, (4, 4))[head].T for w in (past[name_of(layer, "q")], run.delta(name_of(layer, "q"), 2))
+        )
+        k0, dk = (
+            w.unflatten(0, (2, 4))[head // 2].T for w in (past[name_of(layer, "k")], run.delta(name_of(layer, "k"), 2))
+        )
+        delta2 = statistics(dq @ k0.T + q0 @ dk.T)["entropy"]
+        reading = value(increment["qk_delta2_spectrum.entropy.w2"])[layer, head]
+        torch.testing.assert_close(reading, delta2, rtol=1e-9, atol=1e-12)
+        coupling = (dq @ dk.T).square().sum() / (dq.square().sum() * dk.square().sum())
+        close(value(increment["qk_coupling.w2"])[layer, head], coupling)
+
+
 def test_coupling_is_one_for_one_direction_and_zero_for_orthogonal_ones(tiny_run):
     """dW_Q dW_K^T sums over d_head: head 0 updates the same d_head row, head 1 two different ones."""
     monitor = QKIncrement(1, [1])

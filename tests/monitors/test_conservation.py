@@ -18,6 +18,8 @@ VARIANTS = [
     {"norm": "rmsnorm", "positions": "learned", "mlp": "swiglu", "qk_norm": True},
     {"norm": "layernorm", "qk_norm": True, "moe": EXPERTS, "mlp": "swiglu"},
     {"norm": "rmsnorm", "positions": "rope", "tie_embeddings": False, "moe": EXPERTS},
+    {"n_kv_heads": 2, "window": 7, "norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "qk_norm": True},
+    {"n_kv_heads": 1, "tie_embeddings": False},
     {"moe": MoEConfig(4, 1, renormalise=False, z_coef=0.1, shared_d_ff=8)},
 ]
 
@@ -59,7 +61,7 @@ def attention_residuals(q, k, v, o, dq, dk, dv, do) -> dict[str, torch.Tensor]:
 def test_attention_keeps_its_laws(tapped):
     for tap in tapped[1].at("dot_product").values():
         for name, residual in attention_residuals(*of(tap)).items():
-            assert residual.shape == (3, 4)
+            assert residual.shape == (3, tapped[0].kv_heads)
             assert residual.max() < ROUNDING, name
 
 

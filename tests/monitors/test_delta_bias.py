@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from models.arithmetic import Arithmetic
 from models.bits import truncate
 from models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
 from monitors.delta_bias import DeltaBiasOracle
@@ -17,33 +18,40 @@ def fault(site, bits=7, **where) -> AttentionNumerics:
     return AttentionNumerics((SiteFault(site, "backward", "truncate", bits, **where),))
 
 
+def natural(**cure) -> AttentionNumerics:
+    return AttentionNumerics(arithmetic=Arithmetic("bf16", 1, **cure))
+
+
 def cut(x, bits=7):
     return truncate(x.bfloat16(), bits).float()
 
 
 def expected(view, corrupt) -> torch.Tensor:
-    """Per layer and head, query by query in FP64 for the clean part; ``corrupt`` maps O and dO to the faulty delta."""
+    """Per layer and head, query by query in FP64 for the clean part; ``corrupt``: O, dO, clean O to the delta used."""
     bias = torch.zeros(2, 2)
     for layer, tap in enumerate(view.taps.at("dot_product").values()):
         for head in range(2):
             for row in range(3):
                 q, k, v = (to_bf16_grid(x[row, head]).double() for x in tap.inputs)
                 o, do = tap.output[row, head], tap.output_grad[row, head]
-                delta = corrupt(o, to_bf16_grid(do))
-                for i in range(len(q)):
-                    p = (k[: i + 1] @ q[i] / math.sqrt(8)).softmax(0)
-                    bias[layer, head] += float(delta[i]) - float(do[i].double() @ (p @ v[: i + 1]))
+                seen = [k[: i + 1] @ q[i] / math.sqrt(8) for i in range(len(q))]
+                clean = torch.stack([s.softmax(0) @ v[: len(s)] for s in seen])
+                delta = corrupt(o, to_bf16_grid(do), clean)
+                bias[layer, head] += (delta.double() - (do.double() * clean).sum(-1)).sum()
     return bias
 
 
 @pytest.mark.parametrize(
     ("numerics", "corrupt"),
     [
-        (HEALTHY, lambda o, do: (do * o).sum(-1)),
-        (fault("o"), lambda o, do: (do * cut(o)).sum(-1)),
-        (fault("do"), lambda o, do: (cut(do) * o).sum(-1)),
-        (fault("delta"), lambda o, do: cut((do * o).sum(-1))),
-        (fault("dq"), lambda o, do: (do * o).sum(-1)),  # not a part of delta
+        (HEALTHY, lambda o, do, clean: (do * o).sum(-1)),
+        (fault("o"), lambda o, do, clean: (do * cut(o)).sum(-1)),
+        (fault("do"), lambda o, do, clean: (cut(do) * o).sum(-1)),
+        (fault("delta"), lambda o, do, clean: cut((do * o).sum(-1))),
+        (fault("dq"), lambda o, do, clean: (do * o).sum(-1)),  # not a part of delta
+        (natural(), lambda o, do, clean: (do * o).sum(-1)),  # in O itself
+        (natural(stored_o="fp32"), lambda o, do, clean: (do * clean).sum(-1)),
+        (natural(delta="p"), lambda o, do, clean: (do * clean).sum(-1)),
     ],
 )
 def test_it_is_the_bias_of_the_delta_that_the_backward_uses(trained_steps, numerics, corrupt):
@@ -52,6 +60,18 @@ def test_it_is_the_bias_of_the_delta_that_the_backward_uses(trained_steps, numer
     got = monitor.observe(view)["delta_bias_oracle"]
     scale = max(float((tap.output * tap.output_grad).abs().sum()) for tap in view.taps.at("dot_product").values())
     torch.testing.assert_close(got, expected(view, corrupt), rtol=1e-3, atol=1e-6 * scale)
+
+
+def test_grouped_heads_within_a_window_have_the_bias_of_their_own_rounding(trained_steps):
+    """FP32 attention of the same kind has none, which it would not with another head's keys or more of them."""
+    monitor = DeltaBiasOracle(1, 0)
+    grouped = {"n_heads": 4, "n_kv_heads": 2, "window": 5, "init_std": 0.3}
+    rounded, exact = (
+        monitor.observe(trained_steps(monitor, backend=backend, **grouped).next())["delta_bias_oracle"]
+        for backend in ("reference", "sdpa")
+    )
+    assert rounded.shape == (2, 4) and rounded.abs().min() > 0
+    assert exact.abs().max() < 1e-3 * rounded.abs().max()
 
 
 def test_truncation_stands_far_above_healthy_rounding_in_its_head_alone(trained_steps):

@@ -72,6 +72,21 @@ def test_the_reading_is_the_product_of_its_factors(trained_steps):
             assert got["attn_fragility"].value[layer, head].item() == pytest.approx(max(rows), rel=1e-4)
 
 
+def test_a_grouped_head_has_the_keys_and_values_of_its_group(trained_steps):
+    monitor = AttentionFragility(1, 1)
+    run = trained_steps(monitor, init_std=0.3, n_heads=4, n_kv_heads=2, window=6)
+    view = run.next()
+    got = monitor.observe(view)
+    for layer, (tap, block) in enumerate(zip(view.taps.at("dot_product").values(), run.model.blocks, strict=True)):
+        q, k, v = (tap.module.stored(x)[1].double() for x in tap.inputs)
+        for head in range(4):
+            w_o = block.attention.o.weight.detach().double()[:, 4 * head : 4 * head + 4]
+            key, value = k[head // 2], v[head // 2]
+            product = softmax_condition(causal_scores(q[head], key, 6)) * (1 + score_condition(q[head], key))
+            expected = float(product * torch.linalg.cond(value) * torch.linalg.matrix_norm(w_o, 2))
+            assert got["attn_fragility"].value[layer, head].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_softmax_maximum_never_falls_and_survives_a_checkpoint(trained_steps):
     monitor = AttentionFragility(1, 1)
     run = trained_steps(monitor, init_std=0.3)

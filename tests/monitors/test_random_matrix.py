@@ -110,8 +110,8 @@ class _History:
         return self.weights
 
 
-def _readings(make_run, change):
-    run = make_run()
+def _readings(make_run, change, *model):
+    run = make_run(*model)
     model = run.new_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
@@ -135,6 +135,21 @@ def test_a_zero_update_is_missing_and_a_broken_one_is_not(make_run):
         assert reading.value.shape == (2, 2) and not reading.undefined.any(), name
         assert torch.isfinite(reading.value[0]).all()
         assert torch.isfinite(reading.value[1, 0]).item() == (".k" in name), name
+
+
+def test_key_heads_are_scored_once_and_reach_the_delta2_of_their_query_heads(make_run):
+    """Where key head 1 alone moved, the query heads 2 and 3 that read it have a Delta2."""
+
+    def change(name, parameter):
+        if name == "blocks.0.attention.k.weight":
+            parameter[4:] += torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+
+    readings = _readings(make_run, change, "model=gqa_nano", "model.n_heads=4", "model.window=8")
+    for score in ("flip_edge", "bbp_edge", "tracy_widom"):
+        undefined = readings[f"delta_w_{score}.k.w10"].undefined
+        assert undefined.tolist() == [[True, False], [True, True]]
+        assert readings[f"delta_w_{score}.q.w10"].undefined.all()
+    assert readings["qk_delta2_flip_edge.w10"].undefined.tolist() == [[True, True, False, False], [True] * 4]
 
 
 @pytest.mark.parametrize("bad", [{"flips": 0}, {"window": 0}, {"every_steps": 0}])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models.attention import flash_attention
-from models.numerics import LayerNumerics, SiteFault, to_bf16_grid
+from models.numerics import KEY_VALUE_SITES, LayerNumerics, SiteFault, to_bf16_grid
+from monitors import rounding
 from monitors.attention_laws import LAWS
 from monitors.rounding import DotProductStep
 
@@ -20,19 +21,21 @@ PREDICTION = {  # of the root mean square over 64 rows; a trace is one number a 
 }
 
 
-def step(sharpness: float, fault: SiteFault | None = None, groups: int = 4) -> DotProductStep:
-    """A backward of the reference kernel on random tensors, 16 rows of 4 heads; sharpness: spread of the scores.
+def step(
+    sharpness: float, fault: SiteFault | None = None, groups: int = 4, window: int | None = None
+) -> DotProductStep:
+    """A backward of the reference kernel on random tensors, 16 rows of 4 query heads; sharpness: spread of the scores.
 
-    groups: key-value heads, shared by neighbouring query heads.
+    groups: key-value heads; window: keys that a query sees.
     """
     generator = torch.Generator().manual_seed(7)
     q, k, v, do = (to_bf16_grid(torch.randn(16, h, 48, 16, generator=generator)) for h in (4, groups, groups, 4))
     q = to_bf16_grid(sharpness * q).requires_grad_()
     k, v = k.requires_grad_(), v.requires_grad_()
     table = {(fault.site, "backward"): (fault,)} if fault else {}
-    o = flash_attention(q, *(x.repeat_interleave(4 // groups, dim=1) for x in (k, v)), LayerNumerics(table))
+    o = flash_attention(q, k, v, LayerNumerics(table), window=window)
     o.backward(do)
-    return DotProductStep(*(x.detach() for x in (q, k, v, o, q.grad, k.grad, v.grad, do)))
+    return DotProductStep(*(x.detach() for x in (q, k, v, o, q.grad, k.grad, v.grad, do)), window)
 
 
 def over_noise(t: DotProductStep) -> dict[str, torch.Tensor]:
@@ -47,11 +50,15 @@ def test_a_healthy_kernel_breaks_its_laws_by_what_is_predicted(sharpness):
         assert abs(math.log(overall)) < PREDICTION[name], (name, float(overall))
 
 
-def test_row_sums_are_those_of_their_definitions():
-    t = step(2.0)
+@pytest.mark.parametrize("tile", [20, 64])
+@pytest.mark.parametrize("window", [None, 9])
+def test_row_sums_are_those_of_their_definitions(tile, window, monkeypatch):
+    monkeypatch.setattr(rounding, "TILE", tile)  # 48 tokens: two whole tiles and a part of one, or one
+    t = step(2.0, window=window)
     exact = DotProductStep(*(x.double() for x in (t.q, t.k, t.v, t.o, t.dq, t.dk, t.dv, t.do)))
     T = t.q.shape[-2]
-    mask = torch.full((T, T), -math.inf, dtype=torch.float64).triu_(1)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    mask = torch.where((distance >= 0) & (distance < (window or T)), 0.0, -math.inf).double()
     p = (exact.q @ exact.k.mT / 4 + mask).softmax(-1)
     dp = exact.do @ exact.v.mT
     delta = (exact.do * exact.o).sum(-1, keepdim=True)
@@ -97,10 +104,21 @@ def test_one_truncated_bit_is_felt(site):
     assert (felt > 1.3).all()
 
 
-def test_grouped_heads_are_predicted_as_well():
-    """Two query heads on one key-value head: the kernel's gradients of K and V add up, and so do the mean squares."""
-    t = step(1.0, groups=2)
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_grouped_heads_and_windows_are_predicted_as_well(groups, window):
+    """Query heads on one key-value head: their gradients of K and V add up in FP32, and are rounded once."""
+    t = step(1.0, groups=groups, window=window)
     for name, ratio in over_noise(t).items():
-        assert ratio.shape == (2,)
+        assert ratio.shape == (groups,)
         overall = ratio.square().mean().sqrt()
         assert abs(math.log(overall)) < PREDICTION[name], (name, float(overall))
+
+
+@pytest.mark.parametrize(("site", "broken"), [(s, laws) for sites, laws in CLASSES.items() for s in sites.split()])
+def test_a_site_of_one_head_breaks_the_laws_of_its_group_alone(site, broken):
+    head = 1 if site in KEY_VALUE_SITES else 2
+    ratio = over_noise(step(1.0, SiteFault(site, "backward", "truncate", 5, heads=(head,)), groups=2, window=24))
+    for name in SHARP_LAWS:
+        assert (ratio[name][1] > 2) == (name in broken), (name, ratio[name])
+        assert ratio[name][0] < 1.5, (name, ratio[name])

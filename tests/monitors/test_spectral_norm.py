@@ -23,6 +23,16 @@ def test_each_head_has_its_largest_singular_value(tiny_run):
             torch.testing.assert_close(got[f"spectral_radius.{matrix}"][layer], expected, rtol=1e-7, atol=0)
 
 
+def test_key_heads_are_those_that_there_are(tiny_run):
+    run = tiny_run(n_heads=4, n_kv_heads=2)
+    got = SpectralNorm(1).observe(run.view())
+    for matrix, heads in (("q", 4), ("k", 2)):
+        for layer in range(2):
+            blocks = run.past[-1][f"blocks.{layer}.attention.{matrix}.weight"].unflatten(0, (heads, 4))
+            expected = torch.linalg.svdvals(blocks)[:, 0]
+            torch.testing.assert_close(got[f"spectral_radius.{matrix}"][layer], expected, rtol=1e-7, atol=0)
+
+
 def test_a_rank_one_update_moves_the_norm_of_its_head_alone(tiny_run):
     monitor = SpectralNorm(1)
     run = tiny_run(monitor)

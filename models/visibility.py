@@ -1,0 +1,31 @@
+"""Which keys a query may look at: those before it and its own, or the last few of them.
+
+T: tokens. Query i sees key j where i - window < j <= i; window None: every j <= i (arXiv:2004.05150, causal).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=16)
+def visible_keys(tokens: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """(T, T), boolean: rows are queries, columns keys; not to be written. A window of T or more is none."""
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_()
+    return seen if window is None else seen.triu_(1 - window)
+
+
+@lru_cache(maxsize=16)
+def score_mask(
+    tokens: int, window: int | None, query_heads: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(1, query_heads x T, T), to be added to scores: 0 where a query may look, -inf elsewhere. Not to be written.
+
+    query_heads: how many query heads share the keys, one after another.
+    """
+    mask = torch.zeros(tokens, tokens, device=device, dtype=dtype)
+    return mask.masked_fill_(~visible_keys(tokens, window, device), -math.inf).repeat(query_heads, 1).unsqueeze(0)
