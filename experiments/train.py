@@ -23,9 +23,11 @@ def describe(run: Run) -> str:
         model = Transformer(run.model_config)
     parameters = sum(p.numel() for p in model.parameters())
     tokens = run.train.batch_size * run.model_config.context_length
+    at_a_time = run.train.micro_batch or run.train.batch_size
     return (
         f"{parameters / 1e6:,.1f} M parameters, {16 * parameters / 2**30:,.1f} GiB for FP32 weights, gradients "
-        f"and AdamW moments; {tokens:,} tokens an update, {run.train.steps:,} updates"
+        f"and AdamW moments; {tokens:,} tokens an update, {at_a_time} sequences at a time in {run.train.precision}, "
+        f"{run.train.steps:,} updates"
     )
 
 
