@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -166,6 +166,10 @@ class LayerNumerics:
 
     def touches(self, site: str, phase: str) -> bool:
         return (site, phase) in self._table
+
+    def items(self) -> ItemsView[tuple[str, str], tuple[SiteFault, ...]]:
+        """The active faults of each (site, pass) that has any."""
+        return self._table.items()
 
     def reached(
         self, site: str, phase: str, x_BHT: Tensor, window: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ SHORT_WINDOWS = [
     "monitor.spike_score.window=20",
     "monitor.spike_score.minimum=10",
 ]
+
+
+def pytest_configure():
+    """Without a GPU, Triton kernels are tested in Triton's interpreter, which it must know before its first import."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,243 @@
+"""Causal flash attention in Triton with fault sites: ``models.attention`` in one kernel forward and three backward.
+
+BF16 in and out, FP32 accumulation, the log-sum-exp saved. Head dims 16 to 256, any sequence length, grouped KV heads,
+sliding windows. What each site means is said in ``models.attention``; two things depend on the tiles, as in every
+flash kernel: the order of FP32 sums, and, where a row has several tiles of keys, that the forward ``p`` is relative
+to the largest score so far. A non-finite number reaches only the queries and keys of tiles that read it.
+
+The kernels stand behind two ``torch.library`` operators, which ``torch.compile`` and CUDA graphs take as they are.
+``TRITON_INTERPRET=1``, set before Python starts, runs them on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from models.attention import check_shapes
+from models.flash_faults import BACKWARD, FORWARD, AttentionShape, constants, encode, fault_table, operation
+from models.numerics import SITES, LayerNumerics
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys that a program holds at once, and how it is laid out on the GPU.
+
+    queries, keys: powers of two, 16 or more. warps: of 32 threads. stages: key or query tiles in flight.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for field in ("queries", "keys"):
+            size = getattr(self, field)
+            if size < 16 or size & (size - 1):
+                raise ValueError(f"tile {field}={size} is not allowed: a power of two, 16 or more")
+        for field, value in (("warps", self.warps), ("stages", self.stages)):
+            if value < 1:
+                raise ValueError(f"tile {field}={value} is not allowed: 1 or more")
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of the forward, the dK/dV and the dQ kernel: they fix the order of sums, so they belong to a run."""
+
+    forward: Tile
+    key_gradient: Tile
+    query_gradient: Tile
+
+
+def pinned_tiles(d_head: int) -> Tiles:
+    """The tiles for a head dim, sized for the registers and shared memory of a Hopper GPU. Never tuned at run time."""
+    if d_head <= 64:
+        return Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
+    if d_head <= 128:
+        return Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2))
+    return Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2))
+
+
+def _kernels(device: torch.device) -> SimpleNamespace:
+    """The kernels, which need Triton: most machines without a GPU do not have it."""
+    try:
+        from models.flash_backward import delta_kernel
+        from models.flash_bits import INTERPRETED
+        from models.flash_forward import forward_kernel
+        from models.flash_key_gradient import key_gradient_kernel
+        from models.flash_query_gradient import query_gradient_kernel
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        message = "attention backend 'triton' needs the package triton: install foreshock[gpu]"
+        raise ModuleNotFoundError(message) from error
+    if device.type == "cpu" and not INTERPRETED:
+        raise ValueError("attention backend 'triton' got cpu tensors: set TRITON_INTERPRET=1 to run its interpreter")
+    return SimpleNamespace(
+        forward=forward_kernel,
+        delta=delta_kernel,
+        key_gradient=key_gradient_kernel,
+        query_gradient=query_gradient_kernel,
+    )
+
+
+def _block_d(d_head: int) -> int:
+    return max(16, 1 << (d_head - 1).bit_length())
+
+
+def _counter(like: Tensor, faults: int) -> Tensor:
+    """Where a pass counts non-finite values; empty without faults, which spares a kernel launch."""
+    return like.new_zeros(1 if faults else 0, dtype=torch.int64)
+
+
+def _table(pass_: int, q: Tensor, k: Tensor, faults: list[int], shares: list[float], window: int) -> Tensor:
+    shape = AttentionShape(q.shape[1], *k.shape[1:], window)
+    return fault_table(tuple(faults), tuple(shares), shape, q.device)[pass_]
+
+
+@torch.library.custom_op("foreshock::flash_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    nonfinite: Tensor,
+    faults: list[int],
+    shares: list[float],
+    window: int,
+    tiles: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(O, the O that the backward reads if it is another, L, how many non-finite values reached a fault).
+
+    faults, shares: as ``models.flash_faults.encode`` gives them; window: 0 for none; tiles: ``Tiles``, flat.
+    ``nonfinite`` is for the backward, which adds to it.
+    """
+    B, H, T, D = q.shape
+    code = constants(faults, shares, FORWARD)
+    o, clean_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles)
+    queries, keys, warps, stages = tiles[:4]
+    _kernels(q.device).forward[(B * H, -(-T // queries))](
+        q, k, v, o, clean_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
+        SCALE=D**-0.5, WINDOW=window, D=D, BLOCK_D=_block_d(D), ROWS=queries, COLS=keys, HEADS=H, KV_HEADS=k.shape[1],
+        FAULTS=code, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return o, clean_o, lse, count
+
+
+@_forward.register_fake
+def _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles):
+    code = constants(faults, shares, FORWARD)
+    clean_o = torch.empty_like(q) if operation(code, SITES.index("o")) else q.new_empty(0)
+    return torch.empty_like(q), clean_o, q.new_empty(q.shape[:3], dtype=torch.float32), _counter(q, code)
+
+
+@torch.library.custom_op("foreshock::flash_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    faults: list[int],
+    shares: list[float],
+    window: int,
+    tiles: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dQ, dK, dV, how many non-finite values reached a fault). Arguments as in the forward."""
+    B, H, T, D = q.shape
+    G = k.shape[1]
+    code = constants(faults, shares, BACKWARD)
+    table = _table(BACKWARD, q, k, faults, shares, window)
+    dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles)
+    delta = torch.empty_like(lse)
+    kernels = _kernels(q.device)
+    every = {"D": D, "BLOCK_D": _block_d(D), "HEADS": H, "FAULTS": code}
+    both = {"SCALE": D**-0.5, "WINDOW": window, "KV_HEADS": G, **every}
+
+    queries, keys, warps, stages = tiles[8:]
+    kernels.delta[(B * H, -(-T // queries))](o, do, delta, table, count, T, ROWS=queries, **every)
+    kernels.query_gradient[(B * H, -(-T // queries))](
+        q, k, v, do, lse, delta, dq, table, count, T,
+        ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
+    )  # fmt: skip
+    queries, keys, warps, stages = tiles[4:8]
+    kernels.key_gradient[(B * G, -(-T // keys))](
+        q, k, v, do, lse, delta, dk, dv, table, count, T,
+        ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
+    )  # fmt: skip
+    return dq, dk, dv, count
+
+
+@_backward.register_fake
+def _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles):
+    count = _counter(q, constants(faults, shares, BACKWARD))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), count
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, ctx.nonfinite, *ctx.settings = inputs
+    o, clean_o, lse, _ = output
+    ctx.save_for_backward(q, k, v, clean_o if clean_o.numel() else o, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, do, *_):
+    dq, dk, dv, count = _backward(*ctx.saved_tensors, do.contiguous(), *ctx.settings)
+    if count.numel():
+        ctx.nonfinite.add_(count[0])
+    return dq, dk, dv, None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def _check(tensors: dict[str, Tensor]) -> None:
+    q, k, v = (tensors[name] for name in "qkv")
+    for name in "qkv":
+        if tensors[name].dtype is not torch.bfloat16:
+            raise TypeError(f"{name} is {tensors[name].dtype}: attention backend 'triton' takes torch.bfloat16")
+    if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(f"k {tuple(k.shape)}, v {tuple(v.shape)} do not fit q {tuple(q.shape)}: only heads may differ")
+    D = q.shape[-1]
+    if not 16 <= D <= 256 or D % 8:
+        raise ValueError(f"d_head={D} is not allowed by attention backend 'triton': a multiple of 8 from 16 to 256")
+    devices = {name: str(tensor.device) for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"attention backend 'triton' needs one device, got {devices}")
+
+
+def flash_attention_triton(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    numerics: LayerNumerics,
+    nonfinite: Tensor,
+    window: int | None,
+    tiles: Tiles,
+) -> Tensor:
+    """O (B, H, T, D) of causal attention, BF16; differentiable once.
+
+    q: (B, H, T, D), k and v: (B, G, T, D), BF16; query head h reads KV head h // (H / G), query i the keys
+    i - window + 1 to i. nonfinite: int64 scalar to which the non-finite values that reach an active fault are added,
+    masked scores not among them.
+    """
+    _check({"q": q_BHTD, "k": k_BGTD, "v": v_BGTD, "nonfinite": nonfinite})
+    check_shapes(q_BHTD, k_BGTD, window)
+    faults, shares = encode(numerics)
+    o, _, _, count = _forward(
+        q_BHTD.contiguous(),
+        k_BGTD.contiguous(),
+        v_BGTD.contiguous(),
+        nonfinite,
+        faults,
+        shares,
+        0 if window is None else window,
+        [size for tile in (tiles.forward, tiles.key_gradient, tiles.query_gradient) for size in astuple(tile)],
+    )
+    if count.numel():
+        nonfinite.add_(count[0])
+    return o

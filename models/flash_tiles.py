@@ -1,0 +1,45 @@
+"""How the kernels of ``models.flash`` move along a sequence: tiles of a head's rows, and the keys that a query sees."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_tile(head_ptr, rows, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of one head's (T, D) matrix, zero outside it."""
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    inside = (rows[:, None] < T) & (dims < D)
+    return tl.load(head_ptr + rows[:, None] * D + dims, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(head_ptr, tile, rows, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(head_ptr + rows[:, None] * D + dims, tile, mask=(rows[:, None] < T) & (dims < D))
+
+
+@triton.jit
+def sees(rows, cols, T, WINDOW: tl.constexpr):
+    """Whether a query (row) reads a key (column): itself and the WINDOW - 1 before it (WINDOW 0: all before it)."""
+    seen = (cols <= rows) & (rows < T)
+    if WINDOW:
+        seen = seen & (cols > rows - WINDOW)
+    return seen
+
+
+@triton.jit
+def key_range(first_row, ROWS: tl.constexpr, COLS: tl.constexpr, T, WINDOW: tl.constexpr):
+    """Where the key tiles of a query tile begin, become free of any mask, meet the diagonal, and end."""
+    stop = tl.minimum(first_row + ROWS, T)
+    diagonal = first_row // COLS * COLS
+    start = 0
+    unmasked = 0
+    if WINDOW:
+        start = tl.maximum(first_row - WINDOW + 1, 0) // COLS * COLS
+        unmasked = tl.minimum(tl.cdiv(tl.maximum(first_row + ROWS - WINDOW, 0), COLS) * COLS, diagonal)
+    return start, unmasked, diagonal, stop

@@ -1,0 +1,49 @@
+"""The Triton attention as the tests call it, and what its tiles change, written down a second time.
+
+Shapes as in ``tests.models.attention_in_fp64``: tensors go in and come out in FP32 that holds BF16 numbers.
+"""
+
+import math
+
+import torch
+
+from models.flash import Tile, Tiles, flash_attention_triton
+from models.numerics import HEALTHY_LAYER
+from tests.models.attention_in_fp64 import NAMES, allowed, grid, shared
+
+ONE_TILE = Tiles(*[Tile(64, 64, 4, 1)] * 3)
+"""For up to 64 tokens: a row's keys in one tile, as in the reference."""
+
+SMALL_TILES = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1))
+
+
+def run_triton(q, k, v, do, numerics=HEALTHY_LAYER, window=None, tiles=ONE_TILE, nonfinite=None):
+    """{o, dq, dk, dv}."""
+    leaves = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    if nonfinite is None:
+        nonfinite = torch.zeros((), dtype=torch.int64)
+    o = flash_attention_triton(*leaves, numerics, nonfinite, window, tiles)
+    gradients = torch.autograd.grad(o, leaves, do.bfloat16())
+    return {name: x.detach().float() for name, x in zip(NAMES, (o, *gradients), strict=True)}
+
+
+def output_in_tiles(q, k, v, window, keys, store_p=lambda p: p):
+    """O in FP64 by the online softmax over tiles of so many keys; Pbar is rounded relative to the largest score so far.
+
+    store_p: what a fault makes of the rounded Pbar.
+    """
+    q, k, v = (x.double() for x in (q, k, v))
+    B, H, T, D = q.shape
+    s = torch.einsum("bhid,bhjd->bhij", q, shared(k, H)) / math.sqrt(D)
+    s = s.masked_fill(~allowed(T, window), -math.inf)
+    top = torch.full((B, H, T, 1), -math.inf, dtype=torch.float64)
+    total, acc = torch.zeros(B, H, T, 1, dtype=torch.float64), torch.zeros_like(q)
+    for tile, v_tile in zip(s.split(keys, -1), shared(v, H).split(keys, -2), strict=True):
+        new_top = torch.maximum(top, tile.amax(-1, keepdim=True))
+        started = new_top > -math.inf
+        rescale = torch.where(started, (top - new_top).exp(), 0.0)
+        p_bar = torch.where(started, (tile - new_top).exp(), 0.0)
+        total = total * rescale + p_bar.sum(-1, keepdim=True)
+        acc = acc * rescale + store_p(grid(p_bar)) @ v_tile
+        top = new_top
+    return grid(acc / total)

@@ -1,0 +1,72 @@
+"""What the kernels become on a Hopper GPU: Triton compiles for it on any machine, and a site without fault is free."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILE = """
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from models.flash import _kernels, pinned_tiles
+from models.flash_faults import BACKWARD, FORWARD, constants, encode
+from models.numerics import AttentionNumerics, SiteFault
+
+sites = [site.split("-") for site in sys.argv[1:]]
+faults = AttentionNumerics(tuple(SiteFault(site, phase, "truncate", 3, share=0.5) for site, phase in sites)).layer(0)
+tiles = pinned_tiles(16)
+TYPES = {"T": "i32", "faults_ptr": "*fp64", "nonfinite_ptr": "*i64", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+
+
+def compile_for_hopper(kernel, pass_, tile):
+    sizes = dict(SCALE=0.25, WINDOW=0, D=16, BLOCK_D=16, ROWS=tile.queries, COLS=tile.keys, HEADS=4, KV_HEADS=2)
+    sizes["FAULTS"] = constants(*encode(faults), pass_)
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in sizes else TYPES.get(name, "*bf16") for name in names}
+    values = {(i,): sizes[name] for i, name in enumerate(names) if name in sizes}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    source = ASTSource(kernel, signature, values, {})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+kernels = _kernels(torch.device("cuda"))
+for kernel, pass_, tile in (
+    (kernels.forward, FORWARD, tiles.forward),
+    (kernels.delta, BACKWARD, tiles.query_gradient),
+    (kernels.key_gradient, BACKWARD, tiles.key_gradient),
+    (kernels.query_gradient, BACKWARD, tiles.query_gradient),
+):
+    ptx = compile_for_hopper(kernel, pass_, tile)
+    print("wgmma.mma_async" in ptx, ".f64" in ptx, "atom." in ptx)
+"""
+
+
+def compiled(*sites):
+    """(tensor cores, a place in FP64 or a table of faults, an atomic counter) of the four kernels."""
+    command, environment = [sys.executable, "-c", COMPILE, *sites], {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [tuple(word == "True" for word in line.split()) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("sites", "found"),
+    [
+        ((), [(True, False, False), (False, False, False), (True, False, False), (True, False, False)]),
+        (
+            ("p-forward", "ds-backward"),
+            [(True, True, True), (False, False, False), (True, True, False), (True, True, True)],
+        ),
+    ],
+)
+def test_kernels_compile_for_hopper_and_only_a_fault_s_own_kernels_read_it(sites, found):
+    """The kernel of dK and dV corrupts dS as well, but leaves the counting to that of dQ."""
+    assert compiled(*sites) == found
