@@ -42,6 +42,7 @@ RESULT_SOURCES = (
     "monitors/*.py",
     "experiments/build.py",
     "experiments/data.py",
+    "experiments/gradients.py",
     "experiments/ledger.py",
     "experiments/loop.py",
     "experiments/optimizer.py",
@@ -170,9 +171,12 @@ class Run:
             "config": {
                 **self.config,
                 "model": {**self.config["model"], "vocab_size": self.model_config.vocab_size},
-                "train": {**self.config["train"], "device": self.device.type},
+                "train": {
+                    **{key: value for key, value in self.config["train"].items() if key != "piece_s"},
+                    "device": self.device.type,
+                },
             },
-            "dtype": "float32",
+            "dtype": {"fp32": "float32", "bf16": "bfloat16"}[self.train.precision],
             "data_sha256": self.corpus.digest,
             "torch": torch.__version__.split("+")[0],
             "source_sha256": source_digest(),
@@ -189,7 +193,7 @@ class Run:
     def new_model(self) -> Transformer:
         """The model with this seed's initial weights, on the run's device."""
         generator = torch.Generator().manual_seed(self.seed)
-        return Transformer(self.model_config).initialise(generator).to(self.device)
+        return Transformer(self.model_config, self.train.precision).initialise(generator).to(self.device)
 
     def new_history(self) -> WeightHistory:
         return WeightHistory(lookback for monitor in self.monitors.values() for lookback in monitor.lookbacks)
@@ -213,6 +217,13 @@ def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> No
         changed = sites.numerics.faults or sites.numerics.arithmetic != ORDINARY
         if changed and model.backend != "reference":
             raise ValueError(f"model.backend={model.backend!r} has no fault sites: use 'reference'")
+        if sites.modules and train.compile:
+            raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")
+        micro_batch = train.micro_batch or sites.batch_size
+        if sites.batch_size > micro_batch and sites.batch_size % micro_batch:
+            raise ValueError(
+                f"train.micro_batch={micro_batch} does not divide the fault's batch of {sites.batch_size} sequences"
+            )
         if sites.balance_scale != 1 and not (model.moe and model.moe.balances):
             raise ValueError(
                 "the fault switches off load balancing, but the model has none: it needs model.moe.aux_coef above 0 "
@@ -263,6 +274,12 @@ def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = No
     train: TrainConfig = construct(plain["train"], "train")
     fault: Fault = construct(plain["fault"], "fault")
     _check_fit(fault, model, train)
+    if train.compile and model.moe and train.precision != "bf16":
+        raise ValueError("train.compile=True is not allowed with experts in FP32: set train.precision=bf16")
+    if train.micro_batch is not None and model.moe and model.moe.bias_update_speed is not None:
+        raise ValueError(
+            "train.micro_batch is not allowed with model.moe.bias_update_speed: the bias follows a whole batch's loads"
+        )
     plain["monitor"], left_out = _fitting(plain["monitor"], model)
     monitors = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]

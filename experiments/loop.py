@@ -3,8 +3,9 @@
     for step in range(steps):                        # updates applied so far
         sites = fault.sites(step, healthy)           # all that a fault may change
         batch = corpus.batch(seed, step, sites.batch_size)  # INJECT: batch
-        loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)  # INJECT: forward
-        (loss + auxiliary).backward()                # INJECT: backward, sites.modules in both; TAP: activations
+        for micro_batch in batch:
+            loss, auxiliary, routings = model.objective(micro_batch, sites.numerics, ...)  # INJECT: forward
+            (loss + auxiliary).backward()            # INJECT: backward, sites.modules in both; TAP: activations
         grad_norm = clip(gradients)
         optimizer.step(lr(step) * sites.lr_scale)    # INJECT: learning rates
         model.update_balance(routings)               # routers with a balancing bias
@@ -14,11 +15,13 @@
         part, checkpoint                             # what a kill cannot take away
 
 A reading at step s was taken after s updates; the label also has a reading at step 0. The held-out
-batch runs through the faulty kernel, if any: it is the loss that the trainer would see.
+batch runs through the faulty kernel, if any: it is the loss that the trainer would see. Taps, routings and the
+objective at other weights are those of an update's last micro-batch; loss and gradients are the whole batch's.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -31,13 +34,15 @@ from torch import Tensor
 from experiments import trace
 from experiments.build import Run
 from experiments.checkpoint import locked
+from experiments.gradients import backward
 from experiments.ledger import Ledger, drawup_limit, early_ends
 from experiments.manifest import new_manifest
+from experiments.memory import out_of_memory_named
 from experiments.optimizer import adamw, learning_rate, set_learning_rate
 from faults.base import Sites
+from models.compiled import CompiledObjective
 from models.corruption import Corrupted
 from models.objective import objective_at
-from models.taps import Taps
 from monitors.base import Reading, Signal, StepView, tapped
 
 Progress = Callable[[int, Tensor, Mapping[str, Reading]], None]
@@ -47,7 +52,8 @@ Progress = Callable[[int, Tensor, Mapping[str, Reading]], None]
 def train(run: Run, out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Train a run into ``out/<run id>`` and return its manifest; a finished run is skipped, a broken one resumed.
 
-    A non-finite loss ends the run as data. Raises RunError, TraceError or OSError where the folder
+    A non-finite loss ends the run as data. After ``train.piece_s`` seconds the run is left as ``interrupted``, with a
+    checkpoint, and the next call goes on. Raises RunError, TraceError or OSError where the folder
     cannot be used; what it already holds stays.
     """
     folder = out / run.run_id
@@ -57,7 +63,8 @@ def train(run: Run, out: Path, progress: Progress | None = None) -> dict[str, An
             return manifest
         manifest["end_reason"] = "running"
         try:
-            _train(run, folder, manifest, progress)
+            with out_of_memory_named(run):
+                _train(run, folder, manifest, progress)
         except BaseException as error:
             manifest["end_reason"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(OSError):  # the first error is the one to report
@@ -75,10 +82,13 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
     due = {name: cadence(monitor.signals) for name, monitor in run.monitors.items()}
     held_out = torch.from_numpy(run.corpus.held_out_batch(config.held_out_sequences)).to(device)
     parameters = list(model.parameters())
+    at_a_time = config.micro_batch or config.batch_size
+    unwatched = CompiledObjective(model) if config.compile else model.objective
+    started = time.monotonic()
 
     def label(step: int, sites: Sites) -> Tensor:
         with torch.no_grad(), Corrupted(model, sites.modules):
-            losses = [model.loss(chunk, sites.numerics) * len(chunk) for chunk in held_out.split(config.batch_size)]
+            losses = [model.loss(chunk, sites.numerics) * len(chunk) for chunk in held_out.split(at_a_time)]
         loss = torch.stack(losses).sum() / len(held_out)
         ledger.label(step, loss)
         return loss
@@ -102,36 +112,35 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         now = step + 1
         observers = [monitor for name, monitor in run.monitors.items() if due[name](now)]
         optimizer.zero_grad(set_to_none=True)
-        with Corrupted(model, sites.modules), Taps(model, tapped(observers)) as taps:
-            loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
-            (loss + auxiliary).backward()
+        with Corrupted(model, sites.modules):
+            done = backward(model, batch, sites, config.micro_batch, tapped(observers), unwatched)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, grad_norm)
         set_learning_rate(optimizer, learning_rate(config, step), sites.lr_scale)
         optimizer.step()
-        model.update_balance(routings, sites.balance_scale)
+        model.update_balance(done.routings, sites.balance_scale)
 
         history.record(now, model)
-        ledger.finite = ledger.finite & torch.isfinite(loss.detach())
-        objective = partial(objective_at, model, batch, sites.numerics, sites.modules, sites.balance_scale)
+        ledger.finite = ledger.finite & torch.isfinite(done.loss)
+        objective = partial(objective_at, model, done.watched, sites.numerics, sites.modules, sites.balance_scale)
         view = StepView(
             now,
             ledger.tokens,
-            loss.detach(),
+            done.loss,
             grad_norm,
             model,
             history,
-            routings,
-            taps,
+            done.routings,
+            done.taps,
             optimizer,
             sites.numerics,
             objective,
         )
-        readings = ledger.observe(observers, view)
-        del view, taps  # as large as the step's activations: the next step is to find that memory free
+        readings, loss = ledger.observe(observers, view), done.loss
+        del view, done  # its taps are as large as the step's activations: the next step is to find that memory free
         if progress is not None:
-            progress(now, loss.detach(), readings)
+            progress(now, loss, readings)
 
         if now % config.held_out_every_steps == 0:
             held_out_loss = label(now, sites)
@@ -140,6 +149,9 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
             if early is not None:
                 end_reason = early
                 break
+        if now < config.steps and config.piece_s is not None and time.monotonic() - started >= config.piece_s:
+            ledger.save(now, "interrupted")
+            return
         if now % config.checkpoint_every_steps == 0 and now < config.steps:
             ledger.save(now, "running")
     if end_reason == "completed" and not bool(ledger.finite):  # broke after the last evaluation

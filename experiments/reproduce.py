@@ -34,6 +34,7 @@ from experiments import trace
 from experiments.build import Run, build_run
 from experiments.checkpoint import RunError
 from experiments.cli import CONF, USER_ERRORS, guarded, one_line_errors
+from experiments.pieces import Unfinished, in_pieces
 from experiments.plan import PlannedRun, plan
 from experiments.progress import StackProgress, SweepProgress
 from experiments.stacked_loop import train_stack
@@ -102,19 +103,27 @@ def is_done(folder: Path) -> bool:
 def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: Sequence[str]) -> dict[str, Any] | None:
     """Train the runs that are not there yet; how long that took and how busy the cores were, or None.
 
-    Raises RunError where runs failed, after all others are done.
+    Raises RunError where runs failed, after all others are done, and Unfinished where ``train.piece_s`` is over.
     """
     pending = [(cell, run) for cell, run in zip(planned, runs, strict=True) if not is_done(out / run.run_id)]
     if not pending:
         return None
     jobs = [[pending[index] for index in stack] for stack in stacks([run for _, run in pending])]
     started = time.monotonic()
+    at_once, piece_s = HydraConfig.get().launcher.get("n_jobs", 1), pending[0][1].train.piece_s
     with SweepProgress({out / run.run_id: run.train.steps for run in runs}):
-        done = launch([[cell for cell, _ in job] for job in jobs], given)
+
+        def launched(some: Sequence[Sequence[tuple[PlannedRun, Run]]], *more: str) -> list[list[dict[str, Any]]]:
+            return launch([[cell for cell, _ in job] for job in some], [*given, *more])
+
+        if piece_s is None:
+            done = launched(jobs)
+        else:
+            done = in_pieces(jobs, at_once, piece_s, lambda some, left_s: launched(some, f"train.piece_s={left_s}"))
     wall_s = time.monotonic() - started
     results = [
         (run, result)
-        for job, returned in zip(jobs, done, strict=True)
+        for job, returned in zip(jobs, done, strict=False)  # a piece may be over before every job's turn
         for (_, run), result in zip(job, returned, strict=True)
     ]
     failed = [(run, result) for run, result in results if "error" in result]
@@ -124,7 +133,12 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
             f"{len(failed)} of {len(pending)} runs failed and can be resumed by the same command; "
             f"the first, {run.run_id} (seed {run.seed}): {result['error']}"
         )
-    processes = min(HydraConfig.get().launcher.get("n_jobs", 1), len(jobs))
+    unfinished = sum(not is_done(out / run.run_id) for _, run in pending)
+    if unfinished:
+        raise Unfinished(
+            f"{unfinished} runs are left after train.piece_s={piece_s:g} seconds; the same command goes on"
+        )
+    processes = min(at_once, len(jobs))
     cpu_s = sum(result["cpu_s"] for _, result in results)
     return {
         "trained": len(pending),

@@ -18,6 +18,7 @@ is part of a run's identity. On a CPU and with RMSNorm, a nano run's weights com
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -34,6 +35,7 @@ from experiments.build import Run
 from experiments.ledger import Ledger, drawup_limit, early_ends
 from experiments.loop import cadence
 from experiments.manifest import new_manifest
+from experiments.memory import out_of_memory_named
 from experiments.stacked_history import SliceHistory, load_history
 from experiments.stacked_optimizer import StackedAdamW
 from faults.base import Sites
@@ -65,8 +67,11 @@ def train_stack(runs: Sequence[Run], out: Path, progress: StackProgress | None =
                 unfinished.append((run, folder, manifest))
         unfinished.sort(key=lambda member: _saved_step(member[1]))
         try:
+            piece_s = runs[0].train.piece_s
+            until = None if piece_s is None else time.monotonic() + piece_s
             for _, members in groupby(unfinished, key=lambda member: _saved_step(member[1])):
-                _train_together(list(members), progress)
+                with out_of_memory_named(runs[0]):
+                    _train_together(list(members), until, progress)
         except BaseException as error:
             for _, folder, manifest in unfinished:
                 if manifest["end_reason"] == "running":
@@ -83,7 +88,10 @@ def _saved_step(folder: Path) -> int:
     return -1 if state is None else state["step"]
 
 
-def _train_together(members: Sequence[tuple[Run, Path, dict[str, Any]]], progress: StackProgress | None) -> None:
+def _train_together(
+    members: Sequence[tuple[Run, Path, dict[str, Any]]], until: float | None, progress: StackProgress | None
+) -> None:
+    """until: when to leave off, on the monotonic clock."""
     runs, folders = [run for run, _, _ in members], [folder for _, folder, _ in members]
     config, device = runs[0].train, runs[0].device
     torch.set_num_threads(config.threads)
@@ -179,6 +187,10 @@ def _train_together(members: Sequence[tuple[Run, Path, dict[str, Any]]], progres
                 recording.remove(index)
             if not recording:
                 return
+        if now < config.steps and until is not None and time.monotonic() >= until:
+            for index in recording:
+                save(index, now, "interrupted")
+            return
         if now % config.checkpoint_every_steps == 0 and now < config.steps:
             for index in recording:
                 save(index, now, "running")

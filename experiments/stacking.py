@@ -27,6 +27,9 @@ def why_single(run: Run) -> str | None:
     """Why a run trains by itself, in one line that names the field, or None where it can be stacked."""
     if run.model_config.moe is not None:
         return "model.moe is not allowed with train.stack: experts do not stack"
+    for field, alone in (("precision", "fp32"), ("micro_batch", None), ("compile", False)):
+        if getattr(run.train, field) != alone:
+            return f"train.{field}={getattr(run.train, field)} is not allowed with train.stack: only {alone}"
     healthy = run.healthy_sites()
     for step in range(run.train.steps):
         sites = run.fault.sites(step, healthy)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from experiments.build import Run, build_run
 from experiments.cli import CONF, guarded, one_line_errors
 from experiments.loop import train
+from experiments.pieces import Unfinished
 from experiments.progress import RunProgress
 from models.transformer import Transformer
 
@@ -22,9 +23,11 @@ def describe(run: Run) -> str:
         model = Transformer(run.model_config)
     parameters = sum(p.numel() for p in model.parameters())
     tokens = run.train.batch_size * run.model_config.context_length
+    at_a_time = run.train.micro_batch or run.train.batch_size
     return (
         f"{parameters / 1e6:,.1f} M parameters, {16 * parameters / 2**30:,.1f} GiB for FP32 weights, gradients "
-        f"and AdamW moments; {tokens:,} tokens an update, {run.train.steps:,} updates"
+        f"and AdamW moments; {tokens:,} tokens an update, {at_a_time} sequences at a time in {run.train.precision}, "
+        f"{run.train.steps:,} updates"
     )
 
 
@@ -58,7 +61,12 @@ def run_one(config: DictConfig) -> dict[str, Any]:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 @one_line_errors
 def main(config: DictConfig) -> None:
-    run_one(config)
+    manifest = run_one(config)
+    if manifest["end_reason"] == "interrupted":
+        raise Unfinished(
+            f"{manifest['run_id']} after {manifest['steps_done']} of {config.train.steps} steps and train.piece_s="
+            f"{config.train.piece_s:g} seconds; the same command goes on"
+        )
 
 
 if __name__ == "__main__":

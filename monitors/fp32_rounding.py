@@ -20,6 +20,10 @@ that these two are left out of the universal track (``analysis.tracks``). The ot
 Sums of squared terms, T summed over a product's outputs with weights, would cost another matrix product. They are taken
 mean-field: sum_j W_ij^2 x_j^2 = |W_i|^2 |x|^2 / n_in.
 
+They are predictions for FP32. Under BF16 autocast a linear layer stores y, dy and dW in BF16 and multiplies a rounded
+W, which breaks its laws far more: ``stored_in_fp32`` says whether a prediction applies. The residuals remain, at BF16's
+level. Norms and routers compute and store in FP32 there too, and keep theirs.
+
 Shapes: L layers, N tokens (or slots at experts), V vocabulary, M width, E experts. All predictions are mean squares,
 FP64, in the squared unit of what is broken, of each layer or token as that is.
 """
@@ -34,6 +38,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from models.numerics import at_least_fp32
 from models.taps import Tap
 
 FP32_U2 = 2.0**-46 / 24
@@ -54,6 +59,11 @@ def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
     blocks = 1 + (n - 1) // BLOCK
     coherent = (n / blocks**2 + blocks - 1) / 3 + 0.5
     return coherent, n / blocks * (1 / 2 - 1 / (3 * blocks)) + (blocks - 1) / 6
+
+
+def stored_in_fp32(tap: Tap) -> bool:
+    """Whether a linear layer's output, and with it its gradients, were not rounded to BF16."""
+    return tap.output.dtype != torch.bfloat16
 
 
 def _square(x: Tensor) -> Tensor:
@@ -84,7 +94,7 @@ class LinearStep:
         """From taps on linear layers, or, with ``slots``, on the experts', whose weights lie the other way round."""
 
         def together(tensors: Iterable[Tensor]) -> Tensor:
-            return torch.stack([tensor.flatten(0, -2)[sample] for tensor in tensors])
+            return at_least_fp32(torch.stack([tensor.flatten(0, -2)[sample] for tensor in tensors]))
 
         x, y = together(tap.inputs[0] for tap in taps), together(tap.output for tap in taps)
         dy, tokens = together(tap.output_grad for tap in taps), taps[0].output.shape[:-1].numel()

@@ -182,3 +182,11 @@ def test_a_finished_run_is_skipped_by_its_stack(make_stack, tmp_path):
     again, *others = train_stack(make_stack(*LAYERNORM), tmp_path)
     assert again["wall_s"] == first["wall_s"] and all(other["end_reason"] == "completed" for other in others)
     assert weights.stat().st_mtime_ns == before
+
+
+def test_a_stack_trains_in_pieces_to_the_same_bits(make_stack, tmp_path):
+    whole = [tmp_path / "whole" / one["run_id"] for one in train_stack(make_stack(*LAYERNORM), tmp_path / "whole")]
+    for step in (1, 2):
+        manifests = train_stack(make_stack(*LAYERNORM, "train.piece_s=1e-6"), tmp_path / "out")
+        assert [(one["end_reason"], one["steps_done"]) for one in manifests] == [("interrupted", step)] * 3
+    assert_same_runs(train_stack(make_stack(*LAYERNORM), tmp_path / "out"), tmp_path / "out", whole)

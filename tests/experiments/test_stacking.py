@@ -8,6 +8,8 @@ from experiments.stacking import stacks, why_single
     ("overrides", "named"),
     [
         (["model=moe_nano", "model.moe.n_experts=4"], "model.moe"),
+        (["train.precision=bf16"], "train.precision=bf16"),
+        (["train.micro_batch=4"], "train.micro_batch=4"),
         (["fault=batch_shrink", "fault.onset=39"], "a batch of"),
         (["fault=module_shift", "fault.modules=[blocks.0.mlp.input]"], "blocks.0.mlp.input"),
     ],
