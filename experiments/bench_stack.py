@@ -49,6 +49,9 @@ def _config(device: str) -> TrainConfig:
         device=device,
         threads=1,
         stack=1,
+        precision="fp32",
+        micro_batch=None,
+        compile=False,
     )
 
 
