@@ -50,6 +50,9 @@ BLOCK = 192
 LANES = 16
 """Terms that a row sum of softmax keeps apart until the end: AVX-512's."""
 
+NORM_LANES = 8
+"""Terms that a row sum of a norm keeps apart until the end: AVX2's, which these kernels are built for."""
+
 
 def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
     """(c, r) such that a sum S of n >= 1 terms whose squares add up to T has the error u^2 (c S^2 + r T).
@@ -283,35 +286,41 @@ class NormParts:
     products: Tensor
 
 
+def _additions(width: int) -> float:
+    """Roundings that a term of a norm's row sum goes through: half of its lane's, then those that join the lanes."""
+    return width / NORM_LANES / 2 + math.log2(NORM_LANES)
+
+
 def norm_orthogonality_noise(t: NormStep) -> Tensor:
     """E|<dx, x - mu> - eps/(var + eps) <dy, y - beta>|^2 per token, x' = x - mu.
 
     PyTorch computes dx = r g + b x + c from the sums h' = sum g x and sum g, b = -h r^2 / M. Into <dx, x'> enter the
-    two additions of each dx_c, dx_c^2 x'_c^2 each; the products r g_c and b x_c; the products of h' and its pairwise
-    sum, log2 M levels, whose error b multiplies by |x'|^2 r^2 / M = 1; r, of mean square 2.5 by two roundings in
-    var + eps, the root and the reciprocal, which enters twice over, and four more factors of b and h itself, 15 in
-    all; mu, by two, times sum g:
+    two additions of each dx_c, dx_c^2 x'_c^2 each; the products r g_c and b x_c; the products of h' and its sum, s
+    additions a term (``_additions``), whose error b multiplies by |x'|^2 r^2 / M = 1; r, of mean square 2.5 by two
+    roundings in var + eps, the root and the reciprocal, which enters twice over, and four more factors of b and h
+    itself, 15 in all; mu, by two, times sum g:
 
         u^2 [2 sum (x' dx)^2 + sum (g unit)^2 + sum (b x x')^2
-             + (1 + log2 M) sum (g raw)^2 + 15 h^2 + 2 (offset sum g)^2]
+             + (1 + s) sum (g raw)^2 + 15 h^2 + 2 (offset sum g)^2]
 
     The error of y in the eps term, smaller by eps / (var + eps), is left out. RMSNorm: mu = 0, the same operations.
     """
-    p, levels = t.parts, math.log2(t.x.shape[-1])
+    p = t.parts
     own = 2 * _square(p.x * t.dx) + _square(p.g * p.unit) + p.products
-    sums = (1 + levels) * _square(p.g * p.raw) + 15 * p.h.square() + 2 * (p.g.sum(-1) * p.offset).square()
+    sums = (1 + _additions(t.x.shape[-1])) * _square(p.g * p.raw) + 15 * p.h.square() + 2 * (p.g.sum(-1) * p.offset).square()
     return FP32_U2 * (own + sums)
 
 
 def norm_shift_noise(t: NormStep) -> Tensor:
     """E|sum_c dx_c|^2 per token; LayerNorm, its operations as in ``norm_orthogonality_noise``.
 
-    The additions of each dx_c; the products r g_c and b x_c; sum g, pairwise, which c = -b mu - r sum g / M gives to
-    all M components; the rounding of c and of its product, M c = -r (sum g - h offset); b mu and mu itself:
+    The additions of each dx_c; the products r g_c and b x_c; sum g, s additions a term (``_additions``), which
+    c = -b mu - r sum g / M gives to all M components; the rounding of c and of its product,
+    M c = -r (sum g - h offset); b mu and mu itself:
 
-        u^2 [2 sum dx^2 + r^2 ((1 + log2 M) sum g^2 + sum (h raw / M)^2 + 2 (sum g)^2 + 3 (h offset)^2)]
+        u^2 [2 sum dx^2 + r^2 ((1 + s) sum g^2 + sum (h raw / M)^2 + 2 (sum g)^2 + 3 (h offset)^2)]
     """
-    p, levels, M = t.parts, math.log2(t.x.shape[-1]), t.x.shape[-1]
-    inner = (1 + levels) * _square(p.g) + (p.h / M).square() * _square(p.raw)
+    p, M = t.parts, t.x.shape[-1]
+    inner = (1 + _additions(M)) * _square(p.g) + (p.h / M).square() * _square(p.raw)
     common = 2 * p.g.sum(-1).square() + 3 * (p.h * p.offset).square()
     return FP32_U2 * (2 * _square(t.dx) + p.r.square() * (inner + common))
