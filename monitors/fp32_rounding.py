@@ -307,8 +307,8 @@ def norm_orthogonality_noise(t: NormStep) -> Tensor:
     """
     p = t.parts
     own = 2 * _square(p.x * t.dx) + _square(p.g * p.unit) + p.products
-    sums = (1 + _additions(t.x.shape[-1])) * _square(p.g * p.raw) + 15 * p.h.square() + 2 * (p.g.sum(-1) * p.offset).square()
-    return FP32_U2 * (own + sums)
+    sums = (1 + _additions(t.x.shape[-1])) * _square(p.g * p.raw) + 15 * p.h.square()
+    return FP32_U2 * (own + sums + 2 * (p.g.sum(-1) * p.offset).square())
 
 
 def norm_shift_noise(t: NormStep) -> Tensor:
