@@ -41,14 +41,17 @@ RESULT_SOURCES = (
     "models/*.py",
     "monitors/*.py",
     "experiments/build.py",
+    "experiments/checkpoint.py",
     "experiments/data.py",
     "experiments/gradients.py",
     "experiments/ledger.py",
     "experiments/loop.py",
+    "experiments/manifest.py",
     "experiments/optimizer.py",
     "experiments/stacked_history.py",
     "experiments/stacked_loop.py",
     "experiments/stacked_optimizer.py",
+    "experiments/stacking.py",
 )
 """The files that determine what a run measures."""
 

@@ -22,6 +22,8 @@ def out_of_memory_named(run: Run) -> Iterator[None]:
     except torch.OutOfMemoryError:
         at_a_time, context = run.train.micro_batch or run.train.batch_size, run.model_config.context_length
         lower = "train.micro_batch" if at_a_time > 1 else "model.context_length, or choose a smaller model"
+        if run.train.stack > 1:
+            lower = f"train.stack={run.train.stack}"
         raise OutOfMemory(
             f"{run.device.type} is out of memory at {at_a_time} of train.batch_size={run.train.batch_size} sequences "
             f"of model.context_length={context} at a time (train.micro_batch={run.train.micro_batch}): lower {lower}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,12 @@ def is_done(folder: Path) -> bool:
     return manifest is not None and manifest["end_reason"] in trace.FINAL_REASONS
 
 
+def _cpu_s(folder: Path) -> float:
+    """What earlier commands have spent on a run."""
+    manifest = trace.read_manifest(folder)
+    return 0.0 if manifest is None else manifest["cpu_s"]
+
+
 def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: Sequence[str]) -> dict[str, Any] | None:
     """Train the runs that are not there yet; how long that took and how busy the cores were, or None.
 
@@ -109,7 +116,10 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
     if not pending:
         return None
     jobs = [[pending[index] for index in stack] for stack in stacks([run for _, run in pending])]
-    started = time.monotonic()
+    for reason, count in Counter(why_single(run) for _, run in pending if run.train.stack > 1).items():
+        if reason is not None:
+            print(f"{count} runs train by themselves: {reason}")
+    started, spent_s = time.monotonic(), sum(_cpu_s(out / run.run_id) for _, run in pending)
     at_once, piece_s = HydraConfig.get().launcher.get("n_jobs", 1), pending[0][1].train.piece_s
     with SweepProgress({out / run.run_id: run.train.steps for run in runs}):
 
@@ -139,7 +149,7 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
             f"{unfinished} runs are left after train.piece_s={piece_s:g} seconds; the same command goes on"
         )
     processes = min(at_once, len(jobs))
-    cpu_s = sum(result["cpu_s"] for _, result in results)
+    cpu_s = sum(result["cpu_s"] for _, result in results) - spent_s
     return {
         "trained": len(pending),
         "wall_s": round(wall_s, 1),

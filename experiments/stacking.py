@@ -8,19 +8,16 @@ from typing import Any
 
 from experiments.build import Run
 
-OWN = {
-    "seed": (),
-    "fault": (),
-    "train": (
-        "learning_rate",
-        "warmup_steps",
-        "schedule",
-        "final_lr_fraction",
-        "weight_decay",
-        "stop_drawup_nats",
-    ),
-}
-"""What each run of a stack has for itself: two nodes of the configuration, and some keys of a third."""
+OWN_NODES = ("seed", "fault", "train")
+OWN_TRAIN_KEYS = (
+    "learning_rate",
+    "warmup_steps",
+    "schedule",
+    "final_lr_fraction",
+    "weight_decay",
+    "stop_drawup_nats",
+)
+"""What each run of a stack has for itself: its seed, its fault, and these keys of its training."""
 
 
 def why_single(run: Run) -> str | None:
@@ -41,14 +38,14 @@ def why_single(run: Run) -> str | None:
 
 
 def stacks(runs: Sequence[Run]) -> list[list[int]]:
-    """The runs' indices, in stacks of up to ``train.stack``; those of one stack are alike but for ``OWN``.
+    """The runs' indices, in stacks of up to ``train.stack``, alike but for what each has for itself.
 
     A run that cannot be stacked stands by itself.
     """
     alike: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
-        train = {key: value for key, value in run.config["train"].items() if key not in OWN["train"]}
-        common: dict[str, Any] = {key: value for key, value in run.config.items() if key not in OWN}
+        train = {key: value for key, value in run.config["train"].items() if key not in OWN_TRAIN_KEYS}
+        common: dict[str, Any] = {key: value for key, value in run.config.items() if key not in OWN_NODES}
         common |= {"train": train, "single": None if why_single(run) is None else index}
         alike.setdefault(json.dumps(common, sort_keys=True), []).append(index)
     return [

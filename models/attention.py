@@ -196,7 +196,7 @@ class DotProduct(nn.Module):
 
     @property
     def rounds_to_bf16(self) -> bool:
-        """Whether the kernel stores its tensors in BF16; ``sdpa`` takes and returns them as they are, in FP32."""
+        """Whether the kernel stores its tensors in BF16; ``sdpa`` takes and returns them as they are."""
         return self.backend != "sdpa"
 
     def forward(

@@ -17,7 +17,7 @@ from models.visibility import score_mask
 from monitors.attention_laws import over_rows
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
-from monitors.conservation import over_group, per_query_head, relative
+from monitors.conservation import over_group, per_query_head, relative, squared_norm
 from monitors.rounding import BF16_U2, OVER_NOISE, DotProductStep
 
 NAME = "attention_recomputed"
@@ -33,7 +33,7 @@ def recompute(t: DotProductStep) -> Found:
     With P = softmax(Q K^T / sqrt(D)), dS = P * (dO V^T - rowsum(dO * O)) and the rounding errors of
     ``monitors.rounding``, of mean square u^2 of what is stored, an exact kernel differs by
 
-        O    u^2 sum_i [sum_j e_ij |v_j|^2 + |o_i|^2]              e: P^2, but 0 at the largest of a row, which is exact
+        O    u^2 sum_i [sum_j e_ij |v_j|^2 + |o_i|^2]              e: P^2, but 0 at the largest of a row: exact
         dQ   u^2 sum_i [sum_j dS_ij^2 |k_j|^2 / D + |dq_i|^2]
         dK   u^2 sum_j [sum_i dS_ij^2 |q_i|^2 / D + |dk_j|^2]
         dV   u^2 sum_j [sum_i e'_ij |do_i|^2 + |dv_j|^2]           e': P^2, but 0 where P = 1
@@ -44,7 +44,7 @@ def recompute(t: DotProductStep) -> Found:
     p = (t.q @ k.mT * scale + score_mask(T, t.window, 1, t.q.device, t.q.dtype)).softmax(-1)
     ds = p * (t.do @ v.mT - (t.do * t.o).sum(-1, keepdim=True))
     p2, ds2 = p.square(), ds.square() / D
-    forward = p2.scatter(-1, p.argmax(-1, keepdim=True), 0.0)
+    forward = p2 * (p < p.amax(-1, keepdim=True))
 
     def both(query_BHT: Tensor, key_BHT: Tensor, x_BHTT: Tensor) -> Tensor:
         """sum_ij query_i x_ij key_j, (B, G)."""
@@ -53,17 +53,17 @@ def recompute(t: DotProductStep) -> Found:
     one = torch.ones_like(t.q[..., 0])
     again = {"o": p @ v, "dq": ds @ k * scale, "dk": ds.mT @ t.q * scale, "dv": p.mT @ t.do}
     stored = {
-        "o": both(one, _square(v), forward),
-        "dq": both(one, _square(k), ds2),
-        "dk": both(_square(t.q), one, ds2),
-        "dv": both(_square(t.do), one, p2 * (p < 1)),
+        "o": both(one, squared_norm(v), forward),
+        "dq": both(one, squared_norm(k), ds2),
+        "dk": both(squared_norm(t.q), one, ds2),
+        "dv": both(squared_norm(t.do), one, p2 * (p < 1)),
     }
     found = {}
     for part in PARTS:
         returned, second = getattr(t, part), again[part]
         if part in ("dk", "dv"):
             second = over_group(second, G)
-        error, size = (over_group(_square(x).sum(-1), G) for x in (returned - second, returned))
+        error, size = (over_group(squared_norm(x).sum(-1), G) for x in (returned - second, returned))
         found[part] = error.sqrt(), size.sqrt(), BF16_U2 * (stored[part] + size)
     return found
 
@@ -102,7 +102,3 @@ class AttentionRecomputed:
             ratios = over_rows(relative(error, noise.sqrt()), len(taps))
             readings |= {f"{name}.{OVER_NOISE}": ratio for name, ratio in zip(names, ratios, strict=True)}
         return readings
-
-
-def _square(x: Tensor) -> Tensor:
-    return x.square().sum(-1)

@@ -49,6 +49,11 @@ def _total(x: Tensor) -> Tensor:
     return x.sum((-2, -1))
 
 
+def squared_norm(x: Tensor) -> Tensor:
+    """|x|^2 over the last dimension, in its own precision: u^2 of it may be below FP32's range and needs FP64."""
+    return torch.linalg.vector_norm(x, dim=-1).square()
+
+
 def over_group(x_BHT: Tensor, n_kv_heads: int) -> Tensor:
     """Sum over the query heads that share a key-value head: (B, H, ...) -> (B, G, ...).
 

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from models.numerics import at_least_fp32
 from models.taps import Tap
+from monitors.conservation import squared_norm
 
 FP32_U2 = 2.0**-46 / 24
 """Mean square of the relative error of one rounding to FP32."""
@@ -67,11 +68,6 @@ def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
 def stored_in_fp32(tap: Tap) -> bool:
     """Whether a linear layer's output, and with it its gradients, were not rounded to BF16."""
     return tap.output.dtype != torch.bfloat16
-
-
-def _square(x: Tensor) -> Tensor:
-    """|x|^2 of each row, in its own precision: u^2 of it may be below FP32's range and needs FP64."""
-    return torch.linalg.vector_norm(x, dim=-1).square()
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ class LinearStep:
     @cached_property
     def y_dy2(self) -> Tensor:
         """sum_i (y_i dy_i)^2 of each token, (L, n)."""
-        return _square(self.y_dy)
+        return squared_norm(self.y_dy)
 
     @cached_property
     def terms2(self) -> Tensor:
@@ -129,7 +125,7 @@ class LinearStep:
         norms = torch.stack([torch.linalg.vector_norm(w, dim=-1) for w in self.w])  # (L, E, out)
         if self.expert is not None:
             norms = norms.gather(1, self.expert[..., None].expand(-1, -1, norms.shape[-1]))
-        return _square(self.dy * norms) * _square(self.x) / self.x.shape[-1]
+        return squared_norm(self.dy * norms) * squared_norm(self.x) / self.x.shape[-1]
 
     def total(self, per_token: Tensor) -> Tensor:
         """Sum over all tokens of each weight, (L, n) -> (L, E), from the sampled ones."""
@@ -149,21 +145,23 @@ def linear_euler_noise(t: LinearStep) -> Tensor:
     c_tokens, r_tokens = accumulation(t.tokens if t.slots is None else t.slots.clamp(min=1))
     terms2 = t.total(t.terms2)
     outputs = c_in * t.total(t.y_dy2) + r_in * terms2
-    products2 = torch.stack([_square((w * dw).flatten(1)) for w, dw in zip(t.w, t.dw, strict=True)])
+    products2 = torch.stack([squared_norm((w * dw).flatten(1)) for w, dw in zip(t.w, t.dw, strict=True)])
     weights = c_tokens * products2 + r_tokens * terms2
     return FP32_U2 * (outputs + weights).sum(-1)
 
 
 def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
-    """E|<x, dx> - sum over layers of <y, dy>|^2 per token, (L, n), for layers of one output width that read x.
+    """E|<x, dx> - sum over layers of <y, dy>|^2 per token, (L, n), for layers that read x.
 
-    u^2 [sum over layers (c sum (y dy)^2 + r A) + c' sum (x dx)^2 + r' sum over layers A], A as in
-    ``linear_euler_noise`` of one token; c, r of ``accumulation(n_in)``, c', r' of ``accumulation(n_out)``.
+    u^2 [sum over layers (c sum (y dy)^2 + (r + r') A) + c' sum (x dx)^2], A as in ``linear_euler_noise`` of one token;
+    c, r of ``accumulation(n_in)``, r' of each layer's ``accumulation(n_out)``, c' of the widest.
     """
     c_in, r_in = accumulation(x_dx.shape[-1])
-    c_out, r_out = accumulation(readers[0].y.shape[-1])
-    outputs = sum(c_in * t.y_dy2 + (r_in + r_out) * t.terms2 for t in readers)
-    return FP32_U2 * (outputs + c_out * _square(x_dx)).double()
+    widths = [t.y.shape[-1] for t in readers]
+    outputs = sum(
+        c_in * t.y_dy2 + (r_in + accumulation(width)[1]) * t.terms2 for t, width in zip(readers, widths, strict=True)
+    )
+    return FP32_U2 * (outputs + accumulation(max(widths))[0] * squared_norm(x_dx)).double()
 
 
 def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:
@@ -173,8 +171,8 @@ def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:
     sum_t shift_noise_t |x_t|^2 + u^2 [c ||dW||^2 + r sum_t |dy_t|^2 |x_t|^2], c, r of ``accumulation(tokens)``.
     """
     c, r = accumulation(t.tokens)
-    per_token = (shift_noise + FP32_U2 * r * _square(t.dy).double()) * _square(t.x)
-    own = torch.stack([_square(dw.flatten()) for dw in t.dw]).double()
+    per_token = (shift_noise + FP32_U2 * r * squared_norm(t.dy).double()) * squared_norm(t.x)
+    own = torch.stack([squared_norm(dw.flatten()) for dw in t.dw]).double()
     return t.weight_of_sample * per_token.sum(-1) + FP32_U2 * c * own
 
 
@@ -236,7 +234,7 @@ def router_logit_noise(logits: Tensor, dlogits: Tensor, aux_LNE: Tensor | float,
     s = aux.gather(-1, where) - by_softmax.gather(-1, where) / least
     p2 = p.square()
     p2_sum = p2.sum(-1)
-    softmax = 3 * _square(dlogits) + _square(by_softmax + p * s) + s[..., 0].square() * (p2_sum + 2)
+    softmax = 3 * squared_norm(dlogits) + squared_norm(by_softmax + p * s) + s[..., 0].square() * (p2_sum + 2)
     z_loss = w[..., 0].square() * (lse[..., 0].square() + (p2 * (log_p.square() + 2)).sum(-1))
     return FP32_U2 * (softmax + z_loss)
 
@@ -306,8 +304,8 @@ def norm_orthogonality_noise(t: NormStep) -> Tensor:
     The error of y in the eps term, smaller by eps / (var + eps), is left out. RMSNorm: mu = 0, the same operations.
     """
     p = t.parts
-    own = 2 * _square(p.x * t.dx) + _square(p.g * p.unit) + p.products
-    sums = (1 + _additions(t.x.shape[-1])) * _square(p.g * p.raw) + 15 * p.h.square()
+    own = 2 * squared_norm(p.x * t.dx) + squared_norm(p.g * p.unit) + p.products
+    sums = (1 + _additions(t.x.shape[-1])) * squared_norm(p.g * p.raw) + 15 * p.h.square()
     return FP32_U2 * (own + sums + 2 * (p.g.sum(-1) * p.offset).square())
 
 
@@ -321,6 +319,6 @@ def norm_shift_noise(t: NormStep) -> Tensor:
         u^2 [2 sum dx^2 + r^2 ((1 + s) sum g^2 + sum (h raw / M)^2 + 2 (sum g)^2 + 3 (h offset)^2)]
     """
     p, M = t.parts, t.x.shape[-1]
-    inner = (1 + _additions(M)) * _square(p.g) + (p.h / M).square() * _square(p.raw)
+    inner = (1 + _additions(M)) * squared_norm(p.g) + (p.h / M).square() * squared_norm(p.raw)
     common = 2 * p.g.sum(-1).square() + 3 * (p.h * p.offset).square()
-    return FP32_U2 * (2 * _square(t.dx) + p.r.square() * (inner + common))
+    return FP32_U2 * (2 * squared_norm(t.dx) + p.r.square() * (inner + common))

@@ -35,7 +35,7 @@ from torch import Tensor
 from models.numerics import at_least_fp32
 from models.taps import Tap
 from models.visibility import score_mask
-from monitors.conservation import over_group, per_query_head
+from monitors.conservation import over_group, per_query_head, squared_norm
 
 OVER_NOISE = "over_noise"
 """Ends the name of a signal that divides what is broken of a law by what rounding alone predicts."""
@@ -82,7 +82,7 @@ class DotProductStep:
     @cached_property
     def squares(self) -> Mapping[str, Tensor]:
         """|x|^2 of each token, (B, H or G, T), of each of the tensors."""
-        return {part.name: _square(getattr(self, part.name)) for part in fields(self) if part.name != "window"}
+        return {part.name: squared_norm(getattr(self, part.name)) for part in fields(self) if part.name != "window"}
 
     @cached_property
     def row_sums(self) -> RowSums:
@@ -103,11 +103,11 @@ class DotProductStep:
             twice_rounded = largest[..., 0] < 1  # P = 1 is exact in the backward as well
             delta = (do[:, i] * o[:, i]).sum(-1, keepdim=True)
             p_dp = (do[:, i] @ v[:, j].mT).mul_(p)
-            ds2 = _square(torch.addcmul(p_dp, p, delta, value=-1))
+            ds2 = squared_norm(torch.addcmul(p_dp, p, delta, value=-1))
             p_v = p * size_v[..., j]
-            backward = [_square(x) * twice_rounded for x in (p, p_dp, p_v)]
+            backward = [squared_norm(x) * twice_rounded for x in (p, p_dp, p_v)]
             inexact = p.sub_(largest).sign_()  # 0 at the largest of a row, and at its equals
-            return ds2, _square(p_dp.mul_(inexact)), _square(p_v.mul_(inexact)), *backward
+            return ds2, squared_norm(p_dp.mul_(inexact)), squared_norm(p_v.mul_(inexact)), *backward
 
         tiles = [of_queries(slice(first, first + TILE), slice(first + TILE)) for first in range(0, T, TILE)]
         return RowSums(*(torch.cat(parts, -1).view(B, H, T) for parts in zip(*tiles, strict=True)))
@@ -129,10 +129,6 @@ class RowSums:
     backward_v2: Tensor
 
 
-def _square(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1).square()
-
-
 def _sum_of_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(-2, -1)).square()
 
@@ -142,7 +138,7 @@ def key_shift_noise(t: DotProductStep) -> Tensor:
 
     e: the error of P in O. An error of delta_i moves the row dS_i by as much times P_i, whose sum is 1.
     """
-    row_BHT = t.row_sums.ds2 + t.row_sums.forward_dp2 + _square(t.do * t.o)
+    row_BHT = t.row_sums.ds2 + t.row_sums.forward_dp2 + squared_norm(t.do * t.o)
     heads = (row_BHT * t.squares["q"]).sum(-1) / t.q.shape[-1]
     return BF16_U2 * (over_group(heads, t.dk.shape[1]) + t.squares["dk"].sum(-1))
 

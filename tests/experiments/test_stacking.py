@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from experiments import bench_stack
@@ -39,6 +41,14 @@ def test_stacks_are_full_and_hold_runs_that_differ_in_their_own_keys_alone(make_
 
 
 def test_the_bench_counts_the_steps_of_every_run_of_a_stack(monkeypatch):
+    """A stack of two whose step takes three times as long as a single one makes two thirds of its run-steps."""
     monkeypatch.setattr(bench_stack, "TURNS", 2)
+    names = itertools.cycle(("single", "stack"))
+
+    def seconds(step, first, device):
+        step(first)
+        return {"single": 0.010, "stack": 0.030}[next(names)]
+
+    monkeypatch.setattr(bench_stack, "_seconds_a_step", seconds)
     found = bench_stack.measure("cpu", size=2)
-    assert found["run_steps_per_s_ratio"] == pytest.approx(2 * found["single_ms"] / found["stack_ms"])
+    assert found == pytest.approx({"single_ms": 10.0, "stack_ms": 30.0, "run_steps_per_s_ratio": 2 / 3})

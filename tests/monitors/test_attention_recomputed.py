@@ -11,7 +11,7 @@ from monitors.rounding import DotProductStep
 
 
 def step(sharpness: float, *faults: SiteFault, shared: int = 1, window: int | None = None) -> DotProductStep:
-    """Forward and backward of the reference kernel on random tensors; sharpness: spread of the scores.
+    """Forward and backward of the reference kernel on random tensors; sharpness: spread of the scores, 0: all tie.
 
     shared: query heads of one key-value head.
     """
@@ -35,6 +35,10 @@ def test_a_healthy_kernel_differs_by_what_is_predicted(sharpness, shared, window
     for part, ratio in over_noise(step(sharpness, shared=shared, window=window)).items():
         assert ratio.shape == (4 // shared,)
         assert ratio.min() > 0.9 and ratio.max() < 1.1, (part, ratio)
+
+
+def test_every_key_that_ties_at_the_largest_of_its_row_is_exact():
+    assert 0.9 < float(over_noise(step(0.0))["o"].square().mean().sqrt()) < 1.1
 
 
 BACKWARD = {
