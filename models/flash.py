@@ -11,59 +11,29 @@ The kernels stand behind two ``torch.library`` operators, which ``torch.compile`
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from models.attention import check_shapes
 from models.flash_faults import BACKWARD, FORWARD, AttentionShape, constants, encode, fault_table, operation
 from models.numerics import SITES, LayerNumerics
+from models.tiles import Tiles
+from models.visibility import check_shapes
+
+D_HEADS = "a multiple of 8 from 16 to 256"
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Queries and keys that a program holds at once, and how it is laid out on the GPU.
+def takes_d_head(d_head: int) -> bool:
+    """Whether the kernels exist for a head dim."""
+    return 16 <= d_head <= 256 and d_head % 8 == 0
 
-    queries, keys: powers of two, 16 or more. warps: of 32 threads. stages: key or query tiles in flight.
+
+def load_kernels(device: torch.device) -> SimpleNamespace:
+    """The kernels, which need Triton: most machines without a GPU do not have it.
+
+    Raises ModuleNotFoundError without it, and ValueError for a CPU outside Triton's interpreter.
     """
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-    def __post_init__(self) -> None:
-        for field in ("queries", "keys"):
-            size = getattr(self, field)
-            if size < 16 or size & (size - 1):
-                raise ValueError(f"tile {field}={size} is not allowed: a power of two, 16 or more")
-        for field, value in (("warps", self.warps), ("stages", self.stages)):
-            if value < 1:
-                raise ValueError(f"tile {field}={value} is not allowed: 1 or more")
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The tiles of the forward, the dK/dV and the dQ kernel: they fix the order of sums, so they belong to a run."""
-
-    forward: Tile
-    key_gradient: Tile
-    query_gradient: Tile
-
-
-def pinned_tiles(d_head: int) -> Tiles:
-    """The tiles for a head dim, sized for the registers and shared memory of a Hopper GPU. Never tuned at run time."""
-    if d_head <= 64:
-        return Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
-    if d_head <= 128:
-        return Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2))
-    return Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2))
-
-
-def _kernels(device: torch.device) -> SimpleNamespace:
-    """The kernels, which need Triton: most machines without a GPU do not have it."""
     try:
         from models.flash_backward import delta_kernel
         from models.flash_bits import INTERPRETED
@@ -119,7 +89,7 @@ def _forward(
     code = constants(faults, shares, FORWARD)
     o, clean_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles)
     queries, keys, warps, stages = tiles[:4]
-    _kernels(q.device).forward[(B * H, -(-T // queries))](
+    load_kernels(q.device).forward[(B * H, -(-T // queries))](
         q, k, v, o, clean_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
         SCALE=D**-0.5, WINDOW=window, D=D, BLOCK_D=_block_d(D), ROWS=queries, COLS=keys, HEADS=H, KV_HEADS=k.shape[1],
         FAULTS=code, num_warps=warps, num_stages=stages,
@@ -154,7 +124,7 @@ def _backward(
     table = _table(BACKWARD, q, k, faults, shares, window)
     dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles)
     delta = torch.empty_like(lse)
-    kernels = _kernels(q.device)
+    kernels = load_kernels(q.device)
     every = {"D": D, "BLOCK_D": _block_d(D), "HEADS": H, "FAULTS": code}
     both = {"SCALE": D**-0.5, "WINDOW": window, "KV_HEADS": G, **every}
 
@@ -195,6 +165,12 @@ def _differentiate(ctx, do, *_):
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
+def check_numerics(numerics: LayerNumerics) -> None:
+    """Raise ValueError, in one line, for a layer's faults that the kernels cannot do."""
+    for pass_ in (FORWARD, BACKWARD):
+        constants(*encode(numerics), pass_)
+
+
 def _check(tensors: dict[str, Tensor]) -> None:
     q, k, v = (tensors[name] for name in "qkv")
     for name in "qkv":
@@ -202,9 +178,8 @@ def _check(tensors: dict[str, Tensor]) -> None:
             raise TypeError(f"{name} is {tensors[name].dtype}: attention backend 'triton' takes torch.bfloat16")
     if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(f"k {tuple(k.shape)}, v {tuple(v.shape)} do not fit q {tuple(q.shape)}: only heads may differ")
-    D = q.shape[-1]
-    if not 16 <= D <= 256 or D % 8:
-        raise ValueError(f"d_head={D} is not allowed by attention backend 'triton': a multiple of 8 from 16 to 256")
+    if not takes_d_head(q.shape[-1]):
+        raise ValueError(f"d_head={q.shape[-1]} is not allowed by attention backend 'triton': {D_HEADS}")
     devices = {name: str(tensor.device) for name, tensor in tensors.items()}
     if len(set(devices.values())) > 1:
         raise ValueError(f"attention backend 'triton' needs one device, got {devices}")
@@ -236,7 +211,7 @@ def flash_attention_triton(
         faults,
         shares,
         0 if window is None else window,
-        [size for tile in (tiles.forward, tiles.key_gradient, tiles.query_gradient) for size in astuple(tile)],
+        tiles.flat(),
     )
     if count.numel():
         nonfinite.add_(count[0])

@@ -7,8 +7,9 @@ import math
 
 import torch
 
-from models.flash import Tile, Tiles, flash_attention_triton
+from models.flash import flash_attention_triton
 from models.numerics import HEALTHY_LAYER
+from models.tiles import Tile, Tiles
 from tests.models.attention_in_fp64 import NAMES, allowed, grid, shared
 
 ONE_TILE = Tiles(*[Tile(64, 64, 4, 1)] * 3)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from models import flash_bits
-from models.flash import Tile, Tiles, _backward, _forward, flash_attention_triton, pinned_tiles
+from models.flash import _backward, _forward, flash_attention_triton
 from models.flash_faults import encode
 from models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
+from models.tiles import Tile, Tiles, pinned_tiles
 from tests.models.attention_in_fp64 import NAMES, distance, emulate, exact, inputs, layer, run
 from tests.models.attention_in_triton import ONE_TILE, SMALL_TILES, output_in_tiles, run_triton
 
@@ -57,11 +58,8 @@ def test_the_output_of_several_tiles_is_their_online_softmax(H, G, window, T, D)
 def test_tiles_change_the_backward_only_by_the_order_of_sums(window, tiles):
     """From the same saved O and L, which are those of the reference."""
     q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=53))
-    flat = [
-        size for t in (tiles.forward, tiles.key_gradient, tiles.query_gradient) for size in (t.queries, t.keys, 4, 1)
-    ]
     o, _, lse, _ = _forward(q, k, v, EVENTS, [], [], window or 0, [64, 64, 4, 1] * 3)
-    got = _backward(q, k, v, o, lse, do, [], [], window or 0, flat)[:3]
+    got = _backward(q, k, v, o, lse, do, [], [], window or 0, tiles.flat())[:3]
     expected = run(*(x.float() for x in (q, k, v, do)), window=window)
     for name, gradient in zip(NAMES[1:], got, strict=True):
         if window == 1 and name != "dv":
@@ -177,7 +175,7 @@ def test_what_it_cannot_do_is_an_error_of_one_line():
     ("sizes", "field"), [((24, 16, 4, 1), "queries"), ((16, 8, 4, 1), "keys"), ((16, 16, 0, 1), "warps")]
 )
 def test_a_tile_that_no_kernel_can_hold_is_an_error(sizes, field):
-    with pytest.raises(ValueError, match=f"tile {field}="):
+    with pytest.raises(ValueError, match=f"{field}="):
         Tile(*sizes)
 
 

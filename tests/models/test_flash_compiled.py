@@ -16,9 +16,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from models.flash import _kernels, pinned_tiles
+from models.flash import load_kernels
 from models.flash_faults import BACKWARD, FORWARD, constants, encode
 from models.numerics import AttentionNumerics, SiteFault
+from models.tiles import pinned_tiles
 
 sites = [site.split("-") for site in sys.argv[1:]]
 faults = AttentionNumerics(tuple(SiteFault(site, phase, "truncate", 3, share=0.5) for site, phase in sites)).layer(0)
@@ -37,7 +38,7 @@ def compile_for_hopper(kernel, pass_, tile):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
-kernels = _kernels(torch.device("cuda"))
+kernels = load_kernels(torch.device("cuda"))
 for kernel, pass_, tile in (
     (kernels.forward, FORWARD, tiles.forward),
     (kernels.delta, BACKWARD, tiles.query_gradient),
