@@ -218,7 +218,7 @@ def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> No
         if model.backend == "triton" and sites.numerics != numerics:
             numerics = sites.numerics
             for layer in range(model.n_layers):
-                check_numerics(numerics.layer(layer))
+                check_numerics(numerics.layer(layer), model.tiles)
         sites.numerics.check_fits(model.n_layers, model.n_heads, model.kv_heads)
         changed = sites.numerics.faults or sites.numerics.arithmetic != ORDINARY
         if changed and model.backend not in FAULT_SITES:

@@ -1,9 +1,10 @@
 """Causal flash attention in Triton with fault sites: ``models.attention`` in one kernel forward and three backward.
 
 BF16 in and out, FP32 accumulation, the log-sum-exp saved. Head dims 16 to 256, any sequence length, grouped KV heads,
-sliding windows. What each site means is said in ``models.attention``; two things depend on the tiles, as in every
-flash kernel: the order of FP32 sums, and, where a row has several tiles of keys, that the forward ``p`` is relative
-to the largest score so far. A non-finite number reaches only the queries and keys of tiles that read it.
+sliding windows, every arithmetic of ``models.arithmetic`` whose ``pv_block`` ends where a tile of keys does. What each
+site means is said in ``models.attention``; two things depend on the tiles, as in every flash kernel: the order of FP32
+sums, and, where a row has several tiles of keys, that the forward ``p`` and a running sum in BF16 are relative to the
+largest score so far. A non-finite number reaches only the queries and keys of tiles that read it.
 
 The kernels stand behind two ``torch.library`` operators, which ``torch.compile`` and CUDA graphs take as they are.
 ``TRITON_INTERPRET=1``, set before Python starts, runs them on a CPU.
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from models.flash_arithmetic import KernelArithmetic, encode_arithmetic
 from models.flash_faults import BACKWARD, FORWARD, AttentionShape, constants, encode, fault_table, operation
 from models.numerics import SITES, LayerNumerics
 from models.tiles import Tiles
@@ -37,6 +39,7 @@ def load_kernels(device: torch.device) -> SimpleNamespace:
     try:
         from models.flash_backward import delta_kernel
         from models.flash_bits import INTERPRETED
+        from models.flash_delta import delta_of_p_kernel
         from models.flash_forward import forward_kernel
         from models.flash_key_gradient import key_gradient_kernel
         from models.flash_query_gradient import query_gradient_kernel
@@ -50,6 +53,7 @@ def load_kernels(device: torch.device) -> SimpleNamespace:
     return SimpleNamespace(
         forward=forward_kernel,
         delta=delta_kernel,
+        delta_of_p=delta_of_p_kernel,
         key_gradient=key_gradient_kernel,
         query_gradient=query_gradient_kernel,
     )
@@ -79,29 +83,35 @@ def _forward(
     shares: list[float],
     window: int,
     tiles: list[int],
+    arithmetic: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(O, the O that the backward reads if it is another, L, how many non-finite values reached a fault).
 
-    faults, shares: as ``models.flash_faults.encode`` gives them; window: 0 for none; tiles: ``Tiles``, flat.
+    faults, shares: as ``models.flash_faults.encode`` gives them; window: 0 for none; tiles: ``Tiles``, flat;
+    arithmetic: a ``KernelArithmetic``.
     ``nonfinite`` is for the backward, which adds to it.
     """
     B, H, T, D = q.shape
     code = constants(faults, shares, FORWARD)
-    o, clean_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles)
+    way = KernelArithmetic(*arithmetic)
+    o, saved_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles, arithmetic)
     queries, keys, warps, stages = tiles[:4]
     load_kernels(q.device).forward[(B * H, -(-T // queries))](
-        q, k, v, o, clean_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
+        q, k, v, o, saved_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
         SCALE=D**-0.5, WINDOW=window, D=D, BLOCK_D=_block_d(D), ROWS=queries, COLS=keys, HEADS=H, KV_HEADS=k.shape[1],
-        FAULTS=code, num_warps=warps, num_stages=stages,
+        FAULTS=code, PV_BLOCK=int(way.pv_block), STORED_FP32=bool(way.stored_fp32), OFFSET=way.offset, BETA=way.beta,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return o, clean_o, lse, count
+    return o, saved_o, lse, count
 
 
 @_forward.register_fake
-def _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles):
+def _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles, arithmetic):
     code = constants(faults, shares, FORWARD)
-    clean_o = torch.empty_like(q) if operation(code, SITES.index("o")) else q.new_empty(0)
-    return torch.empty_like(q), clean_o, q.new_empty(q.shape[:3], dtype=torch.float32), _counter(q, code)
+    saved_o = torch.empty_like(q) if operation(code, SITES.index("o")) else q.new_empty(0)
+    if KernelArithmetic(*arithmetic).stored_fp32:
+        saved_o = torch.empty_like(q, dtype=torch.float32)
+    return torch.empty_like(q), saved_o, q.new_empty(q.shape[:3], dtype=torch.float32), _counter(q, code)
 
 
 @torch.library.custom_op("foreshock::flash_backward", mutates_args=())
@@ -116,20 +126,27 @@ def _backward(
     shares: list[float],
     window: int,
     tiles: list[int],
+    arithmetic: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dQ, dK, dV, how many non-finite values reached a fault). Arguments as in the forward."""
     B, H, T, D = q.shape
     G = k.shape[1]
     code = constants(faults, shares, BACKWARD)
     table = _table(BACKWARD, q, k, faults, shares, window)
-    dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles)
+    dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles, arithmetic)
     delta = torch.empty_like(lse)
     kernels = load_kernels(q.device)
     every = {"D": D, "BLOCK_D": _block_d(D), "HEADS": H, "FAULTS": code}
     both = {"SCALE": D**-0.5, "WINDOW": window, "KV_HEADS": G, **every}
 
     queries, keys, warps, stages = tiles[8:]
-    kernels.delta[(B * H, -(-T // queries))](o, do, delta, table, count, T, ROWS=queries, **every)
+    if KernelArithmetic(*arithmetic).delta_of_p:
+        kernels.delta_of_p[(B * H, -(-T // queries))](
+            q, k, v, do, lse, delta, table, count, T,
+            ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
+        )  # fmt: skip
+    else:
+        kernels.delta[(B * H, -(-T // queries))](o, do, delta, table, count, T, ROWS=queries, **every)
     kernels.query_gradient[(B * H, -(-T // queries))](
         q, k, v, do, lse, delta, dq, table, count, T,
         ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
@@ -143,15 +160,15 @@ def _backward(
 
 
 @_backward.register_fake
-def _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles):
+def _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles, arithmetic):
     count = _counter(q, constants(faults, shares, BACKWARD))
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), count
 
 
 def _save_for_backward(ctx, inputs, output):
     q, k, v, ctx.nonfinite, *ctx.settings = inputs
-    o, clean_o, lse, _ = output
-    ctx.save_for_backward(q, k, v, clean_o if clean_o.numel() else o, lse)
+    o, saved_o, lse, _ = output
+    ctx.save_for_backward(q, k, v, saved_o if saved_o.numel() else o, lse)
     ctx.set_materialize_grads(False)
 
 
@@ -159,14 +176,15 @@ def _differentiate(ctx, do, *_):
     dq, dk, dv, count = _backward(*ctx.saved_tensors, do.contiguous(), *ctx.settings)
     if count.numel():
         ctx.nonfinite.add_(count[0])
-    return dq, dk, dv, None, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def check_numerics(numerics: LayerNumerics) -> None:
-    """Raise ValueError, in one line, for a layer's faults that the kernels cannot do."""
+def check_numerics(numerics: LayerNumerics, tiles: Tiles) -> None:
+    """Raise ValueError, in one line, for a layer's faults or arithmetic that the kernels cannot do."""
+    encode_arithmetic(numerics.arithmetic, tiles.forward.keys)
     for pass_ in (FORWARD, BACKWARD):
         constants(*encode(numerics), pass_)
 
@@ -212,6 +230,7 @@ def flash_attention_triton(
         shares,
         0 if window is None else window,
         tiles.flat(),
+        encode_arithmetic(numerics.arithmetic, tiles.forward.keys),
     )
     if count.numel():
         nonfinite.add_(count[0])

@@ -44,6 +44,10 @@ def test_the_tiles_are_part_of_the_run_pinned_or_given(make_run):
         ([*TRITON, "model.tiles={forward:{rows:3}}"], "model.tiles.forward.queries is missing"),
         ([*TRITON, "train.device=cuda"], "train.device='cuda' is not allowed here"),
         (
+            [*TRITON, "fault=natural_bf16", "fault.pv_block=1"],
+            "pv_block=1 is not allowed by attention backend 'triton': null, or a multiple of the 64 keys of its forward",
+        ),
+        (
             [*TRITON, "fault=combined", "fault.faults.attention.heads=[0]", *OTHER_HEAD_FLIPPED],
             "site 'o': the Triton kernel does one rounding a pass",
         ),

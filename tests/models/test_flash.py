@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from models import flash_bits
+from models.arithmetic import Arithmetic
 from models.flash import _backward, _forward, flash_attention_triton
+from models.flash_arithmetic import encode_arithmetic
 from models.flash_faults import encode
-from models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
+from models.numerics import HEALTHY_LAYER, AttentionNumerics, LayerNumerics, SiteFault
 from models.tiles import Tile, Tiles, pinned_tiles
 from tests.models.attention_in_fp64 import NAMES, distance, emulate, exact, inputs, layer, run
-from tests.models.attention_in_triton import ONE_TILE, SMALL_TILES, output_in_tiles, run_triton
+from tests.models.attention_in_triton import ONE_TILE, PLAIN, SMALL_TILES, output_in_tiles, run_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -28,6 +30,7 @@ SHAPES = [  # query heads, key-value heads, window, tokens, d_head
     (4, 1, None, 47, 200),
 ]
 SCORE_TILES = [("s", "both"), ("p", "both"), ("dp", "backward"), ("ds", "backward")]
+DYNAMIC = LayerNumerics({}, Arithmetic("bf16", 64, "fp32", row_max="dynamic", beta=2.0))
 EVENTS = torch.zeros((), dtype=torch.int64)
 
 
@@ -58,8 +61,8 @@ def test_the_output_of_several_tiles_is_their_online_softmax(H, G, window, T, D)
 def test_tiles_change_the_backward_only_by_the_order_of_sums(window, tiles):
     """From the same saved O and L, which are those of the reference."""
     q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=53))
-    o, _, lse, _ = _forward(q, k, v, EVENTS, [], [], window or 0, [64, 64, 4, 1] * 3)
-    got = _backward(q, k, v, o, lse, do, [], [], window or 0, tiles.flat())[:3]
+    o, _, lse, _ = _forward(q, k, v, EVENTS, [], [], window or 0, [64, 64, 4, 1] * 3, PLAIN)
+    got = _backward(q, k, v, o, lse, do, [], [], window or 0, tiles.flat(), PLAIN)[:3]
     expected = run(*(x.float() for x in (q, k, v, do)), window=window)
     for name, gradient in zip(NAMES[1:], got, strict=True):
         if window == 1 and name != "dv":
@@ -118,14 +121,19 @@ def test_inputs_need_not_be_contiguous():
 
 def test_the_operators_keep_their_contract_with_torch_library():
     q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=5))
-    settings = (*encode(layer("o", "both", 3)), 3, [16, 16, 4, 1] * 3)
+    settings = (
+        *encode(layer("o", "both", 3)),
+        3,
+        [16, 16, 4, 1] * 3,
+        encode_arithmetic(Arithmetic(stored_o="fp32"), 16),
+    )
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(_forward, (*leaves, EVENTS, *settings))
     o, _, lse, _ = _forward(*(x.detach() for x in leaves), EVENTS, *settings)
     torch.library.opcheck(_backward, (*(x.detach() for x in leaves), o, lse, do, *settings))
 
 
-@pytest.mark.parametrize("numerics", [HEALTHY_LAYER, layer("q", "both", 7, share=0.5)])
+@pytest.mark.parametrize("numerics", [HEALTHY_LAYER, layer("q", "both", 7, share=0.5), DYNAMIC])
 def test_torch_compile_captures_it_in_one_graph(numerics):
     def attend(q, k, v, events):
         return flash_attention_triton(q, k, v, numerics, events, None, ONE_TILE)
@@ -137,7 +145,7 @@ def test_torch_compile_captures_it_in_one_graph(numerics):
         leaves, events = [x.clone().requires_grad_() for x in (q, k, v)], torch.zeros((), dtype=torch.int64)
         o = function(*leaves, events)
         results.append((o, *torch.autograd.grad(o, leaves, do), events))
-    assert results[0][-1] == (2 if numerics else 0)
+    assert results[0][-1] == (2 if numerics.touches("q", "forward") else 0)
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*results, strict=True))
 
 
