@@ -93,13 +93,13 @@ def _forward(
     """
     B, H, T, D = q.shape
     code = constants(faults, shares, FORWARD)
-    way = KernelArithmetic(*arithmetic)
+    chosen = KernelArithmetic(*arithmetic)
     o, saved_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles, arithmetic)
     queries, keys, warps, stages = tiles[:4]
     load_kernels(q.device).forward[(B * H, -(-T // queries))](
         q, k, v, o, saved_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
         SCALE=D**-0.5, WINDOW=window, D=D, BLOCK_D=_block_d(D), ROWS=queries, COLS=keys, HEADS=H, KV_HEADS=k.shape[1],
-        FAULTS=code, PV_BLOCK=int(way.pv_block), STORED_FP32=bool(way.stored_fp32), OFFSET=way.offset, BETA=way.beta,
+        FAULTS=code, PV_BLOCK=int(chosen.pv_block), STORED_FP32=bool(chosen.stored_fp32), OFFSET=chosen.offset, BETA=chosen.beta,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return o, saved_o, lse, count

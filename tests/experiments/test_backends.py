@@ -45,7 +45,7 @@ def test_the_tiles_are_part_of_the_run_pinned_or_given(make_run):
         ([*TRITON, "train.device=cuda"], "train.device='cuda' is not allowed here"),
         (
             [*TRITON, "fault=natural_bf16", "fault.pv_block=1"],
-            "pv_block=1 is not allowed by attention backend 'triton': null, or a multiple of the 64 keys of its forward",
+            "pv_block=1 is not allowed by attention backend 'triton': null, or a multiple of the 64 keys",
         ),
         (
             [*TRITON, "fault=combined", "fault.faults.attention.heads=[0]", *OTHER_HEAD_FLIPPED],
