@@ -2,9 +2,9 @@
 
     python3 -m experiments.gpu_check [out=results/gpu]
 
-Needs torch, triton and numpy alone; with pytest the tests of the kernels run too, compiled. Writes ``<out>/<device>.json``
-after every piece, so that what is measured is not lost, and stops by itself after nine minutes. Exit code: 0, 1 if a check
-failed, 2 where nothing can be checked.
+Needs torch, triton and numpy alone; with pytest the tests of the kernels run too, compiled. Writes
+``<out>/<device>.json`` after every piece, so that what is measured is not lost, and stops by itself after nine minutes.
+Exit code: 0, 1 if a check failed, 2 where nothing can be checked.
 """
 
 from __future__ import annotations

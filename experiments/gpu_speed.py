@@ -44,7 +44,7 @@ class Case:
 
 
 def flops(case: Case, backward: bool) -> float:
-    """Of causal attention, as papers count them (arXiv:2307.08691): 4 S^2 D / 2 a head forward, 2.5 times that backward.
+    """Of causal attention, as papers count them (arXiv:2307.08691): 4 S^2 D / 2 a head forward, 2.5 as many backward.
 
     backward: of forward and backward together.
     """

@@ -99,8 +99,8 @@ def _forward(
     load_kernels(q.device).forward[(B * H, -(-T // queries))](
         q, k, v, o, saved_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
         SCALE=D**-0.5, WINDOW=window, D=D, BLOCK_D=_block_d(D), ROWS=queries, COLS=keys, HEADS=H, KV_HEADS=k.shape[1],
-        FAULTS=code, PV_BLOCK=int(chosen.pv_block), STORED_FP32=bool(chosen.stored_fp32), OFFSET=chosen.offset, BETA=chosen.beta,
-        num_warps=warps, num_stages=stages,
+        FAULTS=code, PV_BLOCK=int(chosen.pv_block), STORED_FP32=bool(chosen.stored_fp32),
+        OFFSET=chosen.offset, BETA=chosen.beta, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return o, saved_o, lse, count
 

@@ -14,6 +14,9 @@ from models.numerics import HEALTHY_LAYER
 from models.tiles import Tile, Tiles
 from tests.models.attention_in_fp64 import NAMES, allowed, grid, shared
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where the kernels run: compiled on a GPU, in Triton's interpreter elsewhere."""
+
 ONE_TILE = Tiles(*[Tile(64, 64, 4, 1)] * 3)
 """For up to 64 tokens: a row's keys in one tile, as in the reference."""
 
@@ -24,13 +27,14 @@ SMALL_TILES = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1))
 
 
 def run_triton(q, k, v, do, numerics=HEALTHY_LAYER, window=None, tiles=ONE_TILE, nonfinite=None):
-    """{o, dq, dk, dv}."""
-    leaves = [x.bfloat16().requires_grad_() for x in (q, k, v)]
-    if nonfinite is None:
-        nonfinite = torch.zeros((), dtype=torch.int64)
-    o = flash_attention_triton(*leaves, numerics, nonfinite, window, tiles)
-    gradients = torch.autograd.grad(o, leaves, do.bfloat16())
-    return {name: x.detach().float() for name, x in zip(NAMES, (o, *gradients), strict=True)}
+    """{o, dq, dk, dv}, on the CPU. nonfinite: to which the non-finite values at faults are added."""
+    leaves = [x.to(DEVICE, torch.bfloat16).requires_grad_() for x in (q, k, v)]
+    counted = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    o = flash_attention_triton(*leaves, numerics, counted, window, tiles)
+    gradients = torch.autograd.grad(o, leaves, do.to(DEVICE, torch.bfloat16))
+    if nonfinite is not None:
+        nonfinite += counted.cpu()
+    return {name: x.detach().float().cpu() for name, x in zip(NAMES, (o, *gradients), strict=True)}
 
 
 def output_in_tiles(q, k, v, window, keys, store_p=lambda p: p, block=None, offset=0.0):

@@ -13,7 +13,7 @@ from models.flash_faults import encode
 from models.numerics import HEALTHY_LAYER, AttentionNumerics, LayerNumerics, SiteFault
 from models.tiles import Tile, Tiles, pinned_tiles
 from tests.models.attention_in_fp64 import NAMES, distance, emulate, exact, inputs, layer, run
-from tests.models.attention_in_triton import ONE_TILE, PLAIN, SMALL_TILES, output_in_tiles, run_triton
+from tests.models.attention_in_triton import DEVICE, ONE_TILE, PLAIN, SMALL_TILES, output_in_tiles, run_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -31,7 +31,7 @@ SHAPES = [  # query heads, key-value heads, window, tokens, d_head
 ]
 SCORE_TILES = [("s", "both"), ("p", "both"), ("dp", "backward"), ("ds", "backward")]
 DYNAMIC = LayerNumerics({}, Arithmetic("bf16", 64, "fp32", row_max="dynamic", beta=2.0))
-EVENTS = torch.zeros((), dtype=torch.int64)
+EVENTS = torch.zeros((), dtype=torch.int64, device=DEVICE)
 
 
 @pytest.mark.parametrize(("H", "G", "window", "T", "D"), SHAPES)
@@ -60,14 +60,14 @@ def test_the_output_of_several_tiles_is_their_online_softmax(H, G, window, T, D)
 @pytest.mark.parametrize("window", [None, 1, 16, 17])
 def test_tiles_change_the_backward_only_by_the_order_of_sums(window, tiles):
     """From the same saved O and L, which are those of the reference."""
-    q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=53))
+    q, k, v, do = (x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=2, G=1, T=53))
     o, _, lse, _ = _forward(q, k, v, EVENTS, [], [], window or 0, [64, 64, 4, 1] * 3, PLAIN)
     got = _backward(q, k, v, o, lse, do, [], [], window or 0, tiles.flat(), PLAIN)[:3]
-    expected = run(*(x.float() for x in (q, k, v, do)), window=window)
+    expected = run(*(x.float().cpu() for x in (q, k, v, do)), window=window)
     for name, gradient in zip(NAMES[1:], got, strict=True):
         if window == 1 and name != "dv":
             continue  # one key a query: dS = 0 up to FP32 noise
-        same = gradient.float() == expected[name]
+        same = gradient.float().cpu() == expected[name]
         assert (same[:, :, 1:] if name == "dq" else same).double().mean() > 0.98, name
 
 
@@ -120,7 +120,7 @@ def test_inputs_need_not_be_contiguous():
 
 
 def test_the_operators_keep_their_contract_with_torch_library():
-    q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=5))
+    q, k, v, do = (x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=2, G=1, T=5))
     settings = (
         *encode(layer("o", "both", 3)),
         3,
@@ -139,10 +139,13 @@ def test_torch_compile_captures_it_in_one_graph(numerics):
         return flash_attention_triton(q, k, v, numerics, events, None, ONE_TILE)
 
     results = []
-    q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=9))
+    q, k, v, do = (x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=2, G=1, T=9))
     q[0, 0, 1, 2] = torch.nan  # a place below one half
     for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
-        leaves, events = [x.clone().requires_grad_() for x in (q, k, v)], torch.zeros((), dtype=torch.int64)
+        leaves, events = (
+            [x.clone().requires_grad_() for x in (q, k, v)],
+            torch.zeros((), dtype=torch.int64, device=DEVICE),
+        )
         o = function(*leaves, events)
         results.append((o, *torch.autograd.grad(o, leaves, do), events))
     assert results[0][-1] == (2 if numerics.touches("q", "forward") else 0)
@@ -150,7 +153,7 @@ def test_torch_compile_captures_it_in_one_graph(numerics):
 
 
 def test_it_is_differentiable_only_once():
-    q, k, v, do = (x.bfloat16().requires_grad_() for x in inputs(B=1, H=1, T=2))
+    q, k, v, do = (x.to(DEVICE, torch.bfloat16).requires_grad_() for x in inputs(B=1, H=1, T=2))
     o = flash_attention_triton(q, k, v, HEALTHY_LAYER, EVENTS, None, ONE_TILE)
     (dq,) = torch.autograd.grad(o, q, do, create_graph=True)
     with pytest.raises(RuntimeError, match="flash_backward"):
@@ -162,7 +165,7 @@ def call(q, k, v, events=EVENTS, window=None, tiles=ONE_TILE):
 
 
 def test_what_it_cannot_do_is_an_error_of_one_line():
-    q, k, v, _ = (x.bfloat16() for x in inputs(B=1, H=2, T=2))
+    q, k, v, _ = (x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=2, T=2))
     with pytest.raises(TypeError, match=r"k is torch.float32: attention backend 'triton' takes torch.bfloat16"):
         call(q, k.float(), v)
     for D in (8, 20, 264):
@@ -190,7 +193,7 @@ def test_a_tile_that_no_kernel_can_hold_is_an_error(sizes, field):
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.setattr(flash_bits, "INTERPRETED", False)
     with pytest.raises(ValueError, match="got cpu tensors: set TRITON_INTERPRET=1"):
-        call(*(x.bfloat16() for x in inputs(B=1, H=1, T=2)[:3]))
+        call(*(x.bfloat16() for x in inputs(B=1, H=1, T=2)[:3]), EVENTS.cpu())
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch):
@@ -198,4 +201,4 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("models.flash_") and name != "models.flash_faults"]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match=r"needs the package triton: install foreshock\[gpu\]"):
-        call(*(x.bfloat16() for x in inputs(B=1, H=1, T=2)[:3]))
+        call(*(x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=1, T=2)[:3]))

@@ -10,7 +10,7 @@ from models.flash_arithmetic import encode_arithmetic
 from models.numerics import HEALTHY_LAYER, AttentionNumerics, LayerNumerics, SiteFault
 from models.tiles import Tile, Tiles
 from tests.models.attention_in_fp64 import NAMES, distance, exact, inputs, run
-from tests.models.attention_in_triton import ONE_TILE, SMALL_TILES, output_in_tiles, run_triton
+from tests.models.attention_in_triton import DEVICE, ONE_TILE, SMALL_TILES, output_in_tiles, run_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -110,11 +110,11 @@ def test_a_repeat_may_be_in_another_tile_and_differ_by_less_than_bf16_can_say(la
 
 @pytest.mark.parametrize("tiles", [ONE_TILE, SMALL_TILES])
 def test_the_fp32_o_is_that_of_fp32_sums_and_is_not_returned(tiles):
-    q, k, v, _ = (x.bfloat16() for x in tied())
+    q, k, v, _ = (x.to(DEVICE, torch.bfloat16) for x in tied())
     block = tiles.forward.keys
 
     def forward(arithmetic):
-        way, events = encode_arithmetic(arithmetic, block), torch.zeros((), dtype=torch.int64)
+        way, events = encode_arithmetic(arithmetic, block), torch.zeros((), dtype=torch.int64, device=DEVICE)
         return _forward(q, k, v, events, [], [], 0, tiles.flat(), way)[:2]
 
     ordinary, nothing = forward(ORDINARY)
