@@ -109,7 +109,7 @@ def test_a_rival_that_is_missing_is_named_and_the_rest_is_measured(monkeypatch):
 
     monkeypatch.setattr(gpu_speed, "TOKENS", 8)
     monkeypatch.setattr(gpu_speed, "contestants", lambda *_: {"healthy": ours, "cuDNN": absent})
-    monkeypatch.setattr(gpu_speed, "in_turns", lambda calls: {name: 1.0 for name, call in calls.items() if call()})
+    monkeypatch.setattr(gpu_speed, "in_turns", lambda calls: dict.fromkeys(calls, 1.0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     found = gpu_speed.measure(Case(4, 16), torch.device("cpu"))
     assert found["missing"] == {"cuDNN": "RuntimeError: no kernel"}
