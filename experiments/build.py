@@ -44,8 +44,13 @@ RESULT_SOURCES = (
     "monitors/*.py",
     "experiments/build.py",
     "experiments/data.py",
+    "experiments/gradients.py",
+    "experiments/ledger.py",
     "experiments/loop.py",
     "experiments/optimizer.py",
+    "experiments/stacked_history.py",
+    "experiments/stacked_loop.py",
+    "experiments/stacked_optimizer.py",
 )
 """The files that determine what a run measures."""
 
@@ -176,9 +181,12 @@ class Run:
                     "backend": self.model_config.backend,
                     "tiles": tiles and dataclasses.asdict(tiles),
                 },
-                "train": {**self.config["train"], "device": self.device.type},
+                "train": {
+                    **{key: value for key, value in self.config["train"].items() if key != "piece_s"},
+                    "device": self.device.type,
+                },
             },
-            "dtype": "float32",
+            "dtype": {"fp32": "float32", "bf16": "bfloat16"}[self.train.precision],
             "data_sha256": self.corpus.digest,
             "torch": torch.__version__.split("+")[0],
             "source_sha256": source_digest(),
@@ -195,7 +203,7 @@ class Run:
     def new_model(self) -> Transformer:
         """The model with this seed's initial weights, on the run's device."""
         generator = torch.Generator().manual_seed(self.seed)
-        return Transformer(self.model_config).initialise(generator).to(self.device)
+        return Transformer(self.model_config, self.train.precision).initialise(generator).to(self.device)
 
     def new_history(self) -> WeightHistory:
         return WeightHistory(lookback for monitor in self.monitors.values() for lookback in monitor.lookbacks)
@@ -223,6 +231,13 @@ def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> No
         changed = sites.numerics.faults or sites.numerics.arithmetic != ORDINARY
         if changed and model.backend not in FAULT_SITES:
             raise ValueError(f"model.backend={model.backend!r} has no fault sites: use {' or '.join(FAULT_SITES)}")
+        if sites.modules and train.compile:
+            raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")
+        micro_batch = train.micro_batch or sites.batch_size
+        if sites.batch_size > micro_batch and sites.batch_size % micro_batch:
+            raise ValueError(
+                f"train.micro_batch={micro_batch} does not divide the fault's batch of {sites.batch_size} sequences"
+            )
         if sites.balance_scale != 1 and not (model.moe and model.moe.balances):
             raise ValueError(
                 "the fault switches off load balancing, but the model has none: it needs model.moe.aux_coef above 0 "
@@ -274,6 +289,12 @@ def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = No
     fault: Fault = construct(plain["fault"], "fault")
     model = model.on(resolve_device(train.device))
     _check_fit(fault, model, train)
+    if train.compile and model.moe and train.precision != "bf16":
+        raise ValueError("train.compile=True is not allowed with experts in FP32: set train.precision=bf16")
+    if train.micro_batch is not None and model.moe and model.moe.bias_update_speed is not None:
+        raise ValueError(
+            "train.micro_batch is not allowed with model.moe.bias_update_speed: the bias follows a whole batch's loads"
+        )
     plain["monitor"], left_out = _fitting(plain["monitor"], model)
     monitors = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]

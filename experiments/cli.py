@@ -16,11 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.build import ROOT, did_you_mean
-from experiments.loop import RunError
+from experiments.checkpoint import RunError
+from experiments.memory import OutOfMemory
+from experiments.pieces import UNFINISHED_CODE, Unfinished
 from experiments.trace import TraceError
 
 CONF = str(ROOT / "conf")
-USER_ERRORS = (ValueError, OSError, RunError, TraceError, MemoryError)
+USER_ERRORS = (ValueError, OSError, RunError, TraceError, MemoryError, OutOfMemory)
 """Errors that a person can mend: shown in one line. Anything else is a bug and keeps its traceback."""
 
 
@@ -76,6 +78,8 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
 def one_line_errors(task: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command's body: a mistake ends it with one line on standard error and exit code 2.
 
+    So does a piece that is over (``train.piece_s``), with exit code 75 and what the same command will do.
+
     ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
 
@@ -89,6 +93,9 @@ def one_line_errors(task: Callable[..., None]) -> Callable[..., None]:
         except USER_ERRORS as error:
             print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
             sys.exit(2)
+        except Unfinished as rest:
+            print(f"unfinished: {rest}", file=sys.stderr)
+            sys.exit(UNFINISHED_CODE)
         except KeyboardInterrupt:
             print("interrupted: the same command resumes from the last checkpoints", file=sys.stderr)
             sys.exit(130)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from faults.base import LearningRateScale
+from models.precision import PRECISIONS
 from models.transformer import parameter_group
 
 SCHEDULES = ("constant", "cosine")
@@ -23,7 +24,13 @@ class TrainConfig:
     weight_decay: on matrices only; clip: global gradient norm, or None;
     held_out_*: the label's loss on a fixed held-out batch; stop_drawup_nats: end the run as
     ``diverged`` once that loss stands so far above its minimum, or None to train on;
-    device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process.
+    device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process; stack: how many runs of an experiment
+    train together along a model axis at most, 1 for each by itself; runs that cannot be stacked stay by themselves;
+    precision: ``fp32``, or ``bf16`` for autocast over FP32 weights (``models.precision``);
+    micro_batch: sequences that go through the model at a time, or None for the whole batch;
+    compile: run all micro-batches but the last through ``torch.compile`` (``models.compiled``);
+    piece_s: leave off after so many seconds, to be resumed by the same command, or None. It determines no result and
+    is no part of a run's identity.
     """
 
     steps: int
@@ -41,6 +48,11 @@ class TrainConfig:
     checkpoint_every_steps: int
     device: str
     threads: int
+    stack: int
+    precision: str
+    micro_batch: int | None
+    compile: bool
+    piece_s: float | None = None
 
     def __post_init__(self) -> None:
         for field in (
@@ -50,10 +62,11 @@ class TrainConfig:
             "held_out_every_steps",
             "checkpoint_every_steps",
             "threads",
+            "stack",
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"train.{field}={getattr(self, field)} is not allowed: at least 1")
-        for field in ("learning_rate", "clip", "stop_drawup_nats"):
+        for field in ("learning_rate", "clip", "stop_drawup_nats", "piece_s"):
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"train.{field}={value} is not allowed: above 0")
@@ -72,6 +85,18 @@ class TrainConfig:
             )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"train.device={self.device!r} is not allowed: one of auto, cpu, cuda")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"train.precision={self.precision!r} is not allowed: one of {', '.join(PRECISIONS)}")
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
+            raise ValueError(
+                f"train.micro_batch={self.micro_batch} is not allowed: it has to divide train.batch_size="
+                f"{self.batch_size}, or null"
+            )
+        if self.compile and self.micro_batch in (None, self.batch_size):
+            raise ValueError(
+                f"train.compile=True with train.micro_batch={self.micro_batch} would compile nothing: the last "
+                "micro-batch of a batch, which taps look at, is never compiled; set train.micro_batch to half or less"
+            )
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from experiments.live import LiveAlarms
 from monitors.base import Reading, Signal
 
 REFRESH_S = 0.5
+STATUS = "status.json"
 
 
 def _bar() -> Progress:
@@ -37,7 +39,7 @@ class RunProgress:
 
     def __init__(self, folder: Path, steps: int, signals: Iterable[Signal], show: bool) -> None:
         self._live = LiveAlarms(signals) if show else None
-        self._status = folder / "status.json"
+        self._folder = folder
         self._bar = _bar() if show else None
         self._task = self._bar.add_task(folder.name, total=steps, info="") if self._bar else None
         self._last: tuple[float, int] | None = None
@@ -50,7 +52,7 @@ class RunProgress:
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
-        self._status.unlink(missing_ok=True)
+        (self._folder / STATUS).unlink(missing_ok=True)
 
     def __call__(self, step: int, loss: Tensor, readings: Mapping[str, Reading]) -> None:
         if self._live:
@@ -69,8 +71,41 @@ class RunProgress:
             more = f" and {len(alarms) - 1} more" if len(alarms) > 1 else ""
             said = f"  [red]{next(iter(alarms))}{more}[/red]" if alarms else ""
             self._bar.update(self._task, completed=step, info=f"loss {value:.3f} nats  {rate:.0f} steps/s{said}")
-        with suppress(OSError):  # a status line is not worth a run
-            self._status.write_text(json.dumps({"step": step, "loss": value, "steps_per_s": rate}))
+        _write_status(self._folder, step, value, rate)
+
+
+class StackProgress:
+    """The ``status.json`` of every run of a stack, from which a sweep is watched; one read from the device for all."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, int] | None = None
+        self._shown: set[Path] = set()
+
+    def __enter__(self) -> StackProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clear(self._shown)
+
+    def __call__(self, step: int, losses: Mapping[Path, Tensor]) -> None:
+        """losses: by run folder, of the runs that still record."""
+        now = time.monotonic()
+        if self._last is None or step < self._last[1]:  # the next stack of this process starts again
+            self._last = (now, step)
+        elapsed = now - self._last[0]
+        if elapsed < REFRESH_S:
+            return
+        rate = (step - self._last[1]) / elapsed
+        self._last = (now, step)
+        self._clear(self._shown - set(losses))
+        for folder, loss in zip(losses, torch.stack(list(losses.values())).tolist(), strict=True):
+            _write_status(folder, step, loss, rate)
+        self._shown = set(losses)
+
+    @staticmethod
+    def _clear(folders: Iterable[Path]) -> None:
+        for folder in folders:
+            (folder / STATUS).unlink(missing_ok=True)
 
 
 class SweepProgress:
@@ -100,7 +135,7 @@ class SweepProgress:
     def refresh(self) -> None:
         done_steps, done_runs, losses, rate = 0, 0, [], 0.0
         for folder, steps in self._steps_of.items():
-            status = _json(folder / "status.json")
+            status = _json(folder / STATUS)
             if status is not None:
                 done_steps += status["step"]
                 rate += status["steps_per_s"]
@@ -109,6 +144,11 @@ class SweepProgress:
                 done_steps, done_runs = done_steps + steps, done_runs + 1
         info = f"{done_runs}/{len(self._steps_of)} runs  loss {' '.join(losses)}  {rate:.0f} steps/s"
         self._bar.update(self._task, completed=done_steps, info=info)
+
+
+def _write_status(folder: Path, step: int, loss: float, steps_per_s: float) -> None:
+    with suppress(OSError):  # a status line is not worth a run
+        (folder / STATUS).write_text(json.dumps({"step": step, "loss": loss, "steps_per_s": steps_per_s}))
 
 
 def _json(path: Path) -> dict | None:

@@ -4,7 +4,8 @@
 
 Runs are shared by identity: what another experiment has trained already is not trained again, and a
 broken sweep goes on where it stopped. The runs are handed to the configured Hydra launcher (joblib on
-one machine, submitit on a cluster), as ``-m`` would hand it a grid.
+one machine, submitit on a cluster), as ``-m`` would hand it a grid. With ``train.stack=N`` a job is a stack of up to
+N runs, trained together along a model axis; runs that cannot be stacked are trained one by one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +32,42 @@ from analysis.align import AXES
 from analysis.report import make_report
 from experiments import trace
 from experiments.build import Run, build_run
+from experiments.checkpoint import RunError
 from experiments.cli import CONF, USER_ERRORS, guarded, one_line_errors
-from experiments.loop import RunError
+from experiments.pieces import Unfinished, in_pieces
 from experiments.plan import PlannedRun, plan
-from experiments.progress import SweepProgress
-from experiments.train import describe, run_one
+from experiments.progress import StackProgress, SweepProgress
+from experiments.stacked_loop import train_stack
+from experiments.stacking import stacks, why_single
+from experiments.train import describe, run_one, train_shown
 
 CONFIG_NAME = "reproduce"
 
 
-def train_quietly(config: DictConfig) -> dict[str, Any]:
-    """What a launcher's worker does with one run: no bar of its own; a mistake comes back as one line."""
+def train_quietly(jobs: Sequence[Sequence[Sequence[str]]], config: DictConfig) -> list[dict[str, Any]]:
+    """What a launcher's worker does with one job: no bar of its own; a mistake comes back as one line for every run.
+
+    jobs: of every job, its runs' overrides; config: of this job's first run.
+    """
     with open_dict(config):
         config.quiet = True
+    members = jobs[HydraConfig.get().job.num]
     try:
-        return run_one(config)
+        return run_together(members, Path(config.out)) if config.train.stack > 1 else [run_one(config)]
     except USER_ERRORS as error:
-        return {"error": " ".join(str(error).split())}
+        return [{"error": " ".join(str(error).split())}] * len(members)
+
+
+def run_together(members: Sequence[Sequence[str]], out: Path) -> list[dict[str, Any]]:
+    """Build and train a stack, or the one run that cannot be in one; their manifests. members: the runs' overrides."""
+    runs: list[Run] = []
+    for overrides in members:  # launchers hand Hydra's state on to their workers, so that it composes there
+        config = compose(CONFIG_NAME, overrides=list(overrides))
+        runs.append(build_run(config, corpus=runs[0].corpus if runs else None))
+    if why_single(runs[0]) is not None:
+        return [train_shown(runs[0], out, show=False)]
+    with StackProgress() as progress:
+        return train_stack(runs, out, progress)
 
 
 def build_all(planned: Sequence[PlannedRun], given: Sequence[str]) -> list[Run]:
@@ -58,17 +79,19 @@ def build_all(planned: Sequence[PlannedRun], given: Sequence[str]) -> list[Run]:
     return runs
 
 
-def launch(pending: Sequence[PlannedRun], given: Sequence[str]) -> list[dict[str, Any]]:
-    """Train the runs by the configured launcher; what each returned, in order."""
+def launch(jobs: Sequence[Sequence[PlannedRun]], given: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Train stacks of runs by the configured launcher; what each run returned, in order."""
     master = compose(CONFIG_NAME, overrides=[*HydraConfig.get().overrides.hydra, *given], return_hydra_config=True)
+    overrides = [[[*given, *cell.overrides] for cell in job] for job in jobs]
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks()),
-        task_function=train_quietly,
+        task_function=partial(train_quietly, overrides),
         config=master,
     )
-    jobs = launcher.launch([[*given, *cell.overrides] for cell in pending], initial_job_idx=0)
+    done = launcher.launch([members[0] for members in overrides], initial_job_idx=0)
     return [
-        job.return_value if job.status is JobStatus.COMPLETED else {"error": repr(job._return_value)} for job in jobs
+        job.return_value if job.status is JobStatus.COMPLETED else [{"error": repr(job._return_value)}] * len(members)
+        for job, members in zip(done, overrides, strict=True)
     ]
 
 
@@ -80,24 +103,43 @@ def is_done(folder: Path) -> bool:
 def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: Sequence[str]) -> dict[str, Any] | None:
     """Train the runs that are not there yet; how long that took and how busy the cores were, or None.
 
-    Raises RunError where runs failed, after all others are done.
+    Raises RunError where runs failed, after all others are done, and Unfinished where ``train.piece_s`` is over.
     """
     pending = [(cell, run) for cell, run in zip(planned, runs, strict=True) if not is_done(out / run.run_id)]
     if not pending:
         return None
+    jobs = [[pending[index] for index in stack] for stack in stacks([run for _, run in pending])]
     started = time.monotonic()
+    at_once, piece_s = HydraConfig.get().launcher.get("n_jobs", 1), pending[0][1].train.piece_s
     with SweepProgress({out / run.run_id: run.train.steps for run in runs}):
-        results = launch([cell for cell, _ in pending], given)
+
+        def launched(some: Sequence[Sequence[tuple[PlannedRun, Run]]], *more: str) -> list[list[dict[str, Any]]]:
+            return launch([[cell for cell, _ in job] for job in some], [*given, *more])
+
+        if piece_s is None:
+            done = launched(jobs)
+        else:
+            done = in_pieces(jobs, at_once, piece_s, lambda some, left_s: launched(some, f"train.piece_s={left_s}"))
     wall_s = time.monotonic() - started
-    failed = [(run, result) for (_, run), result in zip(pending, results, strict=True) if "error" in result]
+    results = [
+        (run, result)
+        for job, returned in zip(jobs, done, strict=False)  # a piece may be over before every job's turn
+        for (_, run), result in zip(job, returned, strict=True)
+    ]
+    failed = [(run, result) for run, result in results if "error" in result]
     if failed:
         run, result = failed[0]
         raise RunError(
             f"{len(failed)} of {len(pending)} runs failed and can be resumed by the same command; "
             f"the first, {run.run_id} (seed {run.seed}): {result['error']}"
         )
-    processes = min(HydraConfig.get().launcher.get("n_jobs", 1), len(pending))
-    cpu_s = sum(result["cpu_s"] for result in results)
+    unfinished = sum(not is_done(out / run.run_id) for _, run in pending)
+    if unfinished:
+        raise Unfinished(
+            f"{unfinished} runs are left after train.piece_s={piece_s:g} seconds; the same command goes on"
+        )
+    processes = min(at_once, len(jobs))
+    cpu_s = sum(result["cpu_s"] for _, result in results)
     return {
         "trained": len(pending),
         "wall_s": round(wall_s, 1),

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from experiments.build import Run, build_run
 from experiments.cli import CONF, guarded, one_line_errors
 from experiments.loop import train
+from experiments.pieces import Unfinished
 from experiments.progress import RunProgress
 from models.transformer import Transformer
 
@@ -22,32 +23,50 @@ def describe(run: Run) -> str:
         model = Transformer(run.model_config)
     parameters = sum(p.numel() for p in model.parameters())
     tokens = run.train.batch_size * run.model_config.context_length
+    at_a_time = run.train.micro_batch or run.train.batch_size
     return (
         f"{parameters / 1e6:,.1f} M parameters, {16 * parameters / 2**30:,.1f} GiB for FP32 weights, gradients "
-        f"and AdamW moments; {tokens:,} tokens an update, {run.train.steps:,} updates"
+        f"and AdamW moments; {tokens:,} tokens an update, {at_a_time} sequences at a time in {run.train.precision}, "
+        f"{run.train.steps:,} updates"
     )
+
+
+def train_shown(run: Run, out: Path, show: bool) -> dict[str, Any]:
+    """Train a run with its progress in its folder and, if asked, on a bar; returns its manifest."""
+    folder = out / run.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    signals = [signal for monitor in run.monitors.values() for signal in monitor.signals]
+    with RunProgress(folder, run.train.steps, signals, show=show) as progress:
+        return train(run, out, progress)
 
 
 def run_one(config: DictConfig) -> dict[str, Any]:
     """Build and train the run of one composed configuration; returns its manifest."""
     run = build_run(config)
+    if run.train.stack > 1:
+        raise ValueError(
+            f"train.stack={run.train.stack} has no effect on runs started one by one: "
+            "python -m experiments.reproduce stacks those of an experiment"
+        )
     if config.dry_run:
         print(f"{run.run_id}: {describe(run)}")
         return {"run_id": run.run_id, "end_reason": "dry_run"}
-    folder = Path(config.out) / run.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    signals = [signal for monitor in run.monitors.values() for signal in monitor.signals]
-    with RunProgress(folder, run.train.steps, signals, show=not config.quiet) as progress:
-        manifest = train(run, Path(config.out), progress)
+    manifest = train_shown(run, Path(config.out), show=not config.quiet)
     if not config.quiet:
-        print(f"{folder}: {manifest['end_reason']} after {manifest['steps_done']} steps, {manifest['wall_s']:.0f} s")
+        folder, ended = Path(config.out) / run.run_id, f"{manifest['end_reason']} after {manifest['steps_done']} steps"
+        print(f"{folder}: {ended}, {manifest['wall_s']:.0f} s")
     return manifest
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 @one_line_errors
 def main(config: DictConfig) -> None:
-    run_one(config)
+    manifest = run_one(config)
+    if manifest["end_reason"] == "interrupted":
+        raise Unfinished(
+            f"{manifest['run_id']} after {manifest['steps_done']} of {config.train.steps} steps and train.piece_s="
+            f"{config.train.piece_s:g} seconds; the same command goes on"
+        )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.mlp import MLP
 from models.numerics import at_least_fp32
+from models.precision import as_autocast, outside_autocast
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x_SI: Tensor, ends_E: Tensor) -> Tensor:
         """x_SI: slots sorted by expert; ends_E: int32, where each expert's slots end. Returns (S, out)."""
-        return F.grouped_mm(x_SI, self.weight, offs=ends_E)
+        x_SI, weight = as_autocast(x_SI, self.weight)
+        return F.grouped_mm(x_SI, weight, offs=ends_E)
 
 
 class MoE(nn.Module):
@@ -139,7 +141,8 @@ class MoE(nn.Module):
 
     def forward(self, x_BTM: Tensor) -> tuple[Tensor, Routing]:
         c, x_NM = self.config, x_BTM.flatten(0, 1)
-        logits_NE = at_least_fp32(self.router(x_NM))
+        with outside_autocast(x_NM):
+            logits_NE = self.router(at_least_fp32(x_NM))
         probabilities_NE = logits_NE.softmax(-1)
         scores_NE = probabilities_NE if self.balance_bias is None else probabilities_NE + self.balance_bias
         expert_NK = scores_NE.topk(c.top_k, dim=-1).indices

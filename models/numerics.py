@@ -189,7 +189,8 @@ class LayerNumerics:
 
         x_BHT: FP32, shape (batch, heads, ...), heads being those of the site; window: how many keys the layer's queries
         see. The number of non-finite values that reach an active fault is added to ``nonfinite`` (an integer scalar on
-        x's device) before the operation, which could hide them.
+        x's device, or one each for the runs that follow one another in the batch) before the operation, which could
+        hide them.
         """
         faults = self._table.get((site, phase))
         if faults is None:
@@ -198,7 +199,8 @@ class LayerNumerics:
         for fault, (heads, hits) in zip(faults, self.reached(site, phase, x_BHT, window), strict=True):
             before = x_BHT[:, heads]
             finite = torch.isfinite(before)
-            nonfinite += finite.numel() - (finite if hits is None else finite | ~hits).sum()
+            counted = (finite if hits is None else finite | ~hits).reshape(*nonfinite.shape, -1)
+            nonfinite += counted.shape[-1] - counted.sum(-1)
             out[:, heads] = fault.operation(before, hits)
         return out
 

@@ -19,6 +19,7 @@ from models.backend import BACKENDS, resolve_backend
 from models.mlp import KINDS, MLP
 from models.moe import MoE, MoEConfig, Routing, auxiliary_loss
 from models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
+from models.precision import as_autocast, in_own_precision, outside_autocast
 from models.tiles import Tiles, pinned_tiles
 
 CHOICES = {
@@ -165,19 +166,25 @@ class Attention(nn.Module):
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
 
     def _heads(self, x_BTE: Tensor, norm: nn.Module | None = None, rotary: Rotary | None = None) -> Tensor:
-        x_BHTD = x_BTE.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
-        x_BHTD = norm(x_BHTD) if norm is not None else x_BHTD
+        x_BHTD = x_BTE.unflatten(-1, (-1, self.d_head)).transpose(-3, -2)
+        x_BHTD = norm(at_least_fp32(x_BHTD)) if norm is not None else x_BHTD
         return rotary(x_BHTD) if rotary is not None else x_BHTD
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, numerics: LayerNumerics, nonfinite: Tensor) -> Tensor:
+        """The dot product, a kernel of its own: under autocast it receives BF16 and nothing inside it is cast."""
+        q, k, v = as_autocast(q, k, v)
+        with outside_autocast(q):
+            return self.dot_product(q, k, v, numerics, nonfinite)
+
     def forward(self, x_BTE: Tensor, numerics: LayerNumerics) -> Tensor:
-        o_BHTD = self.dot_product(
+        o_BHTD = self.attend(
             self._heads(self.q(x_BTE), self.q_norm, self.rotary),
             self._heads(self.k(x_BTE), self.k_norm, self.rotary),
             self._heads(self.v(x_BTE)),
             numerics,
             self.nonfinite,
         )
-        return self.o(o_BHTD.transpose(1, 2).flatten(2))
+        return self.o(o_BHTD.transpose(-3, -2).flatten(-2))
 
 
 class Block(nn.Module):
@@ -199,16 +206,17 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Maps tokens (B, T) to logits (B, T, V); ``loss`` is the mean next-token NLL in nats.
 
-    Build it under ``torch.device("meta")`` to count a model that does not fit.
+    Build it under ``torch.device("meta")`` to count a model that does not fit. precision: ``fp32``, or ``bf16`` for
+    autocast (``models.precision``); the weights are FP32 either way.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, precision: str = "fp32") -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("model.vocab_size=null: the data's vocabulary was not filled in")
         if config.backend == "auto" or (config.backend == "triton" and config.tiles is None):
             raise ValueError(f"model.backend={config.backend!r}: the device was not filled in, by TransformerConfig.on")
-        self.config = config
+        self.config, self.precision = config, precision
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.context_length, config.d_model) if learned else None
@@ -230,15 +238,20 @@ class Transformer(nn.Module):
             parameter.normal_(0.0, std * scale, generator=generator)
         return self
 
+    @in_own_precision
     def _run(self, tokens_BT: Tensor, numerics: AttentionNumerics) -> tuple[Tensor, tuple[Routing, ...]]:
         x_BTE = self.tokens(tokens_BT)
         if self.positions is not None:
-            x_BTE = x_BTE + self.positions.weight[: tokens_BT.shape[1]]
+            x_BTE = x_BTE + self.positions.weight[..., : tokens_BT.shape[-1], :].unsqueeze(-3)
         routings = []
         for index, block in enumerate(self.blocks):
             x_BTE, routing = block(x_BTE, numerics.layer(index))
             routings.append(routing)
         return self.head(self.final_norm(x_BTE)), tuple(r for r in routings if r is not None)
+
+    def mean_nll(self, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        """Mean over tokens of -ln softmax(logits)[target], in nats, taken in FP32. 0-dim."""
+        return F.cross_entropy(at_least_fp32(logits_NV), targets_N)
 
     def forward(self, tokens_BT: Tensor, numerics: AttentionNumerics = HEALTHY) -> Tensor:
         return self._run(tokens_BT, numerics)[0]
@@ -252,7 +265,7 @@ class Transformer(nn.Module):
         load-balance term times ``balance_scale``; routings: one a layer, none for a dense model.
         """
         logits_BTV, routings = self._run(tokens_BT1[:, :-1], numerics)
-        nll = F.cross_entropy(at_least_fp32(logits_BTV.flatten(0, 1)), tokens_BT1[:, 1:].flatten())
+        nll = self.mean_nll(logits_BTV.flatten(0, 1), tokens_BT1[:, 1:].flatten())
         auxiliary = auxiliary_loss(routings, self.config.moe, balance_scale) if routings else torch.zeros_like(nll)
         return nll, auxiliary, routings
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from models.numerics import at_least_fp32
 from models.taps import Tap
 from models.visibility import score_mask
 from monitors.base import Reading, Signal, StepView
@@ -16,11 +17,11 @@ from monitors.conservation import per_query_head
 
 
 def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of every layer as its kernel received them, (layers, rows, query heads, T, D).
+    """q, k and v of every layer as its kernel received them, in FP32, (layers, rows, query heads, T, D).
 
     Each query head has the k and v that it reads: a group's appear once for each of its query heads.
     """
-    q, k, v = ([tap.module.stored(tap.inputs[i][rows]) for tap in taps] for i in range(3))
+    q, k, v = ([at_least_fp32(tap.module.stored(tap.inputs[i][rows])) for tap in taps] for i in range(3))
     heads = q[0].shape[1]
     return torch.stack(q), *(torch.stack([per_query_head(x, heads) for x in shared]) for shared in (k, v))
 

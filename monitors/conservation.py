@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from models.numerics import at_least_fp32
+
 CACHED = 2**17
 """Numbers in a block of a long sum: half a megabyte in FP32, one in FP64."""
 
@@ -230,7 +232,7 @@ def _blocks(y: Tensor, dy: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _sum_and_size(y: Tensor, dy: Tensor) -> Broken:
     """sum y dy and sum |y dy|, 0-dim, FP64."""
-    products = y * dy
+    products = at_least_fp32(y) * at_least_fp32(dy)
     return products.sum(dtype=torch.float64), products.abs_().sum().double()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from models.numerics import at_least_fp32
 from monitors.attention_scores import causal_scores, tapped_inputs, window_of
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
@@ -43,9 +44,9 @@ class DeltaBiasOracle:
         shadow_o = causal_scores(q, k, window_of(taps)).softmax(-1) @ v
         bias = []
         for layer, (tap, clean_o) in enumerate(zip(taps, shadow_o, strict=True)):
-            numerics, do = view.numerics.layer(layer), tap.output_grad[rows]
+            numerics, do = view.numerics.layer(layer), at_least_fp32(tap.output_grad[rows])
             reads_output = numerics.arithmetic.stored_o == "bf16" and numerics.arithmetic.delta == "o"
-            o = tap.output[rows] if reads_output else clean_o
+            o = at_least_fp32(tap.output[rows]) if reads_output else clean_o
             reached = torch.zeros((), dtype=torch.int64, device=o.device)  # the run's own counter counts once
 
             read_o = numerics.apply("o", "backward", o, reached)

@@ -20,6 +20,10 @@ that these two are left out of the universal track (``analysis.tracks``). The ot
 Sums of squared terms, T summed over a product's outputs with weights, would cost another matrix product. They are taken
 mean-field: sum_j W_ij^2 x_j^2 = |W_i|^2 |x|^2 / n_in.
 
+They are predictions for FP32. Under BF16 autocast a linear layer stores y, dy and dW in BF16 and multiplies a rounded
+W, which breaks its laws far more: ``stored_in_fp32`` says whether a prediction applies. The residuals remain, at BF16's
+level. Norms and routers compute and store in FP32 there too, and keep theirs.
+
 Shapes: L layers, N tokens (or slots at experts), V vocabulary, M width, E experts. All predictions are mean squares,
 FP64, in the squared unit of what is broken, of each layer or token as that is.
 """
@@ -34,6 +38,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from models.numerics import at_least_fp32
 from models.taps import Tap
 
 FP32_U2 = 2.0**-46 / 24
@@ -45,6 +50,9 @@ BLOCK = 192
 LANES = 16
 """Terms that a row sum of softmax keeps apart until the end: AVX-512's."""
 
+NORM_LANES = 8
+"""Terms that a row sum of a norm keeps apart until the end: AVX2's, which these kernels are built for."""
+
 
 def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
     """(c, r) such that a sum S of n >= 1 terms whose squares add up to T has the error u^2 (c S^2 + r T).
@@ -54,6 +62,11 @@ def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
     blocks = 1 + (n - 1) // BLOCK
     coherent = (n / blocks**2 + blocks - 1) / 3 + 0.5
     return coherent, n / blocks * (1 / 2 - 1 / (3 * blocks)) + (blocks - 1) / 6
+
+
+def stored_in_fp32(tap: Tap) -> bool:
+    """Whether a linear layer's output, and with it its gradients, were not rounded to BF16."""
+    return tap.output.dtype != torch.bfloat16
 
 
 def _square(x: Tensor) -> Tensor:
@@ -84,7 +97,7 @@ class LinearStep:
         """From taps on linear layers, or, with ``slots``, on the experts', whose weights lie the other way round."""
 
         def together(tensors: Iterable[Tensor]) -> Tensor:
-            return torch.stack([tensor.flatten(0, -2)[sample] for tensor in tensors])
+            return at_least_fp32(torch.stack([tensor.flatten(0, -2)[sample] for tensor in tensors]))
 
         x, y = together(tap.inputs[0] for tap in taps), together(tap.output for tap in taps)
         dy, tokens = together(tap.output_grad for tap in taps), taps[0].output.shape[:-1].numel()
@@ -273,35 +286,41 @@ class NormParts:
     products: Tensor
 
 
+def _additions(width: int) -> float:
+    """Roundings that a term of a norm's row sum goes through: half of its lane's, then those that join the lanes."""
+    return width / NORM_LANES / 2 + math.log2(NORM_LANES)
+
+
 def norm_orthogonality_noise(t: NormStep) -> Tensor:
     """E|<dx, x - mu> - eps/(var + eps) <dy, y - beta>|^2 per token, x' = x - mu.
 
     PyTorch computes dx = r g + b x + c from the sums h' = sum g x and sum g, b = -h r^2 / M. Into <dx, x'> enter the
-    two additions of each dx_c, dx_c^2 x'_c^2 each; the products r g_c and b x_c; the products of h' and its pairwise
-    sum, log2 M levels, whose error b multiplies by |x'|^2 r^2 / M = 1; r, of mean square 2.5 by two roundings in
-    var + eps, the root and the reciprocal, which enters twice over, and four more factors of b and h itself, 15 in
-    all; mu, by two, times sum g:
+    two additions of each dx_c, dx_c^2 x'_c^2 each; the products r g_c and b x_c; the products of h' and its sum, s
+    additions a term (``_additions``), whose error b multiplies by |x'|^2 r^2 / M = 1; r, of mean square 2.5 by two
+    roundings in var + eps, the root and the reciprocal, which enters twice over, and four more factors of b and h
+    itself, 15 in all; mu, by two, times sum g:
 
         u^2 [2 sum (x' dx)^2 + sum (g unit)^2 + sum (b x x')^2
-             + (1 + log2 M) sum (g raw)^2 + 15 h^2 + 2 (offset sum g)^2]
+             + (1 + s) sum (g raw)^2 + 15 h^2 + 2 (offset sum g)^2]
 
     The error of y in the eps term, smaller by eps / (var + eps), is left out. RMSNorm: mu = 0, the same operations.
     """
-    p, levels = t.parts, math.log2(t.x.shape[-1])
+    p = t.parts
     own = 2 * _square(p.x * t.dx) + _square(p.g * p.unit) + p.products
-    sums = (1 + levels) * _square(p.g * p.raw) + 15 * p.h.square() + 2 * (p.g.sum(-1) * p.offset).square()
-    return FP32_U2 * (own + sums)
+    sums = (1 + _additions(t.x.shape[-1])) * _square(p.g * p.raw) + 15 * p.h.square()
+    return FP32_U2 * (own + sums + 2 * (p.g.sum(-1) * p.offset).square())
 
 
 def norm_shift_noise(t: NormStep) -> Tensor:
     """E|sum_c dx_c|^2 per token; LayerNorm, its operations as in ``norm_orthogonality_noise``.
 
-    The additions of each dx_c; the products r g_c and b x_c; sum g, pairwise, which c = -b mu - r sum g / M gives to
-    all M components; the rounding of c and of its product, M c = -r (sum g - h offset); b mu and mu itself:
+    The additions of each dx_c; the products r g_c and b x_c; sum g, s additions a term (``_additions``), which
+    c = -b mu - r sum g / M gives to all M components; the rounding of c and of its product,
+    M c = -r (sum g - h offset); b mu and mu itself:
 
-        u^2 [2 sum dx^2 + r^2 ((1 + log2 M) sum g^2 + sum (h raw / M)^2 + 2 (sum g)^2 + 3 (h offset)^2)]
+        u^2 [2 sum dx^2 + r^2 ((1 + s) sum g^2 + sum (h raw / M)^2 + 2 (sum g)^2 + 3 (h offset)^2)]
     """
-    p, levels, M = t.parts, math.log2(t.x.shape[-1]), t.x.shape[-1]
-    inner = (1 + levels) * _square(p.g) + (p.h / M).square() * _square(p.raw)
+    p, M = t.parts, t.x.shape[-1]
+    inner = (1 + _additions(M)) * _square(p.g) + (p.h / M).square() * _square(p.raw)
     common = 2 * p.g.sum(-1).square() + 3 * (p.h * p.offset).square()
     return FP32_U2 * (2 * _square(t.dx) + p.r.square() * (inner + common))

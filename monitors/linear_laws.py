@@ -38,7 +38,8 @@ class LinearLaws:
     one; the law in x for each token: the root mean square over tokens.
 
     Left out: parts that the model does not have; ``linear_euler_residual.head`` of a head tied to the embedding, whose
-    gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts.
+    gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts;
+    under BF16 autocast every ratio but the router's, which alone is computed in FP32.
     token_stride: the law in x and both predictions take one token in so many, in turn, 1 for all; the law in W always
     takes all. every_steps: cadence.
     """
@@ -87,7 +88,10 @@ class LinearLaws:
             if readers := [steps[part] for part in parts if part in steps]:
                 sampled = torch.stack([one.flatten(0, -2)[sample] for one in dx])
                 by_input[name] = _input(sampled, readers)
-        return _readings("linear_euler_residual", euler) | _readings("linear_input_residual", by_input)
+        readings = _readings("linear_euler_residual", euler) | _readings("linear_input_residual", by_input)
+        if fp32_rounding.stored_in_fp32(head):
+            return readings
+        return {name: value for name, value in readings.items() if OVER_NOISE not in name or ".router." in name}
 
     def _sample(self, view: StepView, tap: Tap) -> slice:
         return every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from models.numerics import at_least_fp32
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 
@@ -27,4 +28,4 @@ class OutputLogZ:
     def observe(self, view: StepView) -> dict[str, Reading]:
         logits = view.taps.at("linear")["head"].output
         chosen = logits[in_turn(self.rows, view.step // self.every_steps, len(logits))]
-        return {"output_log_z": chosen.logsumexp(-1).square().mean()}
+        return {"output_log_z": at_least_fp32(chosen).logsumexp(-1).square().mean()}

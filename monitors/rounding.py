@@ -32,6 +32,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from models.numerics import at_least_fp32
 from models.taps import Tap
 from models.visibility import score_mask
 from monitors.conservation import over_group, per_query_head
@@ -70,7 +71,7 @@ class DotProductStep:
         """From the taps on the dot products of some layers, of one window, their batch rows after one another."""
 
         def together(tensors: Iterable[Tensor]) -> Tensor:
-            return torch.cat([x[rows] for x in tensors])
+            return at_least_fp32(torch.cat([x[rows] for x in tensors]))
 
         stored = taps[0].module.stored
         q, k, v = (stored(together(tap.inputs[index] for tap in taps)) for index in range(3))

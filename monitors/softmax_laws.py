@@ -13,16 +13,18 @@ from monitors.fp32_rounding import LinearStep
 from monitors.rounding import OVER_NOISE
 
 
-def _both(name: str, broken: Broken, noise: Tensor) -> dict[str, Tensor]:
-    """The residual, and what is broken over the predicted mean square."""
-    return {name: relative(*broken), f"{name}.{OVER_NOISE}": relative(broken[0], noise.sqrt())}
+def _both(name: str, broken: Broken, noise: Tensor | None) -> dict[str, Tensor]:
+    """The residual, and what is broken over the predicted mean square where there is a prediction."""
+    ratio = {} if noise is None else {f"{name}.{OVER_NOISE}": relative(broken[0], noise.sqrt())}
+    return {name: relative(*broken)} | ratio
 
 
 class LogitLaws:
     """``logit_shift_residual`` of the logits' gradient, and its ``.head`` of an untied head's weight gradient. Bad: up.
 
     Each also as ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``), about
-    1 in a healthy run at any step. A tied head is left out: its gradient is also the embedding's.
+    1 in a healthy run at any step. Left out: a tied head, whose gradient is also the embedding's, and the ratios under
+    BF16 autocast, which rounds the logits and their gradient.
     token_stride: the logits and both predictions are looked at for one token in so many, in turn, 1 for all.
     every_steps: cadence.
     """
@@ -42,10 +44,11 @@ class LogitLaws:
         tap = view.taps.at("linear")["head"]
         sample = every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
         head = LinearStep.of([tap], sample)
-        noise = fp32_rounding.logit_shift_noise(head.y, head.dy, head.tokens)
-        readings = _both("logit_shift_residual", conservation.logit_shift(head.dy[0]), noise.sum())
+        exact = fp32_rounding.stored_in_fp32(tap)
+        noise = fp32_rounding.logit_shift_noise(head.y, head.dy, head.tokens) if exact else None
+        readings = _both("logit_shift_residual", conservation.logit_shift(head.dy[0]), noise.sum() if exact else None)
         if not view.model.config.tie_embeddings:
-            of_weight = fp32_rounding.weight_sum_noise(head, noise)[0]
+            of_weight = fp32_rounding.weight_sum_noise(head, noise)[0] if exact else None
             readings |= _both("logit_shift_residual.head", conservation.logit_shift(tap.weight_grad.T), of_weight)
         return readings
 

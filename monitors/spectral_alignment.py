@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from models.numerics import at_least_fp32
 from monitors.base import Masked, Reading, Signal, StepView
 
 LAYERS = {
@@ -64,7 +65,7 @@ class SpectralAlignment:
             if None in taps:
                 continue  # experts have a weight each, and no MLP beside them
             weight = torch.stack([tap.weight for tap in taps])
-            inputs = torch.stack([tap.inputs[0].flatten(0, -2) for tap in taps])
+            inputs = at_least_fp32(torch.stack([tap.inputs[0].flatten(0, -2) for tap in taps]))
             projection = (inputs @ top_right_singular_vector(weight)[..., None]).squeeze(-1)
             undefined = (weight == 0).all(-1).all(-1)
             readings[f"spectral_alignment.{suffix}"] = Masked(majority_fraction(projection), undefined)

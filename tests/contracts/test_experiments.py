@@ -21,7 +21,8 @@ SHORT = [
     "scale.router_ramp={onset: 10, ramp_steps: 40}",
     "scale.batch_steps={half: 60, quarter: 60, eighth: 60}",
     "scale.grid_steps={quarter: 60, eighth: 60}",
-    *(f"scale.{name}={{steps: 60, onset: 30}}" for name in ("early_warning", "localise", "smallest_fault")),
+    *(f"scale.{name}={{steps: 60, onset: 30}}" for name in ("early_warning", "smallest_fault")),
+    "scale.localise={steps: 60, onset: 30, every_steps: 1}",
     "scale.natural_bf16={steps: 60}",
     "scale.reference_set={steps: 60, ramp: {onset: 10, ramp_steps: 40}}",
 ]

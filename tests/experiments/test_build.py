@@ -18,10 +18,20 @@ def test_equal_configurations_are_one_run(make_run):
     assert build_run(reordered).run_id == one.run_id == make_run("fault=bf16_shift").run_id
     assert make_run("fault=bf16_shift", "out=elsewhere", "quiet=true").run_id == one.run_id
     assert make_run("fault=bf16_shift", "train.device=cpu").run_id == one.run_id
+    assert make_run("fault=bf16_shift", "train.piece_s=60").run_id == one.run_id
 
 
 @pytest.mark.parametrize(
-    "other", ["seed=1", "train.steps=41", "fault=bf16_shift", "data.held_out=0.1", "model.norm=rmsnorm"]
+    "other",
+    [
+        "train.precision=bf16",
+        "train.micro_batch=4",
+        "seed=1",
+        "train.steps=41",
+        "fault=bf16_shift",
+        "data.held_out=0.1",
+        "model.norm=rmsnorm",
+    ],
 )
 def test_whatever_changes_the_result_changes_the_run(make_run, other):
     assert make_run(other).run_id != make_run().run_id
@@ -66,6 +76,25 @@ def test_the_sources_digest_covers_what_determines_a_result():
         (["train.steps=1.5"], "train.steps=1.5 is not allowed"),
         (["train.steps=0"], "train.steps=0 is not allowed: at least 1"),
         (["train.device=tpu"], "train.device='tpu' is not allowed"),
+        (["train.precision=fp16"], "train.precision='fp16' is not allowed: one of fp32, bf16"),
+        (["train.micro_batch=3"], "train.micro_batch=3 is not allowed: it has to divide train.batch_size=8"),
+        (["train.micro_batch=0"], "train.micro_batch=0 is not allowed"),
+        (["train.compile=true"], "train.compile=True with train.micro_batch=None would compile nothing"),
+        (["train.compile=true", "train.micro_batch=8"], "train.micro_batch=8 would compile nothing"),
+        (
+            ["train.compile=true", "train.micro_batch=4", "fault=module_shift"],
+            "train.compile=True has no fault sites outside attention: set train.compile=false",
+        ),
+        (["train.compile=true", "train.micro_batch=4", "model=moe_nano"], "with experts in FP32: set train.precision"),
+        (
+            ["train.micro_batch=4", "model=moe_nano", "model.moe.bias_update_speed=0.01"],
+            "train.micro_batch is not allowed with model.moe.bias_update_speed",
+        ),
+        (
+            ["train.micro_batch=4", "fault=batch_shrink", "fault.factor=null", "fault.batch_size=6"],
+            "train.micro_batch=4 does not divide the fault's batch of 6 sequences",
+        ),
+        (["train.piece_s=0"], "train.piece_s=0.0 is not allowed: above 0"),
         (["train.betas=[0.9,1.0]"], r"train.betas=\[0.9, 1.0\] is not allowed"),
         (["train.schedule=cosine", "train.warmup_steps=40"], "train.warmup_steps=40 leaves no step to decay"),
         (["data.path=???"], "data.path is missing: it has no default"),
@@ -153,10 +182,20 @@ def train_config(**changes) -> TrainConfig:
         held_out_every_steps=10,
         stop_drawup_nats=None,
         checkpoint_every_steps=10,
+        stack=1,
         device="cpu",
         threads=1,
+        precision="fp32",
+        micro_batch=None,
+        compile=False,
     )
     return TrainConfig(**(fields | changes))
+
+
+def test_a_device_that_is_not_there_is_named(make_run, monkeypatch):
+    monkeypatch.setattr(build.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"train\.device='cuda' is not allowed here: torch sees no CUDA device"):
+        make_run("train.device=cuda").run_id  # noqa: B018
 
 
 def test_learning_rate_schedules():

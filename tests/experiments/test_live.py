@@ -1,9 +1,13 @@
+import itertools
+import json
+
 import pytest
 import torch
 
+from experiments import progress
 from experiments.bench import due_together, qk_core_speedup
 from experiments.live import LiveAlarms
-from experiments.progress import RunProgress
+from experiments.progress import RunProgress, StackProgress
 from monitors.base import Masked, Signal
 
 UP, DOWN = Signal("up", "1", "up"), Signal("down", "nats", "down", ("layer", "head"))
@@ -37,9 +41,9 @@ def test_missing_samples_raise_nothing():
 
 
 def test_a_run_says_where_it_stands_while_it_trains_and_cleans_up(tmp_path):
-    with RunProgress(tmp_path, 10, [UP], show=False) as progress:
-        progress._last = (-1e9, 0)
-        progress(5, torch.tensor(2.5), {"up": torch.tensor(1.0)})
+    with RunProgress(tmp_path, 10, [UP], show=False) as shown:
+        shown._last = (-1e9, 0)
+        shown(5, torch.tensor(2.5), {"up": torch.tensor(1.0)})
         assert '"step": 5' in (tmp_path / "status.json").read_text()
     assert list(tmp_path.iterdir()) == []
 
@@ -47,6 +51,22 @@ def test_a_run_says_where_it_stands_while_it_trains_and_cleans_up(tmp_path):
 def test_the_bench_knows_which_monitors_share_a_step():
     both, one, none = frozenset("ab"), frozenset("a"), frozenset()
     assert due_together({"a": 2, "b": 3}) == [both, none, one, frozenset("b"), one, none]
+
+
+def test_a_stack_says_where_each_of_its_runs_stands_while_it_records(tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+    with StackProgress() as shown:
+        shown(1, {one: torch.tensor(2.0), other: torch.tensor(2.0)})
+        shown(2, {one: torch.tensor(3.0), other: torch.tensor(4.0)})
+        assert [json.loads((folder / "status.json").read_text())["loss"] for folder in (one, other)] == [3.0, 4.0]
+        shown(4, {other: torch.tensor(5.0)})
+        assert json.loads((other / "status.json").read_text()) == {"step": 4, "loss": 5.0, "steps_per_s": 2.0}
+        assert not list(one.iterdir())
+    assert not list(other.iterdir())
 
 
 def test_the_bench_measures_the_qk_core():

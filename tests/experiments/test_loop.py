@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
-from experiments import loop, trace
+from experiments import checkpoint, loop, trace
 from experiments.build import ROOT, build_run
-from experiments.loop import RunError, train
+from experiments.checkpoint import RunError
+from experiments.loop import train
+from experiments.memory import OutOfMemory
 from models.transformer import Transformer
 
 WEIGHTS = "weights.safetensors"
@@ -66,19 +69,19 @@ def test_a_stopped_run_resumes_to_the_same_bits(make_run, tmp_path, whole, stops
 
 def test_a_part_written_after_the_last_checkpoint_is_cut_back(make_run, tmp_path, whole, monkeypatch):
     """A kill between a part and its checkpoint leaves rows that no checkpoint knows."""
-    saved = loop._save_checkpoint
+    saved = checkpoint.save
 
     def killed_at_20(folder, state):
         if state["step"] == 20:
             raise Killed
         saved(folder, state)
 
-    monkeypatch.setattr(loop, "_save_checkpoint", killed_at_20)
+    monkeypatch.setattr(checkpoint, "save", killed_at_20)
     with pytest.raises(Killed):
         train(make_run("fault=bf16_shift"), tmp_path / "out")
     folder = tmp_path / "out" / whole.name
     assert [path.stem[-9:] for path in sorted((folder / "trace").iterdir())] == ["000000010", "000000020"]
-    monkeypatch.setattr(loop, "_save_checkpoint", saved)
+    monkeypatch.setattr(checkpoint, "save", saved)
     train(make_run("fault=bf16_shift"), tmp_path / "out")
     assert_same_result(folder, whole)
 
@@ -108,6 +111,42 @@ def test_a_sigkill_loses_nothing_that_a_resume_does_not_bring_back(tiny, text, t
     assert_same_result(folder, tmp_path / "whole" / folder.name)
 
 
+def test_pieces_resume_to_the_same_bits_and_say_that_they_go_on(make_run, tmp_path, whole):
+    """No time at all: every piece is one step, and none of them writes what only a finished run has."""
+    pieces = 0
+    folder = tmp_path / make_run("fault=bf16_shift").run_id
+    while train(make_run("fault=bf16_shift", "train.piece_s=1e-9"), tmp_path)["end_reason"] != "completed":
+        pieces += 1
+        manifest = trace.read_manifest(folder)
+        assert (manifest["end_reason"], manifest["steps_done"]) == ("interrupted", pieces)
+        assert (folder / "checkpoint.pt").exists() and not (folder / WEIGHTS).exists()
+    assert pieces == 39
+    assert_same_result(folder, whole)
+
+
+def test_mixed_precision_in_micro_batches_resumes_to_the_same_bits(make_run, tmp_path):
+    mixed = ("fault=combined", "model=moe_nano", "train.precision=bf16", "train.micro_batch=4")
+    end_to_end = train(make_run(*mixed), tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(make_run(*mixed), tmp_path / "out", stop_at(25))
+    train(make_run(*mixed), tmp_path / "out")
+    assert end_to_end["dtype"] == "bfloat16"
+    assert_same_result(tmp_path / "out" / end_to_end["run_id"], tmp_path / "whole" / end_to_end["run_id"])
+
+
+def test_a_device_without_memory_left_is_one_line_with_the_setting_to_lower(make_run, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB.\nMore lines")
+
+    monkeypatch.setattr(loop, "backward", full)
+    with pytest.raises(OutOfMemory, match=r"^cpu is out of memory at 4 of train\.batch_size=8 sequences of ") as error:
+        train(make_run("train.micro_batch=4"), tmp_path)
+    assert "model.context_length=16" in str(error.value) and str(error.value).endswith("lower train.micro_batch")
+    assert "\n" not in str(error.value)
+    with pytest.raises(OutOfMemory, match=r"lower model\.context_length"):
+        train(make_run("train.micro_batch=1"), tmp_path)
+
+
 def test_a_finished_run_is_skipped(make_run, tmp_path):
     run = make_run()
     train(run, tmp_path)
@@ -116,8 +155,9 @@ def test_a_finished_run_is_skipped(make_run, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_monitors_do_not_change_a_bit_of_training(make_run, tmp_path):
-    watched = make_run()
+@pytest.mark.parametrize("overrides", [(), ("train.precision=bf16", "train.micro_batch=4")])
+def test_monitors_do_not_change_a_bit_of_training(make_run, tmp_path, overrides):
+    watched = make_run(*overrides)
     train(watched, tmp_path)
     config = dict(watched.config)
     config["monitor"] = {"loss": config["monitor"]["loss"]}
@@ -172,7 +212,7 @@ def test_a_run_may_end_as_diverged(make_run, tmp_path):
 
 def test_two_processes_cannot_share_a_run_folder(make_run, tmp_path):
     run = make_run()
-    with loop.locked(tmp_path / run.run_id), pytest.raises(RunError, match="in use by another process"):
+    with checkpoint.locked(tmp_path / run.run_id), pytest.raises(RunError, match="in use by another process"):
         train(run, tmp_path)
     assert train(run, tmp_path)["end_reason"] == "completed"
 

@@ -179,3 +179,13 @@ def test_a_wrong_option_is_named():
         LinearLaws(every_steps=1, token_stride=0)
     with pytest.raises(ValueError, match="rows=-1"):
         NormLaws(every_steps=1, rows=-1)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_a_norm_s_prediction_holds_at_gpt2_s_width(trained_steps, norm):
+    """Row sums err more the longer they are: by their pairwise sum alone the ratio of a shift would be 3 here."""
+    monitor = NormLaws(every_steps=1, rows=0)
+    readings = monitor.observe(trained_steps(monitor, d_model=768, n_layers=1, norm=norm).next())
+    ratios = {name: float(reading.max()) for name, reading in readings.items() if name.endswith("over_noise")}
+    assert len(ratios) == (6 if norm == "layernorm" else 3)
+    assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios

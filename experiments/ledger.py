@@ -1,0 +1,167 @@
+"""What one run writes down while it trains: readings, trace parts, checkpoint, manifest, final weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from experiments import checkpoint, trace
+from experiments.build import Run
+from experiments.optimizer import TrainConfig
+from models.transformer import Transformer
+from monitors.base import Masked, Monitor, Reading, Signal, StepView, WeightHistory, state_of
+
+HELD_OUT = Signal("held_out_loss", "nats/token", "up")
+"""The label signal: mean NLL on the fixed held-out batch."""
+
+
+class Recorder:
+    """Readings since the last part; they stay on the device until the part is written."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.first_step: int | None = None
+        self._readings: dict[str, list[tuple[int, int, Tensor, Tensor | None]]] = {}
+
+    def add(self, step: int, tokens: int, name: str, reading: Reading) -> None:
+        value, undefined = (reading.value, reading.undefined) if isinstance(reading, Masked) else (reading, None)
+        self.first_step = step if self.first_step is None else self.first_step
+        self._readings.setdefault(name, []).append((step, tokens, value, undefined))
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of a part, one copy to the host a signal."""
+        blocks: dict[str, list[np.ndarray]] = {name: [] for name in trace.SCHEMA.names}
+        for name, readings in self._readings.items():
+            values = torch.stack([value.double() for _, _, value, _ in readings]).cpu().numpy()
+            undefined = np.zeros(values.shape, bool)
+            if readings[0][3] is not None:
+                undefined = torch.stack([mask for _, _, _, mask in readings]).cpu().numpy()
+            index = np.indices(values.shape).reshape(values.ndim, -1)
+            size = values.size
+            blocks["step"].append(np.array([step for step, _, _, _ in readings])[index[0]])
+            blocks["tokens"].append(np.array([tokens for _, tokens, _, _ in readings])[index[0]])
+            blocks["signal"].append(np.full(size, name, dtype=object))
+            blocks["layer"].append(index[1] if values.ndim > 1 else np.full(size, -1))
+            blocks["head"].append(index[2] if values.ndim > 2 else np.full(size, -1))
+            blocks["value"].append(values.ravel())
+            blocks["undefined"].append(undefined.ravel())
+        return {name: np.concatenate(parts) for name, parts in blocks.items()}
+
+
+class Ledger:
+    """One run's record, and its memory from step to step.
+
+    tokens: seen so far; finite: whether every training loss was; best_held_out: the lowest label loss so far. The
+    training loop keeps these three up to date. share: how many runs this process trains at once, each of which
+    answers for its part of the time.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        manifest: dict[str, Any],
+        model: Transformer,
+        optimizer: torch.optim.AdamW,
+        history: WeightHistory,
+        share: int = 1,
+    ) -> None:
+        self._run, self._folder, self.manifest = run, folder, manifest
+        self._model, self._optimizer, self._history = model, optimizer, history
+        self._recorder = Recorder()
+        self._share = share
+        self._started, self._cpu_started = time.monotonic(), time.process_time()
+        self._spent = {key: manifest[key] for key in ("wall_s", "cpu_s")}
+        self.tokens = 0
+        self.finite = torch.ones((), dtype=torch.bool, device=run.device)
+        self.best_held_out = torch.full((), torch.inf, device=run.device)
+
+    def resume(self) -> dict[str, Any] | None:
+        """The checkpoint, its step, weights, optimizer and history still to be loaded; None for a new run.
+
+        The trace is cut back to it, and the monitors have their memory again.
+        """
+        state = checkpoint.load(self._folder, self._run.device)
+        trace.cut_back(self._folder, -1 if state is None else state["step"])
+        if state is not None:
+            self.tokens, self.finite, self.best_held_out = (state[k] for k in ("tokens", "finite", "best_held_out"))
+            for name, monitor in self._run.monitors.items():
+                if state["monitors"][name] is not None:
+                    monitor.load_state_dict(state["monitors"][name])
+        return state
+
+    def label(self, step: int, loss: Tensor) -> None:
+        self._recorder.add(step, self.tokens, HELD_OUT.name, loss)
+
+    def observe(self, observers: Iterable[Monitor], view: StepView) -> dict[str, Reading]:
+        """What these monitors read at this step, of the signals that are due; it is recorded."""
+        readings: dict[str, Reading] = {}
+        for monitor in observers:
+            seen = monitor.observe(view)
+            wanted = [s.name for s in monitor.signals if view.step % s.every_steps == 0 and s.name in seen]
+            readings |= {signal: seen[signal] for signal in wanted}
+        for signal, reading in readings.items():
+            self._recorder.add(view.step, view.tokens, signal, reading)
+        return readings
+
+    def save(self, step: int, end_reason: str) -> None:
+        """Part, then checkpoint, then manifest: a resume cuts the trace back to the checkpoint it finds."""
+        if self._recorder.first_step is not None:
+            trace.write_part(self._folder, self._recorder.first_step, step, self._recorder.columns())
+            self._recorder.clear()
+        if end_reason not in trace.FINAL_REASONS:
+            checkpoint.save(
+                self._folder,
+                {
+                    "step": step,
+                    "tokens": self.tokens,
+                    "model": self._model.state_dict(),
+                    "optimizer": self._optimizer.state_dict(),
+                    "history": self._history.state_dict(),
+                    "finite": self.finite,
+                    "best_held_out": self.best_held_out,
+                    "monitors": {name: state_of(monitor) for name, monitor in self._run.monitors.items()},
+                },
+            )
+        else:
+            weights = {
+                name: tensor
+                for name, tensor in self._model.state_dict().items()
+                if not (name == "head.weight" and self._run.model_config.tie_embeddings)
+            }
+            trace.write_whole(self._folder / "weights.safetensors", safetensors_bytes(weights))
+        self.manifest.update(
+            steps_done=step,
+            tokens_done=self.tokens,
+            end_reason=end_reason,
+            wall_s=self._spent["wall_s"] + (time.monotonic() - self._started) / self._share,
+            cpu_s=self._spent["cpu_s"] + (time.process_time() - self._cpu_started) / self._share,
+        )
+        trace.write_manifest(self._folder, self.manifest)
+        if end_reason in trace.FINAL_REASONS:
+            (self._folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def drawup_limit(config: TrainConfig) -> float:
+    """How far the label loss may stand above its lowest, in nats."""
+    return torch.inf if config.stop_drawup_nats is None else config.stop_drawup_nats
+
+
+def early_ends(limit: float | Tensor, finite: Tensor, held_out: Tensor, best: Tensor) -> list[str | None]:
+    """For each run, why it ends at this evaluation, or None.
+
+    limit: ``drawup_limit``; finite: whether its training losses all were; held_out, best: its label loss now and the
+    lowest so far; each 0-dim, or one a run.
+    """
+    broken = (~(finite & torch.isfinite(held_out))).view(-1).tolist()
+    above = (held_out - best >= limit).view(-1).tolist()
+    return ["non_finite" if b else "diverged" if a else None for b, a in zip(broken, above, strict=True)]

@@ -1,0 +1,48 @@
+"""Where a run comes from: identity, versions, machine, and what each of its signals means."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments import trace
+from experiments.build import ROOT, Run
+from experiments.ledger import HELD_OUT
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def new_manifest(run: Run) -> dict[str, Any]:
+    """Provenance of a run: identity, versions, machine, and what each signal means."""
+    dirty = _git("status", "--porcelain", "--untracked-files=no")
+    onset = run.fault.onset
+    signals = [*(signal for monitor in run.monitors.values() for signal in monitor.signals), HELD_OUT]
+    return {
+        "schema": trace.SCHEMA_VERSION,
+        "run_id": run.run_id,
+        **run.identity,
+        "seed": run.seed,
+        "onset_step": None if onset is None else onset + 1,
+        "left_out_monitors": list(run.left_out_monitors),
+        "signals": {signal.name: asdict(signal) for signal in signals},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if dirty is None else bool(dirty),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine(),
+        "steps_done": 0,
+        "tokens_done": 0,
+        "wall_s": 0.0,
+        "cpu_s": 0.0,
+        "end_reason": "running",
+    }

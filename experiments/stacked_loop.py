@@ -1,0 +1,198 @@
+"""The training loop of ``experiments.loop`` for runs along a model axis, with the same files a run.
+
+    for step in range(steps):
+        sites = [fault.sites(step, healthy) of each run]
+        batch = the runs' batches, (N, B, T + 1)      # of (seed, step), as ever
+        losses = model.objective(batch, numerics)     # INJECT: each run's faults in its own rows
+        losses.sum().backward()                       # no loss reaches another run's weights
+        grad_norm = clip(each run's gradient)
+        optimizer.step(each run's learning rates)     # INJECT: learning rates
+        monitor.observe(each run's view)              # OBSERVE, LABEL, part, checkpoint: as in a single run
+
+A monitor sees a slice: a plain transformer, taps, history and optimizer that are views of the stacked ones. A run that
+ends early writes its last files and records no more; its rows are still computed, and reach no other's.
+
+Sums round differently in a stacked LayerNorm and, by shape and device, in a stacked matrix product, so ``train.stack``
+is part of a run's identity. On a CPU and with RMSNorm, a nano run's weights come out with the bits of a single run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments import checkpoint, trace
+from experiments.build import Run
+from experiments.ledger import Ledger, drawup_limit, early_ends
+from experiments.loop import cadence
+from experiments.manifest import new_manifest
+from experiments.memory import out_of_memory_named
+from experiments.stacked_history import SliceHistory, load_history
+from experiments.stacked_optimizer import StackedAdamW
+from faults.base import Sites
+from models.objective import objective_at
+from models.stacked import StackedNumerics, StackedTransformer
+from models.stacked_taps import SliceTaps
+from models.taps import Taps
+from monitors.base import StepView, tapped
+
+StackProgress = Callable[[int, dict[Path, Tensor]], None]
+"""Called after every update with the step and, by run folder, the loss (0-dim) of every run that still records."""
+
+
+def train_stack(runs: Sequence[Run], out: Path, progress: StackProgress | None = None) -> list[dict[str, Any]]:
+    """Train runs that ``experiments.stacking.why_single`` lets together, and return their manifests, in order.
+
+    Each run has the folder, files, skipping and resuming of ``experiments.loop.train``, and its errors. Runs whose
+    checkpoints are of different steps go on in stacks of their own.
+    """
+    with ExitStack() as locks:
+        manifests, unfinished = [], []
+        for run in runs:
+            folder = out / run.run_id
+            locks.enter_context(checkpoint.locked(folder))
+            manifest = trace.read_manifest(folder) or new_manifest(run)
+            manifests.append(manifest)
+            if manifest["end_reason"] not in trace.FINAL_REASONS:
+                manifest["end_reason"] = "running"
+                unfinished.append((run, folder, manifest))
+        unfinished.sort(key=lambda member: _saved_step(member[1]))
+        try:
+            piece_s = runs[0].train.piece_s
+            until = None if piece_s is None else time.monotonic() + piece_s
+            for _, members in groupby(unfinished, key=lambda member: _saved_step(member[1])):
+                with out_of_memory_named(runs[0]):
+                    _train_together(list(members), until, progress)
+        except BaseException as error:
+            for _, folder, manifest in unfinished:
+                if manifest["end_reason"] == "running":
+                    manifest["end_reason"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                    with suppress(OSError):  # the first error is the one to report
+                        trace.write_manifest(folder, manifest)
+            raise
+        return manifests
+
+
+def _saved_step(folder: Path) -> int:
+    """The step of a folder's checkpoint, -1 for none."""
+    state = checkpoint.load(folder, torch.device("cpu"))
+    return -1 if state is None else state["step"]
+
+
+def _train_together(
+    members: Sequence[tuple[Run, Path, dict[str, Any]]], until: float | None, progress: StackProgress | None
+) -> None:
+    """until: when to leave off, on the monotonic clock."""
+    runs, folders = [run for run, _, _ in members], [folder for _, folder, _ in members]
+    config, device = runs[0].train, runs[0].device
+    torch.set_num_threads(config.threads)
+    model, healthy = StackedTransformer([run.new_model() for run in runs]), runs[0].healthy_sites()
+    optimizer, history = StackedAdamW(model, [run.train for run in runs]), runs[0].new_history()
+    histories = [SliceHistory(history, index) for index in range(len(runs))]
+    ledgers = [
+        Ledger(run, folder, manifest, *parts, share=len(runs))
+        for (run, folder, manifest), *parts in zip(members, model.slices, optimizer.slices, histories, strict=True)
+    ]
+    due = {name: cadence(monitor.signals) for name, monitor in runs[0].monitors.items()}
+    held_out = torch.from_numpy(runs[0].corpus.held_out_batch(config.held_out_sequences)).to(device)
+    limit_N = torch.tensor([drawup_limit(run.train) for run in runs], device=device)
+    recording = list(range(len(runs)))
+
+    def label(step: int, sites: Sequence[Sites]) -> Tensor:
+        numerics = StackedNumerics(tuple(site.numerics for site in sites))
+        with torch.no_grad():
+            losses = [
+                model.loss(chunk.expand(len(runs), -1, -1), numerics) * len(chunk)
+                for chunk in held_out.split(config.batch_size)
+            ]
+        losses_N = torch.stack(losses).sum(0) / len(held_out)
+        for index in recording:
+            ledgers[index].label(step, losses_N[index])
+        return losses_N
+
+    def save(index: int, step: int, end_reason: str) -> None:
+        ledgers[index].finite, ledgers[index].best_held_out = finite_N[index], best_held_out_N[index]
+        ledgers[index].save(step, end_reason)
+
+    states, first = [ledger.resume() for ledger in ledgers], 0
+    if states[0] is None:
+        history.record(0, model)
+        best_held_out_N = label(0, [healthy] * len(runs))
+    else:
+        first = states[0]["step"]
+        for index, state in enumerate(states):
+            model.slices[index].load_state_dict(state["model"])
+            optimizer.load_state_dict(index, state["optimizer"])
+        load_history(history, [state["history"] for state in states])
+        best_held_out_N = torch.stack([ledger.best_held_out for ledger in ledgers])
+    finite_N = torch.stack([ledger.finite for ledger in ledgers])
+
+    for step in range(first, config.steps):
+        sites = [run.fault.sites(step, healthy) for run in runs]
+        batch = torch.from_numpy(np.stack([run.corpus.batch(run.seed, step, config.batch_size) for run in runs]))
+        batch = batch.to(device)
+        for ledger in ledgers:
+            ledger.tokens += batch[0, :, 1:].numel()
+
+        now = step + 1
+        observed = [name for name, is_due in due.items() if is_due(now)]
+        with Taps(model, tapped(runs[0].monitors[name] for name in observed)) as taps:
+            losses_N, _, _ = model.objective(batch, StackedNumerics(tuple(site.numerics for site in sites)))
+            losses_N.sum().backward()
+        losses_N = losses_N.detach()
+        model.take_gradients()
+        grad_norms_N = optimizer.clip()
+        optimizer.step(step, [site.lr_scale for site in sites])
+
+        history.record(now, model)
+        finite_N = finite_N & torch.isfinite(losses_N)
+        for index in recording if observed else ():
+            one, numerics = model.slices[index], sites[index].numerics
+            watching = [runs[index].monitors[name] for name in observed]
+            ledgers[index].observe(
+                watching,
+                StepView(
+                    now,
+                    ledgers[index].tokens,
+                    losses_N[index],
+                    grad_norms_N[index],
+                    one,
+                    histories[index],
+                    (),
+                    SliceTaps(taps, model, index),
+                    optimizer.slices[index],
+                    numerics,
+                    partial(objective_at, one, batch[index], numerics, (), 1.0),
+                ),
+            )
+        del taps  # as large as the step's activations: the next step is to find that memory free
+        if progress is not None:
+            progress(now, {folders[index]: losses_N[index] for index in recording})
+
+        if now % config.held_out_every_steps == 0:
+            held_out_N = label(now, sites)
+            best_held_out_N = torch.minimum(best_held_out_N, held_out_N)
+            ends = early_ends(limit_N, finite_N, held_out_N, best_held_out_N)
+            for index in [index for index in recording if ends[index] is not None]:
+                save(index, now, ends[index])
+                recording.remove(index)
+            if not recording:
+                return
+        if now < config.steps and until is not None and time.monotonic() >= until:
+            for index in recording:
+                save(index, now, "interrupted")
+            return
+        if now % config.checkpoint_every_steps == 0 and now < config.steps:
+            for index in recording:
+                save(index, now, "running")
+    for index in recording:
+        save(index, now, "completed" if bool(finite_N[index]) else "non_finite")

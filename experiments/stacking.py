@@ -1,0 +1,58 @@
+"""Which runs may train together along a model axis, and in which company."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.build import Run
+
+OWN = {
+    "seed": (),
+    "fault": (),
+    "train": (
+        "learning_rate",
+        "warmup_steps",
+        "schedule",
+        "final_lr_fraction",
+        "weight_decay",
+        "stop_drawup_nats",
+    ),
+}
+"""What each run of a stack has for itself: two nodes of the configuration, and some keys of a third."""
+
+
+def why_single(run: Run) -> str | None:
+    """Why a run trains by itself, in one line that names the field, or None where it can be stacked."""
+    if run.model_config.moe is not None:
+        return "model.moe is not allowed with train.stack: experts do not stack"
+    for field, alone in (("precision", "fp32"), ("micro_batch", None), ("compile", False)):
+        if getattr(run.train, field) != alone:
+            return f"train.{field}={getattr(run.train, field)} is not allowed with train.stack: only {alone}"
+    healthy = run.healthy_sites()
+    for step in range(run.train.steps):
+        sites = run.fault.sites(step, healthy)
+        if sites.batch_size != healthy.batch_size:
+            return f"fault: a batch of {sites.batch_size} sequences is not allowed with train.stack: all have one size"
+        if sites.modules:
+            return f"fault: {sites.modules[0].module!r} is not allowed with train.stack: attention's sites alone"
+    return None
+
+
+def stacks(runs: Sequence[Run]) -> list[list[int]]:
+    """The runs' indices, in stacks of up to ``train.stack``; those of one stack are alike but for ``OWN``.
+
+    A run that cannot be stacked stands by itself.
+    """
+    alike: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        train = {key: value for key, value in run.config["train"].items() if key not in OWN["train"]}
+        common: dict[str, Any] = {key: value for key, value in run.config.items() if key not in OWN}
+        common |= {"train": train, "single": None if why_single(run) is None else index}
+        alike.setdefault(json.dumps(common, sort_keys=True), []).append(index)
+    return [
+        group[first : first + runs[group[0]].train.stack]
+        for group in alike.values()
+        for first in range(0, len(group), runs[group[0]].train.stack)
+    ]

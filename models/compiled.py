@@ -1,0 +1,48 @@
+"""The training objective through ``torch.compile``, for micro-batches that nobody looks into.
+
+A compiled forward fuses what stands between matrix products: it keeps in registers, in FP32, what the eager model
+stores in BF16, and adds in another order. So it is not the same arithmetic as the eager one, bit for bit, and a step
+must not change with who watches it. Nor can hooks reach inside it. Both are settled by what is compiled: of every
+update all micro-batches but the last, whether or not the last is watched. Taps see the last, which is eager and
+trains like the others; so a monitor changes no bit, and pays no second pass.
+
+Compiled are each block, all of one shape by the same code, and the loss. Attention's dot product is not: faults live in
+it, and a compiler may remove the very rounding that they are (FP32 to BF16 and back). Faults of other modules are hooks
+and are refused with ``train.compile`` (``experiments.build``).
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+
+from models.transformer import Attention, Transformer
+
+
+class CompiledObjective:
+    """``model.objective`` with compiled blocks and loss; the model itself stays eager.
+
+    Its losses agree with the eager ones to the rounding of the model's precision. One compilation a shape of the batch.
+    backend: of ``torch.compile``; ``inductor`` needs a C++ compiler on a CPU and Triton on a GPU.
+    """
+
+    def __init__(self, model: Transformer, backend: str = "inductor") -> None:
+        self._model = model
+        left_alone = torch.compiler.disable(Attention.attend)
+        for block in model.blocks:
+            block.attention.attend = MethodType(left_alone, block.attention)
+        self._compiled = [
+            (owner, name, torch.compile(getattr(owner, name), dynamic=False, backend=backend))
+            for owner, name in [(model, "mean_nll"), *((block, "forward") for block in model.blocks)]
+        ]
+
+    def __call__(self, *arguments: Any) -> Any:
+        for owner, name, compiled in self._compiled:
+            setattr(owner, name, compiled)
+        try:
+            return self._model.objective(*arguments)
+        finally:
+            for owner, name, _ in self._compiled:
+                delattr(owner, name)

@@ -1,0 +1,75 @@
+"""Compiled blocks and loss agree with the eager model, and leave attention with its faults alone."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from models.compiled import CompiledObjective
+from models.moe import MoEConfig
+from models.numerics import HEALTHY, AttentionNumerics, SiteFault
+from models.transformer import Transformer, TransformerConfig
+
+TRUNCATED = AttentionNumerics((SiteFault("o", "backward", "truncate", 7),))
+INDUCTOR = pytest.param(
+    "inductor", 1e-2, marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+)
+
+
+def model_of(n_layers: int, precision: str, moe: MoEConfig | None = None) -> Transformer:
+    config = TransformerConfig(
+        d_model=32, n_layers=n_layers, n_heads=2, d_ff=64, context_length=16, vocab_size=50, moe=moe
+    )
+    return Transformer(config, precision).initialise(torch.Generator().manual_seed(0))
+
+
+def step(model: Transformer, objective, numerics: AttentionNumerics) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    batch = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(1))
+    loss, auxiliary, _ = objective(batch, numerics, 1.0)
+    (loss + auxiliary).backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return loss.detach(), found
+
+
+@pytest.mark.parametrize(("backend", "tolerance"), [("aot_eager", 0.0), INDUCTOR])
+def test_losses_and_gradients_agree_with_and_without_a_fault(backend, tolerance):
+    model = model_of(2, "bf16")
+    compiled = CompiledObjective(model, backend)
+    found = {}
+    for numerics in (HEALTHY, TRUNCATED):
+        loss, gradient = step(model, compiled, numerics)
+        again, eager = found[numerics] = step(model, model.objective, numerics)
+        torch.testing.assert_close(loss, again, rtol=tolerance / 100, atol=0)
+        for name, g in gradient.items():
+            assert (g - eager[name]).norm() <= tolerance * eager[name].norm(), name
+    healthy, faulty = (gradient["blocks.0.attention.q.weight"] for _, gradient in found.values())
+    assert (faulty - healthy).norm() > 10 * tolerance * healthy.norm(), "the fault has to survive compilation"
+
+
+def test_many_blocks_share_one_compilation():
+    """As many graphs for six blocks as for two: before, after and around attention, and the loss."""
+    graphs = {}
+    for n_layers in (2, 6):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = model_of(n_layers, "bf16")
+        step(model, CompiledObjective(model, "eager"), HEALTHY)
+        graphs[n_layers] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs[2] == graphs[6] > 0
+
+
+def test_experts_compile_too():
+    model = model_of(2, "bf16", MoEConfig(n_experts=4, top_k=2, aux_coef=0.01))
+    loss, _ = step(model, CompiledObjective(model, "aot_eager"), HEALTHY)
+    torch.testing.assert_close(loss, step(model, model.objective, HEALTHY)[0], rtol=1e-4, atol=0)
+
+
+def test_the_model_itself_stays_eager_after_a_call_and_after_an_error():
+    model = model_of(1, "fp32")
+    compiled = CompiledObjective(model, "eager")
+    with pytest.raises(IndexError):
+        compiled(torch.full((1, 5), 50), HEALTHY, 1.0)
+    assert "forward" not in vars(model.blocks[0]) and "mean_nll" not in vars(model)

@@ -1,0 +1,72 @@
+"""BF16 autocast: what is BF16, what stays FP32, and that attention is rounded once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.moe import MoEConfig
+from models.numerics import HEALTHY, to_bf16_grid
+from models.objective import objective_at
+from models.taps import Taps
+from models.transformer import Transformer, TransformerConfig
+
+MOE = MoEConfig(n_experts=4, top_k=2, aux_coef=0.01)
+
+
+def model_of(precision: str, **changes) -> Transformer:
+    fields = dict(d_model=32, n_layers=2, n_heads=2, d_ff=64, context_length=16, vocab_size=50) | changes
+    return Transformer(TransformerConfig(**fields), precision).initialise(torch.Generator().manual_seed(0))
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(1))
+
+
+def step(model: Transformer) -> Taps:
+    with Taps(model, ("linear", "norm", "dot_product")) as taps:
+        loss, auxiliary, _ = model.objective(tokens())
+        (loss + auxiliary).backward()
+    assert loss.dtype == torch.float32
+    return taps
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe": MOE, "qk_norm": True, "norm": "rmsnorm", "positions": "rope"}])
+def test_products_are_bf16_and_all_else_is_fp32(changes):
+    model = model_of("bf16", **changes)
+    taps = step(model)
+    for name, tap in taps.at("linear").items():
+        assert tap.output.dtype == (torch.float32 if name.endswith("router") else torch.bfloat16), name
+        assert tap.weight.dtype == tap.weight_grad.dtype == torch.float32, name
+    for name, tap in taps.at("norm").items():
+        for tensor in (tap.inputs[0], tap.input_grads[0], tap.output, tap.output_grad):
+            assert tensor.dtype == torch.float32, name
+    for name, tap in taps.at("dot_product").items():
+        assert {x.dtype for x in tap.inputs} == {torch.bfloat16}, name
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_attention_is_rounded_once():
+    """Its kernel does in autocast what it does on the same numbers outside: S, P and sums stay FP32."""
+    for tap in step(model_of("bf16", qk_norm=True)).at("dot_product").values():
+        q, k, v = (x.float().requires_grad_() for x in tap.inputs)
+        o = tap.module(q, k, v, HEALTHY.layer(0), torch.zeros((), dtype=torch.int64))
+        o.backward(tap.output_grad)
+        assert torch.equal(o, tap.output)
+        for index, x in enumerate((q, k, v)):
+            assert torch.equal(x.grad, tap.input_grads[index].float())
+        assert torch.equal(to_bf16_grid(tap.output_grad), tap.output_grad)
+
+
+def test_the_loss_agrees_with_fp32():
+    fp32, bf16 = (model_of(precision).loss(tokens()) for precision in ("fp32", "bf16"))
+    assert fp32 != bf16
+    torch.testing.assert_close(bf16, fp32, rtol=1e-3, atol=0)
+
+
+def test_the_objective_at_other_weights_and_the_label_are_in_the_same_precision():
+    model = model_of("bf16")
+    at_own = objective_at(model, tokens(), HEALTHY, (), 1.0, dict(model.named_parameters()))
+    assert torch.equal(at_own, model.loss(tokens()))
+    with torch.no_grad():
+        assert torch.equal(at_own, model.loss(tokens()))

@@ -1,0 +1,109 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models.moe import MoEConfig
+from models.numerics import HEALTHY, AttentionNumerics, SiteFault
+from models.stacked import StackedNumerics, StackedTransformer
+from models.stacked_taps import SliceTaps
+from models.taps import PLACES, Taps
+from models.transformer import Transformer, TransformerConfig
+
+NANO = TransformerConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, context_length=8, vocab_size=19)
+SWIGLU = replace(NANO, norm="rmsnorm", positions="rope", mlp="swiglu", qk_norm=True, tie_embeddings=False)
+FAULTY = AttentionNumerics(tuple(SiteFault(site, "backward", "truncate", 6) for site in ("o", "do")))
+ONE_HEAD = AttentionNumerics((SiteFault("q", "both", "truncate", 7, layers=(1,), heads=(0,)),))
+NUMERICS = (HEALTHY, FAULTY, FAULTY, ONE_HEAD)
+
+
+def models(config: TransformerConfig) -> list[Transformer]:
+    return [Transformer(config).initialise(torch.Generator().manual_seed(seed)) for seed in range(len(NUMERICS))]
+
+
+@pytest.fixture
+def tokens_NBT1() -> torch.Tensor:
+    return torch.randint(19, (len(NUMERICS), 3, 9), generator=torch.Generator().manual_seed(0))
+
+
+def backward(stack: StackedTransformer, tokens_NBT1: torch.Tensor, numerics=NUMERICS) -> torch.Tensor:
+    losses_N, _, _ = stack.objective(tokens_NBT1, StackedNumerics(numerics))
+    losses_N.sum().backward()
+    stack.take_gradients()
+    return losses_N.detach()
+
+
+@pytest.mark.parametrize("config", [NANO, SWIGLU], ids=["layernorm", "rmsnorm"])
+def test_each_slice_has_the_loss_the_gradient_and_the_taps_of_its_own_model(config, tokens_NBT1):
+    stack = StackedTransformer(models(config))
+    with Taps(stack, PLACES) as stacked_taps:
+        losses_N = backward(stack, tokens_NBT1)
+    for index, (model, numerics) in enumerate(zip(models(config), NUMERICS, strict=True)):
+        with Taps(model, PLACES) as taps:
+            loss, _, _ = model.objective(tokens_NBT1[index], numerics)
+            loss.backward()
+        torch.testing.assert_close(losses_N[index], loss.detach())
+        mine = dict(stack.slices[index].named_parameters())
+        assert mine.keys() == dict(model.named_parameters()).keys()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(mine[name], parameter), name
+            # the gain and bias of a LayerNorm sum over tokens in another order; all else is bit for bit
+            exact = config.norm == "rmsnorm" or "norm" not in name
+            torch.testing.assert_close(
+                mine[name].grad, parameter.grad, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-7, msg=name
+            )
+        sliced = SliceTaps(stacked_taps, stack, index)
+        for place in PLACES:
+            assert sliced.at(place).keys() == taps.at(place).keys()
+            for name, tap in taps.at(place).items():
+                part = sliced.at(place)[name]
+                assert part.module is stack.slices[index].get_submodule(name)
+                assert all(torch.equal(a, b) for a, b in zip(part.inputs, tap.inputs, strict=True))
+                assert torch.equal(part.output, tap.output) and torch.equal(part.output_grad, tap.output_grad)
+                assert part.input_grads.keys() == tap.input_grads.keys()
+                assert (part.weight_grad is None) == (tap.weight_grad is None)
+
+
+def test_a_fault_reaches_its_own_slices_alone(tokens_NBT1):
+    healthy = (HEALTHY,) * len(NUMERICS)
+    stack = StackedTransformer(models(NANO))
+    backward(stack, tokens_NBT1, healthy)
+    before = stack.gradients.clone()
+    backward(stack, tokens_NBT1)
+    assert (stack.gradients != before).any(1).tolist() == [False, True, True, True]
+
+
+def test_what_is_not_finite_stays_in_its_slice(tokens_NBT1):
+    stack = StackedTransformer(models(NANO))
+    losses_N, gradients = backward(stack, tokens_NBT1), stack.gradients.clone()
+    stack.weights[1].fill_(torch.nan)
+    broken_N = backward(stack, tokens_NBT1)
+    assert torch.isfinite(broken_N).tolist() == [True, False, True, True]
+    others = [0, 2, 3]
+    assert torch.equal(broken_N[others], losses_N[others]) and torch.equal(stack.gradients[others], gradients[others])
+    counted = [model.blocks[0].attention.nonfinite.item() for model in stack.slices]
+    assert counted[1] > 0 and [counted[index] for index in others] == [0, 0, 0]
+
+
+def test_a_slice_is_a_transformer_in_the_stack_s_memory(tokens_NBT1):
+    stack = StackedTransformer(models(NANO))
+    changed = models(NANO)[3]
+    stack.slices[0].load_state_dict(changed.state_dict())
+    losses_N, _, _ = stack.objective(tokens_NBT1[:1].expand(4, -1, -1), StackedNumerics((HEALTHY,) * 4))
+    assert losses_N[0] == losses_N[3] != losses_N[1]
+    torch.testing.assert_close(stack.slices[0].loss(tokens_NBT1[0]), losses_N[0])
+
+
+def test_the_sdpa_backend_stacks_too(tokens_NBT1):
+    config, healthy = replace(NANO, backend="sdpa"), (HEALTHY,) * len(NUMERICS)
+    losses_N = backward(StackedTransformer(models(config)), tokens_NBT1, healthy)
+    for loss, model, tokens in zip(losses_N, models(config), tokens_NBT1, strict=True):
+        torch.testing.assert_close(loss, model.loss(tokens).detach())
+
+
+def test_models_of_different_shapes_and_experts_do_not_stack():
+    with pytest.raises(ValueError, match="one configuration"):
+        StackedTransformer([*models(NANO), *models(SWIGLU)])
+    experts = replace(NANO, moe=MoEConfig(n_experts=4, top_k=2))
+    with pytest.raises(ValueError, match=r"model\.moe is not allowed in a stack"):
+        StackedTransformer(models(experts))
