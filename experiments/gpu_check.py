@@ -2,9 +2,8 @@
 
     python3 -m experiments.gpu_check [out=results/gpu]
 
-Needs torch, triton and numpy alone; with pytest the tests of the kernels run too, compiled. Writes
-``<out>/<device>.json`` after every piece, so that what is measured is not lost, and stops by itself after nine minutes.
-Exit code: 0, 1 if a check failed, 2 where nothing can be checked.
+Needs torch, triton and numpy alone. Writes ``<out>/<device>.json`` after every piece, so that what is measured is not
+lost, and stops by itself within nine minutes. Exit code: 0, 1 if a check failed, 2 where nothing can be checked.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ SPEED_FROM_S = 300.0
 """Checks that have not begun by then are left to the end, so that there is time for the speed."""
 
 LONGEST_PIECE_S = 45.0
-KERNEL_TESTS = ("flash", "flash_arithmetic", "flash_bits", "flash_sites")
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
 
 
@@ -79,18 +77,6 @@ def attempt(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"ok": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-def run_kernel_tests(limit_s: float) -> dict[str, Any]:
-    """The kernels' own tests, compiled, as far as the time goes; ``ok`` None where it did not."""
-    files = [f"tests/models/test_{name}.py" for name in KERNEL_TESTS]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *files]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return {"ok": None, "summary": f"stopped after {limit_s:.0f} s"}
-    return {"ok": done.returncode == 0, "summary": (done.stdout.strip().splitlines() or ["no output"])[-1]}
-
-
 class Session:
     """The results of this machine, written after every piece, and the time that is left for more."""
 
@@ -131,17 +117,13 @@ def _name(case: Case) -> str:
 
 
 def check_machine(session: Session) -> list[str]:
-    """Checks, speed, the checks that had to wait, the tests; the names of what failed."""
+    """Checks, speed, the checks that had to wait; the names of what failed."""
     device = torch.device("cuda")
     every = dict(checks(device))
     waiting = {n: check for n, check in every.items() if not session.piece("checks", n, check, SPEED_FROM_S)}
     sizes = {_name(case): case for case in cases()}
     late = [n for n, case in sizes.items() if not session.piece("speed", n, lambda case=case: measure(case, device))]
     late += [n for n, check in waiting.items() if not session.piece("checks", n, check)]
-    if importlib.util.find_spec("pytest") is not None:
-        left_s = LIMIT_S - session.spent_s
-        if not session.piece("checks", "tests", lambda: run_kernel_tests(left_s)):
-            late.append("tests")
     return session.finish(late)
 
 

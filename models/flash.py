@@ -63,9 +63,14 @@ def _block_d(d_head: int) -> int:
     return max(16, 1 << (d_head - 1).bit_length())
 
 
-def _counter(like: Tensor, faults: int) -> Tensor:
-    """Where a pass counts non-finite values; empty without faults, which spares a kernel launch."""
-    return like.new_zeros(1 if faults else 0, dtype=torch.int64)
+def _counter(q: Tensor, faults: int) -> Tensor:
+    """Where a pass counts each batch row's non-finite values; empty without faults, which spares a kernel launch."""
+    return q.new_zeros(q.shape[0] if faults else 0, dtype=torch.int64)
+
+
+def _add_counts(nonfinite: Tensor, count_B: Tensor) -> None:
+    if count_B.numel():
+        nonfinite.add_(count_B.view(*nonfinite.shape, -1).sum(-1))
 
 
 def _table(pass_: int, q: Tensor, k: Tensor, faults: list[int], shares: list[float], window: int) -> Tensor:
@@ -85,7 +90,7 @@ def _forward(
     tiles: list[int],
     arithmetic: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(O, the O that the backward reads if it is another, L, how many non-finite values reached a fault).
+    """(O, the O that the backward reads if it is another, L, each batch row's non-finite values that reached a fault).
 
     faults, shares: as ``models.flash_faults.encode`` gives them; window: 0 for none; tiles: ``Tiles``, flat;
     arithmetic: a ``KernelArithmetic``.
@@ -128,7 +133,7 @@ def _backward(
     tiles: list[int],
     arithmetic: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV, how many non-finite values reached a fault). Arguments as in the forward."""
+    """(dQ, dK, dV, each batch row's non-finite values that reached a fault). Arguments as in the forward."""
     B, H, T, D = q.shape
     G = k.shape[1]
     code = constants(faults, shares, BACKWARD)
@@ -174,8 +179,7 @@ def _save_for_backward(ctx, inputs, output):
 
 def _differentiate(ctx, do, *_):
     dq, dk, dv, count = _backward(*ctx.saved_tensors, do.contiguous(), *ctx.settings)
-    if count.numel():
-        ctx.nonfinite.add_(count[0])
+    _add_counts(ctx.nonfinite, count)
     return dq, dk, dv, None, None, None, None, None, None
 
 
@@ -215,8 +219,8 @@ def flash_attention_triton(
     """O (B, H, T, D) of causal attention, BF16; differentiable once.
 
     q: (B, H, T, D), k and v: (B, G, T, D), BF16; query head h reads KV head h // (H / G), query i the keys
-    i - window + 1 to i. nonfinite: int64 scalar to which the non-finite values that reach an active fault are added,
-    masked scores not among them.
+    i - window + 1 to i. nonfinite: int64 scalar, or one each for the runs that follow one another in the batch, to which
+    the non-finite values that reach an active fault are added, masked scores not among them.
     """
     _check({"q": q_BHTD, "k": k_BGTD, "v": v_BGTD, "nonfinite": nonfinite})
     check_shapes(q_BHTD, k_BGTD, window)
@@ -232,6 +236,5 @@ def flash_attention_triton(
         tiles.flat(),
         encode_arithmetic(numerics.arithmetic, tiles.forward.keys),
     )
-    if count.numel():
-        nonfinite.add_(count[0])
+    _add_counts(nonfinite, count)
     return o

@@ -35,6 +35,7 @@ def delta_kernel(
 ):
     """delta = rowsum(dO * O) of ROWS queries of one head. Grid: (batch x HEADS, tiles of queries)."""
     head = tl.program_id(0) % HEADS
+    nonfinite_ptr += tl.program_id(0) // HEADS
     of_head = tl.program_id(0).to(tl.int64) * T
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     i, dims = rows[:, None], tl.arange(0, BLOCK_D)[None, :]

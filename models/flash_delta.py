@@ -40,6 +40,7 @@ def delta_of_p_kernel(
     It counts the non-finite values of do and delta, as the kernel does in whose place it stands.
     """
     batch, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    nonfinite_ptr += batch
     kv_head = head // (HEADS // KV_HEADS)
     of_head = tl.program_id(0).to(tl.int64) * T
     of_kv_head = (batch * KV_HEADS + kv_head).to(tl.int64) * T

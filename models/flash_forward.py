@@ -128,6 +128,7 @@ def forward_kernel(
     PV_BLOCK, STORED_FP32, OFFSET, BETA: see ``models.flash_arithmetic``.
     """
     batch, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    nonfinite_ptr += batch
     kv_head = head // (HEADS // KV_HEADS)
     of_head = tl.program_id(0).to(tl.int64) * T
     of_kv_head = (batch * KV_HEADS + kv_head).to(tl.int64) * T

@@ -32,6 +32,7 @@ def test_the_tiles_are_part_of_the_run_pinned_or_given(make_run):
         "stages": 3,
     }
     assert given.identity["config"]["model"]["tiles"]["forward"]["keys"] == 16
+    assert "triton" in new_manifest(pinned)["versions"]
     assert len({pinned.run_id, given.run_id, make_run(*TRITON, "model.backend=reference").run_id}) == 3
 
 

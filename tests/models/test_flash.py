@@ -152,6 +152,17 @@ def test_torch_compile_captures_it_in_one_graph(numerics):
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*results, strict=True))
 
 
+def test_runs_that_share_a_batch_are_counted_apart():
+    q, k, v, do = (x.to(DEVICE, torch.bfloat16) for x in inputs(B=4, H=2, G=1, T=5))
+    q[1, 0, 1, 2], v[3, 0, 4, :2], do[2, 1, 0, 0] = torch.nan, torch.inf, torch.nan
+    faults = tuple(SiteFault(site, "backward", "truncate", 7) for site in ("q", "v", "do"))
+    events = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = flash_attention_triton(*leaves, AttentionNumerics(faults).layer(0), events, None, SMALL_TILES)
+    o.backward(do)
+    assert events.tolist() == [1, 3]
+
+
 def test_it_is_differentiable_only_once():
     q, k, v, do = (x.to(DEVICE, torch.bfloat16).requires_grad_() for x in inputs(B=1, H=1, T=2))
     o = flash_attention_triton(q, k, v, HEALTHY_LAYER, EVENTS, None, ONE_TILE)
