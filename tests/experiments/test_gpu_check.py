@@ -137,6 +137,32 @@ def test_what_is_measured_is_written_at_once_and_the_limit_stops_the_rest(tmp_pa
     assert not list((tmp_path / "gpu").glob("*.part"))
 
 
+def test_checks_that_had_to_wait_follow_the_speed(monkeypatch, tmp_path):
+    now, done = [0.0], []
+
+    def piece(name, seconds, result):
+        def work(*_):
+            now[0] += seconds
+            done.append(name)
+            return result
+
+        return work
+
+    every = [("slow", piece("slow", 310, {"ok": True})), ("quick", piece("quick", 10, {"ok": False}))]
+    monkeypatch.setattr(gpu_check, "checks", lambda device: every)
+    monkeypatch.setattr(gpu_check, "cases", lambda: [Case(1024, 64), Case(2048, 64)])
+    monkeypatch.setattr(gpu_check, "measure", piece("speed", 100, {"forward": {}}))
+    assert gpu_check.check_machine(Session(tmp_path / "a.json", {}, clock=lambda: now[0])) == []
+    assert done == ["slow", "speed", "speed"]
+    now[0] = 0.0
+    every[0] = ("slow", piece("slow", 301, {"ok": True}))
+    monkeypatch.setattr(gpu_check, "measure", piece("speed", 50, {"forward": {}}))
+    assert gpu_check.check_machine(Session(tmp_path / "a.json", {}, clock=lambda: now[0])) == ["quick"]
+    assert done[3:] == ["slow", "speed", "speed", "quick"]
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["complete"] and list(written["speed"]) == ["1024 tokens, d_head 64", "2048 tokens, d_head 64"]
+
+
 def test_a_check_that_raises_has_failed_with_one_line():
     def raises():
         raise ValueError("first\nsecond")
