@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 ROUTER_EXPERIMENTS := paper_router_lr paper_router_batch paper_aux_loss paper_combined paper_router_grid paper_selectivity paper_router_ramp
 
-.PHONY: setup reproduce routers reference-set leaderboard test bench clean
+.PHONY: setup reproduce routers reference-set leaderboard test bench gpu-check clean
 
 setup: $(VENV)/.locked
 
@@ -44,6 +44,11 @@ test: setup
 # Ratios measured in one run, written to report/bench.json.
 bench: setup
 	$(BIN)/python -m experiments.bench $(ARGS)
+
+# The Triton kernels on this machine's GPU, checked and timed in nine minutes. No environment is built: PYTHON needs
+# torch, triton and numpy. ARGS="out=FOLDER" for another place than results/gpu.
+gpu-check:
+	$(PYTHON) -m experiments.gpu_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) report

@@ -28,7 +28,9 @@ from experiments.optimizer import TrainConfig
 from faults.base import Fault, Sites
 from faults.combined import Combined
 from models.arithmetic import ORDINARY
+from models.backend import FAULT_SITES
 from models.corruption import Corrupted
+from models.flash import check_numerics
 from models.transformer import Transformer, TransformerConfig
 from monitors.base import Monitor, WeightHistory
 
@@ -105,6 +107,8 @@ def construct(node: Mapping[str, Any], where: str) -> Any:
         key = ".".join(str(part) for part in (where, *first["loc"]))
         if first["type"] == "missing":
             raise ValueError(f"{key} is missing") from None
+        if first["type"] == "value_error":  # raised by a dataclass inside this one, which has named the value
+            raise ValueError(f"{key}: {first['ctx']['error']}") from None
         raise ValueError(f"{key}={first['input']!r} is not allowed: {first['msg'].lower()}") from None
     field_of = {key: name for name, key in key_of.items()}
     values = {field_of.get(key, key): getattr(checked, key) for key in parameters} | nested
@@ -170,10 +174,16 @@ class Run:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """All that determines the result: two runs with one identity are one run."""
+        tiles = self.model_config.tiles
         return {
             "config": {
                 **self.config,
-                "model": {**self.config["model"], "vocab_size": self.model_config.vocab_size},
+                "model": {
+                    **self.config["model"],
+                    "vocab_size": self.model_config.vocab_size,
+                    "backend": self.model_config.backend,
+                    "tiles": tiles and dataclasses.asdict(tiles),
+                },
                 "train": {
                     **{key: value for key, value in self.config["train"].items() if key != "piece_s"},
                     "device": self.device.type,
@@ -210,16 +220,20 @@ def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> No
         _check_fit(member, model, train)
     if fault.onset >= train.steps:
         raise ValueError(f"fault.onset={fault.onset} is after the end: train.steps={train.steps}")
-    healthy, corrupted = Sites(batch_size=train.batch_size), ()
+    healthy, corrupted, numerics = Sites(batch_size=train.batch_size), (), None
     for step in range(fault.onset, train.steps):
         sites = fault.sites(step, healthy)
         if sites.modules != corrupted:
             corrupted = sites.modules
             Corrupted(_skeleton(model), corrupted)
+        if model.backend == "triton" and sites.numerics != numerics:
+            numerics = sites.numerics
+            for layer in range(model.n_layers):
+                check_numerics(numerics.layer(layer), model.tiles)
         sites.numerics.check_fits(model.n_layers, model.n_heads, model.kv_heads)
         changed = sites.numerics.faults or sites.numerics.arithmetic != ORDINARY
-        if changed and model.backend != "reference":
-            raise ValueError(f"model.backend={model.backend!r} has no fault sites: use 'reference'")
+        if changed and model.backend not in FAULT_SITES:
+            raise ValueError(f"model.backend={model.backend!r} has no fault sites: use {' or '.join(FAULT_SITES)}")
         if sites.modules and train.compile:
             raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")
         micro_batch = train.micro_batch or sites.batch_size
@@ -276,6 +290,7 @@ def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = No
     data: DataConfig = construct(plain["data"], "data")
     train: TrainConfig = construct(plain["train"], "train")
     fault: Fault = construct(plain["fault"], "fault")
+    model = model.on(resolve_device(train.device))
     _check_fit(fault, model, train)
     if train.compile and model.moe and train.precision != "bf16":
         raise ValueError("train.compile=True is not allowed with experts in FP32: set train.precision=bf16")

@@ -23,6 +23,15 @@ def _git(*arguments: str) -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
+def _versions(run: Run) -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if run.model_config.backend == "triton":
+        import triton  # most machines without a GPU do not have it
+
+        versions["triton"] = triton.__version__
+    return versions
+
+
 def new_manifest(run: Run) -> dict[str, Any]:
     """Provenance of a run: identity, versions, machine, and what each signal means."""
     dirty = _git("status", "--porcelain", "--untracked-files=no")
@@ -38,7 +47,7 @@ def new_manifest(run: Run) -> dict[str, Any]:
         "signals": {signal.name: asdict(signal) for signal in signals},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if dirty is None else bool(dirty),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": _versions(run),
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine(),
         "steps_done": 0,
         "tokens_done": 0,

@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.arithmetic import product_in_bf16, row_shift
+from models.flash import flash_attention_triton
 from models.numerics import HEALTHY_LAYER, LayerNumerics, to_bf16_grid
-from models.visibility import score_mask, visible_keys
-
-BACKENDS = ("reference", "sdpa")
+from models.tiles import Tiles
+from models.visibility import check_shapes, score_mask, visible_keys
 
 LOG2_E = math.log2(math.e)
 """Kernels take exp(x) as exp2(x log2 e); so do we, and on a CPU it is the fast one at -inf."""
@@ -146,15 +146,6 @@ def flash_attention(
     return _FlashAttention.apply(q_BHTD, k_BGTD, v_BGTD, numerics, nonfinite, window)
 
 
-def check_shapes(q_BHTD: Tensor, k_BGTD: Tensor, window: int | None) -> None:
-    """Raise ValueError for key-value heads that query heads cannot share evenly, or a window without a key."""
-    H, G = q_BHTD.shape[1], k_BGTD.shape[1]
-    if H % G:
-        raise ValueError(f"{H} query heads cannot share {G} key-value heads evenly")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window} is not allowed: at least 1 key, or None for all")
-
-
 def _sdpa(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, window: int | None) -> Tensor:
     """PyTorch's own attention, in the inputs' dtype."""
     grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
@@ -174,12 +165,19 @@ def attention(
     numerics: LayerNumerics,
     nonfinite: Tensor,
     window: int | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
-    """Causal attention by the named backend: ``reference`` (fault sites) or ``sdpa`` (fault-free speed)."""
+    """Causal attention by the named backend, a resolved one of ``models.backend``; tiles: of ``triton`` alone.
+
+    Of those with fault sites, O and all gradients are FP32 tensors that hold BF16 numbers.
+    """
     if backend == "reference":
         return flash_attention(q_BHTD, k_BGTD, v_BGTD, numerics, nonfinite, window)
+    if backend == "triton":
+        stored = (x.bfloat16() for x in (q_BHTD, k_BGTD, v_BGTD))
+        return flash_attention_triton(*stored, numerics, nonfinite, window, tiles).float()
     if numerics:
-        raise ValueError(f"attention backend {backend!r} has no fault sites: use 'reference'")
+        raise ValueError(f"attention backend {backend!r} has no fault sites: use 'reference' or 'triton'")
     check_shapes(q_BHTD, k_BGTD, window)
     return _sdpa(q_BHTD, k_BGTD, v_BGTD, window)
 
@@ -187,12 +185,12 @@ def attention(
 class DotProduct(nn.Module):
     """``attention`` as a module without parameters: the place where taps meet q, k, v, o and their gradients.
 
-    window: how many keys a query sees, None for all before it.
+    window: how many keys a query sees, None for all before it; tiles: of the Triton kernels, None for other backends.
     """
 
-    def __init__(self, backend: str, window: int | None = None) -> None:
+    def __init__(self, backend: str, window: int | None = None, tiles: Tiles | None = None) -> None:
         super().__init__()
-        self.backend, self.window = backend, window
+        self.backend, self.window, self.tiles = backend, window, tiles
 
     @property
     def rounds_to_bf16(self) -> bool:
@@ -203,7 +201,14 @@ class DotProduct(nn.Module):
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, numerics: LayerNumerics, nonfinite: Tensor
     ) -> Tensor:
         return attention(
-            q_BHTD, k_BGTD, v_BGTD, backend=self.backend, numerics=numerics, nonfinite=nonfinite, window=self.window
+            q_BHTD,
+            k_BGTD,
+            v_BGTD,
+            backend=self.backend,
+            numerics=numerics,
+            nonfinite=nonfinite,
+            window=self.window,
+            tiles=self.tiles,
         )
 
     def stored(self, x: Tensor) -> Tensor:

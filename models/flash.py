@@ -1,9 +1,10 @@
 """Causal flash attention in Triton with fault sites: ``models.attention`` in one kernel forward and three backward.
 
 BF16 in and out, FP32 accumulation, the log-sum-exp saved. Head dims 16 to 256, any sequence length, grouped KV heads,
-sliding windows. What each site means is said in ``models.attention``; two things depend on the tiles, as in every
-flash kernel: the order of FP32 sums, and, where a row has several tiles of keys, that the forward ``p`` is relative
-to the largest score so far. A non-finite number reaches only the queries and keys of tiles that read it.
+sliding windows, every arithmetic of ``models.arithmetic`` whose ``pv_block`` ends where a tile of keys does. What each
+site means is said in ``models.attention``; two things depend on the tiles, as in every flash kernel: the order of FP32
+sums, and, where a row has several tiles of keys, that the forward ``p`` and a running sum in BF16 are relative to the
+largest score so far. A non-finite number reaches only the queries and keys of tiles that read it.
 
 The kernels stand behind two ``torch.library`` operators, which ``torch.compile`` and CUDA graphs take as they are.
 ``TRITON_INTERPRET=1``, set before Python starts, runs them on a CPU.
@@ -11,62 +12,34 @@ The kernels stand behind two ``torch.library`` operators, which ``torch.compile`
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from models.attention import check_shapes
+from models.flash_arithmetic import KernelArithmetic, encode_arithmetic
 from models.flash_faults import BACKWARD, FORWARD, AttentionShape, constants, encode, fault_table, operation
 from models.numerics import SITES, LayerNumerics
+from models.tiles import Tiles
+from models.visibility import check_shapes
+
+D_HEADS = "a multiple of 8 from 16 to 256"
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Queries and keys that a program holds at once, and how it is laid out on the GPU.
+def takes_d_head(d_head: int) -> bool:
+    """Whether the kernels exist for a head dim."""
+    return 16 <= d_head <= 256 and d_head % 8 == 0
 
-    queries, keys: powers of two, 16 or more. warps: of 32 threads. stages: key or query tiles in flight.
+
+def load_kernels(device: torch.device) -> SimpleNamespace:
+    """The kernels, which need Triton: most machines without a GPU do not have it.
+
+    Raises ModuleNotFoundError without it, and ValueError for a CPU outside Triton's interpreter.
     """
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-    def __post_init__(self) -> None:
-        for field in ("queries", "keys"):
-            size = getattr(self, field)
-            if size < 16 or size & (size - 1):
-                raise ValueError(f"tile {field}={size} is not allowed: a power of two, 16 or more")
-        for field, value in (("warps", self.warps), ("stages", self.stages)):
-            if value < 1:
-                raise ValueError(f"tile {field}={value} is not allowed: 1 or more")
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The tiles of the forward, the dK/dV and the dQ kernel: they fix the order of sums, so they belong to a run."""
-
-    forward: Tile
-    key_gradient: Tile
-    query_gradient: Tile
-
-
-def pinned_tiles(d_head: int) -> Tiles:
-    """The tiles for a head dim, sized for the registers and shared memory of a Hopper GPU. Never tuned at run time."""
-    if d_head <= 64:
-        return Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
-    if d_head <= 128:
-        return Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2))
-    return Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2))
-
-
-def _kernels(device: torch.device) -> SimpleNamespace:
-    """The kernels, which need Triton: most machines without a GPU do not have it."""
     try:
         from models.flash_backward import delta_kernel
         from models.flash_bits import INTERPRETED
+        from models.flash_delta import delta_of_p_kernel
         from models.flash_forward import forward_kernel
         from models.flash_key_gradient import key_gradient_kernel
         from models.flash_query_gradient import query_gradient_kernel
@@ -80,6 +53,7 @@ def _kernels(device: torch.device) -> SimpleNamespace:
     return SimpleNamespace(
         forward=forward_kernel,
         delta=delta_kernel,
+        delta_of_p=delta_of_p_kernel,
         key_gradient=key_gradient_kernel,
         query_gradient=query_gradient_kernel,
     )
@@ -89,9 +63,14 @@ def _block_d(d_head: int) -> int:
     return max(16, 1 << (d_head - 1).bit_length())
 
 
-def _counter(like: Tensor, faults: int) -> Tensor:
-    """Where a pass counts non-finite values; empty without faults, which spares a kernel launch."""
-    return like.new_zeros(1 if faults else 0, dtype=torch.int64)
+def _counter(q: Tensor, faults: int) -> Tensor:
+    """Where a pass counts each batch row's non-finite values; empty without faults, which spares a kernel launch."""
+    return q.new_zeros(q.shape[0] if faults else 0, dtype=torch.int64)
+
+
+def _add_counts(nonfinite: Tensor, count_B: Tensor) -> None:
+    if count_B.numel():
+        nonfinite.add_(count_B.view(*nonfinite.shape, -1).sum(-1))
 
 
 def _table(pass_: int, q: Tensor, k: Tensor, faults: list[int], shares: list[float], window: int) -> Tensor:
@@ -109,29 +88,35 @@ def _forward(
     shares: list[float],
     window: int,
     tiles: list[int],
+    arithmetic: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(O, the O that the backward reads if it is another, L, how many non-finite values reached a fault).
+    """(O, the O that the backward reads if it is another, L, each batch row's non-finite values that reached a fault).
 
-    faults, shares: as ``models.flash_faults.encode`` gives them; window: 0 for none; tiles: ``Tiles``, flat.
+    faults, shares: as ``models.flash_faults.encode`` gives them; window: 0 for none; tiles: ``Tiles``, flat;
+    arithmetic: a ``KernelArithmetic``.
     ``nonfinite`` is for the backward, which adds to it.
     """
     B, H, T, D = q.shape
     code = constants(faults, shares, FORWARD)
-    o, clean_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles)
+    chosen = KernelArithmetic(*arithmetic)
+    o, saved_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles, arithmetic)
     queries, keys, warps, stages = tiles[:4]
-    _kernels(q.device).forward[(B * H, -(-T // queries))](
-        q, k, v, o, clean_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
+    load_kernels(q.device).forward[(B * H, -(-T // queries))](
+        q, k, v, o, saved_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
         SCALE=D**-0.5, WINDOW=window, D=D, BLOCK_D=_block_d(D), ROWS=queries, COLS=keys, HEADS=H, KV_HEADS=k.shape[1],
-        FAULTS=code, num_warps=warps, num_stages=stages,
+        FAULTS=code, PV_BLOCK=int(chosen.pv_block), STORED_FP32=bool(chosen.stored_fp32),
+        OFFSET=chosen.offset, BETA=chosen.beta, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return o, clean_o, lse, count
+    return o, saved_o, lse, count
 
 
 @_forward.register_fake
-def _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles):
+def _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles, arithmetic):
     code = constants(faults, shares, FORWARD)
-    clean_o = torch.empty_like(q) if operation(code, SITES.index("o")) else q.new_empty(0)
-    return torch.empty_like(q), clean_o, q.new_empty(q.shape[:3], dtype=torch.float32), _counter(q, code)
+    saved_o = torch.empty_like(q) if operation(code, SITES.index("o")) else q.new_empty(0)
+    if KernelArithmetic(*arithmetic).stored_fp32:
+        saved_o = torch.empty_like(q, dtype=torch.float32)
+    return torch.empty_like(q), saved_o, q.new_empty(q.shape[:3], dtype=torch.float32), _counter(q, code)
 
 
 @torch.library.custom_op("foreshock::flash_backward", mutates_args=())
@@ -146,20 +131,27 @@ def _backward(
     shares: list[float],
     window: int,
     tiles: list[int],
+    arithmetic: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV, how many non-finite values reached a fault). Arguments as in the forward."""
+    """(dQ, dK, dV, each batch row's non-finite values that reached a fault). Arguments as in the forward."""
     B, H, T, D = q.shape
     G = k.shape[1]
     code = constants(faults, shares, BACKWARD)
     table = _table(BACKWARD, q, k, faults, shares, window)
-    dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles)
+    dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles, arithmetic)
     delta = torch.empty_like(lse)
-    kernels = _kernels(q.device)
+    kernels = load_kernels(q.device)
     every = {"D": D, "BLOCK_D": _block_d(D), "HEADS": H, "FAULTS": code}
     both = {"SCALE": D**-0.5, "WINDOW": window, "KV_HEADS": G, **every}
 
     queries, keys, warps, stages = tiles[8:]
-    kernels.delta[(B * H, -(-T // queries))](o, do, delta, table, count, T, ROWS=queries, **every)
+    if KernelArithmetic(*arithmetic).delta_of_p:
+        kernels.delta_of_p[(B * H, -(-T // queries))](
+            q, k, v, do, lse, delta, table, count, T,
+            ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
+        )  # fmt: skip
+    else:
+        kernels.delta[(B * H, -(-T // queries))](o, do, delta, table, count, T, ROWS=queries, **every)
     kernels.query_gradient[(B * H, -(-T // queries))](
         q, k, v, do, lse, delta, dq, table, count, T,
         ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
@@ -173,26 +165,32 @@ def _backward(
 
 
 @_backward.register_fake
-def _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles):
+def _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles, arithmetic):
     count = _counter(q, constants(faults, shares, BACKWARD))
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), count
 
 
 def _save_for_backward(ctx, inputs, output):
     q, k, v, ctx.nonfinite, *ctx.settings = inputs
-    o, clean_o, lse, _ = output
-    ctx.save_for_backward(q, k, v, clean_o if clean_o.numel() else o, lse)
+    o, saved_o, lse, _ = output
+    ctx.save_for_backward(q, k, v, saved_o if saved_o.numel() else o, lse)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, do, *_):
     dq, dk, dv, count = _backward(*ctx.saved_tensors, do.contiguous(), *ctx.settings)
-    if count.numel():
-        ctx.nonfinite.add_(count[0])
-    return dq, dk, dv, None, None, None, None, None
+    _add_counts(ctx.nonfinite, count)
+    return dq, dk, dv, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def check_numerics(numerics: LayerNumerics, tiles: Tiles) -> None:
+    """Raise ValueError, in one line, for a layer's faults or arithmetic that the kernels cannot do."""
+    encode_arithmetic(numerics.arithmetic, tiles.forward.keys)
+    for pass_ in (FORWARD, BACKWARD):
+        constants(*encode(numerics), pass_)
 
 
 def _check(tensors: dict[str, Tensor]) -> None:
@@ -202,9 +200,8 @@ def _check(tensors: dict[str, Tensor]) -> None:
             raise TypeError(f"{name} is {tensors[name].dtype}: attention backend 'triton' takes torch.bfloat16")
     if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(f"k {tuple(k.shape)}, v {tuple(v.shape)} do not fit q {tuple(q.shape)}: only heads may differ")
-    D = q.shape[-1]
-    if not 16 <= D <= 256 or D % 8:
-        raise ValueError(f"d_head={D} is not allowed by attention backend 'triton': a multiple of 8 from 16 to 256")
+    if not takes_d_head(q.shape[-1]):
+        raise ValueError(f"d_head={q.shape[-1]} is not allowed by attention backend 'triton': {D_HEADS}")
     devices = {name: str(tensor.device) for name, tensor in tensors.items()}
     if len(set(devices.values())) > 1:
         raise ValueError(f"attention backend 'triton' needs one device, got {devices}")
@@ -222,8 +219,8 @@ def flash_attention_triton(
     """O (B, H, T, D) of causal attention, BF16; differentiable once.
 
     q: (B, H, T, D), k and v: (B, G, T, D), BF16; query head h reads KV head h // (H / G), query i the keys
-    i - window + 1 to i. nonfinite: int64 scalar to which the non-finite values that reach an active fault are added,
-    masked scores not among them.
+    i - window + 1 to i. nonfinite: int64 scalar, or one each for the runs that follow one another in the batch; to it
+    are added the non-finite values that reach an active fault, masked scores not among them.
     """
     _check({"q": q_BHTD, "k": k_BGTD, "v": v_BGTD, "nonfinite": nonfinite})
     check_shapes(q_BHTD, k_BGTD, window)
@@ -236,8 +233,8 @@ def flash_attention_triton(
         faults,
         shares,
         0 if window is None else window,
-        [size for tile in (tiles.forward, tiles.key_gradient, tiles.query_gradient) for size in astuple(tile)],
+        tiles.flat(),
+        encode_arithmetic(numerics.arithmetic, tiles.forward.keys),
     )
-    if count.numel():
-        nonfinite.add_(count[0])
+    _add_counts(nonfinite, count)
     return o

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from models.flash_bits import round_to_bf16, widen
-from models.flash_sites import DELTA, DO, DP, DS, O, P, S, corrupt, operation
+from models.flash_scores import scores
+from models.flash_sites import DELTA, DO, DP, DS, O, P, corrupt
 from models.flash_tiles import LOG2_E, load_tile
 
 
@@ -34,6 +35,7 @@ def delta_kernel(
 ):
     """delta = rowsum(dO * O) of ROWS queries of one head. Grid: (batch x HEADS, tiles of queries)."""
     head = tl.program_id(0) % HEADS
+    nonfinite_ptr += tl.program_id(0) // HEADS
     of_head = tl.program_id(0).to(tl.int64) * T
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     i, dims = rows[:, None], tl.arange(0, BLOCK_D)[None, :]
@@ -69,13 +71,7 @@ def probability(
 
     qk: Q K^T; lse: corrupted, broadcast against it.
     """
-    if operation(FAULTS, S):
-        s = qk * SCALE
-        s = corrupt(s, i, j, T, seen, head, S, FAULTS, faults_ptr, HEADS, nonfinite_ptr) * LOG2_E
-    else:
-        s = qk * (SCALE * LOG2_E)
-    if MASKED:
-        s = tl.where(seen, s, float("-inf"))
+    s = scores(qk, i, j, T, seen, head, faults_ptr, nonfinite_ptr, SCALE, HEADS, FAULTS, MASKED)
     p = tl.exp2(s - lse * LOG2_E)
     return corrupt(p, i, j, T, seen, head, P, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
 

@@ -66,8 +66,10 @@ def round_to_bf16(x):
 
 @triton.jit
 def widen(x):
-    """A BF16 tile in FP32, exactly."""
-    if INTERPRETED:
+    """A BF16 tile in FP32, exactly; an FP32 tile as it is."""
+    if x.dtype == tl.float32:
+        return x
+    elif INTERPRETED:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)

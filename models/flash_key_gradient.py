@@ -97,6 +97,7 @@ def key_gradient_kernel(
     """dK and dV of COLS keys of one KV head. Grid: (batch x KV_HEADS, tiles of keys), the longest columns first."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     batch, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    nonfinite_ptr += batch
     of_kv_head = tl.program_id(0).to(tl.int64) * T
     first_col = tl.program_id(1) * COLS
     cols = first_col + tl.arange(0, COLS)

@@ -90,6 +90,7 @@ def query_gradient_kernel(
 ):
     """dQ of ROWS queries of one head. Grid: (batch x HEADS, tiles of queries), the longest rows first."""
     batch, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    nonfinite_ptr += batch
     kv_head = head // (HEADS // KV_HEADS)
     of_head = tl.program_id(0).to(tl.int64) * T
     of_kv_head = (batch * KV_HEADS + kv_head).to(tl.int64) * T

@@ -66,8 +66,9 @@ def corrupt(
     """x with its valid elements corrupted as this site's fault says; in FP32 those are rounded to BF16 first.
 
     x: BF16 or FP32 tile, returned in the same type. valid: boolean; padding and masked scores are never hit.
-    nonfinite_ptr: int64 scalar to which the non-finite values that are hit are added, if given. counted: boolean, the
-    valid elements to look at; where several programs read an element, one of them counts it. By default all.
+    nonfinite_ptr: int64, the batch row's own, to which the non-finite values that are hit are added, if given. counted:
+    boolean, the valid elements to look at; where several programs read an element, one of them counts it. By default
+    all.
     """
     if operation(FAULTS, SITE):
         bits = tl.load(faults_ptr + 2 * SITE * HEADS + head).to(tl.int32)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import BACKENDS, DotProduct
+from models.attention import DotProduct
+from models.backend import BACKENDS, resolve_backend
 from models.mlp import KINDS, MLP
 from models.moe import MoE, MoEConfig, Routing, auxiliary_loss
 from models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
 from models.precision import as_autocast, in_own_precision, outside_autocast
+from models.tiles import Tiles, pinned_tiles
 
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
@@ -51,7 +53,8 @@ class TransformerConfig:
     vocab_size: tokens, or None to take the data's; d_ff: hidden width of the MLP, or of each expert;
     moe: router and experts in place of every MLP, or None for a dense model;
     rope_base: base of the rotary frequencies, used when positions is ``rope``;
-    init_std: of every matrix; residual outputs are scaled by 1/sqrt(2 n_layers) (GPT-2).
+    init_std: of every matrix; residual outputs are scaled by 1/sqrt(2 n_layers) (GPT-2);
+    backend: see ``models.backend``; tiles: of the Triton kernels, or None for those pinned to the head dim.
     """
 
     d_model: int
@@ -70,6 +73,7 @@ class TransformerConfig:
     qk_norm: bool = False
     init_std: float = 0.02
     backend: str = "reference"
+    tiles: Tiles | None = None
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +106,18 @@ class TransformerConfig:
     def kv_heads(self) -> int:
         """Key-value heads."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    def on(self, device: torch.device) -> TransformerConfig:
+        """The same with what the device decides filled in: the backend, and its tiles if it has any.
+
+        Raises ValueError where the backend cannot run there, or takes no tiles and is given some.
+        """
+        backend = resolve_backend(self.backend, device, self.d_model, self.n_heads)
+        if backend == "triton":
+            return replace(self, backend=backend, tiles=self.tiles or pinned_tiles(self.d_head))
+        if self.tiles is not None:
+            raise ValueError(f"model.tiles is not allowed with model.backend={backend!r}: it goes with 'triton' alone")
+        return replace(self, backend=backend)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -145,7 +161,7 @@ class Attention(nn.Module):
         self.d_head = D
         self.q, self.k, self.v, self.o = (nn.Linear(E, width, bias=False) for width in (E, kv_width, kv_width, E))
         self.q_norm, self.k_norm = (_norm(config, D), _norm(config, D)) if config.qk_norm else (None, None)
-        self.dot_product = DotProduct(config.backend, config.window)
+        self.dot_product = DotProduct(config.backend, config.window, config.tiles)
         self.rotary = Rotary(D, config.context_length, config.rope_base) if config.positions == "rope" else None
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
 
@@ -198,6 +214,8 @@ class Transformer(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("model.vocab_size=null: the data's vocabulary was not filled in")
+        if config.backend == "auto" or (config.backend == "triton" and config.tiles is None):
+            raise ValueError(f"model.backend={config.backend!r}: the device was not filled in, by TransformerConfig.on")
         self.config, self.precision = config, precision
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.positions == "learned"

@@ -29,3 +29,12 @@ def score_mask(
     """
     mask = torch.zeros(tokens, tokens, device=device, dtype=dtype)
     return mask.masked_fill_(~visible_keys(tokens, window, device), -math.inf).repeat(query_heads, 1).unsqueeze(0)
+
+
+def check_shapes(q_BHTD: Tensor, k_BGTD: Tensor, window: int | None) -> None:
+    """Raise ValueError for key-value heads that query heads cannot share evenly, or a window without a key."""
+    H, G = q_BHTD.shape[1], k_BGTD.shape[1]
+    if H % G:
+        raise ValueError(f"{H} query heads cannot share {G} key-value heads evenly")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} is not allowed: at least 1 key, or None for all")

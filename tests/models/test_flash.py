@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from models import flash_bits
-from models.flash import Tile, Tiles, _backward, _forward, flash_attention_triton, pinned_tiles
+from models.arithmetic import Arithmetic
+from models.flash import _backward, _forward, flash_attention_triton
+from models.flash_arithmetic import encode_arithmetic
 from models.flash_faults import encode
-from models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
+from models.numerics import HEALTHY_LAYER, AttentionNumerics, LayerNumerics, SiteFault
+from models.tiles import Tile, Tiles, pinned_tiles
 from tests.models.attention_in_fp64 import NAMES, distance, emulate, exact, inputs, layer, run
-from tests.models.attention_in_triton import ONE_TILE, SMALL_TILES, output_in_tiles, run_triton
+from tests.models.attention_in_triton import DEVICE, ONE_TILE, PLAIN, SMALL_TILES, output_in_tiles, run_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -27,7 +30,8 @@ SHAPES = [  # query heads, key-value heads, window, tokens, d_head
     (4, 1, None, 47, 200),
 ]
 SCORE_TILES = [("s", "both"), ("p", "both"), ("dp", "backward"), ("ds", "backward")]
-EVENTS = torch.zeros((), dtype=torch.int64)
+DYNAMIC = LayerNumerics({}, Arithmetic("bf16", 64, "fp32", row_max="dynamic", beta=2.0))
+EVENTS = torch.zeros((), dtype=torch.int64, device=DEVICE)
 
 
 @pytest.mark.parametrize(("H", "G", "window", "T", "D"), SHAPES)
@@ -56,17 +60,14 @@ def test_the_output_of_several_tiles_is_their_online_softmax(H, G, window, T, D)
 @pytest.mark.parametrize("window", [None, 1, 16, 17])
 def test_tiles_change_the_backward_only_by_the_order_of_sums(window, tiles):
     """From the same saved O and L, which are those of the reference."""
-    q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=53))
-    flat = [
-        size for t in (tiles.forward, tiles.key_gradient, tiles.query_gradient) for size in (t.queries, t.keys, 4, 1)
-    ]
-    o, _, lse, _ = _forward(q, k, v, EVENTS, [], [], window or 0, [64, 64, 4, 1] * 3)
-    got = _backward(q, k, v, o, lse, do, [], [], window or 0, flat)[:3]
-    expected = run(*(x.float() for x in (q, k, v, do)), window=window)
+    q, k, v, do = (x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=2, G=1, T=53))
+    o, _, lse, _ = _forward(q, k, v, EVENTS, [], [], window or 0, [64, 64, 4, 1] * 3, PLAIN)
+    got = _backward(q, k, v, o, lse, do, [], [], window or 0, tiles.flat(), PLAIN)[:3]
+    expected = run(*(x.float().cpu() for x in (q, k, v, do)), window=window)
     for name, gradient in zip(NAMES[1:], got, strict=True):
         if window == 1 and name != "dv":
             continue  # one key a query: dS = 0 up to FP32 noise
-        same = gradient.float() == expected[name]
+        same = gradient.float().cpu() == expected[name]
         assert (same[:, :, 1:] if name == "dq" else same).double().mean() > 0.98, name
 
 
@@ -119,32 +120,51 @@ def test_inputs_need_not_be_contiguous():
 
 
 def test_the_operators_keep_their_contract_with_torch_library():
-    q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=5))
-    settings = (*encode(layer("o", "both", 3)), 3, [16, 16, 4, 1] * 3)
+    q, k, v, do = (x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=2, G=1, T=5))
+    settings = (
+        *encode(layer("o", "both", 3)),
+        3,
+        [16, 16, 4, 1] * 3,
+        encode_arithmetic(Arithmetic(stored_o="fp32"), 16),
+    )
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(_forward, (*leaves, EVENTS, *settings))
     o, _, lse, _ = _forward(*(x.detach() for x in leaves), EVENTS, *settings)
     torch.library.opcheck(_backward, (*(x.detach() for x in leaves), o, lse, do, *settings))
 
 
-@pytest.mark.parametrize("numerics", [HEALTHY_LAYER, layer("q", "both", 7, share=0.5)])
+@pytest.mark.parametrize("numerics", [HEALTHY_LAYER, layer("q", "both", 7, share=0.5), DYNAMIC])
 def test_torch_compile_captures_it_in_one_graph(numerics):
     def attend(q, k, v, events):
         return flash_attention_triton(q, k, v, numerics, events, None, ONE_TILE)
 
     results = []
-    q, k, v, do = (x.bfloat16() for x in inputs(B=1, H=2, G=1, T=9))
+    q, k, v, do = (x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=2, G=1, T=9))
     q[0, 0, 1, 2] = torch.nan  # a place below one half
     for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
-        leaves, events = [x.clone().requires_grad_() for x in (q, k, v)], torch.zeros((), dtype=torch.int64)
+        leaves, events = (
+            [x.clone().requires_grad_() for x in (q, k, v)],
+            torch.zeros((), dtype=torch.int64, device=DEVICE),
+        )
         o = function(*leaves, events)
         results.append((o, *torch.autograd.grad(o, leaves, do), events))
-    assert results[0][-1] == (2 if numerics else 0)
+    assert results[0][-1] == (2 if numerics.touches("q", "forward") else 0)
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*results, strict=True))
 
 
+def test_runs_that_share_a_batch_are_counted_apart():
+    q, k, v, do = (x.to(DEVICE, torch.bfloat16) for x in inputs(B=4, H=2, G=1, T=5))
+    q[1, 0, 1, 2], v[3, 0, 4, :2], do[2, 1, 0, 0] = torch.nan, torch.inf, torch.nan
+    faults = tuple(SiteFault(site, "backward", "truncate", 7) for site in ("q", "v", "do"))
+    events = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = flash_attention_triton(*leaves, AttentionNumerics(faults).layer(0), events, None, SMALL_TILES)
+    o.backward(do)
+    assert events.tolist() == [1, 3]
+
+
 def test_it_is_differentiable_only_once():
-    q, k, v, do = (x.bfloat16().requires_grad_() for x in inputs(B=1, H=1, T=2))
+    q, k, v, do = (x.to(DEVICE, torch.bfloat16).requires_grad_() for x in inputs(B=1, H=1, T=2))
     o = flash_attention_triton(q, k, v, HEALTHY_LAYER, EVENTS, None, ONE_TILE)
     (dq,) = torch.autograd.grad(o, q, do, create_graph=True)
     with pytest.raises(RuntimeError, match="flash_backward"):
@@ -156,7 +176,7 @@ def call(q, k, v, events=EVENTS, window=None, tiles=ONE_TILE):
 
 
 def test_what_it_cannot_do_is_an_error_of_one_line():
-    q, k, v, _ = (x.bfloat16() for x in inputs(B=1, H=2, T=2))
+    q, k, v, _ = (x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=2, T=2))
     with pytest.raises(TypeError, match=r"k is torch.float32: attention backend 'triton' takes torch.bfloat16"):
         call(q, k.float(), v)
     for D in (8, 20, 264):
@@ -177,14 +197,14 @@ def test_what_it_cannot_do_is_an_error_of_one_line():
     ("sizes", "field"), [((24, 16, 4, 1), "queries"), ((16, 8, 4, 1), "keys"), ((16, 16, 0, 1), "warps")]
 )
 def test_a_tile_that_no_kernel_can_hold_is_an_error(sizes, field):
-    with pytest.raises(ValueError, match=f"tile {field}="):
+    with pytest.raises(ValueError, match=f"{field}="):
         Tile(*sizes)
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.setattr(flash_bits, "INTERPRETED", False)
     with pytest.raises(ValueError, match="got cpu tensors: set TRITON_INTERPRET=1"):
-        call(*(x.bfloat16() for x in inputs(B=1, H=1, T=2)[:3]))
+        call(*(x.bfloat16() for x in inputs(B=1, H=1, T=2)[:3]), EVENTS.cpu())
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch):
@@ -192,4 +212,4 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("models.flash_") and name != "models.flash_faults"]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match=r"needs the package triton: install foreshock\[gpu\]"):
-        call(*(x.bfloat16() for x in inputs(B=1, H=1, T=2)[:3]))
+        call(*(x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=1, T=2)[:3]))

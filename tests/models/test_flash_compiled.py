@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from models.arithmetic import ORDINARY, Arithmetic
+
 ROOT = Path(__file__).parents[2]
 COMPILE = """
 import sys
@@ -16,18 +18,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from models.flash import _kernels, pinned_tiles
+from models.arithmetic import Arithmetic
+from models.flash import load_kernels
+from models.flash_arithmetic import KernelArithmetic, encode_arithmetic
 from models.flash_faults import BACKWARD, FORWARD, constants, encode
 from models.numerics import AttentionNumerics, SiteFault
+from models.tiles import pinned_tiles
 
-sites = [site.split("-") for site in sys.argv[1:]]
+sites = [site.split("-") for site in sys.argv[2:]]
 faults = AttentionNumerics(tuple(SiteFault(site, phase, "truncate", 3, share=0.5) for site, phase in sites)).layer(0)
 tiles = pinned_tiles(16)
+way = KernelArithmetic(*encode_arithmetic(eval(sys.argv[1]), tiles.forward.keys))
 TYPES = {"T": "i32", "faults_ptr": "*fp64", "nonfinite_ptr": "*i64", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
 
 
 def compile_for_hopper(kernel, pass_, tile):
     sizes = dict(SCALE=0.25, WINDOW=0, D=16, BLOCK_D=16, ROWS=tile.queries, COLS=tile.keys, HEADS=4, KV_HEADS=2)
+    sizes |= dict(PV_BLOCK=int(way.pv_block), STORED_FP32=bool(way.stored_fp32), OFFSET=way.offset, BETA=way.beta)
     sizes["FAULTS"] = constants(*encode(faults), pass_)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in sizes else TYPES.get(name, "*bf16") for name in names}
@@ -37,10 +44,10 @@ def compile_for_hopper(kernel, pass_, tile):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
-kernels = _kernels(torch.device("cuda"))
+kernels = load_kernels(torch.device("cuda"))
 for kernel, pass_, tile in (
     (kernels.forward, FORWARD, tiles.forward),
-    (kernels.delta, BACKWARD, tiles.query_gradient),
+    (kernels.delta_of_p if way.delta_of_p else kernels.delta, BACKWARD, tiles.query_gradient),
     (kernels.key_gradient, BACKWARD, tiles.key_gradient),
     (kernels.query_gradient, BACKWARD, tiles.query_gradient),
 ):
@@ -49,9 +56,12 @@ for kernel, pass_, tile in (
 """
 
 
-def compiled(*sites):
+def compiled(*sites, arithmetic=ORDINARY):
     """(tensor cores, a place in FP64 or a table of faults, an atomic counter) of the four kernels."""
-    command, environment = [sys.executable, "-c", COMPILE, *sites], {**os.environ, "TRITON_INTERPRET": "0"}
+    command, environment = (
+        [sys.executable, "-c", COMPILE, repr(arithmetic), *sites],
+        {**os.environ, "TRITON_INTERPRET": "0"},
+    )
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [tuple(word == "True" for word in line.split()) for line in done.stdout.splitlines()]
@@ -70,3 +80,15 @@ def compiled(*sites):
 def test_kernels_compile_for_hopper_and_only_a_fault_s_own_kernels_read_it(sites, found):
     """The kernel of dK and dV corrupts dS as well, but leaves the counting to that of dQ."""
     assert compiled(*sites) == found
+
+
+@pytest.mark.parametrize(
+    "arithmetic",
+    [
+        Arithmetic("bf16", 128, stored_o="fp32", row_max="offset", offset=0.5),
+        Arithmetic("bf16", delta="p", row_max="dynamic", beta=2.0),
+    ],
+)
+def test_every_arithmetic_compiles_for_hopper_and_needs_no_atomic(arithmetic):
+    delta = (arithmetic.delta == "p", False, False)
+    assert compiled(arithmetic=arithmetic) == [(True, False, False), delta, (True, False, False), (True, False, False)]

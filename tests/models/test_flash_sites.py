@@ -11,7 +11,7 @@ from models.flash import _backward, _forward
 from models.flash_faults import encode
 from models.numerics import HEALTHY_LAYER, KEY_VALUE_SITES, AttentionNumerics, SiteFault
 from tests.models.attention_in_fp64 import NAMES, REACH, distance, emulate, inputs, layer, run
-from tests.models.attention_in_triton import ONE_TILE, SMALL_TILES, output_in_tiles, run_triton
+from tests.models.attention_in_triton import DEVICE, ONE_TILE, PLAIN, SMALL_TILES, output_in_tiles, run_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -27,15 +27,18 @@ def healthy_run(tiles=ONE_TILE, window=None, **sizes):
 
 def forward(q, k, v, numerics=HEALTHY_LAYER):
     """O and L."""
-    events = torch.zeros((), dtype=torch.int64)
-    o, _, lse, _ = _forward(*(x.bfloat16() for x in (q, k, v)), events, *encode(numerics), 0, [64, 64, 4, 1] * 3)
-    return o.float(), lse
+    events = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    o, _, lse, _ = _forward(
+        *(x.to(DEVICE, torch.bfloat16) for x in (q, k, v)), events, *encode(numerics), 0, [64, 64, 4, 1] * 3, PLAIN
+    )
+    return o.float().cpu(), lse.cpu()
 
 
 def backward(q, k, v, o, lse, do, numerics=HEALTHY_LAYER):
     """dQ, dK, dV from saved tensors."""
-    q, k, v, o, do = (x.bfloat16() for x in (q, k, v, o, do))
-    return _backward(q, k, v, o, lse, do, *encode(numerics), 0, [64, 64, 4, 1] * 3)[:3]
+    q, k, v, o, do = (x.to(DEVICE, torch.bfloat16) for x in (q, k, v, o, do))
+    gradients = _backward(q, k, v, o, lse.to(DEVICE), do, *encode(numerics), 0, [64, 64, 4, 1] * 3, PLAIN)[:3]
+    return [gradient.cpu() for gradient in gradients]
 
 
 @pytest.mark.parametrize("bits", [2, 6])

@@ -1,0 +1,77 @@
+"""Which backend a model gets on which device, and what is said where it cannot have the one it asks for."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from models import flash_bits
+from models.tiles import Tile, Tiles, pinned_tiles
+from models.transformer import Transformer, TransformerConfig
+from tests.models.attention_in_triton import SMALL_TILES
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def config(**changes):
+    shape = {"d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 8, "context_length": 4, "vocab_size": 7}
+    return TransformerConfig(**shape | changes)
+
+
+def test_auto_is_the_kernel_on_a_gpu_and_the_reference_elsewhere():
+    assert config(backend="auto").on(CPU) == config(backend="reference")
+    assert config(backend="auto").on(GPU) == config(backend="triton", tiles=pinned_tiles(16))
+    assert config(backend="auto", n_heads=4).on(GPU).backend == "reference"  # a head dim of 8
+    assert config(backend="sdpa").on(GPU) == config(backend="sdpa")
+
+
+def test_auto_is_the_reference_on_a_gpu_without_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert config(backend="auto").on(GPU).backend == "reference"
+
+
+def test_tiles_are_the_given_ones_or_pinned_to_the_head_dim():
+    assert config(backend="triton", tiles=SMALL_TILES).on(CPU).tiles == SMALL_TILES
+    assert config(backend="triton", d_model=256).on(CPU).tiles == pinned_tiles(128) != pinned_tiles(16)
+    model = Transformer(config(backend="triton", tiles=SMALL_TILES))
+    assert model.blocks[0].attention.dot_product.tiles == SMALL_TILES
+
+
+def test_tiles_are_flat_in_the_order_of_the_kernels():
+    tiles = Tiles(Tile(16, 32, 1, 2), Tile(32, 16, 4, 3), Tile(64, 128, 8, 1))
+    assert tiles.flat() == [16, 32, 1, 2, 32, 16, 4, 3, 64, 128, 8, 1]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
+def test_tiles_without_the_kernel_are_refused(backend):
+    with pytest.raises(ValueError, match=r"model.tiles is not allowed with model.backend='\w+': it goes with 'triton'"):
+        config(backend=backend, tiles=SMALL_TILES).on(CPU)
+
+
+@pytest.mark.parametrize("heads", [4, 1])
+def test_a_head_dim_that_the_kernel_does_not_take_is_refused_by_the_fields_that_make_it(heads):
+    width = 32 if heads == 4 else 264
+    message = f"model.d_model={width} with model.n_heads={heads} is d_head={width // heads}, .*multiple of 8 from 16"
+    with pytest.raises(ValueError, match=message):
+        config(backend="triton", d_model=width, n_heads=heads).on(CPU)
+
+
+def test_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(flash_bits, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"model.backend='triton' is not allowed here: .*set TRITON_INTERPRET=1"):
+        config(backend="triton").on(CPU)
+
+
+def test_the_kernel_needs_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.startswith("models.flash_") and name != "models.flash_faults"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match=r"model.backend='triton' is not allowed here: .*install foreshock\[gpu\]"):
+        config(backend="triton").on(CPU)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_no_model_is_built_before_its_device_is_known(backend):
+    with pytest.raises(ValueError, match=f"model.backend='{backend}': the device was not filled in"):
+        Transformer(config(backend=backend))
