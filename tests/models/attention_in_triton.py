@@ -4,7 +4,9 @@ Shapes as in ``tests.models.attention_in_fp64``: tensors go in and come out in F
 """
 
 import math
+from importlib.util import find_spec
 
+import pytest
 import torch
 
 from models.arithmetic import ORDINARY
@@ -16,6 +18,11 @@ from tests.models.attention_in_fp64 import NAMES, allowed, grid, shared
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where the kernels run: compiled on a GPU, in Triton's interpreter elsewhere."""
+
+in_the_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available() or find_spec("triton") is None, reason="Triton kernels on CPU tensors"
+)
+"""Of tests whose models stay on the CPU: a GPU's Triton compiles instead, and not every system has Triton."""
 
 ONE_TILE = Tiles(*[Tile(64, 64, 4, 1)] * 3)
 """For up to 64 tokens: a row's keys in one tile, as in the reference."""

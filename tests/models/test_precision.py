@@ -10,7 +10,7 @@ from models.numerics import HEALTHY, to_bf16_grid
 from models.objective import objective_at
 from models.taps import Taps
 from models.transformer import Transformer, TransformerConfig
-from tests.models.attention_in_triton import ONE_TILE
+from tests.models.attention_in_triton import ONE_TILE, in_the_interpreter
 
 MOE = MoEConfig(n_experts=4, top_k=2, aux_coef=0.01)
 
@@ -48,7 +48,9 @@ def test_products_are_bf16_and_all_else_is_fp32(changes):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-@pytest.mark.parametrize("backend", [{}, {"backend": "triton", "tiles": ONE_TILE}])
+@pytest.mark.parametrize(
+    "backend", [{}, pytest.param({"backend": "triton", "tiles": ONE_TILE}, marks=in_the_interpreter)]
+)
 def test_attention_is_rounded_once(backend):
     """Its kernel does in autocast what it does on the same numbers outside: S, P and sums stay FP32."""
     for tap in step(model_of("bf16", qk_norm=True, **backend)).at("dot_product").values():

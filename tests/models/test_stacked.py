@@ -9,13 +9,13 @@ from models.stacked import StackedNumerics, StackedTransformer
 from models.stacked_taps import SliceTaps
 from models.taps import PLACES, Taps
 from models.transformer import Transformer, TransformerConfig
-from tests.models.attention_in_triton import ONE_TILE
+from tests.models.attention_in_triton import ONE_TILE, in_the_interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 NANO = TransformerConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, context_length=8, vocab_size=19)
 SWIGLU = replace(NANO, norm="rmsnorm", positions="rope", mlp="swiglu", qk_norm=True, tie_embeddings=False)
-TRITON = replace(NANO, d_model=32, backend="triton", tiles=ONE_TILE)
+IN_TRITON = pytest.param(replace(NANO, d_model=32, backend="triton", tiles=ONE_TILE), marks=in_the_interpreter)
 FAULTY = AttentionNumerics(tuple(SiteFault(site, "backward", "truncate", 6) for site in ("o", "do")))
 ONE_HEAD = AttentionNumerics((SiteFault("q", "both", "truncate", 7, layers=(1,), heads=(0,)),))
 NUMERICS = (HEALTHY, FAULTY, FAULTY, ONE_HEAD)
@@ -37,7 +37,7 @@ def backward(stack: StackedTransformer, tokens_NBT1: torch.Tensor, numerics=NUME
     return losses_N.detach()
 
 
-@pytest.mark.parametrize("config", [NANO, SWIGLU, TRITON], ids=["layernorm", "rmsnorm", "triton"])
+@pytest.mark.parametrize("config", [NANO, SWIGLU, IN_TRITON], ids=["layernorm", "rmsnorm", "triton"])
 def test_each_slice_has_the_loss_the_gradient_and_the_taps_of_its_own_model(config, tokens_NBT1):
     stack = StackedTransformer(models(config))
     with Taps(stack, PLACES) as stacked_taps:
@@ -77,7 +77,7 @@ def test_a_fault_reaches_its_own_slices_alone(tokens_NBT1):
     assert (stack.gradients != before).any(1).tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize("config", [NANO, TRITON], ids=["reference", "triton"])
+@pytest.mark.parametrize("config", [NANO, IN_TRITON], ids=["reference", "triton"])
 def test_what_is_not_finite_stays_in_its_slice(config, tokens_NBT1):
     stack = StackedTransformer(models(config))
     losses_N, gradients = backward(stack, tokens_NBT1), stack.gradients.clone()
