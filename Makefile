@@ -48,6 +48,7 @@ bench: setup
 # The Triton kernels on this machine's GPU, checked and timed in nine minutes. No environment is built: PYTHON needs
 # torch, triton and numpy. ARGS="out=FOLDER" for another place than results/gpu.
 gpu-check:
+	@$(PYTHON) -c 'import importlib.util as u, sys; lacks = [n for n in ("torch", "triton", "numpy") if not u.find_spec(n)]; sys.exit(f"gpu-check needs {lacks[0]}, and $(PYTHON) has none: make gpu-check PYTHON=..." if lacks else 0)'
 	$(PYTHON) -m experiments.gpu_check $(ARGS)
 
 clean:
