@@ -77,7 +77,7 @@ def attempt(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"ok": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-class Session:
+class Record:
     """The results of this machine, written after every piece, and the time that is left for more."""
 
     def __init__(self, path: Path, found: dict[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
@@ -116,15 +116,15 @@ def _name(case: Case) -> str:
     return f"{case.length} tokens, d_head {case.d_head}"
 
 
-def check_machine(session: Session) -> list[str]:
+def check_machine(record: Record) -> list[str]:
     """Checks, speed, the checks that had to wait; the names of what failed."""
     device = torch.device("cuda")
     every = dict(checks(device))
-    waiting = {n: check for n, check in every.items() if not session.piece("checks", n, check, SPEED_FROM_S)}
+    waiting = {n: check for n, check in every.items() if not record.piece("checks", n, check, SPEED_FROM_S)}
     sizes = {_name(case): case for case in cases()}
-    late = [n for n, case in sizes.items() if not session.piece("speed", n, lambda case=case: measure(case, device))]
-    late += [n for n, check in waiting.items() if not session.piece("checks", n, check)]
-    return session.finish(late)
+    late = [n for n, case in sizes.items() if not record.piece("speed", n, lambda case=case: measure(case, device))]
+    late += [n for n, check in waiting.items() if not record.piece("checks", n, check)]
+    return record.finish(late)
 
 
 def main(arguments: list[str]) -> None:
@@ -140,7 +140,7 @@ def main(arguments: list[str]) -> None:
             sys.exit(2)
     found = machine()
     path = Path(given.get("out", ROOT / "results" / "gpu")) / file_name(found["device"])
-    failed = check_machine(Session(path, found))
+    failed = check_machine(Record(path, found))
     print(path)
     if failed:
         print(f"error: {len(failed)} failed: {'; '.join(failed)}", file=sys.stderr)

@@ -9,7 +9,7 @@ import torch
 
 from experiments import gpu_check, gpu_correctness, gpu_speed
 from experiments.build import ROOT
-from experiments.gpu_check import Session, attempt, file_name
+from experiments.gpu_check import Record, attempt, file_name
 from experiments.gpu_correctness import (
     Shape,
     check_arithmetic,
@@ -118,21 +118,21 @@ def test_a_rival_that_is_missing_is_named_and_the_rest_is_measured(monkeypatch):
 
 def test_what_is_measured_is_written_at_once_and_the_limit_stops_the_rest(tmp_path):
     now = [0.0]
-    session = Session(tmp_path / "gpu" / "a.json", {"device": "x"}, clock=lambda: now[0])
+    record = Record(tmp_path / "gpu" / "a.json", {"device": "x"}, clock=lambda: now[0])
 
     def written():
         return json.loads((tmp_path / "gpu" / "a.json").read_text())
 
     assert written()["machine"] == {"device": "x"} and not written()["complete"]
-    assert session.piece("checks", "good", lambda: {"ok": True})
-    assert session.piece("checks", "bad", lambda: {"ok": False})
-    assert session.piece("speed", "raises", lambda: 1 / 0)
+    assert record.piece("checks", "good", lambda: {"ok": True})
+    assert record.piece("checks", "bad", lambda: {"ok": False})
+    assert record.piece("speed", "raises", lambda: 1 / 0)
     assert written()["checks"] == {"good": {"ok": True}, "bad": {"ok": False}}
     now[0] = 301.0
-    assert not session.piece("checks", "waits", lambda: {"ok": True}, gpu_check.SPEED_FROM_S)
+    assert not record.piece("checks", "waits", lambda: {"ok": True}, gpu_check.SPEED_FROM_S)
     now[0] = 500.0
-    assert not session.piece("speed", "late", lambda: {})
-    assert session.finish(["waits", "late"]) == ["bad", "raises"]
+    assert not record.piece("speed", "late", lambda: {})
+    assert record.finish(["waits", "late"]) == ["bad", "raises"]
     assert written()["not_reached"] == ["waits", "late"] and written()["wall_s"] == 500.0
     assert not list((tmp_path / "gpu").glob("*.part"))
 
@@ -152,12 +152,12 @@ def test_checks_that_had_to_wait_follow_the_speed(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "checks", lambda device: every)
     monkeypatch.setattr(gpu_check, "cases", lambda: [Case(1024, 64), Case(2048, 64)])
     monkeypatch.setattr(gpu_check, "measure", piece("speed", 100, {"forward": {}}))
-    assert gpu_check.check_machine(Session(tmp_path / "a.json", {}, clock=lambda: now[0])) == []
+    assert gpu_check.check_machine(Record(tmp_path / "a.json", {}, clock=lambda: now[0])) == []
     assert done == ["slow", "speed", "speed"]
     now[0] = 0.0
     every[0] = ("slow", piece("slow", 301, {"ok": True}))
     monkeypatch.setattr(gpu_check, "measure", piece("speed", 50, {"forward": {}}))
-    assert gpu_check.check_machine(Session(tmp_path / "a.json", {}, clock=lambda: now[0])) == ["quick"]
+    assert gpu_check.check_machine(Record(tmp_path / "a.json", {}, clock=lambda: now[0])) == ["quick"]
     assert done[3:] == ["slow", "speed", "speed", "quick"]
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["complete"] and list(written["speed"]) == ["1024 tokens, d_head 64", "2048 tokens, d_head 64"]
