@@ -75,7 +75,7 @@ class AttentionRecomputed:
     what rounding alone predicts (``recompute``) and is 1 on a healthy BF16 kernel; an FP32 kernel (``sdpa``) has none.
     dq, dk and dv are computed from the returned O, so that a wrong O alone does not break them.
 
-    rows: how many rows of the batch are computed again, taken in turn; 0 for all, which costs as much as the kernel.
+    rows: how many rows of the batch are computed again, taken in turn; 0 for all, which is a kernel's work again.
     every_steps: cadence.
     """
 
