@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from models.flash_bits import round_to_bf16, widen
-from models.flash_scores import scores
+from models.flash_scores import base_2, scores
 from models.flash_sites import DELTA, DO, DP, DS, O, P, corrupt
 from models.flash_tiles import LOG2_E, load_tile
 
@@ -72,7 +72,7 @@ def probability(
     qk: Q K^T; lse: corrupted, broadcast against it.
     """
     s = scores(qk, i, j, T, seen, head, faults_ptr, nonfinite_ptr, SCALE, HEADS, FAULTS, MASKED)
-    p = tl.exp2(s - lse * LOG2_E)
+    p = tl.exp2(s * base_2(SCALE, FAULTS) - lse * LOG2_E)
     return corrupt(p, i, j, T, seen, head, P, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from models.flash_backward import probability, score_gradient
 from models.flash_bits import product, round_to_bf16
 from models.flash_sites import DK, DO, DV, LSE, K, Q, V, corrupt
-from models.flash_tiles import load_tile, sees, store_tile
+from models.flash_tiles import load_rows, load_tile, sees, store_tile
 
 
 @triton.jit
@@ -50,19 +50,19 @@ def _gather_queries(
         if MASKED:
             seen = sees(i, j, T, WINDOW)
 
-        q = load_tile(q_ptr, rows, T, D, BLOCK_D)
+        q = load_tile(q_ptr, rows, T, D, BLOCK_D, not MASKED)
         q = corrupt(q, rows[:, None], dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS)
-        lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
+        lse = load_rows(lse_ptr, rows, T, not MASKED)
         lse = corrupt(lse, rows, 0, 1, rows < T, head, LSE, FAULTS, faults_ptr, HEADS)
         p = probability(
             product(k, tl.trans(q)), lse[None, :], i, j, T, seen, head, faults_ptr, None,
             SCALE, HEADS, FAULTS, MASKED,
         )  # fmt: skip
 
-        do = load_tile(do_ptr, rows, T, D, BLOCK_D)
+        do = load_tile(do_ptr, rows, T, D, BLOCK_D, not MASKED)
         do = corrupt(do, rows[:, None], dims, D, inside, head, DO, FAULTS, faults_ptr, HEADS)
         dv += product(round_to_bf16(p), do)
-        delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+        delta = load_rows(delta_ptr, rows, T, not MASKED)
         ds = score_gradient(
             p, product(v, tl.trans(do)), delta[None, :], i, j, T, seen, head, faults_ptr, None,
             HEADS, FAULTS,
