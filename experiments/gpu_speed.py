@@ -58,8 +58,8 @@ def faulty(bits: int) -> LayerNumerics:
     return LayerNumerics({(site, phase): (SiteFault(site, phase, "truncate", bits),) for site, phase in sites})
 
 
-def _triton(numerics: LayerNumerics, d_head: int, device: torch.device) -> Attend:
-    tiles, nonfinite = pinned_tiles(d_head), torch.zeros((), dtype=torch.int64, device=device)
+def _triton(numerics: LayerNumerics, d_head: int, device: torch.device, deterministic: bool = True) -> Attend:
+    tiles, nonfinite = pinned_tiles(d_head, deterministic), torch.zeros((), dtype=torch.int64, device=device)
     return lambda q, k, v: flash_attention_triton(q, k, v, numerics, nonfinite, None, tiles)
 
 
@@ -86,12 +86,14 @@ def contestants(case: Case, device: torch.device) -> dict[str, Callable[[], Atte
     """What is measured, each made when it is called: some need a compiler, or a part of PyTorch that may be missing.
 
     The healthy kernel is compiled without the sites: it is the build that never had them. Beside it, the same
-    kernel with the sites of ``faulty`` compiled in and told to do nothing, and doing it.
+    kernel with the sites of ``faulty`` compiled in and told to do nothing, and doing it; and one that adds dQ up
+    with atomics, as FlashAttention-2 and cuDNN do.
     """
     return {
         OURS: lambda: _triton(HEALTHY_LAYER, case.d_head, device),
         "sites compiled in, off": lambda: _triton(faulty(0), case.d_head, device),
         "sites on": lambda: _triton(faulty(7), case.d_head, device),
+        "dQ by atomics": lambda: _triton(HEALTHY_LAYER, case.d_head, device, deterministic=False),
         "cuDNN": lambda: _sdpa("CUDNN_ATTENTION"),
         "FlashAttention-2": lambda: _sdpa("FLASH_ATTENTION"),
         "FlexAttention": lambda: _flex(case.length, device),

@@ -1,10 +1,11 @@
 """The backward of ``models.flash``: delta, and what the kernels of the keys and of the queries both recompute.
 
 P is 2^(S - L) in base 2, so no row sum is needed and every gradient is one sum in registers, in a fixed order and
-without atomics: the same bits at every run.
+without atomics: the same bits at every run. Where ``Tiles.deterministic`` is not asked for, dQ is an exception.
 
 Each site is corrupted wherever it is read, and its non-finite values are counted by the one kernel that reads every
-element once: o, do, delta by this module's; k, v, dk, dv by that of the keys; the others by that of the queries.
+element once: o, do, delta by this module's; k, v, dk, dv by that of the keys; the others by that of the queries. Where
+there is none, dq by the one that rounds it, and the others by that of the keys.
 Shapes: as in ``models.flash_forward``; delta (B, H, T) in FP32; do like q.
 """
 

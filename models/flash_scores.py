@@ -15,7 +15,7 @@ ROUNDS_TO_ONE = tl.constexpr(arithmetic.ROUNDS_TO_ONE)
 
 @triton.jit
 def base_2(SCALE: tl.constexpr, FAULTS: tl.constexpr):
-    """What ``scores`` are multiplied by to become powers of 2, which a caller does where it subtracts: one instruction."""
+    """What turns ``scores`` into powers of 2. Their callers multiply where they subtract, which is one instruction."""
     return LOG2_E if operation(FAULTS, S) else SCALE * LOG2_E
 
 

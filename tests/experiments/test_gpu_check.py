@@ -23,7 +23,7 @@ from experiments.gpu_speed import Case, cases, contestants, faulty, flops, in_tu
 from models.arithmetic import Arithmetic
 from models.attention import attention
 from models.numerics import FORWARD_SITES, HEALTHY_LAYER, KEY_VALUE_SITES, SITES
-from tests.models.attention_in_triton import DEVICE, ONE_TILE, SMALL_TILES
+from tests.models.attention_in_triton import ADDING_TILES, DEVICE, ONE_TILE, SMALL_TILES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -46,6 +46,7 @@ def wrong_kernel(monkeypatch):
 def test_a_right_kernel_passes_every_check():
     assert check_healthy(Shape(2, 1, 9, 37, 24), DEVICE, SMALL_TILES)["ok"]
     assert check_faults(GROUPED, "backward", "truncate", 1.0, DEVICE, ONE_TILE)["ok"]
+    assert check_faults(GROUPED, "backward", "truncate", 1.0, DEVICE, ADDING_TILES)["ok"]
     assert check_arithmetic(Arithmetic("bf16"), Shape(2, 1, 9, 37, 16), DEVICE, ONE_TILE)["ok"]
     assert check_repeats(GROUPED, DEVICE, SMALL_TILES, HEALTHY_LAYER)["ok"]
     assert check_compiled(Shape(1, 1, None, 5, 16), DEVICE, ONE_TILE, faulty(7), backend="aot_eager")["ok"]
