@@ -9,21 +9,14 @@ lost, and stops by itself within nine minutes. Exit code: 0, 1 if a check failed
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import platform
-import re
-import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from experiments.gpu_correctness import checks
+from experiments.gpu_record import Record, file_name, machine
 from experiments.gpu_speed import Case, cases, measure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,84 +25,8 @@ SPEED_FROM_S = 300.0
 """Checks that have not begun by then are left to the end, so that there is time for the speed."""
 
 LONGEST_PIECE_S = 45.0
-SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
 
-
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(part, path)
-
-
-def file_name(device: str) -> str:
-    """``NVIDIA H200`` -> ``nvidia-h200.json``."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
-
-
-def machine() -> dict[str, Any]:
-    """Versions, and what nvidia-smi says of driver and clocks where there is one."""
-    import triton
-
-    found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "capability": torch.cuda.get_device_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader", "--id=0"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        if answer.returncode == 0:
-            found |= dict(zip(SMI_FIELDS, (word.strip() for word in answer.stdout.split(",")), strict=False))
-    return found
-
-
-def attempt(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a check returns; one that raises has failed, with the first line of its error."""
-    try:
-        return check()
-    except Exception as error:
-        return {"ok": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
-
-
-class Record:
-    """The results of this machine, written after every piece, and the time that is left for more."""
-
-    def __init__(self, path: Path, found: dict[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
-        self.path, self._clock, self._start = path, clock, clock()
-        self.results: dict[str, Any] = {
-            "machine": found,
-            "complete": False,
-            "checks": {},
-            "speed": {},
-            "not_reached": [],
-        }
-        write_json(path, self.results)
-
-    @property
-    def spent_s(self) -> float:
-        return self._clock() - self._start
-
-    def piece(self, part: str, name: str, work: Callable[[], dict[str, Any]], from_s: float = LIMIT_S) -> bool:
-        """Do a piece and write it down; False where it is too late to begin: after from_s, or near the limit."""
-        if self.spent_s > min(from_s, LIMIT_S - LONGEST_PIECE_S):
-            return False
-        result = self.results[part][name] = attempt(work)
-        write_json(self.path, self.results)
-        print(f"{self.spent_s:4.0f} s  {name}: {result.get('error', result.get('ok', 'measured'))}", flush=True)
-        return True
-
-    def finish(self, not_reached: list[str]) -> list[str]:
-        """Say what was left out, and return the names of what failed."""
-        self.results |= {"complete": not not_reached, "not_reached": not_reached, "wall_s": self.spent_s}
-        write_json(self.path, self.results)
-        pieces = {**self.results["checks"], **self.results["speed"]}
-        return [name for name, result in pieces.items() if result.get("ok") is False]
+new_record = partial(Record, parts=("checks", "speed"), limit_s=LIMIT_S, longest_piece_s=LONGEST_PIECE_S)
 
 
 def _name(case: Case) -> str:
@@ -140,7 +57,7 @@ def main(arguments: list[str]) -> None:
             sys.exit(2)
     found = machine()
     path = Path(given.get("out", ROOT / "results" / "gpu")) / file_name(found["device"])
-    failed = check_machine(Record(path, found))
+    failed = check_machine(new_record(path, found))
     print(path)
     if failed:
         print(f"error: {len(failed)} failed: {'; '.join(failed)}", file=sys.stderr)

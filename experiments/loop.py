@@ -6,8 +6,7 @@
         for micro_batch in batch:
             loss, auxiliary, routings = model.objective(micro_batch, sites.numerics, ...)  # INJECT: forward
             (loss + auxiliary).backward()            # INJECT: backward, sites.modules in both; TAP: activations
-        grad_norm = clip(gradients)
-        optimizer.step(lr(step) * sites.lr_scale)    # INJECT: learning rates
+        grad_norm = update(lr(step) * sites.lr_scale)  # INJECT: learning rates, of a clipped AdamW step
         model.update_balance(routings)               # routers with a balancing bias
         history.record(step + 1)                     # weights that a monitor will ask for later
         monitor.observe(view of step + 1)            # OBSERVE: read-only, when a signal is due
@@ -38,7 +37,7 @@ from experiments.gradients import backward
 from experiments.ledger import Ledger, drawup_limit, early_ends
 from experiments.manifest import new_manifest
 from experiments.memory import out_of_memory_named
-from experiments.optimizer import adamw, learning_rate, set_learning_rate
+from experiments.optimizer import adamw, update
 from faults.base import Sites
 from models.compiled import CompiledObjective
 from models.corruption import Corrupted
@@ -114,11 +113,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         optimizer.zero_grad(set_to_none=True)
         with Corrupted(model, sites.modules):
             done = backward(model, batch, sites, config.micro_batch, tapped(observers), unwatched)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if config.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, grad_norm)
-        set_learning_rate(optimizer, learning_rate(config, step), sites.lr_scale)
-        optimizer.step()
+        grad_norm = update(parameters, optimizer, config, step, sites.lr_scale)
         model.update_balance(done.routings, sites.balance_scale)
 
         history.record(now, model)

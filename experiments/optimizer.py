@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from faults.base import LearningRateScale
 from models.precision import PRECISIONS
@@ -130,3 +131,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, scale: Lear
     """Give each parameter group the scheduled rate times its own factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * getattr(scale, group["name"])
+
+
+def update(
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    step: int,
+    scale: LearningRateScale,
+) -> Tensor:
+    """Clip the gradients and take update ``step`` (from 0); the global gradient norm before the clip, 0-dim."""
+    grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if config.clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, grad_norm)
+    set_learning_rate(optimizer, learning_rate(config, step), scale)
+    optimizer.step()
+    return grad_norm

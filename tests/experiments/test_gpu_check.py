@@ -9,7 +9,7 @@ import torch
 
 from experiments import gpu_check, gpu_correctness, gpu_speed
 from experiments.build import ROOT
-from experiments.gpu_check import Record, attempt, file_name
+from experiments.gpu_check import new_record
 from experiments.gpu_correctness import (
     Shape,
     check_arithmetic,
@@ -19,6 +19,7 @@ from experiments.gpu_correctness import (
     check_repeats,
     one_fault_a_head,
 )
+from experiments.gpu_record import attempt, file_name
 from experiments.gpu_speed import Case, cases, contestants, faulty, flops, in_turns, summary
 from models.arithmetic import Arithmetic
 from models.attention import attention
@@ -119,7 +120,7 @@ def test_a_rival_that_is_missing_is_named_and_the_rest_is_measured(monkeypatch):
 
 def test_what_is_measured_is_written_at_once_and_the_limit_stops_the_rest(tmp_path):
     now = [0.0]
-    record = Record(tmp_path / "gpu" / "a.json", {"device": "x"}, clock=lambda: now[0])
+    record = new_record(tmp_path / "gpu" / "a.json", {"device": "x"}, clock=lambda: now[0])
 
     def written():
         return json.loads((tmp_path / "gpu" / "a.json").read_text())
@@ -153,12 +154,12 @@ def test_checks_that_had_to_wait_follow_the_speed(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "checks", lambda device: every)
     monkeypatch.setattr(gpu_check, "cases", lambda: [Case(1024, 64), Case(2048, 64)])
     monkeypatch.setattr(gpu_check, "measure", piece("speed", 100, {"forward": {}}))
-    assert gpu_check.check_machine(Record(tmp_path / "a.json", {}, clock=lambda: now[0])) == []
+    assert gpu_check.check_machine(new_record(tmp_path / "a.json", {}, clock=lambda: now[0])) == []
     assert done == ["slow", "speed", "speed"]
     now[0] = 0.0
     every[0] = ("slow", piece("slow", 301, {"ok": True}))
     monkeypatch.setattr(gpu_check, "measure", piece("speed", 50, {"forward": {}}))
-    assert gpu_check.check_machine(Record(tmp_path / "a.json", {}, clock=lambda: now[0])) == ["quick"]
+    assert gpu_check.check_machine(new_record(tmp_path / "a.json", {}, clock=lambda: now[0])) == ["quick"]
     assert done[3:] == ["slow", "speed", "speed", "quick"]
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["complete"] and list(written["speed"]) == ["1024 tokens, d_head 64", "2048 tokens, d_head 64"]
@@ -173,6 +174,7 @@ def test_a_check_that_raises_has_failed_with_one_line():
 
 def test_a_device_names_its_file():
     assert file_name("NVIDIA H200") == "nvidia-h200.json"
+    assert file_name("NVIDIA H200", "-gpt2") == "nvidia-h200-gpt2.json"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would begin")
