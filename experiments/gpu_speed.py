@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.flash import flash_attention_triton
 from models.numerics import HEALTHY_LAYER, LayerNumerics, SiteFault
-from models.tiles import pinned_tiles
+from models.tiles import Tiles, pinned_tiles
 
 TOKENS, HEADS = 16384, 16
 D_HEADS = (64, 128)
@@ -58,8 +58,9 @@ def faulty(bits: int) -> LayerNumerics:
     return LayerNumerics({(site, phase): (SiteFault(site, phase, "truncate", bits),) for site, phase in sites})
 
 
-def _triton(numerics: LayerNumerics, d_head: int, device: torch.device, deterministic: bool = True) -> Attend:
-    tiles, nonfinite = pinned_tiles(d_head, deterministic), torch.zeros((), dtype=torch.int64, device=device)
+def triton_attention(numerics: LayerNumerics, tiles: Tiles, device: torch.device) -> Attend:
+    """The kernels with these tiles and faults."""
+    nonfinite = torch.zeros((), dtype=torch.int64, device=device)
     return lambda q, k, v: flash_attention_triton(q, k, v, numerics, nonfinite, None, tiles)
 
 
@@ -89,11 +90,12 @@ def contestants(case: Case, device: torch.device) -> dict[str, Callable[[], Atte
     kernel with the sites of ``faulty`` compiled in and told to do nothing, and doing it; and one that adds dQ up
     with atomics, as FlashAttention-2 and cuDNN do.
     """
+    tiles, adding = (pinned_tiles(case.d_head, deterministic) for deterministic in (True, False))
     return {
-        OURS: lambda: _triton(HEALTHY_LAYER, case.d_head, device),
-        "sites compiled in, off": lambda: _triton(faulty(0), case.d_head, device),
-        "sites on": lambda: _triton(faulty(7), case.d_head, device),
-        "dQ by atomics": lambda: _triton(HEALTHY_LAYER, case.d_head, device, deterministic=False),
+        OURS: lambda: triton_attention(HEALTHY_LAYER, tiles, device),
+        "sites compiled in, off": lambda: triton_attention(faulty(0), tiles, device),
+        "sites on": lambda: triton_attention(faulty(7), tiles, device),
+        "dQ by atomics": lambda: triton_attention(HEALTHY_LAYER, adding, device),
         "cuDNN": lambda: _sdpa("CUDNN_ATTENTION"),
         "FlashAttention-2": lambda: _sdpa("FLASH_ATTENTION"),
         "FlexAttention": lambda: _flex(case.length, device),

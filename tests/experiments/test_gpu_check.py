@@ -177,15 +177,18 @@ def test_a_device_names_its_file():
     assert file_name("NVIDIA H200", "-gpt2") == "nvidia-h200-gpt2.json"
 
 
+@pytest.mark.parametrize("module", ["gpu_check", "gpu_tiles"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would begin")
-def test_without_a_gpu_it_says_so_in_one_line():
-    command = [sys.executable, "-m", "experiments.gpu_check"]
+def test_without_a_gpu_it_says_so_in_one_line(module):
+    command = [sys.executable, "-m", f"experiments.{module}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: gpu-check needs a CUDA device that torch sees\n"
+    assert done.stderr == f"error: {module.replace('_', '-')} needs a CUDA device that torch sees\n"
 
 
 def test_it_needs_no_more_than_models():
-    code = "import sys, experiments.gpu_check; print(*{name.split('.')[0] for name in sys.modules})"
+    code = (
+        "import sys, experiments.gpu_check, experiments.gpu_tiles; print(*{name.split('.')[0] for name in sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"hydra", "omegaconf", "pandas", "pyarrow", "pydantic", "scipy", "rich"} & set(done.stdout.split())
