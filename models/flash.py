@@ -169,7 +169,9 @@ def _backward(
         ROWS=key_queries, COLS=keys, ADDS_DQ=adds_dq, num_warps=warps, num_stages=stages, **both,
     )  # fmt: skip
     if adds_dq:
-        kernels.query_sum[(B * H, -(-T // queries))](dq_sum, dq, table, count, T, SCALE=D**-0.5, ROWS=queries, **every)
+        kernels.query_sum[(B * H, -(-T // queries))](
+            dq_sum, dq, table, count, T, SCALE=D**-0.5, ROWS=queries, num_warps=warps, **every
+        )
     return dq, dk, dv, count
 
 
