@@ -209,6 +209,19 @@ def logit_shift(dlogits: Tensor) -> Broken:
     return _norm(flat_NV.sum(-1, dtype=torch.float64)), scale
 
 
+def head_shift(dw: Tensor, x: Tensor, dlogits: Tensor) -> Broken:
+    """||sum_v dW_v - sum_t (sum_v dlogits_tv) x_t|| / sum_v ||dW_v||, 0-dim: an untied head's product dW = dlogits^T x.
+
+    ``logit_shift`` of dW where dlogits have been rounded to BF16 and sum to 0 no longer: what they hand on to the
+    weight is taken off exactly, as it is of one sign in many tokens and adds up.
+
+    dw: (V, M); x: (..., M), as the product took it; dlogits: (..., V).
+    """
+    shift_N = dlogits.flatten(0, -2).sum(-1, dtype=torch.float32).double()
+    handed_on = shift_N @ x.flatten(0, -2).double()
+    return _norm(dw.sum(0, dtype=torch.float64) - handed_on), _norm(dw).double().sum()
+
+
 def logit_shift_residual(dlogits: Tensor) -> Tensor:
     """``logit_shift`` as a residual, 0-dim."""
     return relative(*logit_shift(dlogits))
