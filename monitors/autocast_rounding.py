@@ -33,11 +33,11 @@ from monitors.rounding import BF16_U2
 def linear_euler_noise(t: LinearStep) -> Tensor:
     """E|<W, dW> - <y, dy>|^2 = u^2 [sum (W dW)^2 + sum over tokens (y dy)^2], (L,), FP64."""
     weights = torch.stack([squared_norm((w * dw).flatten()) for w, dw in zip(t.w, t.dw, strict=True)])
-    return BF16_U2 * (weights + t.total(t.y_dy2).sum(-1))
+    return BF16_U2 * (weights.double() + t.total(t.y_dy2).sum(-1))
 
 
 def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
-    """E|<x, dx> - sum over layers of <y, dy>|^2 per token, (L, n), for layers that read x, none of them experts.
+    """E|<x, dx> - sum over layers of <y, dy>|^2 per token, (L, n), FP64, for layers that read x, none of them experts.
 
     u^2 sum over layers [sum (x dx)^2 + sum (y dy)^2]. A layer's own dx is not at hand where several read x: there it is
     multiplied once more. x_dx: x times the dx of all of them, (L, n, M).
@@ -46,7 +46,7 @@ def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
         inputs = squared_norm(x_dx)
     else:
         inputs = sum(squared_norm(t.x * (t.dy @ torch.cat([w.to(t.dy.dtype) for w in t.w]))) for t in readers)
-    return BF16_U2 * (inputs + sum(t.y_dy2 for t in readers))
+    return BF16_U2 * (inputs + sum(t.y_dy2 for t in readers)).double()
 
 
 def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:
@@ -66,5 +66,5 @@ def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:
 
 
 def weight_sum_noise(dw: Tensor) -> Tensor:
-    """E||sum_v dW_v - sum_t (sum_v dlogit_tv) x_t||^2 = u^2 ||dW||^2, 0-dim; dw: (V, M)."""
-    return BF16_U2 * squared_norm(dw.flatten())
+    """E||sum_v dW_v - sum_t (sum_v dlogit_tv) x_t||^2 = u^2 ||dW||^2, 0-dim, FP64; dw: (V, M)."""
+    return BF16_U2 * squared_norm(dw.flatten()).double()

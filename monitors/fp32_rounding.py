@@ -20,9 +20,9 @@ that these two are left out of the universal track (``analysis.tracks``). The ot
 Sums of squared terms, T summed over a product's outputs with weights, would cost another matrix product. They are taken
 mean-field: sum_j W_ij^2 x_j^2 = |W_i|^2 |x|^2 / n_in.
 
-They are predictions for FP32. Under BF16 autocast a linear layer stores y, dy and dW in BF16, which breaks its laws far
-more: ``LinearStep.in_bf16`` tells the two apart, and ``monitors.autocast_rounding`` has the predictions there. Norms and
-routers compute and store in FP32 under autocast too, and keep these.
+They are predictions for FP32. Under BF16 autocast (``LinearStep.in_bf16``) a linear layer stores y, dy and dW in BF16,
+which breaks its laws far more; ``monitors.autocast_rounding`` has the predictions there. Norms and routers compute and
+store in FP32 under autocast too, and keep these.
 
 Shapes: L layers, N tokens (or slots at experts), V vocabulary, M width, E experts. All predictions are mean squares,
 FP64, in the squared unit of what is broken, of each layer or token as that is.
