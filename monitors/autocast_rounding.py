@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monitors.conservation import squared_norm
+from monitors.conservation import squared_norm, squared_norm_fp64
 from monitors.fp32_rounding import LinearStep
 from monitors.rounding import BF16_U2
 
@@ -43,10 +43,10 @@ def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
     multiplied once more. x_dx: x times the dx of all of them, (L, n, M).
     """
     if len(readers) == 1:
-        inputs = squared_norm(x_dx)
+        x_dxs = [x_dx]
     else:
-        inputs = sum(squared_norm(t.x * (t.dy @ torch.cat([w.to(t.dy.dtype) for w in t.w]))) for t in readers)
-    return BF16_U2 * (inputs + sum(t.y_dy2 for t in readers)).double()
+        x_dxs = [t.x * (t.dy @ torch.cat([w.to(t.dy.dtype) for w in t.w])) for t in readers]
+    return BF16_U2 * (sum(map(squared_norm_fp64, x_dxs)) + sum(t.y_dy2 for t in readers))
 
 
 def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:

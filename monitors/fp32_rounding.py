@@ -40,7 +40,7 @@ from torch import Tensor
 
 from models.numerics import at_least_fp32
 from models.taps import Tap
-from monitors.conservation import squared_norm
+from monitors.conservation import squared_norm, squared_norm_fp64
 
 FP32_U2 = 2.0**-46 / 24
 """Mean square of the relative error of one rounding to FP32."""
@@ -121,23 +121,23 @@ class LinearStep:
 
     @cached_property
     def y_dy2(self) -> Tensor:
-        """sum_i (y_i dy_i)^2 of each token, (L, n)."""
-        return squared_norm(self.y_dy)
+        """sum_i (y_i dy_i)^2 of each token, (L, n), FP64."""
+        return squared_norm_fp64(self.y_dy)
 
     @cached_property
     def terms2(self) -> Tensor:
-        """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (L, n)."""
+        """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (L, n), FP64."""
         norms = torch.stack([torch.linalg.vector_norm(w, dim=-1) for w in self.w])  # (L, E, out)
         if self.expert is not None:
             norms = norms.gather(1, self.expert[..., None].expand(-1, -1, norms.shape[-1]))
-        return squared_norm(self.dy * norms) * squared_norm(self.x) / self.x.shape[-1]
+        return squared_norm_fp64(self.dy * norms) * squared_norm(self.x) / self.x.shape[-1]
 
     def total(self, per_token: Tensor) -> Tensor:
-        """Sum over all tokens of each weight, (L, n) -> (L, E), from the sampled ones."""
+        """Sum over all tokens of each weight, (L, n) -> (L, E), FP64, from the sampled ones."""
         if self.expert is None:
-            return per_token.sum(-1, keepdim=True).double() * self.weight_of_sample
+            return per_token.sum(-1, keepdim=True) * self.weight_of_sample
         summed = per_token.new_zeros(self.slots.shape).scatter_add_(-1, self.expert, per_token)
-        return summed.double() * self.weight_of_sample
+        return summed * self.weight_of_sample
 
 
 def linear_euler_noise(t: LinearStep) -> Tensor:
@@ -166,7 +166,7 @@ def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
     outputs = sum(
         c_in * t.y_dy2 + (r_in + accumulation(width)[1]) * t.terms2 for t, width in zip(readers, widths, strict=True)
     )
-    return FP32_U2 * (outputs + accumulation(max(widths))[0] * squared_norm(x_dx)).double()
+    return FP32_U2 * (outputs + accumulation(max(widths))[0] * squared_norm_fp64(x_dx))
 
 
 def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from faults.base import Sites
 from models.corruption import Corrupted, ModuleFault
 from models.moe import MoEConfig
 from models.numerics import to_bf16_grid
+from models.precision import PRECISIONS
 from models.taps import PLACES, Taps
 from models.transformer import Transformer, TransformerConfig
 from monitors import autocast_rounding, conservation
@@ -169,6 +170,17 @@ def test_a_sample_of_tokens_predicts_what_all_of_them_do():
     sampled = read(view, stride=4)
     for name, all_tokens in read(view).items():
         assert (abs((sampled[name] / all_tokens).log()) < 0.3).all(), name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_of_no_size_keep_their_ratio(precision):
+    """Of a token that the model is sure of, whose squares are below FP32's range: 0 over 0 would be an alarm."""
+    view = watched("dense", precision=precision)
+    before = ratios(view)[INPUT + "qkv"]
+    taps = [view.taps.at("linear")[f"{BLOCK}attention.{part}"] for part in "qkv"]
+    for tap in (*taps, view.taps.at("norm")[f"{BLOCK}attention_norm"]):
+        tap.output_grad = tap.output_grad * 2.0**-75
+    torch.testing.assert_close(ratios(view)[INPUT + "qkv"], before, rtol=1e-4, atol=0)
 
 
 def test_nan_is_not_hidden():
