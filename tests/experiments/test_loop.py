@@ -167,6 +167,12 @@ def test_monitors_do_not_change_a_bit_of_training(make_run, tmp_path, overrides)
     assert (tmp_path / alone.run_id / WEIGHTS).read_bytes() == (tmp_path / watched.run_id / WEIGHTS).read_bytes()
 
 
+def test_split_products_are_added_up_in_fp32(make_run, tmp_path):
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    train(make_run("train.steps=1", "train.warmup_steps=1"), tmp_path)
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
 def test_under_autocast_every_law_has_its_ratio_and_a_broken_product_shows(make_run, tmp_path):
     names = ("attention_laws", "attention_recomputed", "linear_laws", "logit_laws", "norm_laws")
     every = [f"monitor.{name}.every_steps=2" for name in names]
