@@ -26,7 +26,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,6 +105,7 @@ def _train_together(
     held_out = torch.from_numpy(runs[0].corpus.held_out_batch(config.held_out_sequences)).to(device)
     limit_N = torch.tensor([drawup_limit(run.train) for run in runs], device=device)
     recording = list(range(len(runs)))
+    seeds = [run.seed for run in runs]
 
     def label(step: int, sites: Sequence[Sites]) -> Tensor:
         numerics = StackedNumerics(tuple(site.numerics for site in sites))
@@ -138,8 +138,10 @@ def _train_together(
 
     for step in range(first, config.steps):
         sites = [run.fault.sites(step, healthy) for run in runs]
-        batch = torch.from_numpy(np.stack([run.corpus.batch(run.seed, step, config.batch_size) for run in runs]))
-        batch = batch.to(device)
+        batch = torch.from_numpy(runs[0].corpus.batches(seeds, step, config.batch_size))
+        if device.type == "cuda":  # so that the copy waits for no kernel, and the host goes on meanwhile
+            batch = batch.pin_memory()
+        batch = batch.to(device, non_blocking=True)
         for ledger in ledgers:
             ledger.tokens += batch[0, :, 1:].numel()
 
@@ -176,7 +178,8 @@ def _train_together(
             )
         del taps  # as large as the step's activations: the next step is to find that memory free
         if progress is not None:
-            progress(now, {folders[index]: losses_N[index] for index in recording})
+            losses = losses_N.unbind()
+            progress(now, {folders[index]: losses[index] for index in recording})
 
         if now % config.held_out_every_steps == 0:
             held_out_N = label(now, sites)
