@@ -52,6 +52,7 @@ RESULT_SOURCES = (
     "experiments/optimizer.py",
     "experiments/stacked_history.py",
     "experiments/stacked_loop.py",
+    "experiments/stacked_monitors.py",
     "experiments/stacked_optimizer.py",
     "experiments/stacking.py",
 )

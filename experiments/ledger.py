@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +24,91 @@ HELD_OUT = Signal("held_out_loss", "nats/token", "up")
 
 
 class Recorder:
-    """Readings since the last part; they stay on the device until the part is written."""
+    """Readings since the last part; they stay on the device until the part is written.
 
-    def __init__(self) -> None:
+    One of a stack takes readings with a run axis in front, and has the columns of each of its runs. stack: the one of
+    the stack that this run is in, if any, at ``row``: what it took for all runs is this run's too.
+    """
+
+    def __init__(self, stack: Recorder | None = None, row: int | None = None) -> None:
+        self._stack, self._row = stack, row
         self.clear()
 
     def clear(self) -> None:
-        self.first_step: int | None = None
-        self._readings: dict[str, list[tuple[int, int, Tensor, Tensor | None]]] = {}
+        """Forget this one's own readings."""
+        self._first_step: int | None = None
+        self._readings: dict[str, list[tuple[int, int, Reading]]] = {}
+        self._on_host: dict[str, Samples] = {}
+
+    @property
+    def first_step(self) -> int | None:
+        """The first step that has a reading, None without any."""
+        steps = [one._first_step for one in (self, self._stack) if one is not None and one._first_step is not None]
+        return min(steps, default=None)
 
     def add(self, step: int, tokens: int, name: str, reading: Reading) -> None:
-        value, undefined = (reading.value, reading.undefined) if isinstance(reading, Masked) else (reading, None)
-        self.first_step = step if self.first_step is None else self.first_step
-        self._readings.setdefault(name, []).append((step, tokens, value, undefined))
+        self._first_step = step if self._first_step is None else self._first_step
+        self._readings.setdefault(name, []).append((step, tokens, reading))
+        self._on_host.pop(name, None)
+
+    def samples(self) -> Mapping[str, Samples]:
+        """All readings by signal, copied to the host once."""
+        for name in self._readings.keys() - self._on_host.keys():
+            self._on_host[name] = Samples.of(self._readings[name])
+        return self._on_host
 
     def columns(self) -> dict[str, Any]:
-        """The columns of a part, one copy to the host a signal."""
-        blocks: dict[str, list[np.ndarray]] = {name: [] for name in trace.SCHEMA.names}
-        for name, readings in self._readings.items():
-            values = torch.stack([value.double() for _, _, value, _ in readings]).cpu().numpy()
-            undefined = np.zeros(values.shape, bool)
-            if readings[0][3] is not None:
-                undefined = torch.stack([mask for _, _, _, mask in readings]).cpu().numpy()
-            index = np.indices(values.shape).reshape(values.ndim, -1)
-            size = values.size
-            blocks["step"].append(np.array([step for step, _, _, _ in readings])[index[0]])
-            blocks["tokens"].append(np.array([tokens for _, tokens, _, _ in readings])[index[0]])
-            blocks["signal"].append(np.full(size, name, dtype=object))
-            blocks["layer"].append(index[1] if values.ndim > 1 else np.full(size, -1))
-            blocks["head"].append(index[2] if values.ndim > 2 else np.full(size, -1))
-            blocks["value"].append(values.ravel())
-            blocks["undefined"].append(undefined.ravel())
-        return {name: np.concatenate(parts) for name, parts in blocks.items()}
+        """The columns of a part."""
+        samples = [(name, samples) for name, samples in self.samples().items()]
+        if self._stack is not None:
+            samples += [(name, stacked.of_run(self._row)) for name, stacked in self._stack.samples().items()]
+        blocks = [one.columns(name) for name, one in samples]
+        return {column: np.concatenate([block[column] for block in blocks]) for column in trace.SCHEMA.names}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One signal's readings on the host: steps and tokens (S,), values and undefined (S, ...)."""
+
+    steps: np.ndarray
+    tokens: np.ndarray
+    values: np.ndarray
+    undefined: np.ndarray
+
+    @classmethod
+    def of(cls, readings: Sequence[tuple[int, int, Reading]]) -> Samples:
+        """From step, tokens and reading of each; one copy from the device."""
+        steps, tokens, taken = zip(*readings, strict=True)
+        masked = isinstance(taken[0], Masked)
+        values = torch.stack([one.value for one in taken] if masked else taken).double().cpu().numpy()
+        undefined = (
+            torch.stack([one.undefined for one in taken]).cpu().numpy() if masked else np.zeros_like(values, bool)
+        )
+        return cls(np.array(steps), np.array(tokens), values, undefined)
+
+    def of_run(self, index: int) -> Samples:
+        """One run's, of readings with a run axis."""
+        return replace(self, values=self.values[:, index], undefined=self.undefined[:, index])
+
+    def columns(self, name: str) -> dict[str, Any]:
+        index, size = np.indices(self.values.shape).reshape(self.values.ndim, -1), self.values.size
+        return {
+            "step": self.steps[index[0]],
+            "tokens": self.tokens[index[0]],
+            "signal": np.full(size, name, dtype=object),
+            "layer": index[1] if self.values.ndim > 1 else np.full(size, -1),
+            "head": index[2] if self.values.ndim > 2 else np.full(size, -1),
+            "value": self.values.ravel(),
+            "undefined": self.undefined.ravel(),
+        }
 
 
 class Ledger:
     """One run's record, and its memory from step to step.
 
     tokens: seen so far; finite: whether every training loss was; best_held_out: the lowest label loss so far. The
-    training loop keeps these three up to date. share: how many runs this process trains at once, each of which
-    answers for its part of the time.
+    training loop keeps these three up to date. recorder: of a run in a stack, whose readings the loop records there;
+    share: how many runs this process trains at once, each of which answers for its part of the time.
     """
 
     def __init__(
@@ -73,11 +119,12 @@ class Ledger:
         model: Transformer,
         optimizer: torch.optim.AdamW,
         history: WeightHistory,
+        recorder: Recorder | None = None,
         share: int = 1,
     ) -> None:
         self._run, self._folder, self.manifest = run, folder, manifest
         self._model, self._optimizer, self._history = model, optimizer, history
-        self._recorder = Recorder()
+        self._recorder = recorder or Recorder()
         self._share = share
         self._started, self._cpu_started = time.monotonic(), time.process_time()
         self._spent = {key: manifest[key] for key in ("wall_s", "cpu_s")}
@@ -106,9 +153,7 @@ class Ledger:
         """What these monitors read at this step, of the signals that are due; it is recorded."""
         readings: dict[str, Reading] = {}
         for monitor in observers:
-            seen = monitor.observe(view)
-            wanted = [s.name for s in monitor.signals if view.step % s.every_steps == 0 and s.name in seen]
-            readings |= {signal: seen[signal] for signal in wanted}
+            readings |= due_readings(monitor, view.step, monitor.observe(view))
         for signal, reading in readings.items():
             self._recorder.add(view.step, view.tokens, signal, reading)
         return readings
@@ -149,6 +194,12 @@ class Ledger:
         trace.write_manifest(self._folder, self.manifest)
         if end_reason in trace.FINAL_REASONS:
             (self._folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def due_readings(monitor: Monitor, step: int, readings: Mapping[str, Reading]) -> dict[str, Reading]:
+    """Of a monitor's readings, those of the signals that are due at a step."""
+    due = (signal.name for signal in monitor.signals if step % signal.every_steps == 0)
+    return {name: readings[name] for name in due if name in readings}
 
 
 def drawup_limit(config: TrainConfig) -> float:

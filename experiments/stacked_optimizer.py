@@ -27,6 +27,7 @@ class StackedAdamW:
     by parameter. It is never stepped; its state is a view of the moments here. N optimizers stepped one by one would
     cost a GPU N times the launches of one, and a learning rate that is a tensor must have one element.
 
+    moments: by name and segment of the model, (N, P); steps: updates counted, (N, segments).
     configs: of each slice; clip and betas are those of the first for all.
     """
 
@@ -35,11 +36,11 @@ class StackedAdamW:
         self.slices: list[torch.optim.AdamW] = [
             adamw(one, config) for one, config in zip(model.slices, configs, strict=True)
         ]
-        self._moments = {name: [torch.zeros_like(w) for w in model.weights] for name in ("exp_avg", "exp_avg_sq")}
+        self.moments = {name: [torch.zeros_like(w) for w in model.weights] for name in ("exp_avg", "exp_avg_sq")}
         gradients = model.views(model.gradients)
         # in the order in which a single run adds up their squares
         self._gradients = [gradients[name].flatten(1) for name, _ in model.slices[0].named_parameters()]
-        self._steps = torch.zeros(len(self.slices), len(model.segments), device=model.weights[0].device)
+        self.steps = torch.zeros(len(self.slices), len(model.segments), device=model.weights[0].device)
         self._rates: list[Rates | None] = [None] * len(self.slices)
         self._operands: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}
         for index in range(len(self.slices)):
@@ -50,9 +51,9 @@ class StackedAdamW:
         model = self._model.slices[index]
         moments = {
             name: self._model.views([moment[index] for moment in of_segments])
-            for name, of_segments in self._moments.items()
+            for name, of_segments in self.moments.items()
         }
-        for names, step in zip(self._model.segments, self._steps[index], strict=True):
+        for names, step in zip(self._model.segments, self.steps[index], strict=True):
             for name in names:
                 own = {moment: parts[name] for moment, parts in moments.items()}
                 self.slices[index].state[model.get_parameter(name)] = {"step": step, **own}
@@ -117,14 +118,14 @@ class StackedAdamW:
                 eps=group["eps"],
                 maximize=False,
             )
-        self._steps.fill_(step + 1)
+        self.steps.fill_(step + 1)
 
     def _of(self, first: int, last: int) -> list[tuple[Tensor, ...]]:
         """What the update of neighbouring slices takes, by segment; the step count is that of the first of them."""
         if (first, last) not in self._operands:
-            numbers = zip(self._model.weights, self._model.gradients, *self._moments.values(), strict=True)
+            numbers = zip(self._model.weights, self._model.gradients, *self.moments.values(), strict=True)
             self._operands[first, last] = [
-                (*(rows[first:last] for rows in of_segment), self._steps[first, place])
+                (*(rows[first:last] for rows in of_segment), self.steps[first, place])
                 for place, of_segment in enumerate(numbers)
             ]
         return self._operands[first, last]

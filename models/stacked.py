@@ -164,6 +164,13 @@ class StackedTransformer(Transformer):
             )
         }
 
+    def stacked_tensors(self) -> dict[str, Tensor]:
+        """The parameters, and the counters of attention, by name: what each slice has of its own."""
+        counters = {
+            f"blocks.{index}.attention.nonfinite": block.attention.nonfinite for index, block in enumerate(self.blocks)
+        }
+        return dict(self.named_parameters()) | counters
+
     def _house(self, model: Transformer, numbers: Sequence[Tensor]) -> None:
         """Let a model's parameters live in this memory, by segment, and have the values that it holds."""
         for name, view in self.views(numbers).items():
