@@ -50,6 +50,7 @@ RESULT_SOURCES = (
     "experiments/loop.py",
     "experiments/manifest.py",
     "experiments/optimizer.py",
+    "experiments/recorder.py",
     "experiments/stacked_history.py",
     "experiments/stacked_loop.py",
     "experiments/stacked_monitors.py",

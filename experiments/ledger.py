@@ -1,14 +1,12 @@
-"""What one run writes down while it trains: readings, trace parts, checkpoint, manifest, final weights."""
+"""What one run writes down while it trains: trace parts, checkpoint, manifest, final weights."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
@@ -16,91 +14,12 @@ from torch import Tensor
 from experiments import checkpoint, trace
 from experiments.build import Run
 from experiments.optimizer import TrainConfig
+from experiments.recorder import Recorder
 from models.transformer import Transformer
-from monitors.base import Masked, Monitor, Reading, Signal, StepView, WeightHistory, state_of
+from monitors.base import Monitor, Reading, Signal, StepView, WeightHistory, due_readings, state_of
 
 HELD_OUT = Signal("held_out_loss", "nats/token", "up")
 """The label signal: mean NLL on the fixed held-out batch."""
-
-
-class Recorder:
-    """Readings since the last part; they stay on the device until the part is written.
-
-    One of a stack takes readings with a run axis in front, and has the columns of each of its runs. stack: the one of
-    the stack that this run is in, if any, at ``row``: what it took for all runs is this run's too.
-    """
-
-    def __init__(self, stack: Recorder | None = None, row: int | None = None) -> None:
-        self._stack, self._row = stack, row
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget this one's own readings."""
-        self._first_step: int | None = None
-        self._readings: dict[str, list[tuple[int, int, Reading]]] = {}
-        self._on_host: dict[str, Samples] = {}
-
-    @property
-    def first_step(self) -> int | None:
-        """The first step that has a reading, None without any."""
-        steps = [one._first_step for one in (self, self._stack) if one is not None and one._first_step is not None]
-        return min(steps, default=None)
-
-    def add(self, step: int, tokens: int, name: str, reading: Reading) -> None:
-        self._first_step = step if self._first_step is None else self._first_step
-        self._readings.setdefault(name, []).append((step, tokens, reading))
-        self._on_host.pop(name, None)
-
-    def samples(self) -> Mapping[str, Samples]:
-        """All readings by signal, copied to the host once."""
-        for name in self._readings.keys() - self._on_host.keys():
-            self._on_host[name] = Samples.of(self._readings[name])
-        return self._on_host
-
-    def columns(self) -> dict[str, Any]:
-        """The columns of a part."""
-        samples = [(name, samples) for name, samples in self.samples().items()]
-        if self._stack is not None:
-            samples += [(name, stacked.of_run(self._row)) for name, stacked in self._stack.samples().items()]
-        blocks = [one.columns(name) for name, one in samples]
-        return {column: np.concatenate([block[column] for block in blocks]) for column in trace.SCHEMA.names}
-
-
-@dataclass(frozen=True)
-class Samples:
-    """One signal's readings on the host: steps and tokens (S,), values and undefined (S, ...)."""
-
-    steps: np.ndarray
-    tokens: np.ndarray
-    values: np.ndarray
-    undefined: np.ndarray
-
-    @classmethod
-    def of(cls, readings: Sequence[tuple[int, int, Reading]]) -> Samples:
-        """From step, tokens and reading of each; one copy from the device."""
-        steps, tokens, taken = zip(*readings, strict=True)
-        masked = isinstance(taken[0], Masked)
-        values = torch.stack([one.value for one in taken] if masked else taken).double().cpu().numpy()
-        undefined = (
-            torch.stack([one.undefined for one in taken]).cpu().numpy() if masked else np.zeros_like(values, bool)
-        )
-        return cls(np.array(steps), np.array(tokens), values, undefined)
-
-    def of_run(self, index: int) -> Samples:
-        """One run's, of readings with a run axis."""
-        return replace(self, values=self.values[:, index], undefined=self.undefined[:, index])
-
-    def columns(self, name: str) -> dict[str, Any]:
-        index, size = np.indices(self.values.shape).reshape(self.values.ndim, -1), self.values.size
-        return {
-            "step": self.steps[index[0]],
-            "tokens": self.tokens[index[0]],
-            "signal": np.full(size, name, dtype=object),
-            "layer": index[1] if self.values.ndim > 1 else np.full(size, -1),
-            "head": index[2] if self.values.ndim > 2 else np.full(size, -1),
-            "value": self.values.ravel(),
-            "undefined": self.undefined.ravel(),
-        }
 
 
 class Ledger:
@@ -194,12 +113,6 @@ class Ledger:
         trace.write_manifest(self._folder, self.manifest)
         if end_reason in trace.FINAL_REASONS:
             (self._folder / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def due_readings(monitor: Monitor, step: int, readings: Mapping[str, Reading]) -> dict[str, Reading]:
-    """Of a monitor's readings, those of the signals that are due at a step."""
-    due = (signal.name for signal in monitor.signals if step % signal.every_steps == 0)
-    return {name: readings[name] for name in due if name in readings}
 
 
 def drawup_limit(config: TrainConfig) -> float:

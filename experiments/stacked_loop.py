@@ -23,8 +23,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -34,17 +32,16 @@ from torch import Tensor
 
 from experiments import checkpoint, trace
 from experiments.build import Run
-from experiments.ledger import HELD_OUT, Ledger, Recorder, drawup_limit, early_ends
+from experiments.ledger import HELD_OUT, Ledger, drawup_limit, early_ends
 from experiments.loop import cadence
 from experiments.manifest import new_manifest
 from experiments.memory import out_of_memory_named
+from experiments.recorder import Recorder
 from experiments.stacked_history import SliceHistory, load_history
-from experiments.stacked_monitors import StackedMonitors
+from experiments.stacked_monitors import StackedMonitors, slice_view
 from experiments.stacked_optimizer import StackedAdamW
 from faults.base import Fault, Sites
-from models.objective import objective_at
 from models.stacked import StackedNumerics, StackedTransformer
-from models.stacked_taps import SliceTaps
 from models.taps import Taps
 from monitors.base import StepView, tapped
 
@@ -191,20 +188,9 @@ def _train_together(
             record.add(now, tokens, name, reading)
         by_themselves = [name for name in observed if name not in together.names]
         for index in recording if by_themselves else ():
-            one, numerics = model.slices[index], sites[index].numerics
             ledgers[index].observe(
                 [runs[index].monitors[name] for name in by_themselves],
-                replace(
-                    view,
-                    loss=losses_N[index],
-                    grad_norm=grad_norms_N[index],
-                    model=one,
-                    history=histories[index],
-                    taps=SliceTaps(taps, model, index),
-                    optimizer=optimizer.slices[index],
-                    numerics=numerics,
-                    objective_at=partial(objective_at, one, batch[index], numerics, (), 1.0),
-                ),
+                slice_view(view, index, histories[index], sites[index].numerics, batch[index]),
             )
         del taps, view  # as large as the step's activations: the next step is to find that memory free
         if progress is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,17 +13,37 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from experiments.ledger import due_readings
-from models.stacked_taps import GivenTaps
+from experiments.stacked_history import SliceHistory
+from models.numerics import AttentionNumerics
+from models.objective import objective_at
+from models.stacked_taps import GivenTaps, SliceTaps
 from models.taps import Tap
 from models.transformer import Transformer
 from models.trees import map_tensors, stack_trees, tensors_of, with_tensors
-from monitors.base import Monitor, Reading, StepView, WeightHistory, state_of, tapped
+from monitors.base import Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
 
 
 def stackable(monitor: Monitor) -> bool:
     """Whether the monitor may watch stacked runs in one call."""
     return getattr(monitor, "stackable", False)
+
+
+def slice_view(
+    stack: StepView, index: int, history: SliceHistory, numerics: AttentionNumerics, tokens_BT1: Tensor
+) -> StepView:
+    """What a monitor sees of run ``index``, from the view of the stack, for those that watch run by run."""
+    model = stack.model.slices[index]
+    return replace(
+        stack,
+        loss=stack.loss[index],
+        grad_norm=stack.grad_norm[index],
+        model=model,
+        history=history,
+        taps=SliceTaps(stack.taps, stack.model, index),
+        optimizer=stack.optimizer.slices[index],
+        numerics=numerics,
+        objective_at=partial(objective_at, model, tokens_BT1, numerics, (), 1.0),
+    )
 
 
 class StackedMonitors:
@@ -73,12 +93,13 @@ class StackedMonitors:
                 for worker in workers.values():
                     readings.update(due_readings(worker, view.step, worker.observe(one)))
 
-            torch.func.functional_call(_Watched(view.model.slices[0]), seen.weights, (observe,))
+            with _OneByOne():
+                torch.func.functional_call(_Watched(view.model.slices[0]), seen.weights, (observe,))
             found = readings, {name: state_of(worker) for name, worker in workers.items()}
             return tensors_of(found)
 
-        with _OneByOne():  # "same": what a monitor draws from a generator of its own is so for every run
-            stacked = torch.vmap(of_one_run, randomness="same")(*tensors_of(given))
+        # "same": what a monitor draws from a generator of its own is so for every run
+        stacked = torch.vmap(of_one_run, randomness="same")(*tensors_of(given))
         readings, memory = with_tensors(found, stacked)
         self._memory |= memory
         return readings
@@ -160,7 +181,11 @@ class _Optimizer:
     """What a run's ``AdamW`` shows, made when it is asked for; learning rates, which are no tensors, are left out."""
 
     def __init__(self, seen: _Seen, model: Transformer, stack: StepView) -> None:
-        self._seen, self._parameters, self._stack = seen, dict(model.named_parameters()), stack
+        self._seen, self._model, self._stack = seen, model, stack
+
+    @cached_property
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self._model.named_parameters())
 
     @cached_property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -164,3 +164,9 @@ def state_of(monitor: Monitor) -> Any:
 def tapped(monitors: Iterable[Monitor]) -> frozenset[str]:
     """The places that these monitors want tapped."""
     return frozenset(place for monitor in monitors for place in getattr(monitor, "taps", ()))
+
+
+def due_readings(monitor: Monitor, step: int, readings: Mapping[str, Reading]) -> dict[str, Reading]:
+    """Of a monitor's readings, those of the signals that are due at a step."""
+    due = (signal.name for signal in monitor.signals if step % signal.every_steps == 0)
+    return {name: readings[name] for name in due if name in readings}
