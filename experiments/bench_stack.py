@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -109,8 +110,7 @@ def single(config: TrainConfig, monitors: Mapping[str, Monitor]) -> Step:
     history.record(0, model)
     tokens_BT1 = torch.randint(NANO.vocab_size, (BATCH_SIZE, NANO.context_length + 1), device=config.device)
 
-    def objective(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return objective_at(model, tokens_BT1, FAULTY, (), 1.0, weights)
+    objective = partial(objective_at, model, tokens_BT1, FAULTY, (), 1.0)
 
     def step(index: int) -> None:
         now = index + 1
@@ -138,23 +138,25 @@ def stacked(config: TrainConfig, size: int, monitors: Sequence[Mapping[str, Moni
     model = StackedTransformer(_models(size, config.device))
     optimizer = StackedAdamW(model, [config] * size)
     faults = (HEALTHY,) * (size // 2) + (FAULTY,) * (size - size // 2)
+    numerics = StackedNumerics(faults)
     scales = [LearningRateScale().times(10)] * (size // 2) + [LearningRateScale()] * (size - size // 2)
     tokens_NBT1 = torch.randint(NANO.vocab_size, (size, BATCH_SIZE, NANO.context_length + 1), device=config.device)
     history, together, record = _history(monitors[0]), StackedMonitors(monitors), Recorder()
     history.record(0, model)
+    objective = partial(objective_at, model, tokens_NBT1, numerics, (), 1.0)
     slices = [(SliceHistory(history, index), Recorder(record, index)) for index in range(size)]
 
     def step(index: int) -> None:
         now = index + 1
         due = _due(monitors[0], now)
         with Taps(model, tapped(monitors[0][name] for name in due)) as taps:
-            losses_N = model.loss(tokens_NBT1, StackedNumerics(faults))
+            losses_N = model.loss(tokens_NBT1, numerics)
             losses_N.sum().backward()
         model.take_gradients()
         norms_N = optimizer.clip()
         optimizer.step(index, scales)
         history.record(now, model)
-        view = StepView(now, 0, losses_N.detach(), norms_N, model, history, (), taps, optimizer)
+        view = StepView(now, 0, losses_N.detach(), norms_N, model, history, (), taps, optimizer, objective_at=objective)
         for name, reading in together.observe(due, view).items():
             record.add(now, 0, name, reading)
         by_themselves = [name for name in due if name not in together.names]

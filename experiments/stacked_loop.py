@@ -23,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from experiments.stacked_history import SliceHistory, load_history
 from experiments.stacked_monitors import StackedMonitors, slice_view
 from experiments.stacked_optimizer import StackedAdamW
 from faults.base import Fault, Sites
+from models.objective import objective_at
 from models.stacked import StackedNumerics, StackedTransformer
 from models.taps import Taps
 from monitors.base import StepView, tapped
@@ -173,8 +175,9 @@ def _train_together(
 
         now = step + 1
         observed = [name for name, is_due in due.items() if is_due(now)]
+        numerics = StackedNumerics(tuple(site.numerics for site in sites))
         with Taps(model, tapped(runs[0].monitors[name] for name in observed)) as taps:
-            losses_N, _, _ = model.objective(batch, StackedNumerics(tuple(site.numerics for site in sites)))
+            losses_N, _, _ = model.objective(batch, numerics)
             losses_N.sum().backward()
         losses_N = losses_N.detach()
         model.take_gradients()
@@ -183,7 +186,10 @@ def _train_together(
 
         history.record(now, model)
         finite_N = finite_N & torch.isfinite(losses_N)
-        view = StepView(now, tokens, losses_N, grad_norms_N, model, history, (), taps, optimizer)
+        objective = partial(objective_at, model, batch, numerics, (), 1.0)
+        view = StepView(
+            now, tokens, losses_N, grad_norms_N, model, history, (), taps, optimizer, objective_at=objective
+        )
         for name, reading in together.observe(observed, view).items():
             record.add(now, tokens, name, reading)
         by_themselves = [name for name in observed if name not in together.names]
@@ -192,7 +198,7 @@ def _train_together(
                 [runs[index].monitors[name] for name in by_themselves],
                 slice_view(view, index, histories[index], sites[index].numerics, batch[index]),
             )
-        del taps, view  # as large as the step's activations: the next step is to find that memory free
+        del taps, view, objective  # as large as the step's activations: the next step is to find that memory free
         if progress is not None:
             losses = losses_N.unbind()
             progress(now, {folders[index]: losses[index] for index in recording})

@@ -72,7 +72,7 @@ class StackedMonitors:
     def observe(self, names: Collection[str], view: StepView) -> dict[str, Reading]:
         """What the named monitors read, each reading with a run axis in front.
 
-        view: of the stack: its model, taps and history, loss and gradient norm (N,), and its ``StackedAdamW``.
+        view: of the stack: loss and gradient norm (N,), its model, taps, history, ``StackedAdamW`` and objective (N,).
         """
         workers = {name: self._workers[name] for name in names if name in self._workers}
         if not workers:
@@ -133,7 +133,7 @@ class _Seen:
     """All tensors that a view of the stack shows, each with the run axis in front, or, inside vmap, without.
 
     weights: parameters and counters, by the names that ``_Watched`` gives them; history: weights by step; taps: by
-    place and module; gradients, exp_avg, exp_avg_sq: by segment of the model; steps: of each segment.
+    place and module; gradients, exp_avg, exp_avg_sq: by segment of the model; steps, learning_rates: of each segment.
     """
 
     loss: Tensor
@@ -145,6 +145,7 @@ class _Seen:
     exp_avg: Sequence[Tensor]
     exp_avg_sq: Sequence[Tensor]
     steps: Tensor
+    learning_rates: Tensor
 
     @classmethod
     def of(cls, view: StepView, monitors: Collection[Monitor]) -> _Seen:
@@ -160,6 +161,7 @@ class _Seen:
             model.gradients,
             *view.optimizer.moments.values(),
             view.optimizer.steps,
+            view.optimizer.learning_rates,
         )
 
     def view_of(self, model: Transformer, stack: StepView) -> StepView:
@@ -178,7 +180,7 @@ class _Seen:
 
 
 class _Optimizer:
-    """What a run's ``AdamW`` shows, made when it is asked for; learning rates, which are no tensors, are left out."""
+    """What a run's ``AdamW`` shows, made when it is asked for; learning rates are 0-dim tensors."""
 
     def __init__(self, seen: _Seen, model: Transformer, stack: StepView) -> None:
         self._seen, self._model, self._stack = seen, model, stack
@@ -191,11 +193,11 @@ class _Optimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         for name, gradient in self._stack.model.views(self._seen.gradients).items():
             self._parameters[name].grad = gradient
-        groups = []
-        for group, names in zip(self._stack.optimizer.slices[0].param_groups, self._stack.model.segments, strict=True):
-            common = {key: value for key, value in group.items() if key != "lr"}
-            groups.append(common | {"params": [self._parameters[name] for name in names]})
-        return groups
+        groups = self._stack.optimizer.slices[0].param_groups
+        return [
+            group | {"params": [self._parameters[name] for name in names], "lr": rate}
+            for group, names, rate in zip(groups, self._stack.model.segments, self._seen.learning_rates, strict=True)
+        ]
 
     @cached_property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:

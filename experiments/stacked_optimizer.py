@@ -42,6 +42,7 @@ class StackedAdamW:
         self._gradients = [gradients[name].flatten(1) for name, _ in model.slices[0].named_parameters()]
         self.steps = torch.zeros(len(self.slices), len(model.segments), device=model.weights[0].device)
         self._rates: list[Rates | None] = [None] * len(self.slices)
+        self._learning_rates: Tensor | None = None
         self._operands: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}
         for index in range(len(self.slices)):
             self._show_state(index)
@@ -69,6 +70,14 @@ class StackedAdamW:
             for name, value in values.items():
                 optimizer.state[parameter][name].copy_(value)
 
+    @property
+    def learning_rates(self) -> Tensor:
+        """Of the last update, (N, segments)."""
+        if self._learning_rates is None:
+            rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.slices]
+            self._learning_rates = torch.tensor(rates, device=self.steps.device)
+        return self._learning_rates
+
     def clip(self) -> Tensor:
         """The gradient norm of every slice before the clip, (N,); then each slice's gradient is clipped to its own."""
         parts = [torch.linalg.vector_norm(gradient, dim=1) for gradient in self._gradients]
@@ -90,6 +99,8 @@ class StackedAdamW:
         for index, (optimizer, own) in enumerate(zip(self.slices, rates, strict=True)):
             if own != self._rates[index]:
                 set_learning_rate(optimizer, own[0], own[2])
+        if rates != self._rates:
+            self._learning_rates = None
         self._rates = rates
         alike: dict[tuple[float, float], list[tuple[Tensor, ...]]] = {}
         first = 0

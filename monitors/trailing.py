@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Found = TypeVar("Found", Tensor, tuple[Tensor, ...])
 
-def on_trailing_axes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+
+def on_trailing_axes(function: Callable[..., Found]) -> Callable[..., Found]:
     """Let vmap call ``function`` once, its axis in front of all others.
 
-    function: of tensors (..., *) and of anything else, positionally, to a tensor (..., *), with the same leading axes
-    throughout or axes that broadcast to them. A tensor without vmap's axis gets it as one of size 1. No gradients.
+    function: of tensors (..., *) and of anything else, positionally, to a tensor (..., *) or a tuple of such, with the
+    same leading axes throughout or axes that broadcast to them. A tensor without vmap's axis gets it as one of size 1.
+    No gradients flow through it.
     """
 
     class Trailing(torch.autograd.Function):
         @staticmethod
-        def forward(*arguments: Any) -> Tensor:
+        def forward(*arguments: Any) -> Found:
             return function(*arguments)
 
         @staticmethod
@@ -32,16 +35,17 @@ def on_trailing_axes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             pass
 
         @staticmethod
-        def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Found, Any]:
             def in_front(argument: Any, axis: int | None) -> Any:
                 if not isinstance(argument, Tensor):
                     return argument
                 return argument[None] if axis is None else argument.movedim(axis, 0)
 
-            return Trailing.apply(*map(in_front, arguments, in_dims)), 0
+            found = Trailing.apply(*map(in_front, arguments, in_dims))
+            return found, 0 if isinstance(found, Tensor) else (0,) * len(found)
 
     @wraps(function)
-    def called(*arguments: Any) -> Tensor:
+    def called(*arguments: Any) -> Found:
         return Trailing.apply(*arguments)
 
     return called

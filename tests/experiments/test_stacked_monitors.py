@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from experiments.build import Run
 from experiments.stacked_history import SliceHistory
 from experiments.stacked_monitors import StackedMonitors, slice_view
 from experiments.stacked_optimizer import StackedAdamW
+from models.objective import objective_at
 from models.stacked import StackedNumerics, StackedTransformer
 from models.taps import Taps
 from models.trees import tensors_of
@@ -27,6 +29,8 @@ MODELS = {
 }
 FAULTS = (("fault=none", "seed=3"), ("fault=bf16_shift", "seed=4"), ("fault=lr_scale", "fault.factor=10", "seed=5"))
 BROKEN = 1
+AT_OTHER_WEIGHTS = 1e-3
+"""A stacked LayerNorm rounds the gradients at other weights otherwise, and a difference of two such makes it large."""
 
 
 def views(runs: Sequence[Run], break_one: bool) -> Iterator[tuple[StepView, list[StepView]]]:
@@ -44,15 +48,19 @@ def views(runs: Sequence[Run], break_one: bool) -> Iterator[tuple[StepView, list
                 weights[BROKEN].fill_(torch.nan)
         sites = [run.fault.sites(now - 1, healthy) for run in runs]
         batch = torch.from_numpy(runs[0].corpus.batches([run.seed for run in runs], now - 1, healthy.batch_size))
+        numerics = StackedNumerics(tuple(site.numerics for site in sites))
         with Taps(model, tapped(runs[0].monitors.values())) as taps:
-            losses_N = model.loss(batch, StackedNumerics(tuple(site.numerics for site in sites)))
+            losses_N = model.loss(batch, numerics)
             losses_N.sum().backward()
         model.take_gradients()
         norms_N = optimizer.clip()
         optimizer.step(now - 1, [site.lr_scale for site in sites])
         history.record(now, model)
         if now in READINGS:
-            view = StepView(now, 0, losses_N.detach(), norms_N, model, history, (), taps, optimizer)
+            objective = partial(objective_at, model, batch, numerics, (), 1.0)
+            view = StepView(
+                now, 0, losses_N.detach(), norms_N, model, history, (), taps, optimizer, objective_at=objective
+            )
             yield (
                 view,
                 [
@@ -67,7 +75,7 @@ def views(runs: Sequence[Run], break_one: bool) -> Iterator[tuple[StepView, list
 def test_what_a_monitor_reads_of_a_stack_has_the_bits_of_what_it_reads_of_each_run(make_run, model, break_one):
     runs = [make_run(*fault, *MODELS[model], *EVERY_10_STEPS) for fault in FAULTS]
     together = StackedMonitors([copy.deepcopy(run.monitors) for run in runs])
-    assert runs[0].monitors.keys() - together.names == {"delta_bias_oracle", "gradient_curvature"}
+    assert runs[0].monitors.keys() - together.names == {"delta_bias_oracle"}
     for view, of_runs in views(runs, break_one):
         stacked = together.observe(list(together.names), view)
         for index, (run, one) in enumerate(zip(runs, of_runs, strict=True)):
@@ -76,19 +84,14 @@ def test_what_a_monitor_reads_of_a_stack_has_the_bits_of_what_it_reads_of_each_r
                 alone |= due_readings(run.monitors[name], view.step, run.monitors[name].observe(one))
             assert alone.keys() == stacked.keys()
             for signal, reading in alone.items():
+                rtol = AT_OTHER_WEIGHTS if model != "rmsnorm" and signal.startswith("gradient_curvature") else 0
                 for own, of_all in zip(tensors_of(reading), tensors_of(stacked[signal]), strict=True):
-                    torch.testing.assert_close(
-                        of_all[index],
-                        own,
-                        rtol=0,
-                        atol=0,
-                        equal_nan=True,
-                        msg=lambda m, at=(signal, index): f"{at} {m}",
-                    )
+                    at = f"{signal} of run {index}: {own} alone, {of_all[index]} in the stack"
+                    torch.testing.assert_close(of_all[index], own, rtol=rtol, atol=0, equal_nan=True, msg=at)
 
 
 def test_each_run_gets_its_own_memory_back(make_run):
-    runs = [make_run(*fault) for fault in FAULTS]
+    runs = [make_run(*fault, *MODELS["rmsnorm"]) for fault in FAULTS]
     given_back = [copy.deepcopy(run.monitors) for run in runs]
     together = StackedMonitors(given_back)
     for view, of_runs in views(runs, break_one=False):
@@ -103,7 +106,7 @@ def test_each_run_gets_its_own_memory_back(make_run):
             own, again = (tensors_of(state_of(monitors[name])) for monitors in (run.monitors, given_back[index]))
             assert len(own) == len(again) and all(map(torch.equal, own, again)), name
             remembered |= {name} if own else set()
-    assert remembered == {"attn_fragility", "loss", "non_finite", "spike_score"}
+    assert remembered == {"attn_fragility", "gradient_curvature", "loss", "non_finite", "spike_score"}
 
 
 def test_what_is_done_at_a_step_of_a_stack_takes_as_many_operations_for_8_runs_as_for_4():
