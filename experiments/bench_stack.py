@@ -156,7 +156,7 @@ def stacked(config: TrainConfig, size: int, monitors: Sequence[Mapping[str, Moni
         norms_N = optimizer.clip()
         optimizer.step(index, scales)
         history.record(now, model)
-        view = StepView(now, 0, losses_N.detach(), norms_N, model, history, (), taps, optimizer, objective_at=objective)
+        view = StepView(now, 0, losses_N.detach(), norms_N, model, history, (), taps, optimizer, numerics, objective)
         for name, reading in together.observe(due, view).items():
             record.add(now, 0, name, reading)
         by_themselves = [name for name in due if name not in together.names]

@@ -187,9 +187,7 @@ def _train_together(
         history.record(now, model)
         finite_N = finite_N & torch.isfinite(losses_N)
         objective = partial(objective_at, model, batch, numerics, (), 1.0)
-        view = StepView(
-            now, tokens, losses_N, grad_norms_N, model, history, (), taps, optimizer, objective_at=objective
-        )
+        view = StepView(now, tokens, losses_N, grad_norms_N, model, history, (), taps, optimizer, numerics, objective)
         for name, reading in together.observe(observed, view).items():
             record.add(now, tokens, name, reading)
         by_themselves = [name for name in observed if name not in together.names]

@@ -72,37 +72,64 @@ class StackedMonitors:
     def observe(self, names: Collection[str], view: StepView) -> dict[str, Reading]:
         """What the named monitors read, each reading with a run axis in front.
 
-        view: of the stack: loss and gradient norm (N,), its model, taps, history, ``StackedAdamW`` and objective (N,).
+        view: of the stack: loss and gradient norm (N,), its model, taps, history, ``StackedAdamW``, ``StackedNumerics``
+        and objective (N,).
         """
         workers = {name: self._workers[name] for name in names if name in self._workers}
-        if not workers:
-            return {}
-        given = _Seen.of(view, workers.values()), {name: self._memory[name] for name in workers}
-        found: Any = None
-
-        def of_one_run(*tensors: Tensor) -> list[Tensor]:
-            nonlocal found
-            seen, memory = with_tensors(given, tensors)
-            for name, state in memory.items():
-                if state is not None:
-                    workers[name].load_state_dict(state)
-            readings: dict[str, Reading] = {}
-
-            def observe(model: Transformer) -> None:
-                one = seen.view_of(model, view)
-                for worker in workers.values():
-                    readings.update(due_readings(worker, view.step, worker.observe(one)))
-
-            with _OneByOne():
-                torch.func.functional_call(_Watched(view.model.slices[0]), seen.weights, (observe,))
-            found = readings, {name: state_of(worker) for name, worker in workers.items()}
-            return tensors_of(found)
-
-        # "same": what a monitor draws from a generator of its own is so for every run
-        stacked = torch.vmap(of_one_run, randomness="same")(*tensors_of(given))
-        readings, memory = with_tensors(found, stacked)
-        self._memory |= memory
+        oracles = {name: worker for name, worker in workers.items() if getattr(worker, "oracle", False)}
+        readings: dict[str, Reading] = {}
+        for together in ({name: workers[name] for name in workers if name not in oracles}, oracles):
+            if not together:
+                continue
+            given = _Seen.of(view, together.values()), {name: self._memory[name] for name in together}
+            found, memory = (_by_numerics if together is oracles else _watch)(together, view, given)
+            readings |= found
+            self._memory |= memory
         return readings
+
+
+Given = tuple["_Seen", dict[str, Any]]
+"""What some runs show, and what their monitors remember, by name."""
+Found = tuple[dict[str, Reading], dict[str, Any]]
+"""What monitors read, and what they remember now."""
+
+
+def _watch(workers: Mapping[str, Monitor], view: StepView, given: Given) -> Found:
+    """Let these monitors observe runs, as if one, whose tensors have a run axis in front."""
+    found: Any = None
+
+    def of_one_run(*tensors: Tensor) -> list[Tensor]:
+        nonlocal found
+        seen, memory = with_tensors(given, tensors)
+        for name, state in memory.items():
+            if state is not None:
+                workers[name].load_state_dict(state)
+        readings: dict[str, Reading] = {}
+
+        def observe(model: Transformer) -> None:
+            one = seen.view_of(model, view)
+            for worker in workers.values():
+                readings.update(due_readings(worker, view.step, worker.observe(one)))
+
+        with _OneByOne():
+            torch.func.functional_call(_Watched(view.model.slices[0]), seen.weights, (observe,))
+        found = readings, {name: state_of(worker) for name, worker in workers.items()}
+        return tensors_of(found)
+
+    # "same": what a monitor draws from a generator of its own is so for every run
+    stacked = torch.vmap(of_one_run, randomness="same")(*tensors_of(given))
+    return with_tensors(found, stacked)
+
+
+def _by_numerics(workers: Mapping[str, Monitor], view: StepView, given: Given) -> Found:
+    """The same with the numerics, which are no tensors: neighbours that have the same are watched together."""
+    parts, first = [], 0
+    for numerics, size in view.numerics.neighbours:
+        rows = slice(first, first + size)
+        part = map_tensors(lambda value, rows=rows: value[rows], given)
+        parts.append(_watch(workers, replace(view, numerics=numerics), part))
+        first += size
+    return with_tensors(parts[0], [torch.cat(alike) for alike in zip(*map(tensors_of, parts), strict=True)])
 
 
 class _OneByOne(TorchFunctionMode):
