@@ -146,9 +146,9 @@ class Monitor(Protocol):
     by a class attribute ``needs_experts = True``; one that reads activations or their gradients names the places
     (``models.taps.PLACES``) in an attribute ``taps``; one that is told the fault, a bound and no rival, says so by
     ``oracle = True``; one that may watch stacked runs in one call, by ``stackable = True``: ``torch.vmap`` then runs
-    ``observe`` over them, so that it branches on no tensor's value, keeps its memory in ``state_dict`` alone, reads no
-    numerics, takes a learning rate for a tensor, and asks for the objective by a function ``on_trailing_axes``
-    (``monitors.trailing``). Any other monitor watches them run by run.
+    ``observe`` over them, so that it branches on no tensor's value, keeps its memory in ``state_dict`` alone, takes a
+    learning rate for a tensor, and asks for the objective by a function ``on_trailing_axes`` (``monitors.trailing``).
+    Any other monitor watches them run by run.
     """
 
     signals: Sequence[Signal]
