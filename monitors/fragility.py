@@ -12,7 +12,7 @@ from monitors.attention_scores import causal_scores, tapped_inputs, window_of
 from monitors.attention_update import attention_weights, stack_matrix
 from monitors.base import Masked, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
-from monitors.spectra import singular_values
+from monitors.spectra import eigenvalues, singular_values
 
 BISECTIONS = 40
 """Halvings of an interval no longer than 1: about 1e-12."""
@@ -54,7 +54,7 @@ def score_condition(q: Tensor, k: Tensor) -> Tensor:
     """
     value, vector = torch.linalg.eigh(_finite(q.mT @ q))
     root = (vector * value.clamp_min(0.0).sqrt()[..., None, :]) @ vector.mT
-    product = torch.linalg.eigvalsh(_finite(root @ (k.mT @ k) @ root))[..., -1].clamp_min(0.0).sqrt()
+    product = eigenvalues(_finite(root @ (k.mT @ k) @ root))[..., -1].clamp_min(0.0).sqrt()
     return _top(q) * _top(k) / product
 
 
@@ -79,6 +79,7 @@ class AttentionFragility:
 
     lookbacks = ()
     taps = ("dot_product",)
+    stackable = True
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps
