@@ -24,6 +24,7 @@ def paired_figure(experiment: Experiment, path: Path) -> str:
     )  # fmt: skip
     for axis, (name, panel) in zip(axes[0], experiment.panels.items(), strict=False):
         axis.axvline(0, color=HEALTHY, linewidth=1.4, zorder=0)
+        axis.plot(0, faults.index(control), "D", color=HEALTHY, markersize=6)
         rows = table[table["panel"] == name].set_index("fault")
         for fault, values in differences(experiment, name).items():
             _dots(axis, values, faults.index(fault))
@@ -47,7 +48,10 @@ def paired_figure(experiment: Experiment, path: Path) -> str:
         axis.tick_params(axis="y", length=0)
     axes[0, 0].set_yticks(range(len(faults)), [" ".join(experiment.label(fault).split()) for fault in faults])
     axes[0, 0].set_ylim(len(faults) - 0.4, -0.6)
-    figure.suptitle(experiment.index["experiment"]["title"], x=0.01, ha="left", fontsize=13, weight="bold", y=1.02)
+    figure.suptitle(
+        experiment.index["experiment"]["title"],
+        x=0.02, ha="left", fontsize=13, weight="bold", y=0.88 + 0.4 / figure.get_figheight(),
+    )  # fmt: skip
     save(figure, path)
     seeds, label = len(experiment.of("faulty", fault=control)), " ".join(experiment.label(control).split())
     return (

@@ -39,9 +39,13 @@ KERNELS = {
     "fp32": HEALTHY,
     "natural": AttentionNumerics(arithmetic=Arithmetic("bf16")),
     "each": AttentionNumerics(arithmetic=Arithmetic("bf16", 1)),
+    "stored_o": AttentionNumerics(arithmetic=Arithmetic("bf16", stored_o="fp32")),
+    "delta": AttentionNumerics(arithmetic=Arithmetic("bf16", delta="p")),
+    "dynamic": AttentionNumerics(arithmetic=Arithmetic("bf16", row_max="dynamic", beta=2.0)),
+    "offset": AttentionNumerics(arithmetic=Arithmetic("bf16", row_max="offset", offset=0.1)),
     "truncated2": AttentionNumerics((SiteFault("o", "backward", "truncate", 2),)),
 }
-"""Pbar V accumulated in FP32, in BF16 once a row or at every addition; and a known fault, two bits of the saved O."""
+"""The arithmetics of ``experiment=natural_bf16``, and a fault that is known to add up: two bits off the saved O."""
 
 
 def conditions(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> dict[str, Tensor]:
@@ -106,9 +110,9 @@ def one_pass(
 
 
 def measure(run: Run, model: Transformer) -> Iterator[tuple[str, str, int, int | str, float]]:
-    """(kernel, quantity, layer, head or matrix, value), means over batches: conditions, bias, and ``alignment``.
+    """(kernel, quantity, layer, head or matrix, value) over all batches: conditions, bias of O, error of gradients.
 
-    The alignment is that of the error of a gradient against the one with ``EXACT_O``.
+    The gradient error is relative to the gradient with ``EXACT_O``, and the alignment is that of this error.
     """
     first, of_step = run.train.steps, run.corpus.batch
     steps = range(first, first + BATCHES)
@@ -121,7 +125,9 @@ def measure(run: Run, model: Transformer) -> Iterator[tuple[str, str, int, int |
             for layer, head in np.ndindex(*mean.shape):
                 yield kernel, quantity, layer, head, mean[layer, head].item()
         for layer, matrix in exact[0]:
-            errors = torch.stack([g[layer, matrix] - e[layer, matrix] for g, e in zip(got, exact, strict=True)])
+            right = torch.stack([gradient[layer, matrix] for gradient in exact])
+            errors = torch.stack([gradient[layer, matrix] for gradient in got]) - right
+            yield kernel, "gradient_error", layer, matrix, (errors.norm() / right.norm()).item()
             yield kernel, "alignment", layer, matrix, alignment(errors).item()
 
 

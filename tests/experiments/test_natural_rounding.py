@@ -105,9 +105,13 @@ def test_the_command_writes_every_kernel_of_every_trained_run(make_run, tmp_path
     table = pd.read_csv(out)
     assert "alignment" in capsys.readouterr().out
     assert set(table["seed"]) == {0, 1} and set(table["kernel"]) == set(KERNELS)
-    assert len(table) == 2 * len(KERNELS) * 2 * (4 * 2 + 2)  # seeds, kernels, layers: four quantities a head, W_Q, W_K
+    assert len(table) == 2 * len(KERNELS) * 2 * (
+        4 * 2 + 2 * 2
+    )  # seeds, kernels, layers: four of each head, two of W_Q, W_K
     mean = table.groupby(["quantity", "kernel"])["value"].mean()
-    assert mean["output_bias"].nunique() == 3  # truncating the saved O leaves the one that is returned
+    assert mean["output_bias", "truncated2"] == mean["output_bias", "fp32"]  # the O that is returned is whole
+    assert mean["output_bias", "stored_o"] == mean["output_bias", "natural"] != mean["output_bias", "fp32"]
+    assert mean["gradient_error", "truncated2"] > 2 * mean["gradient_error", "fp32"] > 0
     assert mean["alignment", "truncated2"] > 2 * mean["alignment", "fp32"]
     with pytest.raises(SystemExit, match="fault='each' is not allowed: one of fp32"):
         main([*arguments, "fault=each"])
