@@ -28,6 +28,10 @@ def stackable(monitor: Monitor) -> bool:
     return getattr(monitor, "stackable", False)
 
 
+def _is_oracle(monitor: Monitor) -> bool:
+    return getattr(monitor, "oracle", False)
+
+
 def slice_view(
     stack: StepView, index: int, history: SliceHistory, numerics: AttentionNumerics, tokens_BT1: Tensor
 ) -> StepView:
@@ -75,16 +79,14 @@ class StackedMonitors:
         view: of the stack: loss and gradient norm (N,), its model, taps, history, ``StackedAdamW``, ``StackedNumerics``
         and objective (N,).
         """
-        workers = {name: self._workers[name] for name in names if name in self._workers}
-        oracles = {name: worker for name, worker in workers.items() if getattr(worker, "oracle", False)}
         readings: dict[str, Reading] = {}
-        for together in ({name: workers[name] for name in workers if name not in oracles}, oracles):
-            if not together:
-                continue
-            given = _Seen.of(view, together.values()), {name: self._memory[name] for name in together}
-            found, memory = (_by_numerics if together is oracles else _watch)(together, view, given)
-            readings |= found
-            self._memory |= memory
+        for told, watch in ((False, _watch), (True, _by_numerics)):
+            workers = {name: one for name, one in self._workers.items() if name in names and _is_oracle(one) == told}
+            if workers:
+                given = _Seen.of(view, workers.values()), {name: self._memory[name] for name in workers}
+                found, memory = watch(workers, view, given)
+                readings |= found
+                self._memory |= memory
         return readings
 
 
