@@ -1,4 +1,4 @@
-"""The record of a borrowed GPU: written after every piece, so that what is measured is not lost, within a time limit."""
+"""The record of a borrowed GPU, written after every piece so that nothing measured is lost, within a time limit."""
 
 from __future__ import annotations
 
