@@ -51,9 +51,8 @@ def history_seconds(training: Training, monitors: Mapping[str, Monitor]) -> floa
     lookbacks = [lookback for monitor in monitors.values() for lookback in monitor.lookbacks]
     steps = math.lcm(*(lookback.every_steps for lookback in lookbacks))
     history = WeightHistory(lookbacks)
-    for warm_up in range(2):
-        spent = sum(seconds(lambda s=s: history.record(s, training.model), training.device) for s in range(steps))
-    return spent / steps
+    spent = [seconds(lambda s=s: history.record(s, training.model), training.device) for s in range(2 * steps)]
+    return sum(spent[steps:]) / steps
 
 
 def warm_up(monitor: Monitor, view: StepView) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from monitors.eigenvalues import symmetric_eigenvalues
+
 
 def spectral_entropy(singular_values: Tensor, alpha: float = 2.0) -> Tensor:
     """Entropy in nats of a spectrum: H = -sum p ln p with p_i = sigma_i^alpha / sum_j sigma_j^alpha.
@@ -39,7 +41,7 @@ def _root_eigenvalues(gram: Tensor) -> Tensor:
     """
     broken = ~torch.isfinite(gram).all(-1).all(-1)
     healthy = torch.where(broken[..., None, None], 0.0, gram)
-    roots = torch.linalg.eigvalsh(healthy).clamp_min(0.0).sqrt().flip(-1)
+    roots = symmetric_eigenvalues(healthy).clamp_min(0.0).sqrt().flip(-1)
     return torch.where(broken[..., None], torch.nan, roots)
 
 
@@ -60,7 +62,7 @@ def _pair_gram(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat((torch.cat((x @ x.mT, cross), -1), torch.cat((cross.mT, y @ y.mT), -1)), -2)
 
 
-def _core_singular_values(gram_a: Tensor, gram_b: Tensor, a_rows: Callable[[], Tensor]) -> Tensor:
+def core_singular_values(gram_a: Tensor, gram_b: Tensor, a_rows: Callable[[], Tensor]) -> Tensor:
     """Nonzero singular values of a^T b from the Gram matrices of a and b, each (..., M, M) with M < E.
 
     With a a^T = L L^T the squares are the eigenvalues of L^T (b b^T) L. Where a is rank-deficient the
@@ -99,7 +101,7 @@ def qk_increment(w_q0: Tensor, w_k0: Tensor, w_q1: Tensor, w_k1: Tensor, n_heads
         raise ValueError(f"n_heads={n_heads} does not divide the {w_q0.shape[-2]} rows of the weights")
     q0, k0, q1, k1 = (w.double().unflatten(-2, (n_heads, -1)) for w in (w_q0, w_k0, w_q1, w_k1))
     dq, dk = q1 - q0, k1 - k0
-    delta3 = _core_singular_values(dq @ dq.mT, dk @ dk.mT, lambda: dq)
+    delta3 = core_singular_values(dq @ dq.mT, dk @ dk.mT, lambda: dq)
     return {
         "delta1": increment_singular_values(q0, dq, k1, dk),
         "delta2": increment_singular_values(q0, dq, k0, dk),
@@ -114,4 +116,4 @@ def increment_singular_values(q0: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> 
     """
     if 2 * dq.shape[-2] >= dq.shape[-1]:
         return singular_values(dq.mT @ k + q0.mT @ dk)
-    return _core_singular_values(_pair_gram(dq, q0), _pair_gram(k, dk), lambda: torch.cat((dq, q0), -2))
+    return core_singular_values(_pair_gram(dq, q0), _pair_gram(k, dk), lambda: torch.cat((dq, q0), -2))

@@ -7,6 +7,7 @@ import torch
 
 from monitors.attention_scores import causal_scores
 from monitors.fragility import AttentionFragility, score_condition, softmax_condition, softmax_jacobian_norm
+from monitors.spectra import core_singular_values
 
 
 def draw(*shape, seed=0):
@@ -54,6 +55,14 @@ def test_score_condition_is_the_ratio_of_spectral_norms(tokens):
     norm = torch.linalg.matrix_norm
     torch.testing.assert_close(score_condition(q, k), norm(q, 2) * norm(k, 2) / norm(q @ k.mT, 2), rtol=1e-7, atol=0)
     torch.testing.assert_close(score_condition(q, q), torch.ones(5).double(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 9])
+def test_the_product_s_norm_needs_no_eigenvectors(tokens):
+    """What a GPU does, where fewer tokens than dimensions leave the Gram matrix without a Cholesky factor."""
+    q, k = draw(5, tokens, 4), draw(5, tokens, 4, seed=1)
+    got = core_singular_values(q.mT @ q, k.mT @ k, lambda: q.mT)[..., 0]
+    torch.testing.assert_close(got, torch.linalg.matrix_norm(q @ k.mT, 2), rtol=1e-12, atol=0)
 
 
 def test_the_reading_is_the_product_of_its_factors(trained_steps):
