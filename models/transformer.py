@@ -152,7 +152,7 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention in three parts, ``project``, ``attend`` and ``merge``, of which ``models.compiled`` leaves one alone.
+    """Self-attention in three parts, ``project``, ``attend``, ``merge``; ``models.compiled`` leaves the second alone.
 
     q, k, v, o are bias-free ``nn.Linear`` layers, q and o of (E, E), k and v of (G x D, E).
     """
