@@ -1,4 +1,4 @@
-"""GPT-2 124M on a GPU: tokens a second of training, and what monitors cost: ``python3 -m experiments.bench_gpt2``.
+"""GPT-2 124M on a GPU: tokens a second of training, and what monitors cost: ``make gpu-gpt2``.
 
     python3 -m experiments.bench_gpt2 [device=cuda] [size=gpt2_124m] [out=results/gpu] [limit_s=480]
 

@@ -14,11 +14,18 @@ with ``train.compile`` (``experiments.build``).
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from models.transformer import Transformer
+from models.transformer import Block, Transformer
+
+
+def _before_attention(block: Block, x_BTE: Tensor) -> tuple[Tensor, ...]:
+    """Laid out head by head, as a kernel leaves the gradients: a graph copies those that come back in another layout."""
+    return tuple(part.contiguous() for part in Block.before_attention(block, x_BTE))
 
 
 class CompiledObjective:
@@ -30,10 +37,15 @@ class CompiledObjective:
 
     def __init__(self, model: Transformer, backend: str = "inductor") -> None:
         self._model = model
-        parts = [(block, name) for block in model.blocks for name in ("before_attention", "after_attention")]
+        parts = [(model, "mean_nll", model.mean_nll)]
+        for block in model.blocks:
+            parts += [
+                (block, "before_attention", MethodType(_before_attention, block)),
+                (block, "after_attention", block.after_attention),
+            ]
         self._compiled = [
-            (owner, name, torch.compile(getattr(owner, name), dynamic=False, fullgraph=True, backend=backend))
-            for owner, name in [(model, "mean_nll"), *parts]
+            (owner, name, torch.compile(part, dynamic=False, fullgraph=True, backend=backend))
+            for owner, name, part in parts
         ]
 
     def __call__(self, *arguments: Any) -> Any:
