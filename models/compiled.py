@@ -24,7 +24,7 @@ from models.transformer import Block, Transformer
 
 
 def _before_attention(block: Block, x_BTE: Tensor) -> tuple[Tensor, ...]:
-    """Laid out head by head, as a kernel leaves the gradients: a graph copies those that come back in another layout."""
+    """Laid out head by head, as a kernel leaves the gradients: a graph copies those that come in another layout."""
     return tuple(part.contiguous() for part in Block.before_attention(block, x_BTE))
 
 
