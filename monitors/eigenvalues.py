@@ -2,7 +2,8 @@
 
 On a GPU ``torch.linalg.eigvalsh`` (2.13) takes matrices wider than 32 one after another, for 1 to 5 ms each at widths
 of 64 to 128 (pytorch issue 175585); a reading of the spectra of GPT-2 124M asks for thousands. There they are made
-tridiagonal together, one reflection of all of them after another, and their eigenvalues found by bisection.
+tridiagonal together, in one kernel or, wider ones, by one reflection of all of them after another, and their
+eigenvalues found by bisection.
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ def symmetric_eigenvalues(symmetric: Tensor) -> Tensor:
 
 
 def eigenvalues_together(symmetric_Bnn: Tensor) -> Tensor:
-    """As ``symmetric_eigenvalues``, in a few thousand operations whatever the number of matrices; n at least 2."""
+    """As ``symmetric_eigenvalues``, (B, n, n) -> (B, n), in as many operations for many matrices as for one; n from 2.
+
+    It needs Triton, which most machines without a GPU do not have.
+    """
     from monitors.bisection import tridiagonal_eigenvalues
+    from monitors.tridiagonal_kernel import WIDEST, tridiagonal_in_registers
 
     scale = symmetric_Bnn.abs().amax((-1, -2))
     scale = torch.where(scale > 0, scale, 1.0)  # squares neither overflow nor vanish
-    return tridiagonal_eigenvalues(*tridiagonal(symmetric_Bnn / scale[:, None, None])) * scale[:, None]
+    reduced = tridiagonal_in_registers if symmetric_Bnn.shape[-1] <= WIDEST else tridiagonal
+    return tridiagonal_eigenvalues(*reduced(symmetric_Bnn / scale[:, None, None])) * scale[:, None]
 
 
 def tridiagonal(symmetric_Bnn: Tensor) -> tuple[Tensor, Tensor]:

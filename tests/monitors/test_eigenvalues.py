@@ -14,6 +14,9 @@ from monitors.eigenvalues import (
 from tests.models.attention_in_triton import DEVICE
 
 bisection = pytest.importorskip("monitors.bisection", exc_type=ModuleNotFoundError)
+tridiagonal_in_registers = pytest.importorskip(
+    "monitors.tridiagonal_kernel", exc_type=ModuleNotFoundError
+).tridiagonal_in_registers
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 REACH = 1e-14
@@ -75,6 +78,18 @@ def test_a_wide_matrix_keeps_its_spectrum_when_made_tridiagonal():
     made = torch.diag_embed(diagonal) + sum(torch.diag_embed(squared.sqrt(), offset) for offset in (1, -1))
     expected = torch.linalg.eigvalsh(symmetric)
     assert (torch.linalg.eigvalsh(made) - expected).abs().max() <= REACH * expected.abs().max()
+
+
+@pytest.mark.parametrize("n", [2, 5, 20])
+def test_the_kernel_reduces_as_one_operation_after_another_does(n):
+    """Diagonals and squared off-diagonals; an exact zero column among them."""
+    x = randn(3, n, n)
+    symmetric = x + x.mT
+    symmetric[0, 1:, 0] = symmetric[0, 0, 1:] = 0
+    for got, expected in zip(
+        tridiagonal_in_registers(symmetric.to(DEVICE)), tridiagonal(symmetric.clone()), strict=True
+    ):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_cpu_keeps_its_library():
