@@ -21,7 +21,7 @@ import torch
 
 from experiments.gpt2_pieces import pieces
 from experiments.gpt2_sizes import SIZES, Size
-from experiments.gpu_record import Record, file_name, machine
+from experiments.gpu_record import Record, end, file_name, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 480.0
@@ -76,11 +76,7 @@ def main(arguments: list[str]) -> None:
     found, size = _found(device), SIZES[name](device)
     path = Path(given["out"]) / file_name(found["device"], "-gpt2" if name == "gpt2_124m" else "-gpt2-tiny")
     found |= {"size": name, "batch_size": size.train.batch_size, "goals": GOALS}
-    failed = measure(size, Record(path, found, ("steps", "monitors", "profile"), limit_s, LONGEST_PIECE_S))
-    print(path)
-    if failed:
-        print(f"error: {len(failed)} failed: {'; '.join(failed)}", file=sys.stderr)
-        sys.exit(1)
+    end(path, measure(size, Record(path, found, ("steps", "monitors", "profile"), limit_s, LONGEST_PIECE_S)))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,15 @@ lost, and stops by itself within nine minutes. Exit code: 0, 1 if a check failed
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from experiments.gpu_correctness import checks
-from experiments.gpu_record import Record, file_name, machine
+from experiments.gpu_record import Record, begin, end
 from experiments.gpu_speed import Case, cases, measure
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 540.0
 SPEED_FROM_S = 300.0
 """Checks that have not begun by then are left to the end, so that there is time for the speed."""
@@ -45,23 +42,8 @@ def check_machine(record: Record) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if set(given) - {"out"} or len(given) != len(arguments):
-        sys.exit("usage: python3 -m experiments.gpu_check [out=FOLDER]")
-    for there, what in (
-        (torch.cuda.is_available(), "a CUDA device that torch sees"),
-        (importlib.util.find_spec("triton") is not None, "the package triton"),
-    ):
-        if not there:
-            print(f"error: gpu-check needs {what}", file=sys.stderr)
-            sys.exit(2)
-    found = machine()
-    path = Path(given.get("out", ROOT / "results" / "gpu")) / file_name(found["device"])
-    failed = check_machine(new_record(path, found))
-    print(path)
-    if failed:
-        print(f"error: {len(failed)} failed: {'; '.join(failed)}", file=sys.stderr)
-        sys.exit(1)
+    path, found = begin(arguments, "gpu_check")
+    end(path, check_machine(new_record(path, found)))
 
 
 if __name__ == "__main__":

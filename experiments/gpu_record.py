@@ -1,13 +1,15 @@
-"""The record of a borrowed GPU, written after every piece so that nothing measured is lost, within a time limit."""
+"""The record of a borrowed GPU: written after every piece, so that nothing measured is lost, within a time limit."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
 
 
@@ -110,3 +113,30 @@ class Record:
         write_json(self.path, self.results)
         pieces = [piece for part in self._parts for piece in self.results[part].items()]
         return [name for name, result in pieces if result.get("ok") is False]
+
+
+def begin(arguments: list[str], module: str, suffix: str = "") -> tuple[Path, dict[str, Any]]:
+    """Where a command ``python3 -m experiments.<module> [out=FOLDER]`` writes, and ``machine``.
+
+    Exits with one line where the arguments are others, or nothing can be measured.
+    """
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if set(given) - {"out"} or len(given) != len(arguments):
+        sys.exit(f"usage: python3 -m experiments.{module} [out=FOLDER]")
+    for there, what in (
+        (torch.cuda.is_available(), "a CUDA device that torch sees"),
+        (importlib.util.find_spec("triton") is not None, "the package triton"),
+    ):
+        if not there:
+            print(f"error: {module.replace('_', '-')} needs {what}", file=sys.stderr)
+            sys.exit(2)
+    found = machine()
+    return Path(given.get("out", ROOT / "results" / "gpu")) / file_name(found["device"], suffix), found
+
+
+def end(path: Path, failed: Sequence[str]) -> None:
+    """Say where the record is, and exit with code 1 if anything failed."""
+    print(path)
+    if failed:
+        print(f"error: {len(failed)} failed: {'; '.join(failed)}", file=sys.stderr)
+        sys.exit(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.flash import flash_attention_triton
 from models.numerics import HEALTHY_LAYER, LayerNumerics, SiteFault
-from models.tiles import pinned_tiles
+from models.tiles import Tiles, pinned_tiles
 
 TOKENS, HEADS = 16384, 16
 D_HEADS = (64, 128)
@@ -58,8 +58,9 @@ def faulty(bits: int) -> LayerNumerics:
     return LayerNumerics({(site, phase): (SiteFault(site, phase, "truncate", bits),) for site, phase in sites})
 
 
-def _triton(numerics: LayerNumerics, d_head: int, device: torch.device) -> Attend:
-    tiles, nonfinite = pinned_tiles(d_head), torch.zeros((), dtype=torch.int64, device=device)
+def triton_attention(numerics: LayerNumerics, tiles: Tiles, device: torch.device) -> Attend:
+    """The kernels with these tiles and faults."""
+    nonfinite = torch.zeros((), dtype=torch.int64, device=device)
     return lambda q, k, v: flash_attention_triton(q, k, v, numerics, nonfinite, None, tiles)
 
 
@@ -86,12 +87,15 @@ def contestants(case: Case, device: torch.device) -> dict[str, Callable[[], Atte
     """What is measured, each made when it is called: some need a compiler, or a part of PyTorch that may be missing.
 
     The healthy kernel is compiled without the sites: it is the build that never had them. Beside it, the same
-    kernel with the sites of ``faulty`` compiled in and told to do nothing, and doing it.
+    kernel with the sites of ``faulty`` compiled in and told to do nothing, and doing it; and one that adds dQ up
+    with atomics, as FlashAttention-2 and cuDNN do.
     """
+    tiles, adding = (pinned_tiles(case.d_head, deterministic) for deterministic in (True, False))
     return {
-        OURS: lambda: _triton(HEALTHY_LAYER, case.d_head, device),
-        "sites compiled in, off": lambda: _triton(faulty(0), case.d_head, device),
-        "sites on": lambda: _triton(faulty(7), case.d_head, device),
+        OURS: lambda: triton_attention(HEALTHY_LAYER, tiles, device),
+        "sites compiled in, off": lambda: triton_attention(faulty(0), tiles, device),
+        "sites on": lambda: triton_attention(faulty(7), tiles, device),
+        "dQ by atomics": lambda: triton_attention(HEALTHY_LAYER, adding, device),
         "cuDNN": lambda: _sdpa("CUDNN_ATTENTION"),
         "FlashAttention-2": lambda: _sdpa("FLASH_ATTENTION"),
         "FlexAttention": lambda: _flex(case.length, device),

@@ -42,6 +42,7 @@ from faults.base import Sites
 from models.compiled import CompiledObjective
 from models.corruption import Corrupted
 from models.objective import objective_at
+from models.precision import accumulate_in_fp32
 from monitors.base import Reading, Signal, StepView, tapped
 
 Progress = Callable[[int, Tensor, Mapping[str, Reading]], None]
@@ -75,6 +76,7 @@ def train(run: Run, out: Path, progress: Progress | None = None) -> dict[str, An
 def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress | None) -> None:
     config, device = run.train, run.device
     torch.set_num_threads(config.threads)
+    accumulate_in_fp32()
     model, healthy = run.new_model(), run.healthy_sites()
     optimizer, history = adamw(model, config), run.new_history()
     ledger = Ledger(run, folder, manifest, model, optimizer, history)

@@ -43,6 +43,7 @@ def load_kernels(device: torch.device) -> SimpleNamespace:
         from models.flash_forward import forward_kernel
         from models.flash_key_gradient import key_gradient_kernel
         from models.flash_query_gradient import query_gradient_kernel
+        from models.flash_query_sum import query_sum_kernel
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -56,6 +57,7 @@ def load_kernels(device: torch.device) -> SimpleNamespace:
         delta_of_p=delta_of_p_kernel,
         key_gradient=key_gradient_kernel,
         query_gradient=query_gradient_kernel,
+        query_sum=query_sum_kernel,
     )
 
 
@@ -144,7 +146,10 @@ def _backward(
     every = {"D": D, "BLOCK_D": _block_d(D), "HEADS": H, "FAULTS": code}
     both = {"SCALE": D**-0.5, "WINDOW": window, "KV_HEADS": G, **every}
 
-    queries, keys, warps, stages = tiles[8:]
+    adds_dq = len(tiles) == 8
+    if adds_dq and torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError("model.deterministic=False is not allowed after torch.use_deterministic_algorithms(True)")
+    queries, keys, warps, stages = tiles[:4] if adds_dq else tiles[8:]
     if KernelArithmetic(*arithmetic).delta_of_p:
         kernels.delta_of_p[(B * H, -(-T // queries))](
             q, k, v, do, lse, delta, table, count, T,
@@ -152,15 +157,21 @@ def _backward(
         )  # fmt: skip
     else:
         kernels.delta[(B * H, -(-T // queries))](o, do, delta, table, count, T, ROWS=queries, **every)
-    kernels.query_gradient[(B * H, -(-T // queries))](
-        q, k, v, do, lse, delta, dq, table, count, T,
-        ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
-    )  # fmt: skip
-    queries, keys, warps, stages = tiles[4:8]
+    if not adds_dq:
+        kernels.query_gradient[(B * H, -(-T // queries))](
+            q, k, v, do, lse, delta, dq, table, count, T,
+            ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
+        )  # fmt: skip
+    dq_sum = torch.zeros_like(q, dtype=torch.float32) if adds_dq else lse  # lse: not touched
+    key_queries, keys, warps, stages = tiles[4:8]
     kernels.key_gradient[(B * G, -(-T // keys))](
-        q, k, v, do, lse, delta, dk, dv, table, count, T,
-        ROWS=queries, COLS=keys, num_warps=warps, num_stages=stages, **both,
+        q, k, v, do, lse, delta, dk, dv, dq_sum, table, count, T,
+        ROWS=key_queries, COLS=keys, ADDS_DQ=adds_dq, num_warps=warps, num_stages=stages, **both,
     )  # fmt: skip
+    if adds_dq:
+        kernels.query_sum[(B * H, -(-T // queries))](
+            dq_sum, dq, table, count, T, SCALE=D**-0.5, ROWS=queries, num_warps=warps, **every
+        )
     return dq, dk, dv, count
 
 

@@ -1,10 +1,11 @@
 """The backward of ``models.flash``: delta, and what the kernels of the keys and of the queries both recompute.
 
 P is 2^(S - L) in base 2, so no row sum is needed and every gradient is one sum in registers, in a fixed order and
-without atomics: the same bits at every run.
+without atomics: the same bits at every run. Where ``Tiles.deterministic`` is not asked for, dQ is an exception.
 
 Each site is corrupted wherever it is read, and its non-finite values are counted by the one kernel that reads every
-element once: o, do, delta by this module's; k, v, dk, dv by that of the keys; the others by that of the queries.
+element once: o, do, delta by this module's; k, v, dk, dv by that of the keys; the others by that of the queries. Where
+there is none, dq by the one that rounds it, and the others by that of the keys.
 Shapes: as in ``models.flash_forward``; delta (B, H, T) in FP32; do like q.
 """
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from models.flash_bits import round_to_bf16, widen
-from models.flash_scores import scores
+from models.flash_scores import base_2, scores
 from models.flash_sites import DELTA, DO, DP, DS, O, P, corrupt
 from models.flash_tiles import LOG2_E, load_tile
 
@@ -72,7 +73,7 @@ def probability(
     qk: Q K^T; lse: corrupted, broadcast against it.
     """
     s = scores(qk, i, j, T, seen, head, faults_ptr, nonfinite_ptr, SCALE, HEADS, FAULTS, MASKED)
-    p = tl.exp2(s - lse * LOG2_E)
+    p = tl.exp2(s * base_2(SCALE, FAULTS) - lse * LOG2_E)
     return corrupt(p, i, j, T, seen, head, P, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
 
 

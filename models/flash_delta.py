@@ -11,7 +11,7 @@ import triton.language as tl
 from models.flash_backward import probability
 from models.flash_bits import product
 from models.flash_sites import DELTA, DO, DP, LSE, K, Q, V, corrupt
-from models.flash_tiles import key_range, load_tile, sees
+from models.flash_tiles import key_range, load_rows, load_tile, sees
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -53,7 +53,7 @@ def delta_of_p_kernel(
     q = corrupt(q, i, dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS)
     do = load_tile(do_ptr + of_head * D, rows, T, D, BLOCK_D)
     do = corrupt(do, i, dims, D, inside, head, DO, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    lse = tl.load(lse_ptr + of_head + rows, mask=rows < T, other=0.0)
+    lse = load_rows(lse_ptr + of_head, rows, T)
     lse = corrupt(lse, rows, 0, 1, rows < T, head, LSE, FAULTS, faults_ptr, HEADS)
 
     delta = tl.zeros([ROWS], tl.float32)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from models.flash_bits import product, round_to_bf16, widen
-from models.flash_scores import moved_maximum, scores
+from models.flash_scores import base_2, moved_maximum, scores
 from models.flash_sites import K, O, P, Q, V, corrupt, operation
 from models.flash_tiles import LN_2, LOG2_E, key_range, load_tile, sees, store_tile
 
@@ -54,6 +54,7 @@ def _attend(
     MASKED: tl.constexpr,
 ):
     """Take in the keys from start to stop; MASKED: some of them are outside some row's sight."""
+    UNIT: tl.constexpr = base_2(SCALE, FAULTS)
     i, dims = first_row + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     for first in range(start, stop, COLS):
         cols = first + tl.arange(0, COLS)
@@ -63,8 +64,8 @@ def _attend(
         if MASKED:
             seen = sees(i, j, T, WINDOW)
 
-        k = load_tile(k_ptr, cols, T, D, BLOCK_D)
-        v = load_tile(v_ptr, cols, T, D, BLOCK_D)
+        k = load_tile(k_ptr, cols, T, D, BLOCK_D, not MASKED)
+        v = load_tile(v_ptr, cols, T, D, BLOCK_D, not MASKED)
         if MASKED:  # each key lies on the diagonal of one query tile: there it is counted
             own = inside & counts_keys & (keys >= first_row) & (keys < first_row + ROWS)
             k = corrupt(k, keys, dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS, nonfinite_ptr, own)
@@ -78,12 +79,12 @@ def _attend(
         if BETA > 0:
             new_top = top
         elif OFFSET > 0:
-            new_top = tl.maximum(top, tl.max(s, 1) + OFFSET * LOG2_E)
+            new_top = tl.maximum(top, tl.max(s, 1) * UNIT + OFFSET * LOG2_E)
         else:
-            new_top = tl.maximum(top, tl.max(s, 1))
+            new_top = tl.maximum(top, tl.max(s, 1) * UNIT)
         reference = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
         rescale = tl.exp2(top - reference)
-        p_bar = tl.exp2(s - reference[:, None])
+        p_bar = tl.exp2(s * UNIT - reference[:, None])
         total = total * rescale + tl.sum(p_bar, 1)
         p = round_to_bf16(p_bar)
         p = corrupt(p, i, j, T, seen, head, P, FAULTS, faults_ptr, HEADS, nonfinite_ptr)

@@ -2,6 +2,9 @@
 
 dK and dV sum over a group's query heads in FP32 before they are rounded. Tiles of scores are held transposed,
 (keys, queries), as both products need them. Shapes: as in ``models.flash_backward``; dk, dv like k.
+
+With ADDS_DQ it also adds what the keys send to dQ, in FP32 atomics: five products where two kernels need seven, in an
+order of sums that differs from run to run. ``query_sum_kernel`` then rounds what has come together.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import triton.language as tl
 from models.flash_backward import probability, score_gradient
 from models.flash_bits import product, round_to_bf16
 from models.flash_sites import DK, DO, DV, LSE, K, Q, V, corrupt
-from models.flash_tiles import load_tile, sees, store_tile
+from models.flash_tiles import load_rows, load_tile, sees, store_tile
 
 
 @triton.jit
@@ -28,9 +31,11 @@ def _gather_queries(
     do_ptr,
     lse_ptr,
     delta_ptr,
+    dq_sum_ptr,
     T,
     head,
     faults_ptr,
+    nonfinite_ptr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     D: tl.constexpr,
@@ -39,9 +44,12 @@ def _gather_queries(
     COLS: tl.constexpr,
     HEADS: tl.constexpr,
     FAULTS: tl.constexpr,
+    ADDS_DQ: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add to dK (unscaled) and dV what one head's queries from start to stop send to a tile of keys."""
+    of_all = nonfinite_ptr if ADDS_DQ else None  # otherwise the kernel of the queries counts
+    of_diagonal = nonfinite_ptr if ADDS_DQ and MASKED else None
     j, dims = first_col + tl.arange(0, COLS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     for first in range(start, stop, ROWS):
         rows = first + tl.arange(0, ROWS)
@@ -50,24 +58,30 @@ def _gather_queries(
         if MASKED:
             seen = sees(i, j, T, WINDOW)
 
-        q = load_tile(q_ptr, rows, T, D, BLOCK_D)
-        q = corrupt(q, rows[:, None], dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS)
-        lse = tl.load(lse_ptr + rows, mask=rows < T, other=0.0)
-        lse = corrupt(lse, rows, 0, 1, rows < T, head, LSE, FAULTS, faults_ptr, HEADS)
+        q = load_tile(q_ptr, rows, T, D, BLOCK_D, not MASKED)
+        lse = load_rows(lse_ptr, rows, T, not MASKED)
+        own = (rows >= first_col) & (rows < first_col + COLS) & (rows < T)  # each query is on one tile's diagonal
+        q = corrupt(
+            q, rows[:, None], dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS, of_diagonal, inside & own[:, None]
+        )
+        lse = corrupt(lse, rows, 0, 1, rows < T, head, LSE, FAULTS, faults_ptr, HEADS, of_diagonal, own)
         p = probability(
-            product(k, tl.trans(q)), lse[None, :], i, j, T, seen, head, faults_ptr, None,
+            product(k, tl.trans(q)), lse[None, :], i, j, T, seen, head, faults_ptr, of_all,
             SCALE, HEADS, FAULTS, MASKED,
         )  # fmt: skip
 
-        do = load_tile(do_ptr, rows, T, D, BLOCK_D)
+        do = load_tile(do_ptr, rows, T, D, BLOCK_D, not MASKED)
         do = corrupt(do, rows[:, None], dims, D, inside, head, DO, FAULTS, faults_ptr, HEADS)
         dv += product(round_to_bf16(p), do)
-        delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+        delta = load_rows(delta_ptr, rows, T, not MASKED)
         ds = score_gradient(
-            p, product(v, tl.trans(do)), delta[None, :], i, j, T, seen, head, faults_ptr, None,
+            p, product(v, tl.trans(do)), delta[None, :], i, j, T, seen, head, faults_ptr, of_all,
             HEADS, FAULTS,
         )  # fmt: skip
         dk += product(ds, q)
+        if ADDS_DQ:
+            dq = product(tl.trans(ds), k)
+            tl.atomic_add(dq_sum_ptr + rows[:, None] * D + dims, dq, inside, sem="relaxed")
     return dk, dv
 
 
@@ -81,6 +95,7 @@ def key_gradient_kernel(
     delta_ptr,
     dk_ptr,
     dv_ptr,
+    dq_sum_ptr,
     faults_ptr,
     nonfinite_ptr,
     T,
@@ -93,6 +108,7 @@ def key_gradient_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     FAULTS: tl.constexpr,
+    ADDS_DQ: tl.constexpr,
 ):
     """dK and dV of COLS keys of one KV head. Grid: (batch x KV_HEADS, tiles of keys), the longest columns first."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -137,9 +153,11 @@ def key_gradient_kernel(
                 do_ptr + of_head * D,
                 lse_ptr + of_head,
                 delta_ptr + of_head,
+                dq_sum_ptr + of_head * D,
                 T,
                 head,
                 faults_ptr,
+                nonfinite_ptr,
                 SCALE,
                 WINDOW,
                 D,
@@ -148,6 +166,7 @@ def key_gradient_kernel(
                 COLS,
                 HEADS,
                 FAULTS,
+                ADDS_DQ,
                 MASKED=STAGE != 1,
             )
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from models.flash_backward import probability, score_gradient
 from models.flash_bits import product, round_to_bf16
 from models.flash_sites import DO, DQ, LSE, K, Q, V, corrupt
-from models.flash_tiles import key_range, load_tile, sees, store_tile
+from models.flash_tiles import key_range, load_rows, load_tile, sees, store_tile
 
 
 @triton.jit
@@ -50,9 +50,9 @@ def _gather_keys(
         if MASKED:
             seen = sees(i, j, T, WINDOW)
 
-        k = load_tile(k_ptr, cols, T, D, BLOCK_D)
+        k = load_tile(k_ptr, cols, T, D, BLOCK_D, not MASKED)
         k = corrupt(k, cols[:, None], dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS)
-        v = load_tile(v_ptr, cols, T, D, BLOCK_D)
+        v = load_tile(v_ptr, cols, T, D, BLOCK_D, not MASKED)
         v = corrupt(v, cols[:, None], dims, D, inside, kv_head, V, FAULTS, faults_ptr, HEADS)
         p = probability(
             product(q, tl.trans(k)), lse[:, None], i, j, T, seen, head, faults_ptr, nonfinite_ptr,
@@ -103,9 +103,9 @@ def query_gradient_kernel(
     q = corrupt(q, i, dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     do = load_tile(do_ptr + of_head * D, rows, T, D, BLOCK_D)
     do = corrupt(do, i, dims, D, inside, head, DO, FAULTS, faults_ptr, HEADS)
-    lse = tl.load(lse_ptr + of_head + rows, mask=rows < T, other=0.0)
+    lse = load_rows(lse_ptr + of_head, rows, T)
     lse = corrupt(lse, rows, 0, 1, rows < T, head, LSE, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
-    delta = tl.load(delta_ptr + of_head + rows, mask=rows < T, other=0.0)
+    delta = load_rows(delta_ptr + of_head, rows, T)
 
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
     start, unmasked, diagonal, stop = key_range(first_row, ROWS, COLS, T, WINDOW)

@@ -14,6 +14,12 @@ ROUNDS_TO_ONE = tl.constexpr(arithmetic.ROUNDS_TO_ONE)
 
 
 @triton.jit
+def base_2(SCALE: tl.constexpr, FAULTS: tl.constexpr):
+    """What turns ``scores`` into powers of 2. Their callers multiply where they subtract, which is one instruction."""
+    return LOG2_E if operation(FAULTS, S) else SCALE * LOG2_E
+
+
+@triton.jit
 def scores(
     qk,
     i,
@@ -28,19 +34,17 @@ def scores(
     FAULTS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """S of a tile in base 2, corrupted on ``s``, -inf where a query does not look. qk: Q K^T."""
+    """S of a tile in units of 1 / ``base_2``, corrupted on ``s``, -inf where a query does not look. qk: Q K^T."""
+    s = qk
     if operation(FAULTS, S):
-        s = qk * SCALE
-        s = corrupt(s, i, j, T, seen, head, S, FAULTS, faults_ptr, HEADS, nonfinite_ptr) * LOG2_E
-    else:
-        s = qk * (SCALE * LOG2_E)
+        s = corrupt(qk * SCALE, i, j, T, seen, head, S, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
     return s
 
 
 @triton.jit
-def _scores_of_keys(
+def _base_2_scores_of_keys(
     q,
     i,
     first,
@@ -62,7 +66,8 @@ def _scores_of_keys(
     k = load_tile(k_ptr, cols, T, D, BLOCK_D)
     k = corrupt(k, cols[:, None], dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS)
     seen = sees(i, j, T, WINDOW)
-    return scores(product(q, tl.trans(k)), i, j, T, seen, head, faults_ptr, None, SCALE, HEADS, FAULTS, True)
+    s = scores(product(q, tl.trans(k)), i, j, T, seen, head, faults_ptr, None, SCALE, HEADS, FAULTS, True)
+    return s * base_2(SCALE, FAULTS)
 
 
 @triton.jit
@@ -93,13 +98,13 @@ def moved_maximum(
     i = first_row + tl.arange(0, ROWS)[:, None]
     top = tl.full([ROWS], float("-inf"), tl.float32)
     for first in range(start, stop, COLS):
-        s = _scores_of_keys(
+        s = _base_2_scores_of_keys(
             q, i, first, k_ptr, T, head, kv_head, faults_ptr, SCALE, WINDOW, D, BLOCK_D, COLS, HEADS, FAULTS
         )
         top = tl.maximum(top, tl.max(s, 1))
     repeats = tl.zeros([ROWS], tl.int32)
     for first in range(start, stop, COLS):
-        s = _scores_of_keys(
+        s = _base_2_scores_of_keys(
             q, i, first, k_ptr, T, head, kv_head, faults_ptr, SCALE, WINDOW, D, BLOCK_D, COLS, HEADS, FAULTS
         )
         repeats += tl.sum((s >= top[:, None] + ROUNDS_TO_ONE * LOG2_E).to(tl.int32), 1)

@@ -10,11 +10,25 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_tile(head_ptr, rows, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of one head's (T, D) matrix, zero outside it."""
+def load_tile(head_ptr, rows, T, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Rows of one head's (T, D) matrix, zero outside it. WHOLE: all rows are known to be inside."""
     dims = tl.arange(0, BLOCK_D)[None, :]
-    inside = (rows[:, None] < T) & (dims < D)
-    return tl.load(head_ptr + rows[:, None] * D + dims, mask=inside, other=0.0)
+    places = head_ptr + rows[:, None] * D + dims
+    if WHOLE and D == BLOCK_D:
+        return tl.load(places)
+    elif WHOLE:
+        return tl.load(places, mask=dims < D, other=0.0)
+    else:
+        return tl.load(places, mask=(rows[:, None] < T) & (dims < D), other=0.0)
+
+
+@triton.jit
+def load_rows(head_ptr, rows, T, WHOLE: tl.constexpr = False):
+    """Rows of one head's (T,) vector, zero outside it. WHOLE: as in ``load_tile``."""
+    if WHOLE:
+        return tl.load(head_ptr + rows)
+    else:
+        return tl.load(head_ptr + rows, mask=rows < T, other=0.0)
 
 
 @triton.jit

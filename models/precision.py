@@ -40,6 +40,14 @@ def outside_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def accumulate_in_fp32() -> None:
+    """Of this process: let no GPU add up the parts of a split BF16 product in BF16, which PyTorch allows by default.
+
+    Every product is then rounded once, as ``monitors.autocast_rounding`` predicts.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on, as a matrix product would take them; else as they are."""
     device = tensors[0].device.type

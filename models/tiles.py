@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,31 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of the forward, the dK/dV and the dQ kernel: they fix the order of sums, so they belong to a run."""
+    """The tiles of the forward, the dK/dV and the dQ kernel: they fix the order of sums, so they belong to a run.
+
+    query_gradient: None where the dK/dV kernel adds dQ up with atomics, in an order that nothing fixes.
+    """
 
     forward: Tile
     key_gradient: Tile
-    query_gradient: Tile
+    query_gradient: Tile | None
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the same numbers give the same bits at every run."""
+        return self.query_gradient is not None
 
     def flat(self) -> list[int]:
-        """Twelve numbers, as ``torch.library`` operators take them: four of each kernel, in the order above."""
-        return [size for tile in (self.forward, self.key_gradient, self.query_gradient) for size in astuple(tile)]
+        """Four numbers of each kernel, in the order above, as ``torch.library`` operators take them."""
+        tiles = self.forward, self.key_gradient, self.query_gradient
+        return [size for tile in tiles if tile is not None for size in astuple(tile)]
 
 
-def pinned_tiles(d_head: int) -> Tiles:
+def pinned_tiles(d_head: int, deterministic: bool = True) -> Tiles:
     """The tiles for a head dim, sized for the registers and shared memory of a Hopper GPU. Never tuned at run time."""
+    if not deterministic:
+        adding = Tile(64, 128, 8, 2) if d_head <= 128 else Tile(64, 32, 8, 1)
+        return replace(pinned_tiles(d_head), key_gradient=adding, query_gradient=None)
     if d_head <= 64:
         return Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
     if d_head <= 128:

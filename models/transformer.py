@@ -54,7 +54,8 @@ class TransformerConfig:
     moe: router and experts in place of every MLP, or None for a dense model;
     rope_base: base of the rotary frequencies, used when positions is ``rope``;
     init_std: of every matrix; residual outputs are scaled by 1/sqrt(2 n_layers) (GPT-2);
-    backend: see ``models.backend``; tiles: of the Triton kernels, or None for those pinned to the head dim.
+    backend: see ``models.backend``; tiles: of the Triton kernels, or None for those pinned to the head dim;
+    deterministic: False lets those kernels add dQ up with atomics, which is faster and never twice the same.
     """
 
     d_model: int
@@ -74,6 +75,7 @@ class TransformerConfig:
     init_std: float = 0.02
     backend: str = "reference"
     tiles: Tiles | None = None
+    deterministic: bool = True
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
@@ -110,13 +112,23 @@ class TransformerConfig:
     def on(self, device: torch.device) -> TransformerConfig:
         """The same with what the device decides filled in: the backend, and its tiles if it has any.
 
-        Raises ValueError where the backend cannot run there, or takes no tiles and is given some.
+        Raises ValueError where the backend cannot run there, or is told what only another one can do.
         """
         backend = resolve_backend(self.backend, device, self.d_model, self.n_heads)
         if backend == "triton":
-            return replace(self, backend=backend, tiles=self.tiles or pinned_tiles(self.d_head))
-        if self.tiles is not None:
-            raise ValueError(f"model.tiles is not allowed with model.backend={backend!r}: it goes with 'triton' alone")
+            tiles = self.tiles or pinned_tiles(self.d_head, self.deterministic)
+            if tiles.deterministic != self.deterministic:
+                raise ValueError(
+                    f"model.deterministic={self.deterministic} does not fit model.tiles.query_gradient="
+                    f"{tiles.query_gradient}: false goes with null, and null with false"
+                )
+            return replace(self, backend=backend, tiles=tiles)
+        for field, usual in (("tiles", None), ("deterministic", True)):
+            if getattr(self, field) != usual:
+                value = "" if field == "tiles" else f"={getattr(self, field)}"
+                raise ValueError(
+                    f"model.{field}{value} is not allowed with model.backend={backend!r}: it goes with 'triton' alone"
+                )
         return replace(self, backend=backend)
 
 

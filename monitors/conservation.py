@@ -9,8 +9,8 @@ D d_head. The tensors of one dot product are ``q k v o`` as they enter and leave
 gradients ``dq dk dv do`` of the loss with respect to them. All residuals are relative, without unit, from 0
 (kept) up; FP64 networks give about 1e-15. A residual of zeros over zeros is 0, NaN and Inf propagate. Every
 residual also exists as its two parts, so that what rounding predicts can replace the scale (``monitors.rounding``
-inside attention, ``monitors.fp32_rounding`` outside). What FP32 tensors break is below FP32's resolution of the sums
-that cancel, so outside attention these are taken in FP64.
+inside attention; outside ``monitors.fp32_rounding`` and, under BF16 autocast, ``monitors.autocast_rounding``). What
+FP32 tensors break is below FP32's resolution of the sums that cancel, so outside attention these are taken in FP64.
 
 Source: Noether's theorem for gradients as in Kunin et al., arXiv:2012.04728; the attention laws are derived below.
 """
@@ -25,7 +25,10 @@ from torch import Tensor
 from models.numerics import at_least_fp32
 
 CACHED = 2**17
-"""Numbers in a block of a long sum: half a megabyte in FP32, one in FP64."""
+"""Numbers in a block of a long sum on a CPU: half a megabyte in FP32, one in FP64."""
+
+LAUNCHED = 2**25
+"""The same elsewhere, where starting an operation costs more than missing a cache: 128 MiB in FP32."""
 
 Broken = tuple[Tensor, Tensor]
 """By how much a law is broken, 0 or more, and the scale that its residual divides by; one shape."""
@@ -52,6 +55,11 @@ def _total(x: Tensor) -> Tensor:
 def squared_norm(x: Tensor) -> Tensor:
     """|x|^2 over the last dimension, in its own precision: u^2 of it may be below FP32's range and needs FP64."""
     return torch.linalg.vector_norm(x, dim=-1).square()
+
+
+def squared_norm_fp64(x: Tensor) -> Tensor:
+    """|x|^2 over the last dimension, in FP64: of a token that the model is sure of, FP32 would lose the squares."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square()
 
 
 def over_group(x_BHT: Tensor, n_kv_heads: int) -> Tensor:
@@ -209,6 +217,19 @@ def logit_shift(dlogits: Tensor) -> Broken:
     return _norm(flat_NV.sum(-1, dtype=torch.float64)), scale
 
 
+def head_shift(dw: Tensor, x: Tensor, dlogits: Tensor) -> Broken:
+    """||sum_v dW_v - sum_t (sum_v dlogits_tv) x_t|| / sum_v ||dW_v||, 0-dim: an untied head's product dW = dlogits^T x.
+
+    ``logit_shift`` of dW where dlogits have been rounded to BF16 and sum to 0 no longer: what they hand on to the
+    weight is taken off exactly, as it is of one sign in many tokens and adds up.
+
+    dw: (V, M); x: (..., M), as the product took it; dlogits: (..., V).
+    """
+    shift_N = dlogits.flatten(0, -2).sum(-1, dtype=torch.float32).double()
+    handed_on = shift_N @ x.flatten(0, -2).double()
+    return _norm(dw.sum(0, dtype=torch.float64) - handed_on), _norm(dw).double().sum()
+
+
 def logit_shift_residual(dlogits: Tensor) -> Tensor:
     """``logit_shift`` as a residual, 0-dim."""
     return relative(*logit_shift(dlogits))
@@ -230,8 +251,8 @@ def linear_euler(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Broken:
 
 
 def _blocks(y: Tensor, dy: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both by some tokens at a time, so that their product and its FP64 copy never leave the cache."""
-    tokens = max(1, CACHED // y.shape[-1])
+    """Both by some tokens at a time, so that their product and its FP64 copy never leave a CPU's cache."""
+    tokens = max(1, (CACHED if y.device.type == "cpu" else LAUNCHED) // y.shape[-1])
     return zip(y.flatten(0, -2).split(tokens), dy.flatten(0, -2).split(tokens), strict=True)
 
 

@@ -20,9 +20,9 @@ that these two are left out of the universal track (``analysis.tracks``). The ot
 Sums of squared terms, T summed over a product's outputs with weights, would cost another matrix product. They are taken
 mean-field: sum_j W_ij^2 x_j^2 = |W_i|^2 |x|^2 / n_in.
 
-They are predictions for FP32. Under BF16 autocast a linear layer stores y, dy and dW in BF16 and multiplies a rounded
-W, which breaks its laws far more: ``stored_in_fp32`` says whether a prediction applies. The residuals remain, at BF16's
-level. Norms and routers compute and store in FP32 there too, and keep theirs.
+They are predictions for FP32. Under BF16 autocast (``LinearStep.in_bf16``) a linear layer stores y, dy and dW in BF16,
+which breaks its laws far more; ``monitors.autocast_rounding`` has the predictions there. Norms and routers compute and
+store in FP32 under autocast too, and keep these.
 
 Shapes: L layers, N tokens (or slots at experts), V vocabulary, M width, E experts. All predictions are mean squares,
 FP64, in the squared unit of what is broken, of each layer or token as that is.
@@ -40,7 +40,7 @@ from torch import Tensor
 
 from models.numerics import at_least_fp32
 from models.taps import Tap
-from monitors.conservation import squared_norm
+from monitors.conservation import squared_norm, squared_norm_fp64
 
 FP32_U2 = 2.0**-46 / 24
 """Mean square of the relative error of one rounding to FP32."""
@@ -65,9 +65,9 @@ def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
     return coherent, n / blocks * (1 / 2 - 1 / (3 * blocks)) + (blocks - 1) / 6
 
 
-def stored_in_fp32(tap: Tap) -> bool:
-    """Whether a linear layer's output, and with it its gradients, were not rounded to BF16."""
-    return tap.output.dtype != torch.bfloat16
+def taken(x: Tensor, tap: Tap) -> Tensor:
+    """A linear layer's input or weight as its product took it: in the dtype of the output, as autocast casts it."""
+    return x.to(tap.output.dtype)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class LinearStep:
 
     x: (L, n, in); y, dy: (L, n, out), of n tokens out of ``tokens``, an even sample; w, dw: by layer, (E, out, in),
     E = 1 for an ordinary one; slots: how many of all the tokens each expert has, (L, E), and expert: whose each sampled
-    one is, (L, n); None for ordinary layers.
+    one is, (L, n); None for ordinary layers. x and w as the product took them: rounded where autocast did (``taken``).
     """
 
     x: Tensor
@@ -95,14 +95,19 @@ class LinearStep:
         def together(tensors: Iterable[Tensor]) -> Tensor:
             return at_least_fp32(torch.stack([tensor.flatten(0, -2)[sample] for tensor in tensors]))
 
-        x, y = together(tap.inputs[0] for tap in taps), together(tap.output for tap in taps)
+        x, y = together(taken(tap.inputs[0], tap) for tap in taps), together(tap.output for tap in taps)
         dy, tokens = together(tap.output_grad for tap in taps), taps[0].output.shape[:-1].numel()
-        w, dw = [tap.weight for tap in taps], [tap.weight_grad for tap in taps]
+        w, dw = [taken(tap.weight, tap) for tap in taps], [tap.weight_grad for tap in taps]
         if slots is None:
             return cls(x, y, dy, [one[None] for one in w], [one[None] for one in dw], tokens)
         numbers = torch.arange(slots.shape[-1], device=x.device)
         expert = torch.stack([numbers.repeat_interleave(own, output_size=tokens)[sample] for own in slots])
         return cls(x, y, dy, [one.mT for one in w], [one.mT for one in dw], tokens, slots, expert)
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether the product took and returned BF16, as under autocast."""
+        return self.w[0].dtype == torch.bfloat16
 
     @property
     def weight_of_sample(self) -> float:
@@ -116,23 +121,23 @@ class LinearStep:
 
     @cached_property
     def y_dy2(self) -> Tensor:
-        """sum_i (y_i dy_i)^2 of each token, (L, n)."""
-        return squared_norm(self.y_dy)
+        """sum_i (y_i dy_i)^2 of each token, (L, n), FP64."""
+        return squared_norm_fp64(self.y_dy)
 
     @cached_property
     def terms2(self) -> Tensor:
-        """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (L, n)."""
+        """sum_ij (dy_i W_ij x_j)^2 of each token, mean-field, (L, n), FP64."""
         norms = torch.stack([torch.linalg.vector_norm(w, dim=-1) for w in self.w])  # (L, E, out)
         if self.expert is not None:
             norms = norms.gather(1, self.expert[..., None].expand(-1, -1, norms.shape[-1]))
-        return squared_norm(self.dy * norms) * squared_norm(self.x) / self.x.shape[-1]
+        return squared_norm_fp64(self.dy * norms) * squared_norm(self.x) / self.x.shape[-1]
 
     def total(self, per_token: Tensor) -> Tensor:
-        """Sum over all tokens of each weight, (L, n) -> (L, E), from the sampled ones."""
+        """Sum over all tokens of each weight, (L, n) -> (L, E), FP64, from the sampled ones."""
         if self.expert is None:
-            return per_token.sum(-1, keepdim=True).double() * self.weight_of_sample
+            return per_token.sum(-1, keepdim=True) * self.weight_of_sample
         summed = per_token.new_zeros(self.slots.shape).scatter_add_(-1, self.expert, per_token)
-        return summed.double() * self.weight_of_sample
+        return summed * self.weight_of_sample
 
 
 def linear_euler_noise(t: LinearStep) -> Tensor:
@@ -161,7 +166,7 @@ def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
     outputs = sum(
         c_in * t.y_dy2 + (r_in + accumulation(width)[1]) * t.terms2 for t, width in zip(readers, widths, strict=True)
     )
-    return FP32_U2 * (outputs + accumulation(max(widths))[0] * squared_norm(x_dx)).double()
+    return FP32_U2 * (outputs + accumulation(max(widths))[0] * squared_norm_fp64(x_dx))
 
 
 def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from models.taps import Tap
-from monitors import conservation, fp32_rounding
+from monitors import autocast_rounding, conservation, fp32_rounding
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_stride, every
 from monitors.conservation import relative
-from monitors.fp32_rounding import LinearStep
+from monitors.fp32_rounding import LinearStep, taken
 from monitors.rounding import OVER_NOISE
 
 ATTENTION = {part: f"attention.{part}" for part in "qkvo"}
@@ -33,13 +34,12 @@ class LinearLaws:
     """``linear_euler_residual.<part>`` and ``linear_input_residual.<qkv|o|mlp|head>`` of ``monitors.conservation``.
 
     Signals, per layer, ``head`` one for the model; bad: up: the residual, and ``.over_noise``, what is broken over what
-    rounding alone predicts (``monitors.fp32_rounding``), which is about 1 in a healthy run at any step, so that it
-    needs no healthy twin. The law in W holds for a whole batch: one number, whose ratio is as lucky as a normal
-    one; the law in x for each token: the root mean square over tokens.
+    rounding alone predicts (``monitors.fp32_rounding``, under BF16 autocast ``monitors.autocast_rounding``), which is
+    about 1 in a healthy run at any step, so that it needs no healthy twin. The law in W holds for a whole batch: one
+    number, whose ratio is as lucky as a normal one; the law in x for each token: the root mean square over tokens.
 
     Left out: parts that the model does not have; ``linear_euler_residual.head`` of a head tied to the embedding, whose
-    gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts;
-    under BF16 autocast every ratio but the router's, which alone is computed in FP32.
+    gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts.
     token_stride: the law in x and both predictions take one token in so many, in turn, 1 for all; the law in W always
     takes all. every_steps: cadence.
     """
@@ -88,10 +88,7 @@ class LinearLaws:
             if readers := [steps[part] for part in parts if part in steps]:
                 sampled = torch.stack([one.flatten(0, -2)[sample] for one in dx])
                 by_input[name] = _input(sampled, readers)
-        readings = _readings("linear_euler_residual", euler) | _readings("linear_input_residual", by_input)
-        if fp32_rounding.stored_in_fp32(head):
-            return readings
-        return {name: value for name, value in readings.items() if OVER_NOISE not in name or ".router." in name}
+        return _readings("linear_euler_residual", euler) | _readings("linear_input_residual", by_input)
 
     def _sample(self, view: StepView, tap: Tap) -> slice:
         return every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
@@ -99,16 +96,23 @@ class LinearLaws:
 
 def _euler(taps: Sequence[Tap], step: LinearStep) -> Law:
     """Over all tokens of the taps, the prediction from the sampled ones."""
-    laws = [conservation.linear_euler(tap.weight, tap.weight_grad, tap.output, tap.output_grad) for tap in taps]
+    laws = [
+        conservation.linear_euler(taken(tap.weight, tap), tap.weight_grad, tap.output, tap.output_grad) for tap in taps
+    ]
     broken, scale = (torch.stack(parts) for parts in zip(*laws, strict=True))
-    return broken, scale, fp32_rounding.linear_euler_noise(step)
+    return broken, scale, _rounding(step).linear_euler_noise(step)
 
 
 def _input(dx: Tensor, readers: Sequence[LinearStep]) -> Law:
     """Over the sampled tokens; dx: (L, n, in)."""
     x_dx = readers[0].x * dx
     broken, scale = conservation.linear_input(x_dx, [reader.y_dy for reader in readers])
-    return broken, scale, fp32_rounding.linear_input_noise(x_dx, readers)
+    return broken, scale, _rounding(readers[0]).linear_input_noise(x_dx, readers)
+
+
+def _rounding(step: LinearStep) -> ModuleType:
+    """The predictions for the arithmetic of these layers."""
+    return autocast_rounding if step.in_bf16 else fp32_rounding
 
 
 def _readings(law: str, found: Mapping[str, Law]) -> dict[str, Reading]:

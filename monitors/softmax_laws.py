@@ -5,26 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monitors import conservation, fp32_rounding
+from monitors import autocast_rounding, conservation, fp32_rounding
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_stride, every
 from monitors.conservation import Broken, relative
-from monitors.fp32_rounding import LinearStep
+from monitors.fp32_rounding import LinearStep, taken
 from monitors.rounding import OVER_NOISE
 
 
-def _both(name: str, broken: Broken, noise: Tensor | None) -> dict[str, Tensor]:
-    """The residual, and what is broken over the predicted mean square where there is a prediction."""
-    ratio = {} if noise is None else {f"{name}.{OVER_NOISE}": relative(broken[0], noise.sqrt())}
-    return {name: relative(*broken)} | ratio
+def _both(name: str, broken: Broken, noise: Tensor) -> dict[str, Tensor]:
+    """The residual, and what is broken over the predicted mean square."""
+    return {name: relative(*broken), f"{name}.{OVER_NOISE}": relative(broken[0], noise.sqrt())}
 
 
 class LogitLaws:
     """``logit_shift_residual`` of the logits' gradient, and its ``.head`` of an untied head's weight gradient. Bad: up.
 
-    Each also as ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``), about
-    1 in a healthy run at any step. Left out: a tied head, whose gradient is also the embedding's, and the ratios under
-    BF16 autocast, which rounds the logits and their gradient.
+    Each also as ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``, under
+    BF16 autocast ``monitors.autocast_rounding``), about 1 in a healthy run at any step. Under autocast the head's law
+    is that of the rounded logits' gradient, whose own shift is taken off. Left out: a tied head, whose gradient is also
+    the embedding's.
     token_stride: the logits and both predictions are looked at for one token in so many, in turn, 1 for all.
     every_steps: cadence.
     """
@@ -44,13 +44,18 @@ class LogitLaws:
         tap = view.taps.at("linear")["head"]
         sample = every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
         head = LinearStep.of([tap], sample)
-        exact = fp32_rounding.stored_in_fp32(tap)
-        noise = fp32_rounding.logit_shift_noise(head.y, head.dy, head.tokens) if exact else None
-        readings = _both("logit_shift_residual", conservation.logit_shift(head.dy[0]), noise.sum() if exact else None)
-        if not view.model.config.tie_embeddings:
-            of_weight = fp32_rounding.weight_sum_noise(head, noise)[0] if exact else None
-            readings |= _both("logit_shift_residual.head", conservation.logit_shift(tap.weight_grad.T), of_weight)
-        return readings
+        rounding = autocast_rounding if head.in_bf16 else fp32_rounding
+        noise = rounding.logit_shift_noise(head.y, head.dy, head.tokens)
+        readings = _both("logit_shift_residual", conservation.logit_shift(head.dy[0]), noise.sum())
+        if view.model.config.tie_embeddings:
+            return readings
+        if head.in_bf16:
+            broken = conservation.head_shift(tap.weight_grad, taken(tap.inputs[0], tap), tap.output_grad)
+            of_weight = autocast_rounding.weight_sum_noise(tap.weight_grad)
+        else:
+            broken = conservation.logit_shift(tap.weight_grad.T)
+            of_weight = fp32_rounding.weight_sum_noise(head, noise)[0]
+        return readings | _both("logit_shift_residual.head", broken, of_weight)
 
 
 class RouterLaws:

@@ -71,26 +71,24 @@ def test_every_signal_is_alive_on_a_healthy_run(signals_of):
                 assert constant == signal.constant_when_healthy, signal.name
 
 
-def test_every_signal_is_alive_under_bf16_autocast_but_for_predictions_of_fp32(signals_of):
-    """Linear layers and logits store BF16 there: they keep their residual and lose its ratio to FP32's rounding."""
+def test_every_signal_is_alive_under_bf16_autocast(signals_of):
+    """Linear layers and logits store BF16 there: their laws are broken by more, and by as much as is predicted."""
     for model in (MODEL, DENSE):
         _, fp32 = signals_of(60, *model)
         run, bf16 = signals_of(60, *model, "train.precision=bf16", "train.micro_batch=4")
-        declined = fp32.keys() - bf16.keys()
-        predicted = {name for name in fp32 if name.startswith(("linear_", "logit_")) and name.endswith(".over_noise")}
-        assert declined == predicted - {"linear_euler_residual.router.over_noise"}
+        assert bf16.keys() == fp32.keys()
         for monitor in run.monitors.values():
             for signal in monitor.signals:
                 if signal.name in bf16:
                     series = bf16[signal.name]
                     assert np.isfinite(series.values).all() and not series.undefined.any(), signal.name
                     assert (np.ptp(series.values) == 0) == signal.constant_when_healthy, signal.name
-        for name in declined:
-            residual = name.removesuffix(".over_noise")
-            assert np.median(bf16[residual].values) > 100 * np.median(fp32[residual].values), name
-        for name in bf16:
-            if name.endswith(".over_noise") and name.startswith(("norm_", "router_", "key_", "value_", "vo_", "qk_")):
-                assert 0.3 < np.median(bf16[name].values) < 3, name
+        for name in (name for name in bf16 if name.endswith(".over_noise")):
+            residual, ratio = name.removesuffix(".over_noise"), np.median(bf16[name].values)
+            assert ratio < 3, name
+            assert ratio > 0.3 or name.startswith("linear_euler_"), name  # one number a reading may be anything below
+            if name.startswith(("linear_", "logit_")) and ".router" not in name:
+                assert np.median(bf16[residual].values) > 100 * np.median(fp32[residual].values), name
 
 
 def test_every_signal_of_heads_is_alive_on_grouped_heads(signals_of):

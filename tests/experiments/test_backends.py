@@ -33,7 +33,9 @@ def test_the_tiles_are_part_of_the_run_pinned_or_given(make_run):
     }
     assert given.identity["config"]["model"]["tiles"]["forward"]["keys"] == 16
     assert "triton" in new_manifest(pinned)["versions"]
-    assert len({pinned.run_id, given.run_id, make_run(*TRITON, "model.backend=reference").run_id}) == 3
+    adding = make_run(*TRITON, "model.deterministic=false")
+    assert adding.identity["config"]["model"]["tiles"]["query_gradient"] is None
+    assert len({r.run_id for r in (pinned, given, adding, make_run(*TRITON, "model.backend=reference"))}) == 4
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,11 @@ def test_the_tiles_are_part_of_the_run_pinned_or_given(make_run):
     [
         (["model.backend=triton"], "model.d_model=16 with model.n_heads=2 is d_head=8, .*multiple of 8 from 16 to 256"),
         ([TILES], "model.tiles is not allowed with model.backend='reference'"),
+        (["model.deterministic=false"], "model.deterministic=False is not allowed with model.backend='reference'"),
+        (
+            [*TRITON, TILES, "model.tiles.query_gradient=null"],
+            "model.deterministic=True does not fit model.tiles.query",
+        ),
         ([*TRITON, TILES.replace("keys:16", "keys:24")], "model.tiles.forward: keys=24 is not allowed: a power of two"),
         ([*TRITON, TILES.replace("warps", "warp")], "model.tiles.forward.warps is missing"),
         ([*TRITON, "model.tiles={forward:{rows:3}}"], "model.tiles.forward.queries is missing"),

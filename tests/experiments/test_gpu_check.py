@@ -24,7 +24,7 @@ from experiments.gpu_speed import Case, cases, contestants, faulty, flops, in_tu
 from models.arithmetic import Arithmetic
 from models.attention import attention
 from models.numerics import FORWARD_SITES, HEALTHY_LAYER, KEY_VALUE_SITES, SITES
-from tests.models.attention_in_triton import DEVICE, ONE_TILE, SMALL_TILES
+from tests.models.attention_in_triton import ADDING_TILES, DEVICE, ONE_TILE, SMALL_TILES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -47,6 +47,7 @@ def wrong_kernel(monkeypatch):
 def test_a_right_kernel_passes_every_check():
     assert check_healthy(Shape(2, 1, 9, 37, 24), DEVICE, SMALL_TILES)["ok"]
     assert check_faults(GROUPED, "backward", "truncate", 1.0, DEVICE, ONE_TILE)["ok"]
+    assert check_faults(GROUPED, "backward", "truncate", 1.0, DEVICE, ADDING_TILES)["ok"]
     assert check_arithmetic(Arithmetic("bf16"), Shape(2, 1, 9, 37, 16), DEVICE, ONE_TILE)["ok"]
     assert check_repeats(GROUPED, DEVICE, SMALL_TILES, HEALTHY_LAYER)["ok"]
     assert check_compiled(Shape(1, 1, None, 5, 16), DEVICE, ONE_TILE, faulty(7), backend="aot_eager")["ok"]
@@ -176,15 +177,18 @@ def test_a_device_names_its_file():
     assert file_name("NVIDIA H200", "-gpt2") == "nvidia-h200-gpt2.json"
 
 
+@pytest.mark.parametrize("module", ["gpu_check", "gpu_tiles"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would begin")
-def test_without_a_gpu_it_says_so_in_one_line():
-    command = [sys.executable, "-m", "experiments.gpu_check"]
+def test_without_a_gpu_it_says_so_in_one_line(module):
+    command = [sys.executable, "-m", f"experiments.{module}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: gpu-check needs a CUDA device that torch sees\n"
+    assert done.stderr == f"error: {module.replace('_', '-')} needs a CUDA device that torch sees\n"
 
 
 def test_it_needs_no_more_than_models():
-    code = "import sys, experiments.gpu_check; print(*{name.split('.')[0] for name in sys.modules})"
+    code = (
+        "import sys, experiments.gpu_check, experiments.gpu_tiles; print(*{name.split('.')[0] for name in sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"hydra", "omegaconf", "pandas", "pyarrow", "pydantic", "scipy", "rich"} & set(done.stdout.split())

@@ -167,6 +167,32 @@ def test_monitors_do_not_change_a_bit_of_training(make_run, tmp_path, overrides)
     assert (tmp_path / alone.run_id / WEIGHTS).read_bytes() == (tmp_path / watched.run_id / WEIGHTS).read_bytes()
 
 
+def test_split_products_are_added_up_in_fp32(make_run, tmp_path):
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    train(make_run("train.steps=1", "train.warmup_steps=1"), tmp_path)
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+def test_under_autocast_every_law_has_its_ratio_and_a_broken_product_shows(make_run, tmp_path):
+    names = ("attention_laws", "attention_recomputed", "linear_laws", "logit_laws", "norm_laws")
+    every = [f"monitor.{name}.every_steps=2" for name in names]
+    mixed = (*every, "train.precision=bf16", "train.micro_batch=4", "model.tie_embeddings=false")
+    broken = ("fault=module_shift", "fault.modules=[blocks.1.mlp.output]", "fault.bits=4", "fault.onset=20")
+    runs = [make_run(*mixed, *fault) for fault in ((), broken)]
+    found = []
+    for run in runs:
+        train(run, tmp_path)
+        signals = trace.read(tmp_path / run.run_id).signals
+        found.append({name: one.values for name, one in signals.items() if name.endswith(".over_noise")})
+        assert all(len(values) == 20 and np.isfinite(values).all() for values in found[-1].values())
+    healthy, faulty = ({name: np.sqrt((x[10:] ** 2).mean((0, 2))) for name, x in of.items()} for of in found)
+    assert {"linear_euler_residual.head.over_noise", "linear_input_residual.qkv.over_noise"} < healthy.keys()
+    assert all(ratio.min() > 0.4 and ratio.max() < 2.5 for ratio in healthy.values()), healthy
+    over = {name: ratio > 5 for name, ratio in faulty.items()}
+    assert over.pop("linear_euler_residual.output.over_noise").tolist() == [False, True]
+    assert not any(ratio.any() for ratio in over.values()), faulty
+
+
 def test_a_fault_changes_nothing_before_its_onset(make_run, tmp_path):
     healthy, faulty = make_run(), make_run("fault=bf16_shift", "fault.onset=20")
     for run in (healthy, faulty):

@@ -32,6 +32,9 @@ PLAIN = encode_arithmetic(ORDINARY, 64)
 
 SMALL_TILES = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1))
 
+ADDING_TILES = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), None)
+"""dQ is added up by the kernel of the keys."""
+
 
 def run_triton(q, k, v, do, numerics=HEALTHY_LAYER, window=None, tiles=ONE_TILE, nonfinite=None):
     """{o, dq, dk, dv}, on the CPU. nonfinite: to which the non-finite values at faults are added."""

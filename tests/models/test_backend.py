@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,35 @@ def test_tiles_are_the_given_ones_or_pinned_to_the_head_dim():
 def test_tiles_are_flat_in_the_order_of_the_kernels():
     tiles = Tiles(Tile(16, 32, 1, 2), Tile(32, 16, 4, 3), Tile(64, 128, 8, 1))
     assert tiles.flat() == [16, 32, 1, 2, 32, 16, 4, 3, 64, 128, 8, 1]
+    assert replace(tiles, query_gradient=None).flat() == tiles.flat()[:8]
+
+
+def test_without_determinism_the_kernel_of_the_keys_does_all():
+    tiles = config(backend="triton", deterministic=False).on(CPU).tiles
+    assert (tiles.query_gradient, tiles.forward) == (None, pinned_tiles(16).forward)
+    assert config(backend="triton", deterministic=False, tiles=tiles).on(CPU).tiles == tiles
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"backend": "triton", "tiles": pinned_tiles(16, deterministic=False)},
+            "deterministic=True does not fit model.t",
+        ),
+        (
+            {"backend": "triton", "tiles": SMALL_TILES, "deterministic": False},
+            "deterministic=False does not fit model.t",
+        ),
+        (
+            {"deterministic": False},
+            "model.deterministic=False is not allowed with model.backend='reference': it goes w",
+        ),
+    ],
+)
+def test_determinism_that_does_not_fit_tiles_or_backend_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        config(**wrong).on(CPU)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])

@@ -13,7 +13,15 @@ from models.flash_faults import encode
 from models.numerics import HEALTHY_LAYER, AttentionNumerics, LayerNumerics, SiteFault
 from models.tiles import Tile, Tiles, pinned_tiles
 from tests.models.attention_in_fp64 import NAMES, distance, emulate, exact, inputs, layer, run
-from tests.models.attention_in_triton import DEVICE, ONE_TILE, PLAIN, SMALL_TILES, output_in_tiles, run_triton
+from tests.models.attention_in_triton import (
+    ADDING_TILES,
+    DEVICE,
+    ONE_TILE,
+    PLAIN,
+    SMALL_TILES,
+    output_in_tiles,
+    run_triton,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -56,7 +64,9 @@ def test_the_output_of_several_tiles_is_their_online_softmax(H, G, window, T, D)
             assert distance(got[name], right[name]) < 2.0**-7, name
 
 
-@pytest.mark.parametrize("tiles", [SMALL_TILES, Tiles(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1))])
+@pytest.mark.parametrize(
+    "tiles", [SMALL_TILES, Tiles(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)), ADDING_TILES]
+)
 @pytest.mark.parametrize("window", [None, 1, 16, 17])
 def test_tiles_change_the_backward_only_by_the_order_of_sums(window, tiles):
     """From the same saved O and L, which are those of the reference."""
@@ -71,11 +81,23 @@ def test_tiles_change_the_backward_only_by_the_order_of_sums(window, tiles):
         assert (same[:, :, 1:] if name == "dq" else same).double().mean() > 0.98, name
 
 
-def test_a_long_sequence_in_the_pinned_tiles():
-    x = inputs(B=1, H=1, T=300)
-    got, right = run_triton(*x, window=150, tiles=pinned_tiles(16)), exact(*x, window=150)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_long_sequence_in_the_pinned_tiles(deterministic):
+    x, tiles = inputs(B=1, H=1, T=300), pinned_tiles(16, deterministic)
+    got, right = run_triton(*x, window=150, tiles=tiles), exact(*x, window=150)
     for name in NAMES:
         assert distance(got[name], right[name]) < 2.0**-7, name
+
+
+def test_atomics_are_refused_where_pytorch_is_told_to_be_deterministic():
+    x = inputs(B=1, H=1, T=3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        run_triton(*x)
+        with pytest.raises(RuntimeError, match=r"model\.deterministic=False is not allowed after torch\.use_determ"):
+            run_triton(*x, tiles=ADDING_TILES)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_runs_are_bit_identical():

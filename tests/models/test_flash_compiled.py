@@ -29,13 +29,14 @@ sites = [site.split("-") for site in sys.argv[2:]]
 faults = AttentionNumerics(tuple(SiteFault(site, phase, "truncate", 3, share=0.5) for site, phase in sites)).layer(0)
 tiles = pinned_tiles(16)
 way = KernelArithmetic(*encode_arithmetic(eval(sys.argv[1]), tiles.forward.keys))
-TYPES = {"T": "i32", "faults_ptr": "*fp64", "nonfinite_ptr": "*i64", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+TYPES = {"T": "i32", "faults_ptr": "*fp64", "nonfinite_ptr": "*i64"}
+TYPES |= dict.fromkeys(("lse_ptr", "delta_ptr", "dq_sum_ptr"), "*fp32")
 
 
-def compile_for_hopper(kernel, pass_, tile):
+def compile_for_hopper(kernel, pass_, tile, adds_dq=False):
     sizes = dict(SCALE=0.25, WINDOW=0, D=16, BLOCK_D=16, ROWS=tile.queries, COLS=tile.keys, HEADS=4, KV_HEADS=2)
     sizes |= dict(PV_BLOCK=int(way.pv_block), STORED_FP32=bool(way.stored_fp32), OFFSET=way.offset, BETA=way.beta)
-    sizes["FAULTS"] = constants(*encode(faults), pass_)
+    sizes |= dict(FAULTS=constants(*encode(faults), pass_), ADDS_DQ=adds_dq)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in sizes else TYPES.get(name, "*bf16") for name in names}
     values = {(i,): sizes[name] for i, name in enumerate(names) if name in sizes}
@@ -45,19 +46,30 @@ def compile_for_hopper(kernel, pass_, tile):
 
 
 kernels = load_kernels(torch.device("cuda"))
-for kernel, pass_, tile in (
+for kernel, pass_, tile, *adds_dq in (
     (kernels.forward, FORWARD, tiles.forward),
     (kernels.delta_of_p if way.delta_of_p else kernels.delta, BACKWARD, tiles.query_gradient),
     (kernels.key_gradient, BACKWARD, tiles.key_gradient),
     (kernels.query_gradient, BACKWARD, tiles.query_gradient),
+    (kernels.key_gradient, BACKWARD, pinned_tiles(16, deterministic=False).key_gradient, True),
+    (kernels.query_sum, BACKWARD, tiles.forward),
 ):
-    ptx = compile_for_hopper(kernel, pass_, tile)
+    ptx = compile_for_hopper(kernel, pass_, tile, *adds_dq)
     print("wgmma.mma_async" in ptx, ".f64" in ptx, "atom." in ptx)
 """
 
+MATRICES, ADDING, FAULT_COUNTED, NOTHING = (
+    (True, False, False),
+    (True, False, True),
+    (True, True, True),
+    (False, False, False),
+)
+
 
 def compiled(*sites, arithmetic=ORDINARY):
-    """(tensor cores, a place in FP64 or a table of faults, an atomic counter) of the four kernels."""
+    """(tensor cores, a place in FP64 or a table of faults, atomics) of the four kernels of a deterministic run, then
+    of the two that take the place of the last.
+    """
     command, environment = (
         [sys.executable, "-c", COMPILE, repr(arithmetic), *sites],
         {**os.environ, "TRITON_INTERPRET": "0"},
@@ -70,10 +82,10 @@ def compiled(*sites, arithmetic=ORDINARY):
 @pytest.mark.parametrize(
     ("sites", "found"),
     [
-        ((), [(True, False, False), (False, False, False), (True, False, False), (True, False, False)]),
+        ((), [MATRICES, NOTHING, MATRICES, MATRICES, ADDING, NOTHING]),
         (
             ("p-forward", "ds-backward"),
-            [(True, True, True), (False, False, False), (True, True, False), (True, True, True)],
+            [FAULT_COUNTED, NOTHING, (True, True, False), FAULT_COUNTED, FAULT_COUNTED, NOTHING],
         ),
     ],
 )
@@ -90,5 +102,5 @@ def test_kernels_compile_for_hopper_and_only_a_fault_s_own_kernels_read_it(sites
     ],
 )
 def test_every_arithmetic_compiles_for_hopper_and_needs_no_atomic(arithmetic):
-    delta = (arithmetic.delta == "p", False, False)
-    assert compiled(arithmetic=arithmetic) == [(True, False, False), delta, (True, False, False), (True, False, False)]
+    delta = MATRICES if arithmetic.delta == "p" else NOTHING
+    assert compiled(arithmetic=arithmetic)[:4] == [MATRICES, delta, MATRICES, MATRICES]

@@ -11,7 +11,15 @@ from models.flash import _backward, _forward
 from models.flash_faults import encode
 from models.numerics import HEALTHY_LAYER, KEY_VALUE_SITES, AttentionNumerics, SiteFault
 from tests.models.attention_in_fp64 import NAMES, REACH, distance, emulate, inputs, layer, run
-from tests.models.attention_in_triton import DEVICE, ONE_TILE, PLAIN, SMALL_TILES, output_in_tiles, run_triton
+from tests.models.attention_in_triton import (
+    ADDING_TILES,
+    DEVICE,
+    ONE_TILE,
+    PLAIN,
+    SMALL_TILES,
+    output_in_tiles,
+    run_triton,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -127,12 +135,16 @@ def test_a_forward_fault_on_p_meets_each_tile_as_it_is_stored(bits):
         assert 5 * right < distance(got, other)
 
 
-@pytest.mark.parametrize(("site", "phase"), [key for key in REACH if key != ("p", "forward")])
-def test_tiles_and_a_window_change_no_fault(site, phase):
+@pytest.mark.parametrize(
+    ("site", "phase", "tiles"),
+    [(*key, SMALL_TILES) for key in REACH if key != ("p", "forward")]
+    + [(*key, ADDING_TILES) for key in REACH if key[1] == "backward"],
+)
+def test_tiles_and_a_window_change_no_fault(site, phase, tiles):
     """On grouped heads, at 7 bits: as near to the reference as the roundings of the online softmax let it."""
     sizes = {"B": 1, "H": 2, "G": 1, "T": 45}
     x, numerics = inputs(**sizes), layer(site, phase, 7)
-    got, faulty = run_triton(*x, numerics, 20, SMALL_TILES), run(*x, numerics, window=20)
+    got, faulty = run_triton(*x, numerics, 20, tiles), run(*x, numerics, window=20)
     healthy = run(*x, window=20)
     for name in REACH[site, phase].split():
         assert distance(got[name], faulty[name]) < 0.1 * distance(healthy[name], faulty[name]), name
@@ -186,7 +198,7 @@ def test_zero_bits_are_healthy_bit_for_bit(rounding):
     assert encode(numerics) == ([], [])
 
 
-@pytest.mark.parametrize("tiles", [ONE_TILE, SMALL_TILES])
+@pytest.mark.parametrize("tiles", [ONE_TILE, SMALL_TILES, ADDING_TILES])
 def test_non_finite_values_at_a_fault_are_counted_once(tiles):
     """Though several query tiles and a whole group of query heads read a key; as often as in the reference."""
     q, k, v, do = inputs(B=1, H=4, G=2, T=40)
@@ -199,6 +211,19 @@ def test_non_finite_values_at_a_fault_are_counted_once(tiles):
     run_triton(q, k, v, do, numerics, window=30, tiles=tiles, nonfinite=got)
     flash_attention(*(x.clone().requires_grad_() for x in (q, k, v)), numerics, expected, 30).backward(do)
     assert got.item() == expected.item() == 7
+
+
+@pytest.mark.parametrize(
+    ("site", "count"), [("q", 1), ("lse", 1), ("s", 7), ("p", 7), ("dp", 7), ("ds", 14), ("dq", 32)]
+)
+@pytest.mark.parametrize("tiles", [ONE_TILE, SMALL_TILES, ADDING_TILES])
+def test_what_a_query_s_gradient_reads_is_counted_once(tiles, site, count):
+    """One query and another one's dO are NaN, and with each a row of scores, as long as its window."""
+    q, k, v, do = inputs(B=1, H=1, T=40)
+    q[0, 0, 38, 3], do[0, 0, 20, 5] = torch.nan, torch.nan
+    got = torch.zeros((), dtype=torch.int64)
+    run_triton(q, k, v, do, layer(site, "backward", 3), window=7, tiles=tiles, nonfinite=got)
+    assert got.item() == count
 
 
 @pytest.mark.parametrize(("site", "phase"), REACH)

@@ -66,7 +66,7 @@ def tiny_run() -> type[TinyRun]:
 class TrainedSteps:
     """Trains a model on random tokens, clipped, and shows each step as the loop does.
 
-    ``model`` and ``optimizer`` may be changed between steps; dtype: of the weights.
+    ``model`` and ``optimizer`` may be changed between steps; dtype: of the weights; precision: of the products.
     """
 
     def __init__(
@@ -74,10 +74,11 @@ class TrainedSteps:
         *monitors: Monitor,
         dtype: torch.dtype = torch.float32,
         numerics: AttentionNumerics = HEALTHY,
+        precision: str = "fp32",
         **changes,
     ) -> None:
         config = TransformerConfig(**TINY | {"context_length": 16, "d_ff": 32} | changes)
-        self.model = Transformer(config).initialise(torch.Generator().manual_seed(0)).to(dtype)
+        self.model = Transformer(config, precision).initialise(torch.Generator().manual_seed(0)).to(dtype)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, betas=(0.9, 0.95))
         self.places, self.numerics, self.step = tapped(monitors), numerics, 0
 

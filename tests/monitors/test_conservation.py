@@ -98,6 +98,16 @@ def test_logits_and_an_untied_head_ignore_a_shift(tapped):
     assert weight > 1e-6 if config.tie_embeddings else weight < ROUNDING
 
 
+def test_a_head_hands_on_the_shift_of_its_logits_and_no_other():
+    generator = torch.Generator().manual_seed(0)
+    x, dlogits = (torch.randn(3, 5, n, dtype=torch.float64, generator=generator) for n in (8, 20))
+    dw = dlogits.flatten(0, 1).T @ x.flatten(0, 1)
+    assert law.relative(*law.head_shift(dw, x, dlogits)) < 1e-6  # the shift of one token's logits is taken in FP32
+    assert law.logit_shift_residual(dw.T) > 1e-2
+    dw[7, 3] += 1e-3
+    torch.testing.assert_close(law.head_shift(dw, x, dlogits)[0], torch.tensor(1e-3).double(), rtol=1e-2, atol=0)
+
+
 def test_routers_ignore_a_shift_but_for_the_z_loss(tapped):
     config, taps = tapped
     for name, tap in taps.at("linear").items():
