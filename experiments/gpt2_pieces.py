@@ -21,6 +21,8 @@ TURNS = 5
 STEP = 200
 """The update that is measured, by its learning rate: the first after the warm-up."""
 
+HEALTHY_NAME = "healthy"
+
 PEAK_TFLOPS = 790.0
 """Of an H200, BF16 matrix products."""
 
@@ -57,29 +59,30 @@ def rate(training: Training, step_s: float) -> dict[str, float]:
 
 
 def step_rates(size: Size, micro_batch: int, compile: bool) -> dict[str, Any]:
-    """Training steps on PyTorch's attention, on ours, and on ours with the paper's fault, measured in turns.
+    """Training steps of the healthy model, of its rivals, and with the paper's fault, measured in turns.
 
-    One that cannot run is there with its error; ours has to.
+    A rival that cannot run is there with its error.
     """
     torch._dynamo.reset()  # a function is compiled for a few shapes only, then no more
+    make = partial(size.training, micro_batch, compile)
     wanted = {
-        size.backend: (size.backend, HEALTHY),
-        "sdpa": ("sdpa", HEALTHY),
-        f"{size.backend}, fault on": (size.backend, paper_fault()),
+        HEALTHY_NAME: make,
+        **{name: partial(make, **changes) for name, changes in size.rivals.items()},
+        "fault on": partial(make, paper_fault()),
     }
     trainings: dict[str, Training] = {}
     found: dict[str, dict[str, Any]] = {}
-    for name, (backend, numerics) in wanted.items():
+    for name, build in wanted.items():
         try:
-            trainings[name], found[name] = ready(partial(size.training, backend, micro_batch, compile, numerics))
+            trainings[name], found[name] = ready(build)
         except Exception as error:
-            if name == size.backend:
+            if name == HEALTHY_NAME:
                 raise
             found[name] = {"error": first_line(error)}
     steps = {name: partial(training.step, STEP) for name, training in trainings.items()}
     taken = in_turns(steps, torch.device(size.train.device), TURNS)
     for name, training in trainings.items():
-        found[name] |= rate(training, taken[name]) | {"time_over_healthy": taken[name] / taken[size.backend]}
+        found[name] |= rate(training, taken[name]) | {"time_over_healthy": taken[name] / taken[HEALTHY_NAME]}
     return found
 
 
@@ -88,7 +91,7 @@ def parts_of_a_step(size: Size) -> dict[str, float]:
 
     ``watched micro-batch``: the last of a step, never compiled; ``tokens_per_s_if_all_were_compiled``: what that costs.
     """
-    training, _ = ready(partial(size.training, size.backend, size.micro_batches[0], True, HEALTHY))
+    training, _ = ready(partial(size.training, size.micro_batches[0], True))
     config, model = training.config, training.model
     held_out = training.batch()[: config.held_out_sequences]
 
@@ -135,7 +138,7 @@ def kernels_of(call: Callable[[], object], device: torch.device, count: int = 25
 
 def kernels(size: Size) -> dict[str, Any]:
     """Where the device's time goes, in a compiled micro-batch and in one that may be watched."""
-    training, _ = ready(partial(size.training, size.backend, size.micro_batches[0], True, HEALTHY))
+    training, _ = ready(partial(size.training, size.micro_batches[0], True))
     return {
         "unwatched micro-batch": kernels_of(training.unwatched_micro_batch, training.device),
         "watched micro-batch": kernels_of(training.micro_batch, training.device),
@@ -144,7 +147,7 @@ def kernels(size: Size) -> dict[str, Any]:
 
 
 def costs_of_watching(size: Size, micro_batch: int, compile: bool) -> dict[str, Any]:
-    training, _ = ready(partial(size.training, size.backend, micro_batch, compile, HEALTHY))
+    training, _ = ready(partial(size.training, micro_batch, compile))
     return monitor_costs(training, monitors_of(experts=False))
 
 

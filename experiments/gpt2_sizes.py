@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -10,20 +12,21 @@ from experiments.gpt2_training import Training
 from experiments.optimizer import TrainConfig
 from experiments.plain_config import construct
 from faults.base import Sites
-from models.numerics import AttentionNumerics
+from models.numerics import HEALTHY, AttentionNumerics
 from models.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained: backend: the one with fault sites; micro_batches: the configured one first.
+    """What is trained; the model's backend is the one with fault sites.
 
-    spectra: (how many, how wide) the matrices are whose eigenvalues a monitor asks for at once.
+    rivals: by name, what of the model they change; micro_batches: the configured one first; spectra: (how many, how
+    wide) the matrices are whose eigenvalues a monitor asks for at once.
     """
 
     model: TransformerConfig
     train: TrainConfig
-    backend: str
+    rivals: Mapping[str, Mapping[str, Any]]
     compiler: str
     micro_batches: tuple[int, ...]
     spectra: tuple[tuple[int, int], ...]
@@ -31,23 +34,34 @@ class Size:
     @classmethod
     def gpt2_124m(cls, device: str) -> Size:
         train: TrainConfig = construct("train", "gpt2", device=device)
-        spectra = (576, 64), (144, 128), (48, 768)
-        others = tuple(size for size in (64, 16, 8) if size != train.micro_batch)
-        return cls(construct("model", "gpt2_124m"), train, "triton", "inductor", (train.micro_batch, *others), spectra)
+        return cls(
+            construct("model", "gpt2_124m", backend="triton"),
+            train,
+            {"sdpa": {"backend": "sdpa"}, "dQ by atomics": {"deterministic": False}},
+            "inductor",
+            (train.micro_batch, *(size for size in (64, 16, 8) if size != train.micro_batch)),
+            ((576, 64), (144, 128), (48, 768)),
+        )
 
     @classmethod
     def tiny(cls, device: str) -> Size:
         """The same pieces in seconds, without kernels that would have to be built."""
-        model = construct(
-            "model", "gpt2_124m", d_model=32, n_layers=2, n_heads=2, d_ff=64, context_length=16, vocab_size=64
+        shape = {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "context_length": 16, "vocab_size": 64}
+        return cls(
+            construct("model", "gpt2_124m", backend="reference", **shape),
+            construct("train", "gpt2", device=device, batch_size=8, micro_batch=4, held_out_sequences=4),
+            {"sdpa": {"backend": "sdpa"}},
+            "aot_eager",
+            (4, 2),
+            ((8, 16),),
         )
-        train = construct("train", "gpt2", device=device, batch_size=8, micro_batch=4, held_out_sequences=4)
-        return cls(model, train, "reference", "aot_eager", (4, 2), ((8, 16),))
 
-    def training(self, backend: str, micro_batch: int, compile: bool, numerics: AttentionNumerics) -> Training:
-        """Raises ValueError where the backend cannot run on the device."""
+    def training(
+        self, micro_batch: int, compile: bool, numerics: AttentionNumerics = HEALTHY, **changes: Any
+    ) -> Training:
+        """changes: to the model. Raises ValueError where it cannot run on the device."""
         config = replace(self.train, micro_batch=micro_batch, compile=compile)
-        model = replace(self.model, backend=backend).on(torch.device(config.device))
+        model = replace(self.model, **changes).on(torch.device(config.device))
         return Training(model, config, numerics, self.compiler)
 
 

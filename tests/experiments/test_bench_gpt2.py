@@ -17,7 +17,6 @@ from experiments.gpu_record import Record
 from experiments.loop import train
 from experiments.monitor_costs import history_seconds, monitor_seconds, period, taps_seconds
 from experiments.plain_config import construct, monitors_of
-from models.numerics import HEALTHY
 from models.transformer import Transformer
 from monitors.base import Signal
 
@@ -42,10 +41,10 @@ def test_every_piece_is_rehearsed(rehearsal):
 
 def test_every_contestant_has_its_rate_and_its_ratio(rehearsal):
     for found in rehearsal["steps"].values():
-        assert set(found) == {"reference", "sdpa", "reference, fault on"}
+        assert set(found) == {"healthy", "sdpa", "fault on"}
         for one in found.values():
             assert one["tokens_per_s"] == pytest.approx(8 * 16 / one["step_ms"] * 1e3)
-            assert one["time_over_healthy"] == pytest.approx(one["step_ms"] / found["reference"]["step_ms"])
+            assert one["time_over_healthy"] == pytest.approx(one["step_ms"] / found["healthy"]["step_ms"])
             assert one["share_of_peak"] == pytest.approx(one["model_tflops"] / 790)
 
 
@@ -58,9 +57,9 @@ def test_every_monitor_is_costed_and_the_shares_add_up(rehearsal):
 
 def test_a_step_has_its_parts_and_its_kernels(rehearsal):
     parts = rehearsal["profile"]["parts of a step"]
-    assert parts["step"] > parts["watched micro-batch"] > parts["batch to the device"] > 0
+    assert parts["step"] > parts["batch to the device"] > 0 and parts["micro_batches_a_step"] == 2
     for found in rehearsal["profile"]["kernels"].values():
-        assert found["total_ms"] >= sum(one["ms"] for one in found["dearest"].values()) > 0
+        assert 0 < sum(one["ms"] for one in found["dearest"].values()) <= 1.001 * found["total_ms"]
 
 
 def test_eigenvalues_are_compared_with_the_library_s(rehearsal, monkeypatch):
@@ -113,7 +112,7 @@ def test_a_mixed_cadence_is_averaged_over_its_steps(monkeypatch):
     """Nine steps in ten are cheap ones."""
     monkeypatch.setattr(monitor_costs, "seconds", lambda call, device: call() or 1.0)
     monkeypatch.setattr(monitor_costs, "reading_seconds", lambda m, view, d: 5.0 if view.step % 10 == 0 else 1.0)
-    training = Size.tiny("cpu").training("reference", 4, False, HEALTHY)
+    training = Size.tiny("cpu").training(4, False)
     view = training.view(1500, monitor_costs.filled_history(training, {}, 1500), ())
     found = monitor_seconds(Counted(), view, torch.device("cpu"))
     assert found == {"reading_s": 5.0, "mean_s": pytest.approx((5.0 + 9 * 1.0) / 10)}
@@ -127,14 +126,14 @@ def test_a_monitor_that_raises_is_named_and_the_others_are_costed(monkeypatch):
 
     monitors = monitors_of(experts=False)
     chosen = {"broken": Broken(), "delta_w": monitors["delta_w"], "attention_laws": monitors["attention_laws"]}
-    training = Size.tiny("cpu").training("reference", 4, False, HEALTHY)
+    training = Size.tiny("cpu").training(4, False)
     found = monitor_costs.monitor_costs(training, chosen)
     assert not found["ok"] and found["errors"] == {"broken": "RuntimeError: first"}
     assert set(found["reading_ms"]) == {"delta_w", "attention_laws"}
 
 
 def test_copies_and_taps_are_weighted_by_how_often_they_are_made(monkeypatch):
-    training = Size.tiny("cpu").training("reference", 4, False, HEALTHY)
+    training = Size.tiny("cpu").training(4, False)
     monitors = monitors_of(experts=False)
     chosen = {name: monitors[name] for name in ("update_to_weight", "attention_laws", "spectral_alignment")}
 
@@ -172,15 +171,15 @@ def test_a_rival_that_cannot_run_is_named(monkeypatch):
     size = Size.tiny("cpu")
     make = Size.training
 
-    def training(self, backend, *how):
-        if backend == "sdpa":
+    def training(self, *how, **changes):
+        if changes:
             raise ValueError("no kernel\nhere")
-        return make(self, backend, *how)
+        return make(self, *how)
 
     monkeypatch.setattr(Size, "training", training)
     found = gpt2_pieces.step_rates(size, 4, False)
     assert found["sdpa"] == {"error": "ValueError: no kernel"}
-    assert found["reference, fault on"]["tokens_per_s"] > 0
+    assert found["fault on"]["tokens_per_s"] > 0
 
 
 @pytest.mark.parametrize(
