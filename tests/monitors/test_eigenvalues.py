@@ -9,14 +9,12 @@ from monitors.eigenvalues import (
     eigenvalues_together,
     symmetric_eigenvalues,
     top_eigenvector_by_squaring,
-    tridiagonal,
 )
 from tests.models.attention_in_triton import DEVICE
 
-bisection = pytest.importorskip("monitors.bisection", exc_type=ModuleNotFoundError)
-tridiagonal_in_registers = pytest.importorskip(
-    "monitors.tridiagonal_kernel", exc_type=ModuleNotFoundError
-).tridiagonal_in_registers
+bisection, tridiagonal = (
+    pytest.importorskip(f"monitors.{name}", exc_type=ModuleNotFoundError) for name in ("bisection", "tridiagonal")
+)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 REACH = 1e-14
@@ -71,25 +69,26 @@ def test_more_eigenvalues_than_a_program_has(monkeypatch):
     assert_eigenvalues(x + x.mT, torch.linalg.eigvalsh(x + x.mT))
 
 
-def test_a_wide_matrix_keeps_its_spectrum_when_made_tridiagonal():
-    x = randn(1, 300, 300)
-    symmetric = x + x.mT
-    diagonal, squared = tridiagonal(symmetric.clone())
-    made = torch.diag_embed(diagonal) + sum(torch.diag_embed(squared.sqrt(), offset) for offset in (1, -1))
-    expected = torch.linalg.eigvalsh(symmetric)
-    assert (torch.linalg.eigvalsh(made) - expected).abs().max() <= REACH * expected.abs().max()
+def test_a_tridiagonal_matrix_stays_what_it_is():
+    x = torch.diag_embed(randn(2, 6)) + torch.diag_embed(randn(2, 5, seed=1), 1)
+    symmetric = x + x.triu(1).mT
+    diagonal, squared = tridiagonal.tridiagonal(symmetric.to(DEVICE).clone())
+    torch.testing.assert_close(diagonal.cpu(), symmetric.diagonal(dim1=-2, dim2=-1), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(squared.cpu(), symmetric.diagonal(1, -2, -1) ** 2, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("n", [2, 5, 20])
-def test_the_kernel_reduces_as_one_operation_after_another_does(n):
-    """Diagonals and squared off-diagonals; an exact zero column among them."""
+@pytest.mark.parametrize(("n", "rows", "columns"), [(2, 16, 128), (5, 16, 128), (20, 16, 128), (13, 2, 4), (9, 4, 2)])
+def test_a_reduction_keeps_the_spectrum(n, rows, columns, monkeypatch):
+    """Whatever the tiles; a row that is clear from the start among them."""
+    monkeypatch.setattr(tridiagonal, "ROWS", rows)
+    monkeypatch.setattr(tridiagonal, "COLUMNS", columns)
     x = randn(3, n, n)
     symmetric = x + x.mT
     symmetric[0, 1:, 0] = symmetric[0, 0, 1:] = 0
-    for got, expected in zip(
-        tridiagonal_in_registers(symmetric.to(DEVICE)), tridiagonal(symmetric.clone()), strict=True
-    ):
-        torch.testing.assert_close(got.cpu(), expected, rtol=1e-10, atol=1e-12)
+    expected = torch.linalg.eigvalsh(symmetric)
+    diagonal, squared = (part.cpu() for part in tridiagonal.tridiagonal(symmetric.to(DEVICE).clone()))
+    made = torch.diag_embed(diagonal) + sum(torch.diag_embed(squared.sqrt(), offset) for offset in (1, -1))
+    assert (torch.linalg.eigvalsh(made) - expected).abs().max() <= REACH * expected.abs().max()
 
 
 def test_a_cpu_keeps_its_library():
