@@ -1,6 +1,6 @@
 """Eigenvalues of many symmetric matrices at once, whichever the device.
 
-On a GPU ``torch.linalg.eigvalsh`` (2.13) takes matrices wider than 32 one after another, for 1 to 5 ms each at widths
+On a GPU ``torch.linalg.eigvalsh`` (2.10) takes matrices wider than 32 one after another, for 1 to 5 ms each at widths
 of 64 to 128 (pytorch issue 175585); a reading of the spectra of GPT-2 124M asks for thousands. There they are made
 tridiagonal together, and their eigenvalues found by bisection.
 """
