@@ -1,33 +1,54 @@
 """What stacking saves: ``python -m experiments.bench_stack [device=cuda] [sizes=8,64]``.
 
 Run-steps per second of N nano runs in a stack, over those of one run at a time; one attention fault and one learning
-rate in each half of the stack. Forward, backward, clip and AdamW of the training loops, without monitors, label and
-files. Both sides are measured in turns in one process; medians. Needs PyTorch alone, and so runs on a GPU machine
-without our environment.
+rate in each half of the stack. Forward, backward, clip and AdamW of the training loops, without label and files: once
+by themselves, both sides in turns in one process, medians; and once watched by the monitors of ``conf/config.yaml`` at
+their cadences, one side after the other, means over ``WATCHED_STEPS``.
+
+``operations``: torch's operations a run-step that compute or copy, views not counted. Each is a launch on a GPU, of
+which the host makes some 100,000 to 200,000 a second, and their number is the same on every device. The monitors' are
+counted over ``COUNTED_STEPS``, which no reading of the curvature falls into.
+
+Needs PyTorch, PyYAML, SciPy and PyArrow alone, and so runs on a GPU machine without our environment.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
+import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.optimizer import TrainConfig, adamw, learning_rate, set_learning_rate
+from experiments.recorder import Recorder
+from experiments.stacked_history import SliceHistory
+from experiments.stacked_monitors import StackedMonitors, slice_view
 from experiments.stacked_optimizer import StackedAdamW
 from faults.base import LearningRateScale
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault
+from models.objective import objective_at
 from models.stacked import StackedNumerics, StackedTransformer
+from models.taps import Taps
 from models.transformer import Transformer, TransformerConfig
+from monitors.base import Monitor, StepView, WeightHistory, due_readings, tapped
 
+CONF = Path(__file__).resolve().parent.parent / "conf"
 NANO = TransformerConfig(d_model=64, n_layers=2, n_heads=2, d_ff=256, context_length=64, vocab_size=256)
 FAULTY = AttentionNumerics(tuple(SiteFault(site, "backward", "truncate", 5) for site in ("o", "do")))
 BATCH_SIZE = 16
 TURNS, STEPS = 5, 10
+WARM_UP_STEPS, WATCHED_STEPS, COUNTED_STEPS = 50, 500, 60
 GOAL = "at least 50 on one H200"
+Step = Callable[[int], None]
 
 
 def _config(device: str) -> TrainConfig:
@@ -59,58 +80,172 @@ def _models(count: int, device: str) -> list[Transformer]:
     return [Transformer(NANO).initialise(torch.Generator().manual_seed(seed)).to(device) for seed in range(count)]
 
 
-def single(config: TrainConfig) -> Callable[[int], None]:
+def default_monitors() -> dict[str, Monitor]:
+    """The monitors of conf/config.yaml that a dense model can have, by name."""
+    defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    names = next(entry["monitor"] for entry in defaults if isinstance(entry, Mapping) and "monitor" in entry)
+    monitors = {}
+    for name in names:
+        arguments = yaml.safe_load((CONF / "monitor" / f"{name}.yaml").read_text())
+        module, _, kind = arguments.pop("_target_").rpartition(".")
+        monitor = getattr(importlib.import_module(module), kind)(**arguments)
+        if not getattr(monitor, "needs_experts", False):
+            monitors[name] = monitor
+    return monitors
+
+
+def _due(monitors: Mapping[str, Monitor], step: int) -> list[str]:
+    return [name for name, one in monitors.items() if any(step % signal.every_steps == 0 for signal in one.signals)]
+
+
+def _history(monitors: Mapping[str, Monitor]) -> WeightHistory:
+    return WeightHistory(lookback for monitor in monitors.values() for lookback in monitor.lookbacks)
+
+
+def single(config: TrainConfig, monitors: Mapping[str, Monitor]) -> Step:
+    """A step of one run, watched by these monitors."""
     (model,) = _models(1, config.device)
     optimizer, parameters = adamw(model, config), list(model.parameters())
+    history, recorder = _history(monitors), Recorder()
+    history.record(0, model)
     tokens_BT1 = torch.randint(NANO.vocab_size, (BATCH_SIZE, NANO.context_length + 1), device=config.device)
 
+    objective = partial(objective_at, model, tokens_BT1, FAULTY, (), 1.0)
+
     def step(index: int) -> None:
+        now = index + 1
+        observers = [monitors[name] for name in _due(monitors, now)]
         optimizer.zero_grad(set_to_none=True)
-        model.loss(tokens_BT1, FAULTY).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        with Taps(model, tapped(observers)) as taps:
+            loss = model.loss(tokens_BT1, FAULTY)
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         set_learning_rate(optimizer, learning_rate(config, index), LearningRateScale())
         optimizer.step()
+        history.record(now, model)
+        view = StepView(
+            now, 0, loss.detach(), norm, model, history, (), taps, optimizer, FAULTY, objective_at=objective
+        )
+        for observer in observers:
+            for name, reading in due_readings(observer, now, observer.observe(view)).items():
+                recorder.add(now, 0, name, reading)
 
     return step
 
 
-def stacked(config: TrainConfig, size: int) -> Callable[[int], None]:
+def stacked(config: TrainConfig, size: int, monitors: Sequence[Mapping[str, Monitor]]) -> Step:
+    """A step of a stack, each run of it watched by monitors of its own."""
     model = StackedTransformer(_models(size, config.device))
     optimizer = StackedAdamW(model, [config] * size)
-    numerics = StackedNumerics((HEALTHY,) * (size // 2) + (FAULTY,) * (size - size // 2))
+    faults = (HEALTHY,) * (size // 2) + (FAULTY,) * (size - size // 2)
+    numerics = StackedNumerics(faults)
     scales = [LearningRateScale().times(10)] * (size // 2) + [LearningRateScale()] * (size - size // 2)
     tokens_NBT1 = torch.randint(NANO.vocab_size, (size, BATCH_SIZE, NANO.context_length + 1), device=config.device)
+    history, together, record = _history(monitors[0]), StackedMonitors(monitors), Recorder()
+    history.record(0, model)
+    objective = partial(objective_at, model, tokens_NBT1, numerics, (), 1.0)
+    slices = [(SliceHistory(history, index), Recorder(record, index)) for index in range(size)]
 
     def step(index: int) -> None:
-        model.loss(tokens_NBT1, numerics).sum().backward()
+        now = index + 1
+        due = _due(monitors[0], now)
+        with Taps(model, tapped(monitors[0][name] for name in due)) as taps:
+            losses_N = model.loss(tokens_NBT1, numerics)
+            losses_N.sum().backward()
         model.take_gradients()
-        optimizer.clip()
+        norms_N = optimizer.clip()
         optimizer.step(index, scales)
+        history.record(now, model)
+        view = StepView(now, 0, losses_N.detach(), norms_N, model, history, (), taps, optimizer, numerics, objective)
+        for name, reading in together.observe(due, view).items():
+            record.add(now, 0, name, reading)
+        by_themselves = [name for name in due if name not in together.names]
+        for place, (own_history, own_record) in enumerate(slices if by_themselves else ()):
+            one = slice_view(view, place, own_history, faults[place], tokens_NBT1[place])
+            for observer in (monitors[place][name] for name in by_themselves):
+                for name, reading in due_readings(observer, now, observer.observe(one)).items():
+                    own_record.add(now, 0, name, reading)
 
     return step
 
 
-def _seconds_a_step(step: Callable[[int], None], first: int, device: str) -> float:
+def _seconds_a_step(step: Step, first: int, device: str, steps: int = STEPS) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    for index in range(first, first + STEPS):
+    for index in range(first, first + steps):
         step(index)
     if device == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - started) / STEPS
+    return (time.perf_counter() - started) / steps
 
 
 def measure(device: str, size: int) -> dict[str, float]:
     """Milliseconds of a step of one run and of a stack, and how many times the run-steps a second the stack makes."""
     torch.set_num_threads(1)
-    steps = {"single": single(_config(device)), "stack": stacked(_config(device), size)}
+    steps = {"single": single(_config(device), {}), "stack": stacked(_config(device), size, [{}] * size)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(TURNS + 1):  # the first is warm-up
         for name, step in steps.items():
             seconds[name].append(_seconds_a_step(step, turn * STEPS, device))
     one, all_of_them = (median(values[1:]) for values in seconds.values())
     return {"single_ms": 1e3 * one, "stack_ms": 1e3 * all_of_them, "run_steps_per_s_ratio": size * one / all_of_them}
+
+
+def watched(device: str, size: int) -> dict[str, Step]:
+    """The same two, watched by the default monitors."""
+    monitors = [default_monitors() for _ in range(size)]
+    return {
+        "single": single(_config(device), default_monitors()),
+        "stack": stacked(_config(device), size, monitors),
+    }
+
+
+def measure_watched(device: str, size: int) -> dict[str, float]:
+    """As ``measure``, with the default monitors."""
+    seconds = []
+    for step in watched(device, size).values():
+        _seconds_a_step(step, 0, device, WARM_UP_STEPS)
+        seconds.append(_seconds_a_step(step, WARM_UP_STEPS, device, WATCHED_STEPS))
+    one, all_of_them = seconds
+    return {
+        "watched_single_ms": 1e3 * one,
+        "watched_stack_ms": 1e3 * all_of_them,
+        "watched_run_steps_per_s_ratio": size * one / all_of_them,
+    }
+
+
+class _Operations(TorchDispatchMode):
+    """Counts torch's operations but for those whose result is a view, or memory not yet written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += not (function.is_view or function.name().startswith("aten::empty"))
+        return function(*args, **(kwargs or {}))
+
+
+def operations(step: Step, steps: int, first: int) -> float:
+    """Mean number of operations of a step."""
+    with _Operations() as operations:
+        for index in range(first, first + steps):
+            step(index)
+    return operations.count / steps
+
+
+def count(device: str, size: int) -> dict[str, float]:
+    """Operations a run-step, of one run and of a stack, by themselves and watched."""
+    plain = {"single": single(_config(device), {}), "stack": stacked(_config(device), size, [{}] * size)}
+    found = {}
+    for prefix, steps, counted in (("", plain, 1), ("watched_", watched(device, size), COUNTED_STEPS)):
+        for name, step in steps.items():
+            for index in range(WARM_UP_STEPS):
+                step(index)
+            of_a_step = operations(step, counted, WARM_UP_STEPS)
+            found[f"{prefix}{name}_operations"] = of_a_step / (size if name == "stack" else 1)
+    return found
 
 
 def main(arguments: list[str]) -> None:
@@ -120,7 +255,8 @@ def main(arguments: list[str]) -> None:
         sys.exit("usage: python -m experiments.bench_stack [device=cpu] [sizes=8,64]")
     print(f"torch {torch.__version__}, {device}; goal: {GOAL}")
     for size in map(int, sizes.split(",")):
-        print(json.dumps({"size": size, **measure(device, size)}))
+        print(json.dumps({"size": size, **measure(device, size), **count(device, size)}))
+        print(json.dumps({"size": size, **measure_watched(device, size)}))
 
 
 if __name__ == "__main__":

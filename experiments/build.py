@@ -50,8 +50,10 @@ RESULT_SOURCES = (
     "experiments/loop.py",
     "experiments/manifest.py",
     "experiments/optimizer.py",
+    "experiments/recorder.py",
     "experiments/stacked_history.py",
     "experiments/stacked_loop.py",
+    "experiments/stacked_monitors.py",
     "experiments/stacked_optimizer.py",
     "experiments/stacking.py",
 )

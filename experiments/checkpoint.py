@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from experiments import trace
+from models.trees import map_tensors
 
 
 class RunError(Exception):
@@ -53,10 +53,4 @@ def load(folder: Path, device: torch.device) -> dict[str, Any] | None:
 
 def compact(state: Any) -> Any:
     """The same state without the memory around its views, which would be saved with them."""
-    if isinstance(state, Tensor):
-        return state.clone() if state.untyped_storage().nbytes() > state.nbytes else state
-    if isinstance(state, Mapping):
-        return {key: compact(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(compact(value) for value in state)
-    return state
+    return map_tensors(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x, state)

@@ -1,4 +1,4 @@
-"""What one run writes down while it trains: readings, trace parts, checkpoint, manifest, final weights."""
+"""What one run writes down while it trains: trace parts, checkpoint, manifest, final weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
@@ -15,54 +14,20 @@ from torch import Tensor
 from experiments import checkpoint, trace
 from experiments.build import Run
 from experiments.optimizer import TrainConfig
+from experiments.recorder import Recorder
 from models.transformer import Transformer
-from monitors.base import Masked, Monitor, Reading, Signal, StepView, WeightHistory, state_of
+from monitors.base import Monitor, Reading, Signal, StepView, WeightHistory, due_readings, state_of
 
 HELD_OUT = Signal("held_out_loss", "nats/token", "up")
 """The label signal: mean NLL on the fixed held-out batch."""
-
-
-class Recorder:
-    """Readings since the last part; they stay on the device until the part is written."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.first_step: int | None = None
-        self._readings: dict[str, list[tuple[int, int, Tensor, Tensor | None]]] = {}
-
-    def add(self, step: int, tokens: int, name: str, reading: Reading) -> None:
-        value, undefined = (reading.value, reading.undefined) if isinstance(reading, Masked) else (reading, None)
-        self.first_step = step if self.first_step is None else self.first_step
-        self._readings.setdefault(name, []).append((step, tokens, value, undefined))
-
-    def columns(self) -> dict[str, Any]:
-        """The columns of a part, one copy to the host a signal."""
-        blocks: dict[str, list[np.ndarray]] = {name: [] for name in trace.SCHEMA.names}
-        for name, readings in self._readings.items():
-            values = torch.stack([value.double() for _, _, value, _ in readings]).cpu().numpy()
-            undefined = np.zeros(values.shape, bool)
-            if readings[0][3] is not None:
-                undefined = torch.stack([mask for _, _, _, mask in readings]).cpu().numpy()
-            index = np.indices(values.shape).reshape(values.ndim, -1)
-            size = values.size
-            blocks["step"].append(np.array([step for step, _, _, _ in readings])[index[0]])
-            blocks["tokens"].append(np.array([tokens for _, tokens, _, _ in readings])[index[0]])
-            blocks["signal"].append(np.full(size, name, dtype=object))
-            blocks["layer"].append(index[1] if values.ndim > 1 else np.full(size, -1))
-            blocks["head"].append(index[2] if values.ndim > 2 else np.full(size, -1))
-            blocks["value"].append(values.ravel())
-            blocks["undefined"].append(undefined.ravel())
-        return {name: np.concatenate(parts) for name, parts in blocks.items()}
 
 
 class Ledger:
     """One run's record, and its memory from step to step.
 
     tokens: seen so far; finite: whether every training loss was; best_held_out: the lowest label loss so far. The
-    training loop keeps these three up to date. share: how many runs this process trains at once, each of which
-    answers for its part of the time.
+    training loop keeps these three up to date. recorder: of a run in a stack, whose readings the loop records there;
+    share: how many runs this process trains at once, each of which answers for its part of the time.
     """
 
     def __init__(
@@ -73,11 +38,12 @@ class Ledger:
         model: Transformer,
         optimizer: torch.optim.AdamW,
         history: WeightHistory,
+        recorder: Recorder | None = None,
         share: int = 1,
     ) -> None:
         self._run, self._folder, self.manifest = run, folder, manifest
         self._model, self._optimizer, self._history = model, optimizer, history
-        self._recorder = Recorder()
+        self._recorder = recorder or Recorder()
         self._share = share
         self._started, self._cpu_started = time.monotonic(), time.process_time()
         self._spent = {key: manifest[key] for key in ("wall_s", "cpu_s")}
@@ -106,9 +72,7 @@ class Ledger:
         """What these monitors read at this step, of the signals that are due; it is recorded."""
         readings: dict[str, Reading] = {}
         for monitor in observers:
-            seen = monitor.observe(view)
-            wanted = [s.name for s in monitor.signals if view.step % s.every_steps == 0 and s.name in seen]
-            readings |= {signal: seen[signal] for signal in wanted}
+            readings |= due_readings(monitor, view.step, monitor.observe(view))
         for signal, reading in readings.items():
             self._recorder.add(view.step, view.tokens, signal, reading)
         return readings

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
+from models.trees import stack_trees
 from monitors.base import WeightHistory
 
 
@@ -27,9 +27,4 @@ class SliceHistory(WeightHistory):
 
 def load_history(stacked: WeightHistory, states: Sequence[Mapping[int, Mapping[str, Tensor]]]) -> None:
     """Give a stacked history what its slices saved at one and the same step."""
-    stacked.load_state_dict(
-        {
-            step: {name: torch.stack([state[step][name] for state in states]) for name in weights}
-            for step, weights in states[0].items()
-        }
-    )
+    stacked.load_state_dict(stack_trees(states))

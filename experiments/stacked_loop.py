@@ -9,8 +9,10 @@
         optimizer.step(each run's learning rates)     # INJECT: learning rates
         monitor.observe(each run's view)              # OBSERVE, LABEL, part, checkpoint: as in a single run
 
-A monitor sees a slice: a plain transformer, taps, history and optimizer that are views of the stacked ones. A run that
-ends early writes its last files and records no more; its rows are still computed, and reach no other's.
+A monitor sees a slice: a plain transformer, taps, history and optimizer that are views of the stacked ones. One that is
+``stackable`` sees all slices in one call (``experiments.stacked_monitors``), and nothing else that is done for every
+run at every step takes an operation of torch. A run that ends early writes its last files and records no more; its
+rows are still computed, and reach no other's.
 
 Sums round differently in a stacked LayerNorm and, by shape and device, in a stacked matrix product, so ``train.stack``
 is part of a run's identity. On a CPU and with RMSNorm, a nano run's weights come out with the bits of a single run.
@@ -26,22 +28,22 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from experiments import checkpoint, trace
 from experiments.build import Run
-from experiments.ledger import Ledger, drawup_limit, early_ends
+from experiments.ledger import HELD_OUT, Ledger, drawup_limit, early_ends
 from experiments.loop import cadence
 from experiments.manifest import new_manifest
 from experiments.memory import out_of_memory_named
+from experiments.recorder import Recorder
 from experiments.stacked_history import SliceHistory, load_history
+from experiments.stacked_monitors import StackedMonitors, slice_view
 from experiments.stacked_optimizer import StackedAdamW
-from faults.base import Sites
+from faults.base import Fault, Sites
 from models.objective import objective_at
 from models.stacked import StackedNumerics, StackedTransformer
-from models.stacked_taps import SliceTaps
 from models.taps import Taps
 from monitors.base import StepView, tapped
 
@@ -88,6 +90,24 @@ def _saved_step(folder: Path) -> int:
     return -1 if state is None else state["step"]
 
 
+def _distinct(faults: Sequence[Fault]) -> list[tuple[Fault, list[int]]]:
+    """Each fault once, with the runs that have it."""
+    kinds: list[tuple[Fault, list[int]]] = []
+    for index, fault in enumerate(faults):
+        own = next((runs for other, runs in kinds if other == fault), None)
+        if own is None:
+            kinds.append((fault, [index]))
+        else:
+            own.append(index)
+    return kinds
+
+
+def _sites(kinds: Sequence[tuple[Fault, Sequence[int]]], step: int, healthy: Sites) -> list[Sites]:
+    """What each run's fault does at a step; runs of one fault share the answer, which is pure."""
+    of_run = {index: sites for fault, runs in kinds for sites in (fault.sites(step, healthy),) for index in runs}
+    return [of_run[index] for index in range(len(of_run))]
+
+
 def _train_together(
     members: Sequence[tuple[Run, Path, dict[str, Any]]], until: float | None, progress: StackProgress | None
 ) -> None:
@@ -98,16 +118,23 @@ def _train_together(
     model, healthy = StackedTransformer([run.new_model() for run in runs]), runs[0].healthy_sites()
     optimizer, history = StackedAdamW(model, [run.train for run in runs]), runs[0].new_history()
     histories = [SliceHistory(history, index) for index in range(len(runs))]
+    record = Recorder()
+    recorders = [Recorder(record, index) for index in range(len(runs))]
     ledgers = [
         Ledger(run, folder, manifest, *parts, share=len(runs))
-        for (run, folder, manifest), *parts in zip(members, model.slices, optimizer.slices, histories, strict=True)
+        for (run, folder, manifest), *parts in zip(
+            members, model.slices, optimizer.slices, histories, recorders, strict=True
+        )
     ]
+    kinds_of_fault = _distinct([run.fault for run in runs])
     due = {name: cadence(monitor.signals) for name, monitor in runs[0].monitors.items()}
     held_out = torch.from_numpy(runs[0].corpus.held_out_batch(config.held_out_sequences)).to(device)
     limit_N = torch.tensor([drawup_limit(run.train) for run in runs], device=device)
     recording = list(range(len(runs)))
+    seeds = [run.seed for run in runs]
+    tokens_a_step = config.batch_size * runs[0].model_config.context_length
 
-    def label(step: int, sites: Sequence[Sites]) -> Tensor:
+    def label(step: int, tokens: int, sites: Sequence[Sites]) -> Tensor:
         numerics = StackedNumerics(tuple(site.numerics for site in sites))
         with torch.no_grad():
             losses = [
@@ -115,18 +142,19 @@ def _train_together(
                 for chunk in held_out.split(config.batch_size)
             ]
         losses_N = torch.stack(losses).sum(0) / len(held_out)
-        for index in recording:
-            ledgers[index].label(step, losses_N[index])
+        record.add(step, tokens, HELD_OUT.name, losses_N)
         return losses_N
 
     def save(index: int, step: int, end_reason: str) -> None:
-        ledgers[index].finite, ledgers[index].best_held_out = finite_N[index], best_held_out_N[index]
-        ledgers[index].save(step, end_reason)
+        ledger = ledgers[index]
+        ledger.tokens, ledger.finite, ledger.best_held_out = tokens, finite_N[index], best_held_out_N[index]
+        together.hand_back(index)
+        ledger.save(step, end_reason)
 
     states, first = [ledger.resume() for ledger in ledgers], 0
     if states[0] is None:
         history.record(0, model)
-        best_held_out_N = label(0, [healthy] * len(runs))
+        best_held_out_N = label(0, 0, [healthy] * len(runs))
     else:
         first = states[0]["step"]
         for index, state in enumerate(states):
@@ -134,19 +162,22 @@ def _train_together(
             optimizer.load_state_dict(index, state["optimizer"])
         load_history(history, [state["history"] for state in states])
         best_held_out_N = torch.stack([ledger.best_held_out for ledger in ledgers])
-    finite_N = torch.stack([ledger.finite for ledger in ledgers])
+    finite_N, tokens = torch.stack([ledger.finite for ledger in ledgers]), ledgers[0].tokens
+    together = StackedMonitors([run.monitors for run in runs])
 
     for step in range(first, config.steps):
-        sites = [run.fault.sites(step, healthy) for run in runs]
-        batch = torch.from_numpy(np.stack([run.corpus.batch(run.seed, step, config.batch_size) for run in runs]))
-        batch = batch.to(device)
-        for ledger in ledgers:
-            ledger.tokens += batch[0, :, 1:].numel()
+        sites = _sites(kinds_of_fault, step, healthy)
+        batch = torch.from_numpy(runs[0].corpus.batches(seeds, step, config.batch_size))
+        if device.type == "cuda":  # so that the copy waits for no kernel, and the host goes on meanwhile
+            batch = batch.pin_memory()
+        batch = batch.to(device, non_blocking=True)
+        tokens += tokens_a_step
 
         now = step + 1
         observed = [name for name, is_due in due.items() if is_due(now)]
+        numerics = StackedNumerics(tuple(site.numerics for site in sites))
         with Taps(model, tapped(runs[0].monitors[name] for name in observed)) as taps:
-            losses_N, _, _ = model.objective(batch, StackedNumerics(tuple(site.numerics for site in sites)))
+            losses_N, _, _ = model.objective(batch, numerics)
             losses_N.sum().backward()
         losses_N = losses_N.detach()
         model.take_gradients()
@@ -155,31 +186,23 @@ def _train_together(
 
         history.record(now, model)
         finite_N = finite_N & torch.isfinite(losses_N)
-        for index in recording if observed else ():
-            one, numerics = model.slices[index], sites[index].numerics
-            watching = [runs[index].monitors[name] for name in observed]
+        objective = partial(objective_at, model, batch, numerics, (), 1.0)
+        view = StepView(now, tokens, losses_N, grad_norms_N, model, history, (), taps, optimizer, numerics, objective)
+        for name, reading in together.observe(observed, view).items():
+            record.add(now, tokens, name, reading)
+        by_themselves = [name for name in observed if name not in together.names]
+        for index in recording if by_themselves else ():
             ledgers[index].observe(
-                watching,
-                StepView(
-                    now,
-                    ledgers[index].tokens,
-                    losses_N[index],
-                    grad_norms_N[index],
-                    one,
-                    histories[index],
-                    (),
-                    SliceTaps(taps, model, index),
-                    optimizer.slices[index],
-                    numerics,
-                    partial(objective_at, one, batch[index], numerics, (), 1.0),
-                ),
+                [runs[index].monitors[name] for name in by_themselves],
+                slice_view(view, index, histories[index], sites[index].numerics, batch[index]),
             )
-        del taps  # as large as the step's activations: the next step is to find that memory free
+        del taps, view, objective  # as large as the step's activations: the next step is to find that memory free
         if progress is not None:
-            progress(now, {folders[index]: losses_N[index] for index in recording})
+            losses = losses_N.unbind()
+            progress(now, {folders[index]: losses[index] for index in recording})
 
         if now % config.held_out_every_steps == 0:
-            held_out_N = label(now, sites)
+            held_out_N = label(now, tokens, sites)
             best_held_out_N = torch.minimum(best_held_out_N, held_out_N)
             ends = early_ends(limit_N, finite_N, held_out_N, best_held_out_N)
             for index in [index for index in recording if ends[index] is not None]:
@@ -194,5 +217,6 @@ def _train_together(
         if now % config.checkpoint_every_steps == 0 and now < config.steps:
             for index in recording:
                 save(index, now, "running")
+            record.clear()
     for index in recording:
         save(index, now, "completed" if bool(finite_N[index]) else "non_finite")

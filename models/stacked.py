@@ -1,9 +1,10 @@
 """Many small transformers along a leading model axis: one forward and one backward serve them all.
 
-Shapes: N models, P weights of one of them, and those of ``models.transformer``. A model's weights, and their
-gradients, are one row of an (N, P) tensor, of which everything else is a view: the stacked modules' weights (N, ...),
-and those of N plain transformers, the slices, which share the memory, so that whoever reads a transformer reads a
-slice. Each loss depends on its own slice alone, so the gradient of their sum holds the gradient of each.
+Shapes: N models, P weights in one segment of a model, and those of ``models.transformer``. A segment is what an
+optimizer treats alike, the matrices or the vectors of one parameter group; the weights of all models in it, and their
+gradients, are an (N, P) tensor, of which everything else is a view: the stacked modules' weights (N, ...), and those of
+N plain transformers, the slices, which share the memory, so that whoever reads a transformer reads a slice. Each loss
+depends on its own slice alone, so the gradient of their sum holds the gradient of each.
 
 ``torch.vmap`` does not serve here: hooks, taps and the fault sites' own backward would see its wrapped tensors.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -98,17 +100,23 @@ class StackedNumerics:
 
     slices: tuple[AttentionNumerics, ...]
 
+    @cached_property
+    def neighbours(self) -> list[tuple[AttentionNumerics, int]]:
+        """How many slices in a row have the same faults."""
+        return [(numerics, len(list(same))) for numerics, same in groupby(self.slices)]
+
     def layer(self, index: int) -> list[tuple[LayerNumerics, int]]:
         """One layer's faults and how many slices in a row have them."""
-        return [(numerics.layer(index), len(list(same))) for numerics, same in groupby(self.slices)]
+        return [(numerics.layer(index), size) for numerics, size in self.neighbours]
 
 
 class StackedTransformer(Transformer):
     """N transformers of one configuration as one module.
 
     ``slices``: the given transformers, whose parameters, their ``grad`` and counters become views of this one's;
-    weights, gradients: (N, P), FP32, contiguous; a row has its parameters in the order of ``spans``, those of one
-    parameter group and of one kind (matrix or not) side by side. ``take_gradients`` after each backward.
+    weights, gradients: by segment, (N, P), FP32, contiguous, so that an optimizer updates neighbours in one piece;
+    segments: the names and shapes of the parameters in a row of each, in the order of an optimizer's parameter groups.
+    ``take_gradients`` after each backward.
     Raises ValueError where the models differ in shape or have experts, whose tokens are not shared out evenly.
     """
 
@@ -119,21 +127,21 @@ class StackedTransformer(Transformer):
         if config.moe is not None:
             raise ValueError("model.moe is not allowed in a stack: experts are trained one run at a time")
         super().__init__(config)
-        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
-        self.spans: dict[str, tuple[int, torch.Size]] = {}
-        size = 0
-        for name in sorted(shapes, key=lambda name: (parameter_group(name), len(shapes[name]) >= 2)):
-            self.spans[name] = (size, shapes[name])
-            size += shapes[name].numel()
+        alike: dict[tuple[str, bool], dict[str, torch.Size]] = {}
+        for name, parameter in self.named_parameters():
+            alike.setdefault((parameter_group(name), parameter.ndim >= 2), {})[name] = parameter.shape
+        self.segments = tuple(alike.values())
+        sizes = [sum(shape.numel() for shape in shapes.values()) for shapes in self.segments]
         device = slices[0].tokens.weight.device
         self.slices = tuple(slices)
-        self.weights = torch.empty(len(slices), size, device=device)
-        self.gradients = torch.zeros_like(self.weights)
-        for row, gradients, model in zip(self.weights, self.gradients, slices, strict=True):
+        self.weights = tuple(torch.empty(len(slices), size, device=device) for size in sizes)
+        self.gradients = tuple(torch.zeros_like(weights) for weights in self.weights)
+        for index, model in enumerate(slices):
+            row = [weights[index] for weights in self.weights]
             for name, view in self.views(row).items():
                 view.copy_(model.get_parameter(name).detach())
             self._house(model, row)
-            for name, view in self.views(gradients).items():
+            for name, view in self.views([gradients[index] for gradients in self.gradients]).items():
                 model.get_parameter(name).grad = view
         self.to(device)
         for module in self.modules():
@@ -146,15 +154,25 @@ class StackedTransformer(Transformer):
             for counter, view in zip(counters, block.attention.nonfinite, strict=True):
                 counter.nonfinite = view
 
-    def views(self, rows: Tensor) -> dict[str, Tensor]:
-        """By parameter name, what (P,) or (N, P) numbers belong to: each of the parameter's shape, or (N, that)."""
+    def views(self, numbers: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By parameter name, what each segment's (P,) or (N, P) numbers belong to: of its shape, or (N, that)."""
         return {
-            name: rows[..., first : first + shape.numel()].unflatten(-1, shape)
-            for name, (first, shape) in self.spans.items()
+            name: part.unflatten(-1, shape)
+            for of_segment, shapes in zip(numbers, self.segments, strict=True)
+            for (name, shape), part in zip(
+                shapes.items(), of_segment.split([shape.numel() for shape in shapes.values()], dim=-1), strict=True
+            )
         }
 
-    def _house(self, model: Transformer, numbers: Tensor) -> None:
-        """Let a model's parameters live in this memory, and have the values that it holds."""
+    def stacked_tensors(self) -> dict[str, Tensor]:
+        """The parameters, and the counters of attention, by name: what each slice has of its own."""
+        counters = {
+            f"blocks.{index}.attention.nonfinite": block.attention.nonfinite for index, block in enumerate(self.blocks)
+        }
+        return dict(self.named_parameters()) | counters
+
+    def _house(self, model: Transformer, numbers: Sequence[Tensor]) -> None:
+        """Let a model's parameters live in this memory, by segment, and have the values that it holds."""
         for name, view in self.views(numbers).items():
             model.get_parameter(name).data = view
 
@@ -163,10 +181,11 @@ class StackedTransformer(Transformer):
 
         Autograd cannot add into ``gradients`` by itself: it wants memory laid out as a whole tensor.
         """
-        parameters = [self.get_parameter(name) for name in self.spans]
-        torch.cat([parameter.grad.flatten(1) for parameter in parameters], dim=1, out=self.gradients)
-        for parameter in parameters:
-            parameter.grad = None
+        for gradients, names in zip(self.gradients, self.segments, strict=True):
+            parameters = [self.get_parameter(name) for name in names]
+            torch.cat([parameter.grad.flatten(1) for parameter in parameters], dim=1, out=gradients)
+            for parameter in parameters:
+                parameter.grad = None
 
     def objective(
         self, tokens_NBT1: Tensor, numerics: StackedNumerics, balance_scale: float = 1.0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
-
-import torch.nn as nn
-from torch import Tensor
+from dataclasses import replace
 
 from models.stacked import StackedTransformer
 from models.taps import Tap, Taps
+from models.transformer import Transformer
+from models.trees import map_tensors
+
+
+def with_modules_of(model: Transformer, taps: Mapping[str, Tap]) -> dict[str, Tap]:
+    """The same taps, by name, as if on this model's modules."""
+    return {name: replace(tap, module=model.get_submodule(name)) for name, tap in taps.items()}
 
 
 class SliceTaps(Taps):
@@ -25,20 +28,14 @@ class SliceTaps(Taps):
 
     def at(self, place: str) -> Mapping[str, Tap]:
         if place not in self._taps:
-            self._taps[place] = {name: self._part(name, tap) for name, tap in self._stacked.at(place).items()}
+            part = map_tensors(lambda value: value[self._index], self._stacked.at(place))
+            self._taps[place] = with_modules_of(self._slice, part)
         return self._taps[place]
 
-    def _part(self, name: str, tap: Tap) -> Tap:
-        values = {field.name: self._row(getattr(tap, field.name)) for field in fields(Tap)}
-        return Tap(**{**values, "module": self._slice.get_submodule(name)})
 
-    def _row(self, value: Any) -> Any:
-        """This slice's part of whatever holds tensors; what holds none stays as it is."""
-        if isinstance(value, Tensor):
-            return value[self._index]
-        if isinstance(value, tuple):
-            return tuple(self._row(v) for v in value)
-        if isinstance(value, dict):
-            return {key: self._row(v) for key, v in value.items()}
-        assert value is None or isinstance(value, nn.Module), f"a tap holds {type(value).__name__}, which has no slices"
-        return value
+class GivenTaps(Taps):
+    """Taps by place that were taken elsewhere, as if on this model's modules."""
+
+    def __init__(self, model: Transformer, taps: Mapping[str, Mapping[str, Tap]]) -> None:
+        super().__init__(model, ())
+        self._taps = {place: with_modules_of(model, of_place) for place, of_place in taps.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +15,20 @@ from monitors.base import Reading, Signal, StepView
 class AdamState:
     """What the last update was made of, by parameter name, in the model's order.
 
-    gradient: as Adam took it, after the clip; root: sqrt(v / (1 - beta2^t)) + eps, what it divided by; learning_rate:
-    of each tensor's group; beta1; beta1_debias: 1 - beta1^t, 0-dim.
+    gradient: as Adam took it, after the clip; root: sqrt(v / (1 - beta2^t)) + eps, what it divided by; group: each
+    tensor's parameter group; beta1; beta1_debias: 1 - beta1^t, 0-dim.
     """
 
     weight: dict[str, Tensor]
     gradient: list[Tensor]
     root: list[Tensor]
-    learning_rate: list[float]
+    group: list[dict[str, Any]]
     beta1: float
     beta1_debias: Tensor
+
+    @property
+    def learning_rate(self) -> list[float]:
+        return [group["lr"] for group in self.group]
 
     @classmethod
     @torch.no_grad()
@@ -44,7 +49,7 @@ class AdamState:
             {name: parameter.detach() for name, parameter in weight.items()},
             [parameter.grad for parameter in weight.values()],
             root,
-            [groups[parameter]["lr"] for parameter in weight.values()],
+            [groups[parameter] for parameter in weight.values()],
             beta1,
             1 - beta1**steps,
         )
@@ -61,6 +66,7 @@ class AdamUpdateRMS:
     """
 
     lookbacks = ()
+    stackable = True
 
     def __init__(self, every_steps: int) -> None:
         self.signals = (

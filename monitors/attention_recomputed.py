@@ -81,6 +81,7 @@ class AttentionRecomputed:
 
     lookbacks = ()
     taps = ("dot_product",)
+    stackable = True
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps

@@ -14,6 +14,7 @@ from models.visibility import score_mask
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 from monitors.conservation import per_query_head
+from monitors.trailing import on_trailing_axes
 
 
 def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,12 +32,19 @@ def window_of(taps: Collection[Tap]) -> int | None:
     return next(iter(taps)).module.window
 
 
+@on_trailing_axes
+def masked_scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """S = q k^T / sqrt(D) + mask. q: (..., T, D), k: (..., S, D), mask: (1, T, S) -> (..., T, S).
+
+    One call of a kernel that scales, multiplies and adds; vmap would make three of it, which round otherwise.
+    """
+    mask, flat_q, flat_k = (x.reshape(-1, *x.shape[-2:]) for x in (mask, q, k))
+    return torch.baddbmm(mask, flat_q, flat_k.mT, alpha=1 / math.sqrt(q.shape[-1])).view(*q.shape[:-1], -1)
+
+
 def causal_scores(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
     """S = q k^T / sqrt(D) where a query may look, -inf elsewhere. q, k: (..., T, D) -> (..., T, T)."""
-    T, D = q.shape[-2:]
-    mask = score_mask(T, window, 1, q.device, q.dtype)
-    scores = torch.baddbmm(mask, q.reshape(-1, T, D), k.reshape(-1, T, D).mT, alpha=1 / math.sqrt(D))
-    return scores.view(*q.shape[:-1], T)
+    return masked_scores(q, k, score_mask(q.shape[-2], window, 1, q.device, q.dtype))
 
 
 class AttentionScores:
@@ -51,6 +59,7 @@ class AttentionScores:
 
     lookbacks = ()
     taps = ("dot_product",)
+    stackable = True
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps

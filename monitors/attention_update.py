@@ -93,6 +93,8 @@ class DeltaW:
     windows: steps; every_steps: cadence. Raises ValueError on impossible ones.
     """
 
+    stackable = True
+
     def __init__(self, every_steps: int, windows: Sequence[int], whole: bool) -> None:
         check_windows(every_steps, windows)
         self.windows, self.whole, self.every_steps = tuple(windows), whole, every_steps
@@ -147,6 +149,8 @@ class QKIncrement:
     ||Delta3||_F^2 / (||dW_Q||_F^2 ||dW_K||_F^2), in [0, 1], about 1/d_head for independent
     updates (bad: up). Where the window changed nothing, a reading is masked.
     """
+
+    stackable = True
 
     def __init__(self, every_steps: int, windows: Sequence[int]) -> None:
         check_windows(every_steps, windows)
@@ -204,6 +208,7 @@ class AttentionWeight:
     """
 
     lookbacks = ()
+    stackable = True
 
     def __init__(self, every_steps: int) -> None:
         self.signals = tuple(

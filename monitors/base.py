@@ -145,7 +145,10 @@ class Monitor(Protocol):
     A monitor with memory also has ``state_dict`` and ``load_state_dict``; one that reads routers says so
     by a class attribute ``needs_experts = True``; one that reads activations or their gradients names the places
     (``models.taps.PLACES``) in an attribute ``taps``; one that is told the fault, a bound and no rival, says so by
-    ``oracle = True``.
+    ``oracle = True``; one that may watch stacked runs in one call, by ``stackable = True``: ``torch.vmap`` then runs
+    ``observe`` over them, so that it branches on no tensor's value, keeps its memory in ``state_dict`` alone, takes a
+    learning rate for a tensor, and asks for the objective by a function ``on_trailing_axes`` (``monitors.trailing``).
+    Any other monitor watches them run by run.
     """
 
     signals: Sequence[Signal]
@@ -162,3 +165,9 @@ def state_of(monitor: Monitor) -> Any:
 def tapped(monitors: Iterable[Monitor]) -> frozenset[str]:
     """The places that these monitors want tapped."""
     return frozenset(place for monitor in monitors for place in getattr(monitor, "taps", ()))
+
+
+def due_readings(monitor: Monitor, step: int, readings: Mapping[str, Reading]) -> dict[str, Reading]:
+    """Of a monitor's readings, those of the signals that are due at a step."""
+    due = (signal.name for signal in monitor.signals if step % signal.every_steps == 0)
+    return {name: readings[name] for name in due if name in readings}

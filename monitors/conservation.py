@@ -246,7 +246,7 @@ def linear_euler(w: Tensor, dw: Tensor, y: Tensor, dy: Tensor) -> Broken:
     alike in every row, by more than the law is broken.
     """
     totals, sizes = zip(*(_sum_and_size(*block) for block in _blocks(y, dy)), strict=True)
-    weights = torch.dot(w.flatten().double(), dw.flatten().double())
+    weights = (w.double() * dw.double()).sum()
     return (weights - torch.stack(totals).sum()).abs(), torch.stack(sizes).sum()
 
 

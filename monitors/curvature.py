@@ -10,6 +10,7 @@ from torch import Tensor
 
 from monitors.adam import AdamState
 from monitors.base import Masked, Reading, Signal, StepView
+from monitors.trailing import on_trailing_axes
 
 RELATIVE_STEP = 2e-4
 """Length of the finite-difference step over that of all weights. On a trained model of 100,000 parameters with a BF16
@@ -30,6 +31,15 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
 
+@on_trailing_axes
+def _gradient(objective_at: Objective, names: tuple[str, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+    """At these weights; of stacked runs the objective gives one number each, which depends on that run's alone."""
+    leaves = [weight.detach().requires_grad_() for weight in weights]
+    with torch.enable_grad():
+        objective = objective_at(dict(zip(names, leaves, strict=True))).sum()
+    return torch.autograd.grad(objective, leaves)
+
+
 def hessian_vector_product(
     objective_at: Objective, weights: Mapping[str, Tensor], direction: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -44,10 +54,7 @@ def hessian_vector_product(
     for signed in (step, -step):
         with torch.no_grad():
             moved = torch._foreach_add(list(weights.values()), torch._foreach_mul(list(direction), signed))
-        leaves = [tensor.requires_grad_() for tensor in moved]
-        with torch.enable_grad():
-            objective = objective_at(dict(zip(weights, leaves, strict=True)))
-        gradients.append(torch.autograd.grad(objective, leaves))
+        gradients.append(_gradient(objective_at, tuple(weights), *moved))
     return list(torch._foreach_div(torch._foreach_sub(*gradients), 2 * step))
 
 
@@ -69,6 +76,7 @@ class GradientCurvature:
     """
 
     lookbacks = ()
+    stackable = True
 
     def __init__(self, every_steps: int, power_iterations: int) -> None:
         if power_iterations < 1:

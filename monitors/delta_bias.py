@@ -30,6 +30,7 @@ class DeltaBiasOracle:
     lookbacks = ()
     taps = ("dot_product",)
     oracle = True
+    stackable = True
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps
@@ -47,7 +48,7 @@ class DeltaBiasOracle:
             numerics, do = view.numerics.layer(layer), at_least_fp32(tap.output_grad[rows])
             reads_output = numerics.arithmetic.stored_o == "bf16" and numerics.arithmetic.delta == "o"
             o = at_least_fp32(tap.output[rows]) if reads_output else clean_o
-            reached = torch.zeros((), dtype=torch.int64, device=o.device)  # the run's own counter counts once
+            reached = o.new_zeros((), dtype=torch.int64)  # the run's own counter counts once
 
             read_o = numerics.apply("o", "backward", o, reached)
             read_do = numerics.apply("do", "backward", tap.module.stored(do), reached)

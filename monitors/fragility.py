@@ -13,6 +13,7 @@ from monitors.attention_update import attention_weights, stack_matrix
 from monitors.base import Masked, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 from monitors.spectra import core_singular_values, singular_values
+from monitors.trailing import on_trailing_axes
 
 BISECTIONS = 40
 """Halvings of an interval no longer than 1: about 1e-12."""
@@ -56,8 +57,9 @@ def score_condition(q: Tensor, k: Tensor) -> Tensor:
     return _top(q) * _top(k) / _top_of_product(q, k)
 
 
+@on_trailing_axes
 def _top_of_product(q: Tensor, k: Tensor) -> Tensor:
-    if q.is_cuda:  # where eigenvectors come one matrix after another
+    if q.is_cuda and q.shape[-2] > q.shape[-1]:  # where eigenvectors come one matrix after another
         return core_singular_values(q.mT @ q, k.mT @ k, lambda: q.mT)[..., 0]
     value, vector = torch.linalg.eigh(_finite(q.mT @ q))
     root = (vector * value.clamp_min(0.0).sqrt()[..., None, :]) @ vector.mT
@@ -85,6 +87,7 @@ class AttentionFragility:
 
     lookbacks = ()
     taps = ("dot_product",)
+    stackable = True
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps

@@ -47,6 +47,8 @@ class LinearLaws:
     lookbacks = ()
     taps = ("dot_product", "linear", "norm")
 
+    stackable = True
+
     def __init__(self, every_steps: int, token_stride: int) -> None:
         self.token_stride, self.every_steps = check_stride(token_stride), every_steps
         names = [f"linear_euler_residual.{part}" for part in (*ATTENTION, *DENSE, *ROUTED, "head")]

@@ -38,6 +38,7 @@ class NormLaws:
 
     lookbacks = ()
     taps = ("norm",)
+    stackable = True
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps

@@ -15,6 +15,7 @@ class NonFinite:
     """
 
     lookbacks = ()
+    stackable = True
 
     def __init__(self, every_steps: int) -> None:
         if every_steps != 1:

@@ -17,6 +17,7 @@ class Loss:
     """
 
     lookbacks = ()
+    stackable = True
 
     def __init__(self, every_steps: int, beta: float) -> None:
         if not 0 < beta < 1:
@@ -44,6 +45,7 @@ class GradientNorm:
     """``grad_global_norm``: L2 norm of all gradients before the clip. Bad: up."""
 
     lookbacks = ()
+    stackable = True
 
     def __init__(self, every_steps: int) -> None:
         self.signals = (Signal("grad_global_norm", "1", "up", every_steps=every_steps),)
@@ -54,6 +56,8 @@ class GradientNorm:
 
 class UpdateToWeight:
     """``update_to_weight``: ||theta_t - theta_(t-1)|| / ||theta_(t-1)|| of each block; healthy: 1e-3; bad: both."""
+
+    stackable = True
 
     def __init__(self, every_steps: int) -> None:
         self.signals = (Signal("update_to_weight", "1", "both", ("layer",), every_steps),)

@@ -19,6 +19,7 @@ class OutputLogZ:
 
     lookbacks = ()
     taps = ("linear",)
+    stackable = True
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps

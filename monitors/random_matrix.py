@@ -32,6 +32,7 @@ from monitors.attention_update import (
 )
 from monitors.base import Lookback, Masked, Reading, Signal, StepView
 from monitors.spectra import increment_singular_values, singular_values, spectral_entropy
+from monitors.trailing import on_trailing_axes
 
 TRACY_WIDOM_95 = 0.9793
 """95 % quantile of the Tracy-Widom law of real matrices (beta = 1)."""
@@ -77,6 +78,7 @@ def marchenko_pastur_median(ratio: float) -> float:
     return brentq(lambda x: quad(density, low, x)[0] - 0.5, low + 1e-9, high)
 
 
+@on_trailing_axes
 def noise_variance(spectrum: Tensor, m: int, n: int) -> Tensor:
     """Variance of an m x n matrix's noise entries from its median singular value (Gavish & Donoho 2014), m <= n.
 
@@ -115,6 +117,8 @@ class RandomMatrix:
 
     window: steps; flips: sign-flipped copies. Raises ValueError on impossible ones.
     """
+
+    stackable = True
 
     def __init__(self, every_steps: int, window: int, flips: int) -> None:
         check_windows(every_steps, [window])

@@ -24,7 +24,6 @@ predictions are mean squares, (B, G), in the squared unit of the law's numerator
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -35,6 +34,7 @@ from torch import Tensor
 from models.numerics import at_least_fp32
 from models.taps import Tap
 from models.visibility import score_mask
+from monitors.attention_scores import masked_scores
 from monitors.conservation import over_group, per_query_head, squared_norm
 
 OVER_NOISE = "over_noise"
@@ -90,7 +90,7 @@ class DotProductStep:
 
         Sums of squares are norms of T x T tensors, which a CPU takes in one pass each; a matrix product is dearer.
         """
-        B, H, T, D = self.q.shape
+        B, H, T, _ = self.q.shape
         k, v = (per_query_head(x, H).flatten(0, 1) for x in (self.k, self.v))
         q, o, do = (x.flatten(0, 1) for x in (self.q, self.o, self.do))
         mask = score_mask(T, self.window, 1, q.device, q.dtype)
@@ -98,7 +98,7 @@ class DotProductStep:
 
         def of_queries(i: slice, j: slice) -> tuple[Tensor, ...]:
             """For queries i, which look at keys j at most."""
-            p = torch.baddbmm(mask[:, i, j], q[:, i], k[:, j].mT, alpha=1 / math.sqrt(D)).softmax(-1)
+            p = masked_scores(q[:, i], k[:, j], mask[:, i, j]).softmax(-1)
             largest = p.amax(-1, keepdim=True)
             twice_rounded = largest[..., 0] < 1  # P = 1 is exact in the backward as well
             delta = (do[:, i] * o[:, i]).sum(-1, keepdim=True)

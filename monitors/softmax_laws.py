@@ -31,6 +31,7 @@ class LogitLaws:
 
     lookbacks = ()
     taps = ("linear",)
+    stackable = True
 
     def __init__(self, every_steps: int, token_stride: int) -> None:
         self.token_stride, self.every_steps = check_stride(token_stride), every_steps

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from monitors.eigenvalues import symmetric_eigenvalues
+from monitors.trailing import on_trailing_axes
 
 
 def spectral_entropy(singular_values: Tensor, alpha: float = 2.0) -> Tensor:
@@ -65,12 +66,14 @@ def _pair_gram(x: Tensor, y: Tensor) -> Tensor:
 def core_singular_values(gram_a: Tensor, gram_b: Tensor, a_rows: Callable[[], Tensor]) -> Tensor:
     """Nonzero singular values of a^T b from the Gram matrices of a and b, each (..., M, M) with M < E.
 
-    With a a^T = L L^T the squares are the eigenvalues of L^T (b b^T) L. Where a is rank-deficient the
-    Cholesky factorisation stops, and the batch takes L^T = R from a^T = Q R instead; ``a_rows`` builds a
-    for that. Asking whether it stopped is the one synchronisation of a call.
+    With a a^T = L L^T the squares are the eigenvalues of L^T (b b^T) L. Where a matrix is rank-deficient its
+    Cholesky factorisation stops, and it takes L^T = R from a^T = Q R instead; ``a_rows`` builds a
+    for that. Asking whether any stopped is the one synchronisation of a call.
     """
     factor, info = torch.linalg.cholesky_ex(gram_a)
-    upper = factor.mT if bool((info == 0).all()) else torch.linalg.qr(a_rows().mT, mode="r").R
+    upper, done = factor.mT, info == 0
+    if not bool(done.all()):
+        upper = torch.where(done[..., None, None], upper, torch.linalg.qr(a_rows().mT, mode="r").R)
     core = upper @ gram_b @ upper.mT
     # A NaN in a reaches its Gram matrix, but LAPACK's QR may swallow it.
     return _root_eigenvalues(core + 0.0 * gram_a.sum((-1, -2), keepdim=True))
@@ -101,14 +104,20 @@ def qk_increment(w_q0: Tensor, w_k0: Tensor, w_q1: Tensor, w_k1: Tensor, n_heads
         raise ValueError(f"n_heads={n_heads} does not divide the {w_q0.shape[-2]} rows of the weights")
     q0, k0, q1, k1 = (w.double().unflatten(-2, (n_heads, -1)) for w in (w_q0, w_k0, w_q1, w_k1))
     dq, dk = q1 - q0, k1 - k0
-    delta3 = core_singular_values(dq @ dq.mT, dk @ dk.mT, lambda: dq)
     return {
         "delta1": increment_singular_values(q0, dq, k1, dk),
         "delta2": increment_singular_values(q0, dq, k0, dk),
-        "delta3": delta3,
+        "delta3": _product_singular_values(dq, dk),
     }
 
 
+@on_trailing_axes
+def _product_singular_values(dq: Tensor, dk: Tensor) -> Tensor:
+    """Nonzero singular values of dq^T dk, both (..., D, E)."""
+    return core_singular_values(dq @ dq.mT, dk @ dk.mT, lambda: dq)
+
+
+@on_trailing_axes
 def increment_singular_values(q0: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
     """Singular values of dq^T k + q0^T dk = [dq, q0]^T [k, dk], from its small core where that is smaller.
 

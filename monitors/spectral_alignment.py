@@ -52,6 +52,7 @@ class SpectralAlignment:
 
     lookbacks = ()
     taps = ("linear",)
+    stackable = True
 
     def __init__(self, every_steps: int) -> None:
         self.signals = tuple(Signal(f"spectral_alignment.{s}", "1", "up", ("layer",), every_steps) for s in LAYERS)

@@ -17,6 +17,7 @@ class SpectralNorm:
     """
 
     lookbacks = ()
+    stackable = True
 
     def __init__(self, every_steps: int) -> None:
         self.signals = tuple(Signal(f"spectral_radius.{m}", "1", "up", PER_HEAD, every_steps) for m in "qk")

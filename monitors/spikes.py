@@ -27,6 +27,7 @@ class SpikeScore:
     """
 
     lookbacks = ()
+    stackable = True
 
     def __init__(self, every_steps: int, window: int, minimum: int, beta: float) -> None:
         if not 0 < beta < 1:

@@ -19,6 +19,14 @@ def test_a_batch_is_a_function_of_seed_and_step(corpus):
     assert not np.array_equal(batch, corpus.batch(4, 5, 8))
 
 
+def test_batches_are_those_of_numpys_default_generator_for_each_seed_and_step(corpus):
+    starts = [np.random.default_rng((seed, 5)).integers(0, len(corpus.train) - CONTEXT, size=8) for seed in (3, 0, 7)]
+    expected = [[corpus.train[start : start + CONTEXT + 1] for start in own] for own in starts]
+    batches = corpus.batches((3, 0, 7), 5, 8)
+    assert batches.dtype == np.int64 and np.array_equal(batches, expected)
+    assert np.array_equal(batches[2], corpus.batch(7, 5, 8))
+
+
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_a_smaller_batch_is_the_first_sequences_of_the_larger(corpus, size):
     assert np.array_equal(corpus.batch(0, 9, size), corpus.batch(0, 9, 8)[:size])

@@ -19,6 +19,12 @@ from experiments import checkpoint, trace
 from experiments.build import Run
 from experiments.loop import train
 from experiments.stacked_loop import train_stack
+from monitors.adam import AdamUpdateRMS
+from monitors.attention_scores import AttentionScores
+from monitors.attention_update import DeltaW
+from monitors.curvature import GradientCurvature
+from monitors.delta_bias import DeltaBiasOracle
+from monitors.optimization import Loss
 
 WEIGHTS = "weights.safetensors"
 THREE = (("fault=none", "seed=3"), ("fault=bf16_shift", "seed=4"), ("fault=lr_scale", "fault.factor=10", "seed=5"))
@@ -182,6 +188,16 @@ def test_a_finished_run_is_skipped_by_its_stack(make_stack, tmp_path):
     again, *others = train_stack(make_stack(*LAYERNORM), tmp_path)
     assert again["wall_s"] == first["wall_s"] and all(other["end_reason"] == "completed" for other in others)
     assert weights.stat().st_mtime_ns == before
+
+
+def test_monitors_that_know_nothing_of_stacks_watch_run_by_run_to_the_same_bits(make_stack, tmp_path, monkeypatch):
+    overrides = (*RMSNORM, "train.steps=20", "train.checkpoint_every_steps=8")
+    whole = [tmp_path / "whole" / one["run_id"] for one in train_stack(make_stack(*overrides), tmp_path / "whole")]
+    for unaware in (Loss, AttentionScores, DeltaW, AdamUpdateRMS, GradientCurvature, DeltaBiasOracle):
+        monkeypatch.delattr(unaware, "stackable")
+    with pytest.raises(Killed):
+        train_stack(make_stack(*overrides), tmp_path / "out", stop_at(12))
+    assert_same_runs(train_stack(make_stack(*overrides), tmp_path / "out"), tmp_path / "out", whole)
 
 
 def test_a_stack_trains_in_pieces_to_the_same_bits(make_stack, tmp_path):

@@ -1,6 +1,7 @@
 import itertools
 
 import pytest
+import torch
 
 from experiments import bench_stack
 from experiments.stacking import stacks, why_single
@@ -52,3 +53,20 @@ def test_the_bench_counts_the_steps_of_every_run_of_a_stack(monkeypatch):
     monkeypatch.setattr(bench_stack, "_seconds_a_step", seconds)
     found = bench_stack.measure("cpu", size=2)
     assert found == pytest.approx({"single_ms": 10.0, "stack_ms": 30.0, "run_steps_per_s_ratio": 2 / 3})
+
+
+def test_the_bench_counts_operations_that_compute_or_copy():
+    x = torch.randn(4, 4)
+
+    def step(index):
+        (x.mT @ x[:2].mT).sum().add_(torch.empty(()))  # two views, an empty, a product, a sum, an addition
+
+    assert bench_stack.operations(step, steps=3, first=0) == 3
+
+
+def test_the_bench_watches_with_every_monitor_of_a_dense_default_run(make_run):
+    run = make_run(tiny=False)
+    built = bench_stack.default_monitors()
+    assert built.keys() == run.monitors.keys()
+    for name, monitor in run.monitors.items():
+        assert built[name].signals == monitor.signals and type(built[name]) is type(monitor)

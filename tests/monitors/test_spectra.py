@@ -253,6 +253,19 @@ class TestQKIncrementEdges:
                 assert_same_spectra({name: got[name][i, j] for name in ORDERS}, one, rtol=1e-11)
 
 
+def test_a_rank_deficient_update_changes_no_bit_of_its_neighbours():
+    """One factorisation serves a batch, in which the matrices of several runs may stand."""
+    E, H, D = SHAPES["2D<E"]
+    alone = weights(E, H, D, lead=(1,))
+    deficient = [w.clone() for w in alone]
+    deficient[2] = deficient[0].clone()  # no update of W_Q at all
+    both = [torch.cat(pair) for pair in zip(alone, deficient, strict=True)]
+    expected, got = qk_increment(*alone, H), qk_increment(*both, H)
+    for name in ORDERS:
+        assert torch.equal(got[name][:1], expected[name]), name
+    assert (got["delta3"][1] == 0).all() and (got["delta2"][1] > 0).any()
+
+
 def test_fp32_weights_are_subtracted_in_fp64():
     q0, k0, q1, k1 = (w.float() for w in weights(32, 4, 8, 1e-6))
     assert_same_spectra(qk_increment(q0, k0, q1, k1, 4), dense(*(w.double() for w in (q0, k0, q1, k1)), 4))

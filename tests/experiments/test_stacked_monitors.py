@@ -1,0 +1,124 @@
+"""Monitors that watch a stack in one call against themselves, watching its runs one by one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from experiments import bench_stack
+from experiments.build import Run
+from experiments.stacked_history import SliceHistory
+from experiments.stacked_monitors import StackedMonitors, slice_view
+from experiments.stacked_optimizer import StackedAdamW
+from models.objective import objective_at
+from models.stacked import StackedNumerics, StackedTransformer
+from models.taps import Taps
+from models.trees import tensors_of
+from monitors.base import StepView, due_readings, state_of, tapped
+
+READINGS = (10, 20)
+EVERY_10_STEPS = [f"monitor.{name}.every_steps=10" for name in ("linear_laws", "logit_laws", "norm_laws")]
+MODELS = {
+    "layernorm": [],
+    "rmsnorm": ["model.norm=rmsnorm", "model.positions=rope", "model.mlp=swiglu", "model.qk_norm=true"],
+    "grouped": ["model.n_heads=4", "model.n_kv_heads=2", "model.window=8", "model.tie_embeddings=false"],
+}
+FAULTS = (("fault=none", "seed=3"), ("fault=bf16_shift", "seed=4"), ("fault=lr_scale", "fault.factor=10", "seed=5"))
+BROKEN = 1
+AT_OTHER_WEIGHTS = 1e-3
+"""A stacked LayerNorm rounds the gradients at other weights otherwise, and a difference of two such makes it large."""
+
+
+def views(runs: Sequence[Run], break_one: bool) -> Iterator[tuple[StepView, list[StepView]]]:
+    """Of a stack in training, at the steps of ``READINGS``: the view of all, and the view of each run.
+
+    break_one: run ``BROKEN`` has a NaN in every weight before its last step.
+    """
+    model, healthy = StackedTransformer([run.new_model() for run in runs]), runs[0].healthy_sites()
+    optimizer, history = StackedAdamW(model, [run.train for run in runs]), runs[0].new_history()
+    histories = [SliceHistory(history, index) for index in range(len(runs))]
+    history.record(0, model)
+    for now in range(1, READINGS[-1] + 1):
+        if break_one and now == READINGS[-1]:
+            for weights in model.weights:
+                weights[BROKEN].fill_(torch.nan)
+        sites = [run.fault.sites(now - 1, healthy) for run in runs]
+        batch = torch.from_numpy(runs[0].corpus.batches([run.seed for run in runs], now - 1, healthy.batch_size))
+        numerics = StackedNumerics(tuple(site.numerics for site in sites))
+        with Taps(model, tapped(runs[0].monitors.values())) as taps:
+            losses_N = model.loss(batch, numerics)
+            losses_N.sum().backward()
+        model.take_gradients()
+        norms_N = optimizer.clip()
+        optimizer.step(now - 1, [site.lr_scale for site in sites])
+        history.record(now, model)
+        if now in READINGS:
+            objective = partial(objective_at, model, batch, numerics, (), 1.0)
+            view = StepView(
+                now, 0, losses_N.detach(), norms_N, model, history, (), taps, optimizer, numerics, objective
+            )
+            yield (
+                view,
+                [
+                    slice_view(view, index, histories[index], sites[index].numerics, batch[index])
+                    for index in range(len(runs))
+                ],
+            )
+
+
+@pytest.mark.parametrize("break_one", [False, True], ids=["finite", "one_broken"])
+@pytest.mark.parametrize("model", MODELS)
+def test_what_a_monitor_reads_of_a_stack_has_the_bits_of_what_it_reads_of_each_run(make_run, model, break_one):
+    runs = [make_run(*fault, *MODELS[model], *EVERY_10_STEPS) for fault in FAULTS]
+    together = StackedMonitors([copy.deepcopy(run.monitors) for run in runs])
+    assert runs[0].monitors.keys() == together.names
+    for view, of_runs in views(runs, break_one):
+        stacked = together.observe(list(together.names), view)
+        for index, (run, one) in enumerate(zip(runs, of_runs, strict=True)):
+            alone = {}
+            for name in together.names:
+                alone |= due_readings(run.monitors[name], view.step, run.monitors[name].observe(one))
+            assert alone.keys() == stacked.keys()
+            for signal, reading in alone.items():
+                rtol = AT_OTHER_WEIGHTS if model != "rmsnorm" and signal.startswith("gradient_curvature") else 0
+                for own, of_all in zip(tensors_of(reading), tensors_of(stacked[signal]), strict=True):
+                    at = f"{signal} of run {index}: {own} alone, {of_all[index]} in the stack"
+                    torch.testing.assert_close(of_all[index], own, rtol=rtol, atol=0, equal_nan=True, msg=at)
+
+
+def test_each_run_gets_its_own_memory_back(make_run):
+    runs = [make_run(*fault, *MODELS["rmsnorm"]) for fault in FAULTS]
+    given_back = [copy.deepcopy(run.monitors) for run in runs]
+    together = StackedMonitors(given_back)
+    for view, of_runs in views(runs, break_one=False):
+        together.observe(list(together.names), view)
+        for run, one in zip(runs, of_runs, strict=True):
+            for name in together.names:
+                run.monitors[name].observe(one)
+    remembered = set()
+    for index, run in enumerate(runs):
+        together.hand_back(index)
+        for name in together.names:
+            own, again = (tensors_of(state_of(monitors[name])) for monitors in (run.monitors, given_back[index]))
+            assert len(own) == len(again) and all(map(torch.equal, own, again)), name
+            remembered |= {name} if own else set()
+    assert remembered == {"attn_fragility", "gradient_curvature", "loss", "non_finite", "spike_score"}
+
+
+def test_a_step_of_a_watched_stack_takes_as_many_operations_for_8_runs_as_for_4(monkeypatch):
+    """Two faults and two learning rates in either; from step 81 to 100 every monitor but the curvature's reads."""
+    small = replace(bench_stack.NANO, d_model=16, d_ff=32, context_length=16)
+    monkeypatch.setattr(bench_stack, "NANO", small)
+    counts = []
+    for size in (4, 8):
+        monitors = [bench_stack.default_monitors() for _ in range(size)]
+        step = bench_stack.stacked(bench_stack._config("cpu"), size, monitors)
+        for index in range(80):
+            step(index)
+        counts.append(bench_stack.operations(step, steps=20, first=80))
+    assert counts[0] == counts[1] > 400
