@@ -23,6 +23,8 @@ from analysis.figures import central_figure, fault_figure, lead_figure
 from analysis.leaderboard_figure import leads_figure
 from analysis.localise import confusion, localise, sentences, shares_right
 from analysis.localise_figure import localise_figure
+from analysis.paired import drift_table, paired_table
+from analysis.paired_figure import paired_figure
 from analysis.readings import end_table
 from analysis.receipts import write_receipts
 from analysis.router_figures import dose_figure, grid_figure, selectivity_figure
@@ -43,14 +45,16 @@ COLUMNS = {
     "false_alarm": "false",
     "healthy": "healthy alarms",
 }
-DRAWINGS = ("central", "faults", "doses", "grid", "selectivity", "leads", "localise", "early_warning", "smallest")
-"""Kinds of central figure, the key ``draw`` of an experiment."""
 BY_MODEL = {
     "localise": {"figure": localise_figure},
     "early_warning": {"figure": cost_figure, "sizes": size_figure, "selectivity": selectivity_figure},
     "smallest": {"figure": smallest_figure},
+    "paired": {"figure": paired_figure},
 }
 """By kind, the figures that every model has, by file name."""
+
+DRAWINGS = ("central", "faults", "doses", "grid", "selectivity", "leads", *BY_MODEL)
+"""Kinds of central figure, the key ``draw`` of an experiment."""
 
 
 def _headings(axis: str) -> dict[str, str]:
@@ -236,6 +240,8 @@ def _write_kind(experiments: Sequence[Experiment], report: Path) -> None:
             found = {"localisation": runs, "confusion": confusion(runs).join(shares_right(runs)).reset_index()}
         elif kind == "smallest":
             found = {"smallest": smallest_table(one)}
+        elif kind == "paired":
+            found = {"paired": paired_table(one), "drift": drift_table(one)}
         elif kind == "early_warning":
             found = {"smallest": smallest_table(one), "blind": blind_table(one)}
         for name, table in found.items():

@@ -42,7 +42,8 @@ class Arithmetic:
     delta: ``o``, rowsum(dO * O), or ``p``, rowsum(dP * P), which no error of O reaches. row_max: what is subtracted
     from the scores of a row, ``plain``: their maximum m; ``dynamic``: beta m if m > 0 and 0 if m < 0 in rows where the
     maximum repeats (BF16 stores more than one Pbar as 1), so that no Pbar there is 1; ``offset``: m + offset in every
-    row, which is no cure but the positive control: tied scores still have one and the same Pbar.
+    row, which is no cure but the source's positive control: tied scores still have one and the same Pbar. Where
+    exp(-offset) is no BF16 number, rounding it biases O in every row, ties or none.
 
     beta: above 1, at most 8 (the source takes 2 to 8); exp(S - beta m) must not underflow, and a row of which all
     does has no O: NaN. offset: above 0. Raises ValueError on impossible values and on values without effect, by name.

@@ -167,6 +167,19 @@ def test_one_maximum_pushes_nothing_and_neither_do_single_additions():
     assert abs(biases(NATURAL, 2)[0]) < 3e-4
 
 
+def test_a_fixed_offset_pushes_o_without_ties_where_its_own_pbar_is_no_bf16_number():
+    """The maximum of every row then has the Pbar exp(-offset), which is rounded one way: 0.9048 to 0.90625."""
+    x = inputs(T=64)
+    right = exact(*x)["o"][:, :, 1:]
+
+    def bias(**offset):
+        o = kernel(*x, arithmetic=Arithmetic(**offset))["o"][:, :, 1:]
+        return (((o - right) * right.sign()).sum() / right.abs().sum()).item()
+
+    assert bias(row_max="offset", offset=0.1) > 5e-4
+    assert abs(bias(row_max="offset", offset=math.log(2))) < 3e-5 and abs(bias()) < 3e-5
+
+
 def test_the_bias_enters_delta_unless_the_backward_reads_another_o():
     """sum dO * O of some 12 a row errs by its share; rowsum(dP * P) and an FP32 O do not."""
     natural = biases(Arithmetic(**ONCE), 2)[1]
