@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 ROUTER_EXPERIMENTS := paper_router_lr paper_router_batch paper_aux_loss paper_combined paper_router_grid paper_selectivity paper_router_ramp
 
-.PHONY: setup reproduce routers reference-set leaderboard test bench gpu-check clean
+.PHONY: setup reproduce routers reference-set leaderboard test bench gpu-check gpu-gpt2 clean
 
 setup: $(VENV)/.locked
 
@@ -50,6 +50,12 @@ bench: setup
 gpu-check:
 	@$(PYTHON) -c 'import importlib.util as u, sys; lacks = [n for n in ("torch", "triton", "numpy") if not u.find_spec(n)]; sys.exit(f"gpu-check needs {lacks[0]}, and $(PYTHON) has none: make gpu-check PYTHON=..." if lacks else 0)'
 	$(PYTHON) -m experiments.gpu_check $(ARGS)
+
+# GPT-2 124M on this machine's GPU in eight minutes: tokens a second, and what every monitor costs. As gpu-check, but
+# PYTHON also needs PyYAML and scipy. ARGS="device=cpu size=tiny" rehearses.
+gpu-gpt2:
+	@$(PYTHON) -c 'import importlib.util as u, sys; lacks = [n for n in ("torch", "triton", "numpy", "yaml", "scipy") if not u.find_spec(n)]; sys.exit(f"gpu-gpt2 needs {lacks[0]}, and $(PYTHON) has none: make gpu-gpt2 PYTHON=..." if lacks else 0)'
+	$(PYTHON) -m experiments.bench_gpt2 $(ARGS)
 
 clean:
 	rm -rf $(VENV) report

@@ -111,8 +111,8 @@ class Record:
         """Say what was left out, and return the names of what failed."""
         self.results |= {"complete": not not_reached, "not_reached": not_reached, "wall_s": self.spent_s}
         write_json(self.path, self.results)
-        pieces = {name: result for part in self._parts for name, result in self.results[part].items()}
-        return [name for name, result in pieces.items() if result.get("ok") is False]
+        pieces = [piece for part in self._parts for piece in self.results[part].items()]
+        return [name for name, result in pieces if result.get("ok") is False]
 
 
 def begin(arguments: list[str], module: str, suffix: str = "") -> tuple[Path, dict[str, Any]]:

@@ -17,6 +17,9 @@ from experiments.live import LiveAlarms
 from monitors.base import Reading, Signal
 
 REFRESH_S = 0.5
+ALARMS_SHARE = 0.01
+"""Of the time that live alarms may take: hundreds of signals are tens of milliseconds, in which a GPU has to wait."""
+
 STATUS = "status.json"
 
 
@@ -43,6 +46,8 @@ class RunProgress:
         self._bar = _bar() if show else None
         self._task = self._bar.add_task(folder.name, total=steps, info="") if self._bar else None
         self._last: tuple[float, int] | None = None
+        self._alarms: dict[str, float] = {}
+        self._alarms_again = 0.0
 
     def __enter__(self) -> RunProgress:
         if self._bar:
@@ -67,11 +72,19 @@ class RunProgress:
         self._last = (now, step)
         value = loss.item()
         if self._bar:
-            alarms = self._live.raised()
+            alarms = self._raised(now)
             more = f" and {len(alarms) - 1} more" if len(alarms) > 1 else ""
             said = f"  [red]{next(iter(alarms))}{more}[/red]" if alarms else ""
             self._bar.update(self._task, completed=step, info=f"loss {value:.3f} nats  {rate:.0f} steps/s{said}")
         _write_status(self._folder, step, value, rate)
+
+    def _raised(self, now: float) -> dict[str, float]:
+        """The alarms, asked for anew when what the last answer took has become a small share of the time."""
+        if now >= self._alarms_again:
+            started = time.monotonic()
+            self._alarms = self._live.raised()
+            self._alarms_again = now + (time.monotonic() - started) / ALARMS_SHARE
+        return self._alarms
 
 
 class StackProgress:

@@ -169,13 +169,14 @@ def attention(
 ) -> Tensor:
     """Causal attention by the named backend, a resolved one of ``models.backend``; tiles: of ``triton`` alone.
 
-    Of those with fault sites, O and all gradients are FP32 tensors that hold BF16 numbers.
+    Of those with fault sites, O and all gradients hold BF16 numbers, in FP32; of ``triton`` in BF16 where q is.
     """
     if backend == "reference":
         return flash_attention(q_BHTD, k_BGTD, v_BGTD, numerics, nonfinite, window)
     if backend == "triton":
         stored = (x.bfloat16() for x in (q_BHTD, k_BGTD, v_BGTD))
-        return flash_attention_triton(*stored, numerics, nonfinite, window, tiles).float()
+        o_BHTD = flash_attention_triton(*stored, numerics, nonfinite, window, tiles)
+        return o_BHTD if q_BHTD.dtype is torch.bfloat16 else o_BHTD.float()  # a copy that autocast would round back
     if numerics:
         raise ValueError(f"attention backend {backend!r} has no fault sites: use 'reference' or 'triton'")
     check_shapes(q_BHTD, k_BGTD, window)

@@ -6,9 +6,10 @@ must not change with who watches it. Nor can hooks reach inside it. Both are set
 update all micro-batches but the last, whether or not the last is watched. Taps see the last, which is eager and
 trains like the others; so a monitor changes no bit, and pays no second pass.
 
-Compiled are each block, all of one shape by the same code, and the loss. Attention's dot product is not: faults live in
-it, and a compiler may remove the very rounding that they are (FP32 to BF16 and back). Faults of other modules are hooks
-and are refused with ``train.compile`` (``experiments.build``).
+Compiled are what stands before and after attention in each block, all of one shape by the same code, and the loss.
+Attention's dot product is not: faults live in it, and a compiler may remove the very rounding that they are (FP32 to
+BF16 and back). So a fault that begins or ends compiles nothing anew. Faults of other modules are hooks and are refused
+with ``train.compile`` (``experiments.build``).
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from models.transformer import Attention, Transformer
+from models.transformer import Block, Transformer
+
+
+def _before_attention(block: Block, x_BTE: Tensor) -> tuple[Tensor, ...]:
+    """Laid out head by head, as a kernel leaves the gradients: a graph copies those that come in another layout."""
+    return tuple(part.contiguous() for part in Block.before_attention(block, x_BTE))
 
 
 class CompiledObjective:
@@ -30,12 +37,15 @@ class CompiledObjective:
 
     def __init__(self, model: Transformer, backend: str = "inductor") -> None:
         self._model = model
-        left_alone = torch.compiler.disable(Attention.attend)
+        parts = [(model, "mean_nll", model.mean_nll)]
         for block in model.blocks:
-            block.attention.attend = MethodType(left_alone, block.attention)
+            parts += [
+                (block, "before_attention", MethodType(_before_attention, block)),
+                (block, "after_attention", block.after_attention),
+            ]
         self._compiled = [
-            (owner, name, torch.compile(getattr(owner, name), dynamic=False, backend=backend))
-            for owner, name in [(model, "mean_nll"), *((block, "forward") for block in model.blocks)]
+            (owner, name, torch.compile(part, dynamic=False, fullgraph=True, backend=backend))
+            for owner, name, part in parts
         ]
 
     def __call__(self, *arguments: Any) -> Any:

@@ -164,7 +164,10 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention; q, k, v, o are bias-free ``nn.Linear`` layers, q and o of (E, E), k and v of (G x D, E)."""
+    """Self-attention in three parts, ``project``, ``attend``, ``merge``; ``models.compiled`` leaves the second alone.
+
+    q, k, v, o are bias-free ``nn.Linear`` layers, q and o of (E, E), k and v of (G x D, E).
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -188,14 +191,15 @@ class Attention(nn.Module):
         with outside_autocast(q):
             return self.dot_product(q, k, v, numerics, nonfinite)
 
-    def forward(self, x_BTE: Tensor, numerics: LayerNumerics) -> Tensor:
-        o_BHTD = self.attend(
+    def project(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, T, D), k and v (B, G, T, D), as they enter the dot product."""
+        return (
             self._heads(self.q(x_BTE), self.q_norm, self.rotary),
             self._heads(self.k(x_BTE), self.k_norm, self.rotary),
             self._heads(self.v(x_BTE)),
-            numerics,
-            self.nonfinite,
         )
+
+    def merge(self, o_BHTD: Tensor) -> Tensor:
         return self.o(o_BHTD.transpose(-3, -2).flatten(-2))
 
 
@@ -207,12 +211,19 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config, config.d_model)
         self.mlp = MLP(*widths) if config.moe is None else MoE(*widths, config.moe)
 
-    def forward(self, x_BTE: Tensor, numerics: LayerNumerics) -> tuple[Tensor, Routing | None]:
-        x_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), numerics)
+    def before_attention(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention.project(self.attention_norm(x_BTE))
+
+    def after_attention(self, x_BTE: Tensor, o_BHTD: Tensor) -> tuple[Tensor, Routing | None]:
+        x_BTE = x_BTE + self.attention.merge(o_BHTD)
         y_BTE, routing = self.mlp(self.mlp_norm(x_BTE)), None
         if isinstance(self.mlp, MoE):
             y_BTE, routing = y_BTE
         return x_BTE + y_BTE, routing
+
+    def forward(self, x_BTE: Tensor, numerics: LayerNumerics) -> tuple[Tensor, Routing | None]:
+        q, k, v = self.before_attention(x_BTE)
+        return self.after_attention(x_BTE, self.attention.attend(q, k, v, numerics, self.attention.nonfinite))
 
 
 class Transformer(nn.Module):

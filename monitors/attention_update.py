@@ -69,12 +69,12 @@ def _spectrum_readings(name: str, suffix: str, spectrum: Tensor) -> dict[str, Re
 
 
 def _head_spectra(blocks: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Singular values of every matrix's head blocks (layers, heads, D, E), in one batched call."""
-    return singular_values(torch.cat(tuple(blocks), dim=1)).split([of_matrix.shape[1] for of_matrix in blocks], dim=1)
+    """Singular values of every matrix's head blocks (..., heads, D, E), in one batched call."""
+    return singular_values(torch.cat(tuple(blocks), -3)).split([of_matrix.shape[-3] for of_matrix in blocks], -2)
 
 
 def _whole_spectra(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Singular values of every matrix (layers, rows, E), in the order of ``MATRICES``; one batched call a shape."""
+    """Singular values of every matrix (..., rows, E), in the order of ``MATRICES``; one batched call a shape."""
     q, k, v, o = matrices
     if q.shape == k.shape:
         return tuple(singular_values(torch.stack((q, k, v, o))))
@@ -114,24 +114,27 @@ class DeltaW:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        readings: dict[str, Reading] = {}
         config = view.model.config
+        known = {w: before for w in self.windows if (before := view.weights_before(w)) is not None}
+        if not known:
+            return {}
         now = attention_weights(view.model)
-        for window in self.windows:
-            before = view.weights_before(window)
-            if before is None:
-                continue
-            delta = [
-                stack_matrix(now, config.n_layers, m).double() - stack_matrix(before, config.n_layers, m)
-                for m in MATRICES
-            ]
-            spectra = {"": _head_spectra([head_blocks(of_matrix, config) for of_matrix in delta])}
-            if self.whole:
-                spectra["_whole"] = _whole_spectra(delta)
+
+        def stacked_delta(matrix: str) -> Tensor:
+            new = stack_matrix(now, config.n_layers, matrix).double()
+            return torch.stack([new - stack_matrix(before, config.n_layers, matrix) for before in known.values()])
+
+        # Every window of every layer goes through one batched call.
+        delta = [stacked_delta(matrix) for matrix in MATRICES]
+        spectra = {"": _head_spectra([head_blocks(of_matrix, config) for of_matrix in delta])}
+        if self.whole:
+            spectra["_whole"] = _whole_spectra(delta)
+        readings: dict[str, Reading] = {}
+        for index, window in enumerate(known):
             for kind, spectrum in spectra.items():
                 for matrix, of_matrix in zip(MATRICES, spectrum, strict=True):
                     names = ("delta_w_spectral_entropy", "delta_w_stable_rank", "delta_w_norm")
-                    readings |= _spectrum_readings(names, f"{matrix}{kind}.w{window}", of_matrix)
+                    readings |= _spectrum_readings(names, f"{matrix}{kind}.w{window}", of_matrix[index])
         return readings
 
 

@@ -39,10 +39,13 @@ TRACY_WIDOM_95 = 0.9793
 
 
 @lru_cache(maxsize=8)
-def random_signs(shape: tuple[int, ...]) -> Tensor:
-    """The same +1 and -1 at every call, from a generator of its own: a monitor must not draw from the run's."""
+def random_signs(shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """The same +1 and -1 at every call, from a generator of its own: a monitor must not draw from the run's.
+
+    They stay on the device: as many numbers as several copies of the weights take long to move there.
+    """
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 2, shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1)
+    return torch.randint(0, 2, shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).to(device)
 
 
 def flip_edge_ratio(spectrum: Tensor, flipped: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ class RandomMatrix:
 
     def _scores(self, old: Tensor, delta: Tensor, shared: int) -> dict[str, Reading]:
         """shared: how many neighbouring query heads read one key head, whose own scores are given once."""
-        flipped = random_signs((self.flips, *delta.shape)).to(delta.device) * delta
+        flipped = random_signs((self.flips, *delta.shape), delta.device) * delta
         spectra = singular_values(torch.cat((delta[None], flipped)))
         m, n = sorted(delta.shape[-2:])
         zero = delta.eq(0).flatten(-2).all(-1)

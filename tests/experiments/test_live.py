@@ -48,6 +48,24 @@ def test_a_run_says_where_it_stands_while_it_trains_and_cleans_up(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_alarms_take_a_small_share_of_the_time(tmp_path, monkeypatch):
+    """An answer that takes 0.2 s is kept for 20."""
+    now, asked = [0.0], []
+
+    def raised():
+        asked.append(now[0])
+        now[0] += 0.2
+        return {}
+
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shown = RunProgress(tmp_path, 100, [UP], show=True)
+    monkeypatch.setattr(shown._live, "raised", raised)
+    for step in range(1, 100):
+        shown(step, torch.tensor(2.5), {})
+        now[0] += 0.5
+    assert asked == pytest.approx([0.5, 20.7, 40.9], abs=0.5)
+
+
 def test_the_bench_knows_which_monitors_share_a_step():
     both, one, none = frozenset("ab"), frozenset("a"), frozenset()
     assert due_together({"a": 2, "b": 3}) == [both, none, one, frozenset("b"), one, none]

@@ -1,0 +1,178 @@
+"""The pieces of ``experiments.bench_gpt2``: rates of training steps, parts and kernels of a step, costs of watching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from experiments.eigenvalue_costs import eigenvalue_costs
+from experiments.gpt2_sizes import Size, paper_fault
+from experiments.gpt2_training import Training, flops_a_token, in_turns, seconds
+from experiments.gpu_record import first_line
+from experiments.monitor_costs import monitor_costs
+from experiments.plain_config import monitors_of
+from models.numerics import HEALTHY
+
+TURNS = 5
+STEP = 200
+"""The update that is measured, by its learning rate: the first after the warm-up."""
+
+HEALTHY_NAME = "healthy"
+
+PEAK_TFLOPS = 790.0
+"""Of an H200, BF16 matrix products."""
+
+Piece = tuple[str, str, Callable[[], dict[str, Any]]]
+
+
+def ready(make: Callable[[], Training]) -> tuple[Training, dict[str, Any]]:
+    """A training that is warm; how long its first step took, compilation in it, and the most memory it had.
+
+    The memory is without what others hold; None on a CPU.
+    """
+    held_by_others = torch.cuda.memory_allocated()
+    training = make()
+    first_s = seconds(partial(training.step, 0), training.device)
+    on_gpu = training.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    training.step(1)
+    peak = (torch.cuda.max_memory_allocated() - held_by_others) / 2**30 if on_gpu else None
+    return training, {"first_step_s": first_s, "peak_gib": peak}
+
+
+def rate(training: Training, step_s: float) -> dict[str, float]:
+    """Tokens a second, and the model FLOP/s that they are, also as a share of what the GPU can do."""
+    tokens_per_s = training.tokens_a_step / step_s
+    flops = flops_a_token(training.model.config, sum(p.numel() for p in training.parameters))
+    tflops = tokens_per_s * flops / 1e12
+    return {
+        "tokens_per_s": tokens_per_s,
+        "step_ms": 1e3 * step_s,
+        "model_tflops": tflops,
+        "share_of_peak": tflops / PEAK_TFLOPS,
+    }
+
+
+def step_rates(size: Size, micro_batch: int, compile: bool) -> dict[str, Any]:
+    """Training steps of the healthy model, of its rivals, and with the paper's fault, measured in turns.
+
+    A rival that cannot run is there with its error.
+    """
+    torch._dynamo.reset()  # a function is compiled for a few shapes only, then no more
+    make = partial(size.training, micro_batch, compile)
+    wanted = {
+        HEALTHY_NAME: make,
+        **{name: partial(make, **changes) for name, changes in size.rivals.items()},
+        "fault on": partial(make, paper_fault()),
+    }
+    trainings: dict[str, Training] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, build in wanted.items():
+        try:
+            trainings[name], found[name] = ready(build)
+        except Exception as error:
+            if name == HEALTHY_NAME:
+                raise
+            found[name] = {"error": first_line(error)}
+    steps = {name: partial(training.step, STEP) for name, training in trainings.items()}
+    taken = in_turns(steps, torch.device(size.train.device), TURNS)
+    for name, training in trainings.items():
+        found[name] |= rate(training, taken[name]) | {"time_over_healthy": taken[name] / taken[HEALTHY_NAME]}
+    return found
+
+
+def parts_of_a_step(size: Size) -> dict[str, float]:
+    """Milliseconds of what a step is made of, and of the held-out label, which comes every ``every_steps``.
+
+    ``watched micro-batch``: the last of a step, never compiled; ``tokens_per_s_if_all_were_compiled``: what that costs.
+    """
+    training, _ = ready(partial(size.training, size.micro_batches[0], True))
+    config, model = training.config, training.model
+    held_out = training.batch()[: config.held_out_sequences]
+
+    @torch.no_grad()
+    def label() -> None:
+        for chunk in held_out.split(config.micro_batch):
+            model.loss(chunk, HEALTHY)
+
+    calls = {
+        "step": partial(training.step, STEP),
+        "unwatched micro-batch": training.unwatched_micro_batch,
+        "watched micro-batch": training.micro_batch,
+        "clip and AdamW": partial(training.update, STEP),
+        "batch to the device": training.batch,
+        "held-out label": label,
+    }
+    for call in calls.values():
+        call()
+    taken = in_turns(calls, training.device, TURNS)
+    compiled_s = taken["step"] - taken["watched micro-batch"] + taken["unwatched micro-batch"]
+    return {name: 1e3 * value for name, value in taken.items()} | {
+        "micro_batches_a_step": config.batch_size // config.micro_batch,
+        "label_every_steps": config.held_out_every_steps,
+        "tokens_per_s_if_all_were_compiled": training.tokens_a_step / compiled_s,
+    }
+
+
+def kernels_of(call: Callable[[], object], device: torch.device, count: int = 25) -> dict[str, Any]:
+    """The operations of a call that took the device longest: milliseconds, and how many there were."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+    with profile(activities=activities) as found:
+        seconds(call, device)
+    spent = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
+        for event in found.key_averages()
+    }
+    dearest = sorted(spent.items(), key=lambda item: -item[1][0])[:count]
+    return {
+        "total_ms": sum(microseconds for microseconds, _ in spent.values()) / 1e3,
+        "dearest": {name: {"ms": us / 1e3, "calls": calls} for name, (us, calls) in dearest},
+    }
+
+
+def kernels(size: Size) -> dict[str, Any]:
+    """Where the device's time goes, in a compiled micro-batch and in one that may be watched."""
+    training, _ = ready(partial(size.training, size.micro_batches[0], True))
+    return {
+        "unwatched micro-batch": kernels_of(training.unwatched_micro_batch, training.device),
+        "watched micro-batch": kernels_of(training.micro_batch, training.device),
+        "clip and AdamW": kernels_of(partial(training.update, STEP), training.device),
+    }
+
+
+def costs_of_watching(size: Size, micro_batch: int, compile: bool) -> dict[str, Any]:
+    training, _ = ready(partial(size.training, micro_batch, compile))
+    return monitor_costs(training, monitors_of(experts=False))
+
+
+def pieces(size: Size) -> Iterator[Piece]:
+    """(part, name, work), what matters most first; a micro-batch is so many sequences."""
+    first, *others = size.micro_batches
+
+    def named(micro_batch: int, compile: bool) -> str:
+        return f"micro-batch {micro_batch}, {'compiled' if compile else 'eager'}"
+
+    def steps(*how: Any) -> Piece:
+        return "steps", named(*how), partial(step_rates, size, *how)
+
+    def monitors(*how: Any) -> Piece:
+        return "monitors", f"monitors at {named(*how)}", partial(costs_of_watching, size, *how)
+
+    yield steps(first, True)
+    yield monitors(first, True)
+    yield "profile", "parts of a step", partial(parts_of_a_step, size)
+    spectra = partial(eigenvalue_costs, size.spectra, torch.device(size.train.device))
+    yield "profile", "eigenvalues", spectra
+    yield "profile", "kernels", partial(kernels, size)
+    yield steps(first, False)
+    for micro_batch in others:
+        yield steps(micro_batch, True)
+    yield monitors(others[-1], False)  # where memory or the compiler fails above
+    for micro_batch in others:
+        yield steps(micro_batch, False)
