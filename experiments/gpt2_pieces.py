@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from experiments.eigenvalue_costs import eigenvalue_costs
 from experiments.gpt2_sizes import Size, paper_fault
 from experiments.gpt2_training import Training, flops_a_token, in_turns, seconds
 from experiments.gpu_record import first_line
@@ -167,8 +166,6 @@ def pieces(size: Size) -> Iterator[Piece]:
     yield steps(first, True)
     yield monitors(first, True)
     yield "profile", "parts of a step", partial(parts_of_a_step, size)
-    spectra = partial(eigenvalue_costs, size.spectra, torch.device(size.train.device))
-    yield "profile", "eigenvalues", spectra
     yield "profile", "kernels", partial(kernels, size)
     yield steps(first, False)
     for micro_batch in others:

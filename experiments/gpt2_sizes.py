@@ -20,8 +20,7 @@ from models.transformer import TransformerConfig
 class Size:
     """What is trained; the model's backend is the one with fault sites.
 
-    rivals: by name, what of the model they change; micro_batches: the configured one first; spectra: (how many, how
-    wide) the matrices are whose eigenvalues a monitor asks for at once.
+    rivals: by name, what of the model they change; micro_batches: the configured one first.
     """
 
     model: TransformerConfig
@@ -29,7 +28,6 @@ class Size:
     rivals: Mapping[str, Mapping[str, Any]]
     compiler: str
     micro_batches: tuple[int, ...]
-    spectra: tuple[tuple[int, int], ...]
 
     @classmethod
     def gpt2_124m(cls, device: str) -> Size:
@@ -40,7 +38,6 @@ class Size:
             {"sdpa": {"backend": "sdpa"}, "dQ by atomics": {"deterministic": False}},
             "inductor",
             (train.micro_batch, *(size for size in (64, 16, 8) if size != train.micro_batch)),
-            ((576, 64), (144, 128), (48, 768)),
         )
 
     @classmethod
@@ -53,7 +50,6 @@ class Size:
             {"sdpa": {"backend": "sdpa"}},
             "aot_eager",
             (4, 2),
-            ((8, 16),),
         )
 
     def training(

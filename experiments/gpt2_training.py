@@ -18,6 +18,7 @@ from models.compiled import CompiledObjective
 from models.corruption import Corrupted
 from models.numerics import AttentionNumerics
 from models.objective import objective_at
+from models.precision import accumulate_in_fp32
 from models.transformer import Transformer, TransformerConfig
 from monitors.base import StepView, WeightHistory
 
@@ -32,6 +33,7 @@ class Training:
     def __init__(
         self, model: TransformerConfig, config: TrainConfig, numerics: AttentionNumerics, compiler: str
     ) -> None:
+        accumulate_in_fp32()
         device = torch.device(config.device)
         self.config, self.device = config, device
         self.sites = Sites(batch_size=config.batch_size, numerics=numerics)

@@ -12,8 +12,7 @@ from monitors.attention_scores import causal_scores, tapped_inputs, window_of
 from monitors.attention_update import attention_weights, stack_matrix
 from monitors.base import Masked, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
-from monitors.spectra import core_singular_values, singular_values
-from monitors.trailing import on_trailing_axes
+from monitors.spectra import eigenvalues, singular_values
 
 BISECTIONS = 40
 """Halvings of an interval no longer than 1: about 1e-12."""
@@ -52,18 +51,12 @@ def _top(matrix: Tensor) -> Tensor:
 def score_condition(q: Tensor, k: Tensor) -> Tensor:
     """kappa_score = ||Q||_2 ||K||_2 / ||Q K^T||_2, (..., T, D) -> (...), at least 1; NaN for a zero product.
 
-    Q K^T has the singular values of A^(1/2) B A^(1/2), D x D, with A = Q^T Q and B = K^T K; or of R B R^T, A = R^T R.
+    Q K^T has the singular values of A^(1/2) B A^(1/2), D x D, with A = Q^T Q and B = K^T K.
     """
-    return _top(q) * _top(k) / _top_of_product(q, k)
-
-
-@on_trailing_axes
-def _top_of_product(q: Tensor, k: Tensor) -> Tensor:
-    if q.is_cuda and q.shape[-2] > q.shape[-1]:  # where eigenvectors come one matrix after another
-        return core_singular_values(q.mT @ q, k.mT @ k, lambda: q.mT)[..., 0]
     value, vector = torch.linalg.eigh(_finite(q.mT @ q))
     root = (vector * value.clamp_min(0.0).sqrt()[..., None, :]) @ vector.mT
-    return torch.linalg.eigvalsh(_finite(root @ (k.mT @ k) @ root))[..., -1].clamp_min(0.0).sqrt()
+    product = eigenvalues(_finite(root @ (k.mT @ k) @ root))[..., -1].clamp_min(0.0).sqrt()
+    return _top(q) * _top(k) / product
 
 
 def _finite(symmetric: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from monitors.eigenvalues import symmetric_eigenvalues
 from monitors.trailing import on_trailing_axes
 
 
@@ -35,6 +34,10 @@ def stable_rank(singular_values: Tensor) -> Tensor:
     return ((singular_values / singular_values.amax(-1, keepdim=True)) ** 2).sum(-1)
 
 
+eigenvalues = on_trailing_axes(torch.linalg.eigvalsh)
+"""``torch.linalg.eigvalsh``; vmap would have it compute the vectors too, by another method."""
+
+
 def _root_eigenvalues(gram: Tensor) -> Tensor:
     """Square roots of the eigenvalues of symmetric positive semi-definite matrices, descending.
 
@@ -42,7 +45,7 @@ def _root_eigenvalues(gram: Tensor) -> Tensor:
     """
     broken = ~torch.isfinite(gram).all(-1).all(-1)
     healthy = torch.where(broken[..., None, None], 0.0, gram)
-    roots = symmetric_eigenvalues(healthy).clamp_min(0.0).sqrt().flip(-1)
+    roots = eigenvalues(healthy).clamp_min(0.0).sqrt().flip(-1)
     return torch.where(broken[..., None], torch.nan, roots)
 
 
@@ -63,7 +66,7 @@ def _pair_gram(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat((torch.cat((x @ x.mT, cross), -1), torch.cat((cross.mT, y @ y.mT), -1)), -2)
 
 
-def core_singular_values(gram_a: Tensor, gram_b: Tensor, a_rows: Callable[[], Tensor]) -> Tensor:
+def _core_singular_values(gram_a: Tensor, gram_b: Tensor, a_rows: Callable[[], Tensor]) -> Tensor:
     """Nonzero singular values of a^T b from the Gram matrices of a and b, each (..., M, M) with M < E.
 
     With a a^T = L L^T the squares are the eigenvalues of L^T (b b^T) L. Where a matrix is rank-deficient its
@@ -114,7 +117,7 @@ def qk_increment(w_q0: Tensor, w_k0: Tensor, w_q1: Tensor, w_k1: Tensor, n_heads
 @on_trailing_axes
 def _product_singular_values(dq: Tensor, dk: Tensor) -> Tensor:
     """Nonzero singular values of dq^T dk, both (..., D, E)."""
-    return core_singular_values(dq @ dq.mT, dk @ dk.mT, lambda: dq)
+    return _core_singular_values(dq @ dq.mT, dk @ dk.mT, lambda: dq)
 
 
 @on_trailing_axes
@@ -125,4 +128,4 @@ def increment_singular_values(q0: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> 
     """
     if 2 * dq.shape[-2] >= dq.shape[-1]:
         return singular_values(dq.mT @ k + q0.mT @ dk)
-    return core_singular_values(_pair_gram(dq, q0), _pair_gram(k, dk), lambda: torch.cat((dq, q0), -2))
+    return _core_singular_values(_pair_gram(dq, q0), _pair_gram(k, dk), lambda: torch.cat((dq, q0), -2))

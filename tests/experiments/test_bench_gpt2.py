@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import bench_gpt2, eigenvalue_costs, gpt2_pieces, monitor_costs
+from experiments import bench_gpt2, gpt2_pieces, monitor_costs
 from experiments.build import ROOT
 from experiments.gpt2_sizes import Size
 from experiments.gpt2_training import Training, flops_a_token
@@ -60,15 +60,6 @@ def test_a_step_has_its_parts_and_its_kernels(rehearsal):
     assert parts["step"] > parts["batch to the device"] > 0 and parts["micro_batches_a_step"] == 2
     for found in rehearsal["profile"]["kernels"].values():
         assert 0 < sum(one["ms"] for one in found["dearest"].values()) <= 1.001 * found["total_ms"]
-
-
-def test_eigenvalues_are_compared_with_the_library_s(rehearsal, monkeypatch):
-    found = rehearsal["profile"]["eigenvalues"]
-    assert found["ok"] and found["8 of width 16"]["library_ms"] > 0
-    wrong = lambda gram: 1.001 * torch.linalg.eigvalsh(gram)  # noqa: E731
-    monkeypatch.setattr(eigenvalue_costs, "symmetric_eigenvalues", wrong)
-    found = eigenvalue_costs.eigenvalue_costs([(2, 5)], torch.device("cpu"))
-    assert not found["ok"] and found["2 of width 5"]["error"] == pytest.approx(1e-3)
 
 
 def test_operations_are_those_of_gpt2():
