@@ -6,9 +6,12 @@ are compared (``figure``) and signals whose errors would add up if they kept the
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
+from analysis.align import positions
 from analysis.experiment import Experiment
 from analysis.inference import bca_interval
 from analysis.readings import at_end, common_end
@@ -17,9 +20,16 @@ WARM_UP_SHARE = 0.2
 """Readings before this share of a run are left out of its drift: a signal's level still moves with the weights."""
 
 
+def _named(experiment: Experiment, key: str) -> Any:
+    """What the experiment's file says under a key. Raises ValueError where it says nothing."""
+    if key not in experiment.index["experiment"]:
+        raise ValueError(f"experiment.{key} is missing: experiment.draw=paired needs it")
+    return experiment.index["experiment"][key]
+
+
 def control_of(experiment: Experiment) -> str:
     """The fault that the others are paired with. Raises ValueError where it was not run, or not with their seeds."""
-    control = experiment.index["experiment"]["control"]
+    control = _named(experiment, "control")
     if control not in experiment.faults:
         raise ValueError(f"experiment.control={control!r} is not allowed: one of {', '.join(experiment.faults)}")
     seeds = {fault: [run.seed for run in experiment.of("faulty", fault=fault)] for fault in experiment.faults}
@@ -60,14 +70,19 @@ def drift_table(experiment: Experiment) -> pd.DataFrame:
 
     mean: of the readings after warm-up, in the signal's unit; t: mean over its standard error, of size 1 where
     readings are independent with mean 0 (a root mean square over many heads tells); same_sign: share of the readings
-    that have the more common sign, from 0.5 to 1. All are NaN under 2 readings; t also where all are equal.
+    that have the more common sign, from 0.5 to 1, a zero counting half. All are NaN under 2 readings; t also where all
+    are equal.
     """
     rows = []
-    for name in experiment.index["experiment"]["drift"]:
+    for name in _named(experiment, "drift"):
+        axes = experiment.signals.get(name, {}).get("axes")
+        if axes != ["layer", "head"]:
+            raise ValueError(f"experiment.drift={name!r} is not allowed: a signal of layers and heads")
         for fault in experiment.faults:
             for run in experiment.of("faulty", fault=fault):
                 series = run.signal(name)
-                late = series.steps > WARM_UP_SHARE * experiment.horizon
+                where = positions(series, experiment.axis)
+                late = (where > WARM_UP_SHARE * experiment.horizon) & (where <= experiment.horizon)
                 values = np.where(series.undefined, np.nan, series.values)[late]
                 for layer, head in np.ndindex(values.shape[1:]):
                     readings = values[:, layer, head]
@@ -81,5 +96,4 @@ def _drift(readings: np.ndarray) -> tuple[int, float, float, float]:
     if n < 2:
         return n, np.nan, np.nan, np.nan
     mean, error = readings.mean(), readings.std(ddof=1) / np.sqrt(n)
-    positive = float((readings > 0).mean())
-    return n, mean, mean / error if error > 0 else np.nan, max(positive, 1 - positive)
+    return n, mean, mean / error if error > 0 else np.nan, (1 + abs(np.sign(readings).mean())) / 2

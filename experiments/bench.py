@@ -28,7 +28,7 @@ from rich.table import Table
 from analysis.simulated import simulate_experiment
 from experiments.build import ROOT, Run, build_run
 from experiments.cli import CONF
-from experiments.optimizer import adamw
+from experiments.optimizer import adamw, update
 from experiments.trace import write_whole
 from models.corruption import Corrupted
 from models.objective import objective_at
@@ -70,8 +70,7 @@ def _step_of(run: Run, places: Iterable[str] = ()) -> Callable[[int], StepView]:
         with Corrupted(model, sites.modules), Taps(model, places) as taps:
             loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
             (loss + auxiliary).backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, run.train.clip)
-        optimizer.step()
+        norm = update(parameters, optimizer, run.train, index, sites.lr_scale)
         model.update_balance(routings, sites.balance_scale)
         objective = partial(objective_at, model, batch, sites.numerics, sites.modules, sites.balance_scale)
         return StepView(

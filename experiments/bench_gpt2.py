@@ -21,9 +21,8 @@ import torch
 
 from experiments.gpt2_pieces import pieces
 from experiments.gpt2_sizes import SIZES, Size
-from experiments.gpu_record import Record, end, file_name, machine
+from experiments.gpu_record import ROOT, Record, check_gpu, end, file_name, machine
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 480.0
 LONGEST_PIECE_S = 100.0
 GOALS = {"tokens_per_s": "at least 400,000", "share_of_step": "at most 0.02"}
@@ -64,8 +63,8 @@ def main(arguments: list[str]) -> None:
         _fail(f"device={device!r} is not allowed: cpu or cuda")
     if name not in SIZES:
         _fail(f"size={name!r} is not allowed: {' or '.join(SIZES)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        _fail("device='cuda' needs a CUDA device that torch sees; device=cpu size=tiny rehearses")
+    if device == "cuda":
+        check_gpu("device='cuda'", "; device=cpu size=tiny rehearses")
     if device == "cpu" and name != "tiny":
         _fail(f"size={name!r} is not allowed with device='cpu', where it would take hours: size=tiny")
     try:
@@ -75,8 +74,9 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     found, size = _found(device), SIZES[name](device)
     path = Path(given["out"]) / file_name(found["device"], "-gpt2" if name == "gpt2_124m" else "-gpt2-tiny")
-    found |= {"size": name, "batch_size": size.train.batch_size, "goals": GOALS}
-    end(path, measure(size, Record(path, found, ("steps", "monitors", "profile"), limit_s, LONGEST_PIECE_S)))
+    record = Record(path, found, ("steps", "monitors", "profile"), limit_s, LONGEST_PIECE_S)
+    record.results |= {"size": name, "batch_size": size.train.batch_size, "goals": GOALS}
+    end(path, measure(size, record))
 
 
 if __name__ == "__main__":

@@ -14,21 +14,19 @@ Needs PyTorch, PyYAML, SciPy and PyArrow alone, and so runs on a GPU machine wit
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experiments.optimizer import TrainConfig, adamw, learning_rate, set_learning_rate
+from experiments.optimizer import TrainConfig, adamw, update
+from experiments.plain_config import construct, monitors_of
 from experiments.recorder import Recorder
 from experiments.stacked_history import SliceHistory
 from experiments.stacked_monitors import StackedMonitors, slice_view
@@ -41,7 +39,6 @@ from models.taps import Taps
 from models.transformer import Transformer, TransformerConfig
 from monitors.base import Monitor, StepView, WeightHistory, due_readings, tapped
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 NANO = TransformerConfig(d_model=64, n_layers=2, n_heads=2, d_ff=256, context_length=64, vocab_size=256)
 FAULTY = AttentionNumerics(tuple(SiteFault(site, "backward", "truncate", 5) for site in ("o", "do")))
 BATCH_SIZE = 16
@@ -52,46 +49,11 @@ Step = Callable[[int], None]
 
 
 def _config(device: str) -> TrainConfig:
-    """conf/train/default.yaml, as far as a step needs it."""
-    return TrainConfig(
-        steps=1000,
-        batch_size=BATCH_SIZE,
-        learning_rate=1e-3,
-        warmup_steps=200,
-        schedule="constant",
-        final_lr_fraction=0.1,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-        clip=1.0,
-        held_out_sequences=64,
-        held_out_every_steps=10,
-        stop_drawup_nats=None,
-        checkpoint_every_steps=500,
-        device=device,
-        threads=1,
-        stack=1,
-        precision="fp32",
-        micro_batch=None,
-        compile=False,
-    )
+    return construct("train", "default", steps=1000, batch_size=BATCH_SIZE, device=device, threads=1)
 
 
 def _models(count: int, device: str) -> list[Transformer]:
     return [Transformer(NANO).initialise(torch.Generator().manual_seed(seed)).to(device) for seed in range(count)]
-
-
-def default_monitors() -> dict[str, Monitor]:
-    """The monitors of conf/config.yaml that a dense model can have, by name."""
-    defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
-    names = next(entry["monitor"] for entry in defaults if isinstance(entry, Mapping) and "monitor" in entry)
-    monitors = {}
-    for name in names:
-        arguments = yaml.safe_load((CONF / "monitor" / f"{name}.yaml").read_text())
-        module, _, kind = arguments.pop("_target_").rpartition(".")
-        monitor = getattr(importlib.import_module(module), kind)(**arguments)
-        if not getattr(monitor, "needs_experts", False):
-            monitors[name] = monitor
-    return monitors
 
 
 def _due(monitors: Mapping[str, Monitor], step: int) -> list[str]:
@@ -119,9 +81,7 @@ def single(config: TrainConfig, monitors: Mapping[str, Monitor]) -> Step:
         with Taps(model, tapped(observers)) as taps:
             loss = model.loss(tokens_BT1, FAULTY)
             loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-        set_learning_rate(optimizer, learning_rate(config, index), LearningRateScale())
-        optimizer.step()
+        norm = update(parameters, optimizer, config, index, LearningRateScale())
         history.record(now, model)
         view = StepView(
             now, 0, loss.detach(), norm, model, history, (), taps, optimizer, FAULTY, objective_at=objective
@@ -194,9 +154,9 @@ def measure(device: str, size: int) -> dict[str, float]:
 
 def watched(device: str, size: int) -> dict[str, Step]:
     """The same two, watched by the default monitors."""
-    monitors = [default_monitors() for _ in range(size)]
+    monitors = [monitors_of(experts=False) for _ in range(size)]
     return {
-        "single": single(_config(device), default_monitors()),
+        "single": single(_config(device), monitors_of(experts=False)),
         "stack": stacked(_config(device), size, monitors),
     }
 

@@ -115,6 +115,17 @@ class Record:
         return [name for name, result in pieces if result.get("ok") is False]
 
 
+def check_gpu(who: str, instead: str = "") -> None:
+    """Exit with one line, and code 2, where the Triton kernels cannot run on a GPU; instead: what could be done."""
+    for there, what in (
+        (torch.cuda.is_available(), "a CUDA device that torch sees"),
+        (importlib.util.find_spec("triton") is not None, "the package triton"),
+    ):
+        if not there:
+            print(f"error: {who} needs {what}{instead}", file=sys.stderr)
+            sys.exit(2)
+
+
 def begin(arguments: list[str], module: str, suffix: str = "") -> tuple[Path, dict[str, Any]]:
     """Where a command ``python3 -m experiments.<module> [out=FOLDER]`` writes, and ``machine``.
 
@@ -122,14 +133,9 @@ def begin(arguments: list[str], module: str, suffix: str = "") -> tuple[Path, di
     """
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) - {"out"} or len(given) != len(arguments):
-        sys.exit(f"usage: python3 -m experiments.{module} [out=FOLDER]")
-    for there, what in (
-        (torch.cuda.is_available(), "a CUDA device that torch sees"),
-        (importlib.util.find_spec("triton") is not None, "the package triton"),
-    ):
-        if not there:
-            print(f"error: {module.replace('_', '-')} needs {what}", file=sys.stderr)
-            sys.exit(2)
+        print(f"usage: python3 -m experiments.{module} [out=FOLDER]", file=sys.stderr)
+        sys.exit(2)
+    check_gpu(module.replace("_", "-"))
     found = machine()
     return Path(given.get("out", ROOT / "results" / "gpu")) / file_name(found["device"], suffix), found
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.gpu_record import first_line
 from models.flash import flash_attention_triton
 from models.numerics import HEALTHY_LAYER, LayerNumerics, SiteFault
 from models.tiles import Tiles, pinned_tiles
@@ -162,7 +163,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
         except Exception as error:
             if name == OURS:
                 raise
-            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            missing[name] = first_line(error)
     results: dict[str, Any] = {"length": case.length, "d_head": case.d_head, "shape": case.shape, "missing": missing}
     for part in ("forward", "forward and backward"):
         results[part] = summary(in_turns({name: calls[part] for name, calls in ready.items()}), case, part != "forward")

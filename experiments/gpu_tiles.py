@@ -68,7 +68,7 @@ def questions() -> Iterator[Question]:
 def answer(question: Question, case: Case, device: torch.device) -> dict[str, Any]:
     """Milliseconds of the pass that the kernel is in, by candidate, the fastest first.
 
-    A candidate that cannot run is there with its error's first line.
+    A candidate that cannot run is there with its error's first line; ``ok`` unless it is the pinned one.
     """
     part = "forward" if question.kernel == "forward" else "forward and backward"
     ready, missing = {}, {}
@@ -82,7 +82,8 @@ def answer(question: Question, case: Case, device: torch.device) -> dict[str, An
         except Exception as error:
             missing[str(tile)] = first_line(error)
     ms = dict(sorted(in_turns(ready).items(), key=lambda item: item[1]))
-    return {"ms": ms, "of": part, "pinned": str(getattr(question.pinned, question.kernel)), "missing": missing}
+    pinned = str(getattr(question.pinned, question.kernel))
+    return {"ok": pinned not in missing, "ms": ms, "of": part, "pinned": pinned, "missing": missing}
 
 
 def main(arguments: list[str]) -> None:

@@ -138,9 +138,10 @@ def trained(folder: Path) -> tuple[Run, Transformer]:
         raise trace.TraceError(f"{folder} has no finished run")
     run = build_run(manifest["config"])
     model = run.new_model()
-    unknown = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False).unexpected_keys
-    if unknown:
-        raise trace.TraceError(f"{folder}: the weights have {unknown[0]}, which the model has not")
+    weights = load_file(folder / "weights.safetensors")
+    if run.model_config.tie_embeddings:
+        weights["head.weight"] = weights["tokens.weight"]
+    model.load_state_dict(weights)
     return run, model
 
 

@@ -223,8 +223,9 @@ class _Optimizer:
         for name, gradient in self._stack.model.views(self._seen.gradients).items():
             self._parameters[name].grad = gradient
         groups = self._stack.optimizer.slices[0].param_groups
-        return [
-            group | {"params": [self._parameters[name] for name in names], "lr": rate}
+        return [  # what runs may have of their own is not here
+            {"params": [self._parameters[name] for name in names], "lr": rate}
+            | {key: group[key] for key in ("name", "betas", "eps")}
             for group, names, rate in zip(groups, self._stack.model.segments, self._seen.learning_rates, strict=True)
         ]
 

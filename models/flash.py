@@ -23,6 +23,9 @@ from models.numerics import SITES, LayerNumerics
 from models.tiles import Tiles
 from models.visibility import check_shapes
 
+FORBIDDEN = 2
+"""``torch.get_deterministic_debug_mode`` where what is not deterministic is an error, and not a warning."""
+
 D_HEADS = "a multiple of 8 from 16 to 256"
 
 
@@ -70,6 +73,11 @@ def _counter(q: Tensor, faults: int) -> Tensor:
     return q.new_zeros(q.shape[0] if faults else 0, dtype=torch.int64)
 
 
+def _adds_dq(tiles: list[int]) -> bool:
+    """Whether the flat tiles leave dQ to the kernel of the keys and its atomics."""
+    return len(tiles) == 8
+
+
 def _add_counts(nonfinite: Tensor, count_B: Tensor) -> None:
     if count_B.numel():
         nonfinite.add_(count_B.view(*nonfinite.shape, -1).sum(-1))
@@ -101,6 +109,8 @@ def _forward(
     B, H, T, D = q.shape
     code = constants(faults, shares, FORWARD)
     chosen = KernelArithmetic(*arithmetic)
+    if _adds_dq(tiles) and torch.get_deterministic_debug_mode() == FORBIDDEN:
+        raise RuntimeError("model.deterministic=False is not allowed after torch.use_deterministic_algorithms(True)")
     o, saved_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles, arithmetic)
     queries, keys, warps, stages = tiles[:4]
     load_kernels(q.device).forward[(B * H, -(-T // queries))](
@@ -146,9 +156,7 @@ def _backward(
     every = {"D": D, "BLOCK_D": _block_d(D), "HEADS": H, "FAULTS": code}
     both = {"SCALE": D**-0.5, "WINDOW": window, "KV_HEADS": G, **every}
 
-    adds_dq = len(tiles) == 8
-    if adds_dq and torch.are_deterministic_algorithms_enabled():
-        raise RuntimeError("model.deterministic=False is not allowed after torch.use_deterministic_algorithms(True)")
+    adds_dq = _adds_dq(tiles)
     queries, keys, warps, stages = tiles[:4] if adds_dq else tiles[8:]
     if KernelArithmetic(*arithmetic).delta_of_p:
         kernels.delta_of_p[(B * H, -(-T // queries))](

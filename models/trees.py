@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+LEAVES = (str, int, float, np.generic, np.ndarray, torch.dtype, torch.device, nn.Module)
+"""What may stand beside tensors, and holds none that are meant."""
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -17,9 +21,12 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(function, value) for value in tree)
+        values = [map_tensors(function, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     if is_dataclass(tree):
         return type(tree)(**{field.name: map_tensors(function, getattr(tree, field.name)) for field in fields(tree)})
+    if tree is not None and not isinstance(tree, LEAVES):
+        raise TypeError(f"{type(tree).__name__} is not allowed around tensors: mappings, sequences, dataclasses")
     return tree
 
 
@@ -37,5 +44,11 @@ def with_tensors(tree: Any, tensors: Iterable[Tensor]) -> Any:
 
 
 def stack_trees(trees: Sequence[Any]) -> Any:
-    """Trees of one form as one, whose tensors have an axis in front; what is no tensor is that of the first."""
+    """Trees of one form as one, whose tensors have an axis in front.
+
+    Raises ValueError where they differ in anything but their tensors.
+    """
+    forms = [map_tensors(lambda _: None, tree) for tree in trees]
+    if any(form != forms[0] for form in forms):
+        raise ValueError("trees that differ in more than their tensors cannot be stacked")
     return with_tensors(trees[0], [torch.stack(alike) for alike in zip(*map(tensors_of, trees), strict=True)])

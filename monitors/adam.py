@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +14,16 @@ from monitors.base import Reading, Signal, StepView
 class AdamState:
     """What the last update was made of, by parameter name, in the model's order.
 
-    gradient: as Adam took it, after the clip; root: sqrt(v / (1 - beta2^t)) + eps, what it divided by; group: each
-    tensor's parameter group; beta1; beta1_debias: 1 - beta1^t, 0-dim.
+    gradient: as Adam took it, after the clip; root: sqrt(v / (1 - beta2^t)) + eps, what it divided by; learning_rate:
+    of each tensor's group; beta1; beta1_debias: 1 - beta1^t, 0-dim.
     """
 
     weight: dict[str, Tensor]
     gradient: list[Tensor]
     root: list[Tensor]
-    group: list[dict[str, Any]]
+    learning_rate: list[float]
     beta1: float
     beta1_debias: Tensor
-
-    @property
-    def learning_rate(self) -> list[float]:
-        return [group["lr"] for group in self.group]
 
     @classmethod
     @torch.no_grad()
@@ -49,7 +44,7 @@ class AdamState:
             {name: parameter.detach() for name, parameter in weight.items()},
             [parameter.grad for parameter in weight.values()],
             root,
-            [groups[parameter] for parameter in weight.values()],
+            [groups[parameter]["lr"] for parameter in weight.values()],
             beta1,
             1 - beta1**steps,
         )

@@ -115,3 +115,33 @@ def test_a_control_with_other_seeds_is_refused_by_name(made):
     (folder / "experiment.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="'control' is not allowed: 'idle' has other seeds"):
         paired_table(load(folder, folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"drift": ["held_out_loss"]}, "experiment.drift='held_out_loss' is not allowed: a signal of layers and heads"),
+        ({"drift": ["norms"]}, "experiment.drift='norms' is not allowed: a signal of layers and heads"),
+    ],
+)
+def test_a_drift_without_heads_is_refused_by_name(made, changes, message):
+    folder = folder_of(made, 1, **changes)
+    with pytest.raises(ValueError, match=message):
+        drift_table(load(folder, folder))
+
+
+@pytest.mark.parametrize("key", ["control", "drift"])
+def test_a_paired_experiment_without_its_keys_says_which(made, key):
+    folder = folder_of(made, 1)
+    index = json.loads((folder / "experiment.json").read_text())
+    del index["experiment"][key]
+    (folder / "experiment.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"experiment.{key} is missing: experiment.draw=paired needs it"):
+        (paired_table if key == "control" else drift_table)(load(folder, folder))
+
+
+def test_drift_at_equal_tokens_is_that_at_equal_steps(made):
+    """Where every step has the same tokens; a horizon in tokens is no number of steps."""
+    folder = folder_of(made, 3)
+    by_steps, by_tokens = (drift_table(load(folder, folder, axis=axis)) for axis in ("steps", "tokens"))
+    assert (by_tokens["readings"] == by_steps["readings"]).all()

