@@ -6,34 +6,44 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-LEAVES = (str, int, float, np.generic, np.ndarray, torch.dtype, torch.device, nn.Module)
+LEAVES = (str, int, float, type(None), torch.dtype, torch.device, nn.Module)
 """What may stand beside tensors, and holds none that are meant."""
 
 
-def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """The same tree with ``function`` of each tensor in its place, in a fixed order; what holds none stays as it is."""
+def _as_it_is(leaf: Any) -> Any:
+    return leaf
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any, of_others: Callable[[Any], Any] = _as_it_is) -> Any:
+    """The same tree with ``function`` of each tensor in its place, in a fixed order.
+
+    of_others: the same for whatever is neither a tensor nor a mapping, list, tuple or dataclass.
+    """
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
-        return {key: map_tensors(function, value) for key, value in tree.items()}
+        return {key: map_tensors(function, value, of_others) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        values = [map_tensors(function, value) for value in tree]
+        values = [map_tensors(function, value, of_others) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     if is_dataclass(tree):
-        return type(tree)(**{field.name: map_tensors(function, getattr(tree, field.name)) for field in fields(tree)})
-    if tree is not None and not isinstance(tree, LEAVES):
-        raise TypeError(f"{type(tree).__name__} is not allowed around tensors: mappings, sequences, dataclasses")
-    return tree
+        values = {field.name: map_tensors(function, getattr(tree, field.name), of_others) for field in fields(tree)}
+        return type(tree)(**values)
+    return of_others(tree)
+
+
+def _refuse_what_may_hold_tensors(leaf: Any) -> None:
+    if not isinstance(leaf, LEAVES):
+        raise TypeError(f"{type(leaf).__name__} is not allowed around tensors: mappings, lists, tuples, dataclasses")
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """All tensors, in the order of ``map_tensors``."""
+    """All tensors, in the order of ``map_tensors``. Raises TypeError where some could hide in what it cannot open."""
     found: list[Tensor] = []
-    map_tensors(found.append, tree)
+    map_tensors(found.append, tree, _refuse_what_may_hold_tensors)
     return found
 
 

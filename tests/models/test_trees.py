@@ -43,8 +43,10 @@ def test_trees_of_different_forms_do_not_stack():
 
 
 def test_what_could_hide_tensors_is_refused():
-    with pytest.raises(TypeError, match="deque is not allowed around tensors: mappings, sequences, dataclasses"):
-        map_tensors(torch.neg, {"a": [deque([torch.ones(1)])]})
+    hidden = {"a": [deque([torch.ones(1)])]}
+    with pytest.raises(TypeError, match="deque is not allowed around tensors: mappings, lists, tuples, dataclasses"):
+        tensors_of(hidden)
+    assert map_tensors(torch.neg, hidden) == hidden
 
 
 def test_trees_that_differ_beside_their_tensors_are_not_stacked():
