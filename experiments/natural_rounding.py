@@ -138,10 +138,11 @@ def trained(folder: Path) -> tuple[Run, Transformer]:
         raise trace.TraceError(f"{folder} has no finished run")
     run = build_run(manifest["config"])
     model = run.new_model()
-    weights = load_file(folder / "weights.safetensors")
-    if run.model_config.tie_embeddings:
-        weights["head.weight"] = weights["tokens.weight"]
-    model.load_state_dict(weights)
+    found = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+    tied = {"head.weight"} if run.model_config.tie_embeddings else set()
+    wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if name not in tied)]
+    if wrong:
+        raise trace.TraceError(f"{folder}: the weights do not fit the model: {wrong[0]}")
     return run, model
 
 

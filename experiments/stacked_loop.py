@@ -104,7 +104,9 @@ def _distinct(faults: Sequence[Fault]) -> list[tuple[Fault, list[int]]]:
 
 def _sites(kinds: Sequence[tuple[Fault, Sequence[int]]], step: int, healthy: Sites) -> list[Sites]:
     """What each run's fault does at a step; runs of one fault share the answer, which is pure."""
-    of_run = {index: sites for fault, runs in kinds for sites in (fault.sites(step, healthy),) for index in runs}
+    of_run: dict[int, Sites] = {}
+    for fault, runs in kinds:
+        of_run |= dict.fromkeys(runs, fault.sites(step, healthy))
     return [of_run[index] for index in range(len(of_run))]
 
 
