@@ -2,15 +2,18 @@
 
 import json
 import math
+import re
 
 import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from experiments.loop import train
-from experiments.natural_rounding import KERNELS, alignment, conditions, main, output_bias
+from experiments.natural_rounding import KERNELS, alignment, conditions, main, output_bias, trained
 from experiments.plain_config import CONF, construct
+from experiments.trace import TraceError
 from models.arithmetic import ORDINARY, Arithmetic
 from models.attention import flash_attention
 from models.numerics import LayerNumerics
@@ -117,6 +120,17 @@ def test_the_command_writes_every_kernel_of_every_trained_run(make_run, tmp_path
     assert mean["alignment", "truncated2"] > 2 * mean["alignment", "fp32"]
     with pytest.raises(SystemExit, match="fault='each' is not allowed: one of fp32"):
         main([*arguments, "fault=each"])
+
+
+def test_weights_that_do_not_fit_are_named(make_run, tmp_path):
+    run = make_run("train.steps=10")
+    train(run, tmp_path)
+    path = tmp_path / run.run_id / "weights.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("attention.q.weight"))
+    save_file({other: weight for other, weight in weights.items() if other != name}, path)
+    with pytest.raises(TraceError, match=f"the weights do not fit the model: {re.escape(name)}"):
+        trained(path.parent)
 
 
 def test_the_kernels_are_the_arithmetics_of_the_experiment():
