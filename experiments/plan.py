@@ -15,7 +15,8 @@ FIRST_SEED = {"reference": 0, "calibration": 1000, "test": 2000, "faulty": 3000}
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One cell of an experiment: model, role (``faulty`` for a fault's runs), fault name or None, seed, overrides."""
+    """One cell of an experiment: model, role (``faulty`` for a fault's runs), fault name or None, seed, and overrides,
+    of which the seed is the last."""
 
     model: str
     role: str

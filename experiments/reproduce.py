@@ -61,21 +61,25 @@ def train_quietly(jobs: Sequence[Sequence[Sequence[str]]], config: DictConfig) -
 
 def run_together(members: Sequence[Sequence[str]], out: Path) -> list[dict[str, Any]]:
     """Build and train a stack, or the one run that cannot be in one; their manifests. members: the runs' overrides."""
-    runs: list[Run] = []
-    for overrides in members:  # launchers hand Hydra's state on to their workers, so that it composes there
-        config = compose(CONFIG_NAME, overrides=list(overrides))
-        runs.append(build_run(config, corpus=runs[0].corpus if runs else None))
+    runs = build_all(members)  # launchers hand Hydra's state on to their workers, so that it composes there
     if why_single(runs[0]) is not None:
         return [train_shown(runs[0], out, show=False)]
     with StackProgress() as progress:
         return train_stack(runs, out, progress)
 
 
-def build_all(planned: Sequence[PlannedRun], given: Sequence[str]) -> list[Run]:
-    """Check and identify every run before the first one trains; one corpus serves all."""
+def build_all(members: Sequence[Sequence[str]]) -> list[Run]:
+    """Compose, check and identify runs; one corpus serves all. members: the runs' overrides, the seed last.
+
+    Runs that differ in their seed alone are composed once: composing takes a third of a second.
+    """
     runs: list[Run] = []
-    for cell in planned:
-        config = compose(CONFIG_NAME, overrides=[*given, *cell.overrides])
+    composed: dict[tuple[str, ...], DictConfig] = {}
+    for *shared, seed in members:
+        if tuple(shared) not in composed:
+            composed[tuple(shared)] = compose(CONFIG_NAME, overrides=shared)
+        config = composed[tuple(shared)]
+        config.seed = int(seed.removeprefix("seed="))
         runs.append(build_run(config, corpus=runs[0].corpus if runs else None))
     return runs
 
@@ -182,7 +186,7 @@ def main(config: DictConfig) -> None:
     experiment = chosen_experiment(settings, given)
     seeds = experiment.get("seeds", settings["scale"]["seeds"])
     planned = plan(seeds, experiment["faults"], experiment["models"], experiment.get("overrides", ()))
-    runs = build_all(planned, given)
+    runs = build_all([[*given, *cell.overrides] for cell in planned])
     if config.dry_run:
         for cell, run in zip(planned, runs, strict=True):
             print(f"{run.run_id}  {cell.model:<9}  {cell.role:<11}  seed {cell.seed:<5} {cell.fault or 'healthy'}")

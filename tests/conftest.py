@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 
 from experiments.build import ROOT, build_run
@@ -60,6 +62,26 @@ def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text("".join(itertools.islice(lines, 1000)))
     return path
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """``once(name, make)``: a folder that ``make`` fills once in a suite, in whichever test process comes first."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a process's temporary folder is one of several
+        shared = shared.parent
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        path = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not path.exists():
+                making = shared / f"{name}.making"
+                making.mkdir(exist_ok=True)
+                make(making)
+                making.rename(path)
+        return path
+
+    return folder
 
 
 @pytest.fixture

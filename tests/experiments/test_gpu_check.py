@@ -11,24 +11,42 @@ from experiments import gpu_check, gpu_correctness, gpu_speed
 from experiments.build import ROOT
 from experiments.gpu_check import new_record
 from experiments.gpu_correctness import (
+    UNORDERED,
     Shape,
     check_arithmetic,
     check_compiled,
     check_faults,
     check_healthy,
     check_repeats,
+    distance,
     one_fault_a_head,
 )
 from experiments.gpu_record import attempt, file_name
 from experiments.gpu_speed import Case, cases, contestants, faulty, flops, in_turns, summary
 from models.arithmetic import Arithmetic
 from models.attention import attention
+from models.bits import truncate
 from models.numerics import FORWARD_SITES, HEALTHY_LAYER, KEY_VALUE_SITES, SITES
 from tests.models.attention_in_triton import ADDING_TILES, DEVICE, ONE_TILE, SMALL_TILES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 GROUPED = Shape(18, 9, 12, 20, 16)
+
+
+def test_another_order_of_sums_is_told_from_one_bit():
+    """256 rows of dQ of 4,096 keys, added up over tiles of 64 keys forward and in another order."""
+    generator = torch.Generator().manual_seed(0)
+    p, dp = (torch.randn(256, 4096, generator=generator) for _ in range(2))
+    ds, k = (p.softmax(-1) * dp).bfloat16().float(), torch.randn(4096, 64, generator=generator).bfloat16().float()
+    parts = [a @ b for a, b in zip(ds.split(64, 1), k.split(64), strict=True)]
+    there, shuffled = (
+        sum(parts[i] for i in order).bfloat16()
+        for order in (range(64), torch.randperm(64, generator=generator).tolist())
+    )
+    assert not torch.equal(there, shuffled)
+    assert distance(there, shuffled) < UNORDERED / 4
+    assert distance(truncate(there, 1), there) > UNORDERED * 4
 
 
 @pytest.fixture
