@@ -27,6 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
 from hydra.types import HydraContext
+from joblib import effective_n_jobs
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from analysis.align import AXES
@@ -84,14 +85,27 @@ def build_all(members: Sequence[Sequence[str]]) -> list[Run]:
     return runs
 
 
+def with_launcher(given: Sequence[str]) -> DictConfig:
+    """The command's configuration with Hydra's own, of which the launcher is a part."""
+    return compose(CONFIG_NAME, overrides=[*HydraConfig.get().overrides.hydra, *given], return_hydra_config=True)
+
+
+def at_once(launcher: Mapping[str, Any]) -> int:
+    """How many jobs a launcher runs at a time: joblib's limit or submitit's, 1 where it has none."""
+    if "n_jobs" in launcher:
+        if not isinstance(launcher["n_jobs"], int) or launcher["n_jobs"] == 0:
+            raise ValueError(f"at_once={launcher['n_jobs']} is not allowed: at least 1, or -1 for a run on every core")
+        return effective_n_jobs(launcher["n_jobs"])
+    return launcher.get("array_parallelism", 1)
+
+
 def launch(jobs: Sequence[Sequence[PlannedRun]], given: Sequence[str]) -> list[list[dict[str, Any]]]:
     """Train stacks of runs by the configured launcher; what each run returned, in order."""
-    master = compose(CONFIG_NAME, overrides=[*HydraConfig.get().overrides.hydra, *given], return_hydra_config=True)
     overrides = [[[*given, *cell.overrides] for cell in job] for job in jobs]
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks()),
         task_function=partial(train_quietly, overrides),
-        config=master,
+        config=with_launcher(given),
     )
     done = launcher.launch([members[0] for members in overrides], initial_job_idx=0)
     return [
@@ -124,7 +138,7 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
         if reason is not None:
             print(f"{count} runs train by themselves: {reason}")
     started, spent_s = time.monotonic(), sum(_cpu_s(out / run.run_id) for _, run in pending)
-    at_once, piece_s = HydraConfig.get().launcher.get("n_jobs", 1), pending[0][1].train.piece_s
+    processes, piece_s = min(at_once(with_launcher(given).hydra.launcher), len(jobs)), pending[0][1].train.piece_s
     with SweepProgress({out / run.run_id: run.train.steps for run in runs}):
 
         def launched(some: Sequence[Sequence[tuple[PlannedRun, Run]]], *more: str) -> list[list[dict[str, Any]]]:
@@ -133,7 +147,7 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
         if piece_s is None:
             done = launched(jobs)
         else:
-            done = in_pieces(jobs, at_once, piece_s, lambda some, left_s: launched(some, f"train.piece_s={left_s}"))
+            done = in_pieces(jobs, processes, piece_s, lambda some, left_s: launched(some, f"train.piece_s={left_s}"))
     wall_s = time.monotonic() - started
     results = [
         (run, result)
@@ -152,7 +166,6 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
         raise Unfinished(
             f"{unfinished} runs are left after train.piece_s={piece_s:g} seconds; the same command goes on"
         )
-    processes = min(at_once, len(jobs))
     cpu_s = sum(result["cpu_s"] for _, result in results) - spent_s
     return {
         "trained": len(pending),

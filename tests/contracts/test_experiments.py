@@ -108,7 +108,7 @@ def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, tm
         f"out={tmp_path / 'runs'}", f"report={tmp_path / 'report'}",
     ]  # fmt: skip
     if experiment != "paper_attention":  # which has the launcher's processes; they take seconds to start
-        arguments.append("hydra.launcher.n_jobs=1")
+        arguments.append("at_once=1")
     monkeypatch.setattr("sys.argv", ["reproduce", *arguments])
     reproduce.main()
     report = tmp_path / "report"

@@ -46,7 +46,7 @@ def test_a_run_that_leaves_off_says_so_in_one_line(tiny, text, tmp_path, monkeyp
 def test_an_experiment_goes_on_piece_by_piece_until_its_report(tiny, text, tmp_path, monkeypatch, capsys):
     arguments = [
         "data=text", f"data.path={text}", *tiny, "train.steps=60", "scale.alpha=0.5", "train.piece_s=2",
-        "scale.seeds={reference: 4, calibration: 1, test: 0, faulty: 1}", "hydra.launcher.n_jobs=1",
+        "scale.seeds={reference: 4, calibration: 1, test: 0, faulty: 1}", "at_once=1",
         "monitor.qk_increment.every_steps=10", "monitor.delta_w.every_steps=10",
         f"out={tmp_path / 'runs'}", f"report={tmp_path / 'report'}",
     ]  # fmt: skip

@@ -1,4 +1,5 @@
 import pytest
+from joblib import cpu_count
 
 from experiments import reproduce, trace
 from experiments.stacked_loop import train_stack
@@ -20,7 +21,7 @@ def test_an_experiment_stacks_its_runs_and_trains_the_others_one_by_one(text, ti
         return train_stack(runs, *rest)
 
     monkeypatch.setattr(reproduce, "train_stack", spied)
-    monkeypatch.setattr("sys.argv", ["reproduce", *arguments, "hydra.launcher.n_jobs=1"])  # in this process
+    monkeypatch.setattr("sys.argv", ["reproduce", *arguments, "at_once=1"])  # in this process
     reproduce.main()
     assert (tmp_path / "report" / "index.html").exists()
     manifests = [trace.read_manifest(folder) for folder in (tmp_path / "runs").iterdir()]
@@ -33,3 +34,23 @@ def test_an_experiment_stacks_its_runs_and_trains_the_others_one_by_one(text, ti
 def test_runs_that_are_started_one_by_one_do_not_stack(make_config):
     with pytest.raises(ValueError, match=r"train\.stack=2 has no effect on runs started one by one"):
         run_one(make_config("train.stack=2"))
+
+
+def test_a_launcher_without_processes_of_ours_needs_no_setting_of_theirs(text, tiny, monkeypatch, capsys):
+    """As submitit's, Hydra's basic launcher knows no number of jobs."""
+    arguments = ["data=text", f"data.path={text}", *tiny, "scale.alpha=0.5", "dry_run=true", "hydra/launcher=basic"]
+    monkeypatch.setattr("sys.argv", ["reproduce", *arguments])
+    reproduce.main()
+    assert "healthy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("launcher", "jobs"), [({}, 1), ({"array_parallelism": 64}, 64), ({"n_jobs": 3}, 3), ({"n_jobs": -1}, cpu_count())]
+)
+def test_how_many_jobs_run_at_once_is_the_launcher_s_to_say(launcher, jobs):
+    assert reproduce.at_once(launcher) == jobs
+
+
+def test_no_job_at_a_time_is_refused():
+    with pytest.raises(ValueError, match=r"at_once=0 is not allowed: at least 1"):
+        reproduce.at_once({"n_jobs": 0})
