@@ -42,7 +42,7 @@ def test_every_cell_composes_and_builds(experiment, scale, text):
         seeds = experiment.get("seeds", settings["scale"]["seeds"])
         cells = plan(seeds, experiment["faults"], experiment["models"], experiment.get("overrides", ()))
         one_of_each = list({(cell.model, cell.fault, cell.role): cell for cell in cells}.values())
-        if scale != "laptop":  # cells differ alike at every scale: its first, its last fault and a healthy run
+        if scale != "laptop":  # what a cell takes from its scale was resolved above; here first, last and healthy ones
             faulty = [cell for cell in one_of_each if cell.fault is not None]
             one_of_each = list(dict.fromkeys([faulty[0], faulty[-1], one_of_each[-1]]))
         runs = [build_run(compose("reproduce", [*given, *cell.overrides])) for cell in one_of_each]
