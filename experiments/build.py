@@ -296,10 +296,11 @@ def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = No
     _check_fit(fault, model, train)
     if train.compile and model.moe and train.precision != "bf16":
         raise ValueError("train.compile=True is not allowed with experts in FP32: set train.precision=bf16")
-    if train.micro_batch is not None and model.moe and model.moe.bias_update_speed is not None:
-        raise ValueError(
-            "train.micro_batch is not allowed with model.moe.bias_update_speed: the bias follows a whole batch's loads"
-        )
+    for field in ("micro_batch", "watched_sequences"):
+        if getattr(train, field) is not None and model.moe and model.moe.bias_update_speed is not None:
+            raise ValueError(
+                f"train.{field} is not allowed with model.moe.bias_update_speed: the bias follows a whole batch's loads"
+            )
     plain["monitor"], left_out = _fitting(plain["monitor"], model)
     monitors = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]

@@ -88,9 +88,11 @@ def step_rates(size: Size, micro_batch: int, compile: bool) -> dict[str, Any]:
 def parts_of_a_step(size: Size) -> dict[str, float]:
     """Milliseconds of what a step is made of, and of the held-out label, which comes every ``every_steps``.
 
-    ``watched micro-batch``: the last of a step, never compiled; ``tokens_per_s_if_all_were_compiled``: what that costs.
+    ``watched sequences``: those of ``train.watched_sequences``, never compiled; ``eager micro-batch``: a whole one, as
+    the last would be without that setting. ``tokens_per_s_if_...``: what either costs.
     """
     training, _ = ready(partial(size.training, size.micro_batches[0], True))
+    whole, _ = ready(partial(size.training, size.micro_batches[0], False))
     config, model = training.config, training.model
     held_out = training.batch()[: config.held_out_sequences]
 
@@ -101,8 +103,9 @@ def parts_of_a_step(size: Size) -> dict[str, float]:
 
     calls = {
         "step": partial(training.step, STEP),
-        "unwatched micro-batch": training.unwatched_micro_batch,
-        "watched micro-batch": training.micro_batch,
+        "compiled micro-batch": training.unwatched_micro_batch,
+        "eager micro-batch": whole.unwatched_micro_batch,
+        "watched sequences": training.watched,
         "clip and AdamW": partial(training.update, STEP),
         "batch to the device": training.batch,
         "held-out label": label,
@@ -110,11 +113,18 @@ def parts_of_a_step(size: Size) -> dict[str, float]:
     for call in calls.values():
         call()
     taken = in_turns(calls, training.device, TURNS)
-    compiled_s = taken["step"] - taken["watched micro-batch"] + taken["unwatched micro-batch"]
+    count, apart = config.batch_size // config.micro_batch, (config.watched_sequences or config.micro_batch)
+    shared = taken["step"] - taken["watched sequences"]
+    all_compiled_s = shared + taken["compiled micro-batch"] * apart / config.micro_batch
+    none_apart_s = (
+        shared - taken["compiled micro-batch"] * (1 - apart / config.micro_batch) + taken["eager micro-batch"]
+    )
     return {name: 1e3 * value for name, value in taken.items()} | {
-        "micro_batches_a_step": config.batch_size // config.micro_batch,
+        "micro_batches_a_step": count,
+        "watched_sequences": apart,
         "label_every_steps": config.held_out_every_steps,
-        "tokens_per_s_if_all_were_compiled": training.tokens_a_step / compiled_s,
+        "tokens_per_s_if_all_were_compiled": training.tokens_a_step / all_compiled_s,
+        "tokens_per_s_if_a_whole_micro_batch_were_watched": training.tokens_a_step / none_apart_s,
     }
 
 
@@ -139,8 +149,8 @@ def kernels(size: Size) -> dict[str, Any]:
     """Where the device's time goes, in a compiled micro-batch and in one that may be watched."""
     training, _ = ready(partial(size.training, size.micro_batches[0], True))
     return {
-        "unwatched micro-batch": kernels_of(training.unwatched_micro_batch, training.device),
-        "watched micro-batch": kernels_of(training.micro_batch, training.device),
+        "compiled micro-batch": kernels_of(training.unwatched_micro_batch, training.device),
+        "watched sequences": kernels_of(training.watched, training.device),
         "clip and AdamW": kernels_of(partial(training.update, STEP), training.device),
     }
 

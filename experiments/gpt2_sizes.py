@@ -46,7 +46,9 @@ class Size:
         shape = {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "context_length": 16, "vocab_size": 64}
         return cls(
             construct("model", "gpt2_124m", backend="reference", **shape),
-            construct("train", "gpt2", device=device, batch_size=8, micro_batch=4, held_out_sequences=4),
+            construct(
+                "train", "gpt2", device=device, batch_size=8, micro_batch=4, watched_sequences=1, held_out_sequences=4
+            ),
             {"sdpa": {"backend": "sdpa"}},
             "aot_eager",
             (4, 2),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.gradients import Backward, backward
+from experiments.gradients import Backward, backward, micro_batches
 from experiments.optimizer import TrainConfig, adamw, update
 from faults.base import Sites
 from models.compiled import CompiledObjective
@@ -54,23 +54,23 @@ class Training:
         """Update ``index`` (from 0), ``places`` tapped; what the backward left, and the gradient norm."""
         self.optimizer.zero_grad(set_to_none=True)
         with Corrupted(self.model, self.sites.modules):
-            done = backward(self.model, self.batch(), self.sites, self.config.micro_batch, places, self.unwatched)
+            done = backward(self.model, self._parts(), self.sites, places, self.unwatched)
         return done, self.update(index)
 
     def update(self, index: int) -> Tensor:
         return update(self.parameters, self.optimizer, self.config, index, self.sites.lr_scale)
 
-    def micro_batch(self, places: Collection[str] = ()) -> Backward:
-        """Forward and backward of a micro-batch that may be tapped, which is never compiled."""
-        return backward(self.model, self._first(), self.sites, None, places, self.unwatched)
+    def watched(self, places: Collection[str] = ()) -> Backward:
+        """Forward and backward of the sequences that may be tapped, which are never compiled."""
+        return backward(self.model, self._parts()[-1:], self.sites, places, self.unwatched)
 
     def unwatched_micro_batch(self) -> None:
-        """Forward and backward of a micro-batch as all but the last of a step are run."""
-        loss, auxiliary, _ = self.unwatched(self._first(), self.sites.numerics, self.sites.balance_scale)
+        """Forward and backward of a whole micro-batch as those are run that nobody looks at."""
+        loss, auxiliary, _ = self.unwatched(self._parts()[0], self.sites.numerics, self.sites.balance_scale)
         (loss + auxiliary).backward()
 
-    def _first(self) -> Tensor:
-        return self.batch()[: self.config.micro_batch]
+    def _parts(self) -> tuple[Tensor, ...]:
+        return micro_batches(self.batch(), self.config.micro_batch, self.config.watched_sequences)
 
     def view(self, now: int, history: WeightHistory, places: Collection[str]) -> StepView:
         """What monitors see after a step that makes ``now`` updates."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,31 +26,44 @@ class Backward(NamedTuple):
     watched: Tensor
 
 
+def micro_batches(batch: Tensor, micro_batch: int | None, watched_sequences: int | None) -> tuple[Tensor, ...]:
+    """A batch (B, T + 1) in the pieces that go through the model one after the other, the watched one last.
+
+    micro_batch: sequences a piece, a divisor of B; B itself or more, or None, for one piece. watched_sequences: so many
+    of the last piece are one by themselves; all of it where it has no more, or None.
+    """
+    *others, last = batch.split(micro_batch or len(batch))
+    apart = len(last) if watched_sequences is None else min(watched_sequences, len(last))
+    rest, watched = last.split([len(last) - apart, apart])
+    return (*others, watched) if apart == len(last) else (*others, rest, watched)
+
+
 def backward(
     model: Transformer,
-    batch: Tensor,
+    parts: Sequence[Tensor],
     sites: Sites,
-    micro_batch: int | None,
     places: Collection[str],
     unwatched: Callable[..., Any],
 ) -> Backward:
-    """Backpropagate the objective of a batch, tokens (B, T + 1), through a model without gradients.
+    """Backpropagate the objective of a batch, in ``micro_batches`` of tokens, through a model without gradients.
 
-    micro_batch: sequences at a time, a divisor of B; B itself or more, or None, for one piece. places: what is tapped.
-    unwatched: the objective for all micro-batches but the last. Each is backpropagated as a batch of its own and the
-    sum of gradients divided afterwards, so that every law of a gradient holds in what the taps saw. A router's
-    auxiliary losses and its capacity are of a micro-batch, as wherever gradients are accumulated.
+    places: what is tapped in the last part; unwatched: the objective for all others. The last is backpropagated as a
+    batch of its own, the others by their size relative to it, and the sum of gradients is divided afterwards, so that
+    every law of a gradient holds in what the taps saw. A router's auxiliary losses and its capacity are of a
+    micro-batch, as wherever gradients are accumulated.
     """
-    *others, last = batch.split(micro_batch or len(batch))
+    *others, last = parts
     losses = []
     for part in others:
         loss, auxiliary, _ = unwatched(part, sites.numerics, sites.balance_scale)
-        (loss + auxiliary).backward()
-        losses.append(loss.detach())
+        weight = len(part) / len(last)
+        (weight * (loss + auxiliary)).backward()
+        losses.append(weight * loss.detach())
     with Taps(model, places) as taps:
         loss, auxiliary, routings = model.objective(last, sites.numerics, sites.balance_scale)
         (loss + auxiliary).backward()
     if not others:
         return Backward(loss.detach(), routings, taps, last)
-    torch._foreach_div_([parameter.grad for parameter in model.parameters()], len(others) + 1)
-    return Backward(torch.stack([*losses, loss.detach()]).mean(), routings, taps, last)
+    of_the_last = sum(map(len, parts)) / len(last)
+    torch._foreach_div_([parameter.grad for parameter in model.parameters()], of_the_last)
+    return Backward(torch.stack([*losses, loss.detach()]).sum() / of_the_last, routings, taps, last)

@@ -33,7 +33,7 @@ from torch import Tensor
 from experiments import trace
 from experiments.build import Run
 from experiments.checkpoint import locked
-from experiments.gradients import backward
+from experiments.gradients import backward, micro_batches
 from experiments.ledger import Ledger, drawup_limit, early_ends
 from experiments.manifest import new_manifest
 from experiments.memory import out_of_memory_named
@@ -114,7 +114,8 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
         observers = [monitor for name, monitor in run.monitors.items() if due[name](now)]
         optimizer.zero_grad(set_to_none=True)
         with Corrupted(model, sites.modules):
-            done = backward(model, batch, sites, config.micro_batch, tapped(observers), unwatched)
+            parts = micro_batches(batch, config.micro_batch, config.watched_sequences)
+            done = backward(model, parts, sites, tapped(observers), unwatched)
         grad_norm = update(parameters, optimizer, config, step, sites.lr_scale)
         model.update_balance(done.routings, sites.balance_scale)
 

@@ -79,12 +79,12 @@ def monitor_seconds(monitor: Monitor, view: StepView, device: torch.device) -> d
 
 
 def taps_seconds(training: Training, monitors: Mapping[str, Monitor]) -> float:
-    """Of tapping, a step: what a watched micro-batch takes longer, for the places tapped at each step of a period."""
+    """Of tapping, a step: what the watched sequences take longer, for the places tapped at each step of a period."""
     due = Counter(
         tapped(m for m in monitors.values() if any(step % every == 0 for every in cadences(m)))
         for step in range(period(monitors))
     )
-    calls = {places: partial(training.micro_batch, places) for places in {frozenset(), *due}}
+    calls = {places: partial(training.watched, places) for places in {frozenset(), *due}}
     for call in calls.values():
         call()
     taken = in_turns(calls, training.device, TURNS)

@@ -28,8 +28,9 @@ class TrainConfig:
     device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process; stack: how many runs of an experiment
     train together along a model axis at most, 1 for each by itself; runs that cannot be stacked stay by themselves;
     precision: ``fp32``, or ``bf16`` for autocast over FP32 weights (``models.precision``);
-    micro_batch: sequences that go through the model at a time, or None for the whole batch;
-    compile: run all micro-batches but the last through ``torch.compile`` (``models.compiled``);
+    micro_batch: sequences that go through the model at a time, or None for the whole batch; watched_sequences: how many
+    of the last of these go by themselves, which monitors look at, or None for all;
+    compile: run all but the watched ones through ``torch.compile`` (``models.compiled``);
     piece_s: leave off after so many seconds, to be resumed by the same command, or None. It determines no result and
     is no part of a run's identity.
     """
@@ -52,6 +53,7 @@ class TrainConfig:
     stack: int
     precision: str
     micro_batch: int | None
+    watched_sequences: int | None
     compile: bool
     piece_s: float | None = None
 
@@ -93,10 +95,16 @@ class TrainConfig:
                 f"train.micro_batch={self.micro_batch} is not allowed: it has to divide train.batch_size="
                 f"{self.batch_size}, or null"
             )
-        if self.compile and self.micro_batch in (None, self.batch_size):
+        at_a_time = self.micro_batch or self.batch_size
+        if self.watched_sequences is not None and not 1 <= self.watched_sequences <= at_a_time:
             raise ValueError(
-                f"train.compile=True with train.micro_batch={self.micro_batch} would compile nothing: the last "
-                "micro-batch of a batch, which taps look at, is never compiled; set train.micro_batch to half or less"
+                f"train.watched_sequences={self.watched_sequences} is not allowed: 1 to the {at_a_time} sequences of "
+                "a micro-batch, or null for all of them"
+            )
+        if self.compile and (self.watched_sequences or at_a_time) == self.batch_size:
+            raise ValueError(
+                f"train.compile=True with train.micro_batch={self.micro_batch} would compile nothing: what monitors "
+                "look at, a batch's last micro-batch, is never compiled; set train.watched_sequences to a few"
             )
 
 

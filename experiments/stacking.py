@@ -24,7 +24,8 @@ def why_single(run: Run) -> str | None:
     """Why a run trains by itself, in one line that names the field, or None where it can be stacked."""
     if run.model_config.moe is not None:
         return "model.moe is not allowed with train.stack: experts do not stack"
-    for field, alone in (("precision", "fp32"), ("micro_batch", None), ("compile", False)):
+    required = {"precision": "fp32", "micro_batch": None, "watched_sequences": None, "compile": False}
+    for field, alone in required.items():
         if getattr(run.train, field) != alone:
             return f"train.{field}={getattr(run.train, field)} is not allowed with train.stack: only {alone}"
     healthy = run.healthy_sites()

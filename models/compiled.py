@@ -4,7 +4,8 @@ A compiled forward fuses what stands between matrix products: it keeps in regist
 stores in BF16, and adds in another order. So it is not the same arithmetic as the eager one, bit for bit, and a step
 must not change with who watches it. Nor can hooks reach inside it. Both are settled by what is compiled: of every
 update all micro-batches but the last, whether or not the last is watched. Taps see the last, which is eager and
-trains like the others; so a monitor changes no bit, and pays no second pass.
+trains like the others; so a monitor changes no bit, and pays no second pass. ``train.watched_sequences`` keeps it
+small.
 
 Compiled are what stands before and after attention in each block, all of one shape by the same code, and the loss.
 Attention's dot product is not: faults live in it, and a compiler may remove the very rounding that they are (FP32 to

@@ -111,9 +111,9 @@ class StepView:
     step: updates applied so far, this one included; tokens: training tokens seen so far;
     loss: this batch's mean NLL (0-dim, nats); grad_norm: global L2 norm before the clip (0-dim);
     model: after the update; history: earlier weights, by ``Lookback``; routings: what each layer's router
-    did with this batch, before the update; empty for a dense model; taps: what a monitor with ``taps`` asked for; with
-    ``train.micro_batch`` routings, taps and objective_at are of its last sequences alone;
-    optimizer: after the update, each ``grad`` still as it took it, clipped; numerics: what this step's attention was
+    did with this batch, before the update; empty for a dense model; taps: what a monitor with ``taps`` asked for. With
+    ``train.micro_batch`` or ``train.watched_sequences`` routings, taps and objective_at are of the batch's last
+    sequences alone. optimizer: after the update, each ``grad`` still as it took it, clipped; numerics: what this step's attention was
     made to do, for oracles alone; objective_at: this step's training objective, NLL plus auxiliary losses on its batch
     and kernel, as a differentiable function of all weights by name (``models.objective``).
     """

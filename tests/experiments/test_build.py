@@ -79,7 +79,13 @@ def test_the_sources_digest_covers_what_determines_a_result():
         (["train.precision=fp16"], "train.precision='fp16' is not allowed: one of fp32, bf16"),
         (["train.micro_batch=3"], "train.micro_batch=3 is not allowed: it has to divide train.batch_size=8"),
         (["train.micro_batch=0"], "train.micro_batch=0 is not allowed"),
+        (["train.watched_sequences=0"], "train.watched_sequences=0 is not allowed: 1 to the 8 sequences"),
+        (
+            ["train.micro_batch=4", "train.watched_sequences=5"],
+            "train.watched_sequences=5 is not allowed: 1 to the 4 sequences of a micro-batch, or null",
+        ),
         (["train.compile=true"], "train.compile=True with train.micro_batch=None would compile nothing"),
+        (["train.compile=true", "train.watched_sequences=8"], "train.micro_batch=None would compile nothing"),
         (["train.compile=true", "train.micro_batch=8"], "train.micro_batch=8 would compile nothing"),
         (
             ["train.compile=true", "train.micro_batch=4", "fault=module_shift"],
@@ -89,6 +95,10 @@ def test_the_sources_digest_covers_what_determines_a_result():
         (
             ["train.micro_batch=4", "model=moe_nano", "model.moe.bias_update_speed=0.01"],
             "train.micro_batch is not allowed with model.moe.bias_update_speed",
+        ),
+        (
+            ["train.watched_sequences=4", "model=moe_nano", "model.moe.bias_update_speed=0.01"],
+            "train.watched_sequences is not allowed with model.moe.bias_update_speed",
         ),
         (
             ["train.micro_batch=4", "fault=batch_shrink", "fault.factor=null", "fault.batch_size=6"],
@@ -187,6 +197,7 @@ def train_config(**changes) -> TrainConfig:
         threads=1,
         precision="fp32",
         micro_batch=None,
+        watched_sequences=None,
         compile=False,
     )
     return TrainConfig(**(fields | changes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments.gradients import backward
+from experiments.gradients import backward, micro_batches
 from faults.base import Sites
 
 SITES = Sites(batch_size=8)
@@ -23,33 +23,51 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_micro_batches_add_up_to_the_batch(model_and_batch, micro_batch):
+@pytest.mark.parametrize(
+    ("micro_batch", "watched", "sizes"),
+    [
+        (None, None, [8]),
+        (2, None, [2, 2, 2, 2]),
+        (4, 4, [4, 4]),
+        (4, 1, [4, 3, 1]),
+        (None, 2, [6, 2]),
+        (4, 6, [4, 4]),  # a fault's batch may be smaller than what is watched
+    ],
+)
+def test_a_batch_in_pieces_the_watched_one_last(micro_batch, watched, sizes):
+    batch = torch.arange(8)[:, None]
+    parts = micro_batches(batch, micro_batch, watched)
+    assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), batch)
+
+
+@pytest.mark.parametrize(("micro_batch", "watched"), [(1, None), (2, None), (4, None), (4, 1), (4, 3), (None, 2)])
+def test_micro_batches_add_up_to_the_batch(model_and_batch, micro_batch, watched):
     model, batch = model_and_batch
-    whole = backward(model, batch, SITES, None, (), model.objective)
+    whole = backward(model, [batch], SITES, (), model.objective)
     of_batch = gradients(model)
-    parts = backward(model, batch, SITES, micro_batch, (), model.objective)
+    parts = backward(model, micro_batches(batch, micro_batch, watched), SITES, (), model.objective)
     torch.testing.assert_close(parts.loss, whole.loss)
     torch.testing.assert_close(gradients(model), of_batch)
 
 
 def test_a_batch_that_fits_is_one_piece_bit_for_bit(model_and_batch):
     model, batch = model_and_batch
-    whole = backward(model, batch, SITES, None, (), model.objective)
+    whole = backward(model, [batch], SITES, (), None)
     of_batch = gradients(model)
     loss, auxiliary, _ = model.objective(batch)
     (loss + auxiliary).backward()
     assert torch.equal(whole.loss, loss.detach())
     torch.testing.assert_close(gradients(model), of_batch, rtol=0, atol=0)
-    shrunk = backward(model, batch[:2], SITES, 4, (), None)
-    assert torch.equal(shrunk.watched, batch[:2])
+    assert torch.equal(whole.watched, batch)
 
 
-def test_taps_see_the_last_micro_batch_as_a_batch_of_its_own(model_and_batch):
+@pytest.mark.parametrize(("micro_batch", "watched"), [(2, None), (4, 2)])
+def test_taps_see_the_last_micro_batch_as_a_batch_of_its_own(model_and_batch, micro_batch, watched):
     model, batch = model_and_batch
-    alone = backward(model, batch[6:], SITES, None, ("linear", "dot_product"), model.objective)
+    alone = backward(model, [batch[6:]], SITES, ("linear", "dot_product"), model.objective)
     model.zero_grad(set_to_none=True)
-    seen = backward(model, batch, SITES, 2, ("linear", "dot_product"), model.objective)
+    parts = micro_batches(batch, micro_batch, watched)
+    seen = backward(model, parts, SITES, ("linear", "dot_product"), model.objective)
     assert torch.equal(seen.watched, batch[6:])
     for name, tap in seen.taps.at("linear").items():
         other = alone.taps.at("linear")[name]
@@ -61,7 +79,8 @@ def test_taps_see_the_last_micro_batch_as_a_batch_of_its_own(model_and_batch):
 
 def test_watching_changes_no_gradient(model_and_batch):
     model, batch = model_and_batch
-    backward(model, batch, SITES, 2, (), model.objective)
+    parts = micro_batches(batch, 4, 1)
+    backward(model, parts, SITES, (), model.objective)
     unwatched = gradients(model)
-    backward(model, batch, SITES, 2, ("linear", "dot_product", "norm"), model.objective)
+    backward(model, parts, SITES, ("linear", "dot_product", "norm"), model.objective)
     torch.testing.assert_close(gradients(model), unwatched, rtol=0, atol=0)

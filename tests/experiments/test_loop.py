@@ -125,7 +125,8 @@ def test_pieces_resume_to_the_same_bits_and_say_that_they_go_on(make_run, tmp_pa
 
 
 def test_mixed_precision_in_micro_batches_resumes_to_the_same_bits(make_run, tmp_path):
-    mixed = ("fault=combined", "model=moe_nano", "train.precision=bf16", "train.micro_batch=4")
+    pieces = ("train.micro_batch=4", "train.watched_sequences=1")
+    mixed = ("fault=combined", "model=moe_nano", "train.precision=bf16", *pieces)
     end_to_end = train(make_run(*mixed), tmp_path / "whole")
     with pytest.raises(Killed):
         train(make_run(*mixed), tmp_path / "out", stop_at(25))
@@ -155,7 +156,9 @@ def test_a_finished_run_is_skipped(make_run, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize("overrides", [(), ("train.precision=bf16", "train.micro_batch=4")])
+@pytest.mark.parametrize(
+    "overrides", [(), ("train.precision=bf16", "train.micro_batch=4"), ("train.watched_sequences=2",)]
+)
 def test_monitors_do_not_change_a_bit_of_training(make_run, tmp_path, overrides):
     watched = make_run(*overrides)
     train(watched, tmp_path)
@@ -176,7 +179,8 @@ def test_split_products_are_added_up_in_fp32(make_run, tmp_path):
 def test_under_autocast_every_law_has_its_ratio_and_a_broken_product_shows(make_run, tmp_path):
     names = ("attention_laws", "attention_recomputed", "linear_laws", "logit_laws", "norm_laws")
     every = [f"monitor.{name}.every_steps=2" for name in names]
-    mixed = (*every, "train.precision=bf16", "train.micro_batch=4", "model.tie_embeddings=false")
+    pieces = ("train.micro_batch=4", "train.watched_sequences=3")
+    mixed = (*every, "train.precision=bf16", *pieces, "model.tie_embeddings=false")
     broken = ("fault=module_shift", "fault.modules=[blocks.1.mlp.output]", "fault.bits=4", "fault.onset=20")
     runs = [make_run(*mixed, *fault) for fault in ((), broken)]
     found = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.gradients import backward
+from experiments.gradients import backward, micro_batches
 from faults.base import Sites
 from models.corruption import Corrupted, ModuleFault
 from models.moe import MoEConfig
@@ -102,13 +102,14 @@ def test_an_unlikely_target_rounds_as_it_must(spread, tokens):
     assert 0.9 < ratio < 1.1, float(ratio)
 
 
-def test_of_micro_batches_the_last_keeps_its_laws():
+@pytest.mark.parametrize("watched", [None, 2])
+def test_of_micro_batches_the_last_keeps_its_laws(watched):
     model = model_of("dense")
     found = []
     for seed in range(10):
         model.zero_grad(set_to_none=True)
         batch = torch.randint(40, (9, 33), generator=torch.Generator().manual_seed(seed))
-        done = backward(model, batch, Sites(batch_size=9), 3, PLACES, model.objective)
+        done = backward(model, micro_batches(batch, 3, watched), Sites(batch_size=9), PLACES, model.objective)
         view = StepView(1, 1, done.loss, torch.ones(()), model, WeightHistory(()), done.routings, done.taps)
         found.append(ratios(view))
     for law in found[0]:
