@@ -15,6 +15,7 @@ from experiments.gpu_record import first_line
 from experiments.monitor_costs import monitor_costs
 from experiments.plain_config import monitors_of
 from models.numerics import HEALTHY
+from monitors.eigen import on_host, values_alone
 
 TURNS = 5
 STEP = 200
@@ -155,6 +156,23 @@ def kernels(size: Size) -> dict[str, Any]:
     }
 
 
+def eigenproblems(size: Size) -> dict[str, Any]:
+    """Milliseconds a symmetric FP64 matrix of the monitors' widths takes, by where many of them are solved."""
+    device, found = torch.device(size.train.device), {}
+    for width, count in ((size.model.d_head, 512), (2 * size.model.d_head, 128), (size.model.d_model, 16)):
+        x = torch.randn(count, width, 2 * width, dtype=torch.float64, device=device)
+        gram = x @ x.mT
+        calls = {
+            "device": partial(torch.linalg.eigvalsh, gram),
+            "cores of the host": partial(on_host, values_alone, gram),
+        }
+        for call in calls.values():
+            call()
+        taken = in_turns(calls, device, TURNS)
+        found[f"width {width}"] = {name: 1e3 * spent / count for name, spent in taken.items()}
+    return found
+
+
 def costs_of_watching(size: Size, micro_batch: int, compile: bool) -> dict[str, Any]:
     training, _ = ready(partial(size.training, micro_batch, compile))
     return monitor_costs(training, monitors_of(experts=False))
@@ -177,6 +195,7 @@ def pieces(size: Size) -> Iterator[Piece]:
     yield monitors(first, True)
     yield "profile", "parts of a step", partial(parts_of_a_step, size)
     yield "profile", "kernels", partial(kernels, size)
+    yield "profile", "eigenproblems", partial(eigenproblems, size)
     yield steps(first, False)
     for micro_batch in others:
         yield steps(micro_batch, True)

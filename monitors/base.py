@@ -113,9 +113,9 @@ class StepView:
     model: after the update; history: earlier weights, by ``Lookback``; routings: what each layer's router
     did with this batch, before the update; empty for a dense model; taps: what a monitor with ``taps`` asked for. With
     ``train.micro_batch`` or ``train.watched_sequences`` routings, taps and objective_at are of the batch's last
-    sequences alone. optimizer: after the update, each ``grad`` still as it took it, clipped; numerics: what this step's attention was
-    made to do, for oracles alone; objective_at: this step's training objective, NLL plus auxiliary losses on its batch
-    and kernel, as a differentiable function of all weights by name (``models.objective``).
+    sequences alone. optimizer: after the update, each ``grad`` still as it took it, clipped; numerics: what this step's
+    attention was made to do, for oracles alone; objective_at: this step's training objective, NLL plus auxiliary losses
+    on its batch and kernel, as a differentiable function of all weights by name (``models.objective``).
     """
 
     step: int

@@ -12,7 +12,8 @@ from monitors.attention_scores import causal_scores, tapped_inputs, window_of
 from monitors.attention_update import attention_weights, stack_matrix
 from monitors.base import Masked, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
-from monitors.spectra import eigenvalues, singular_values
+from monitors.eigen import eigenvalues, eigenvectors
+from monitors.spectra import singular_values
 
 BISECTIONS = 40
 """Halvings of an interval no longer than 1: about 1e-12."""
@@ -53,7 +54,7 @@ def score_condition(q: Tensor, k: Tensor) -> Tensor:
 
     Q K^T has the singular values of A^(1/2) B A^(1/2), D x D, with A = Q^T Q and B = K^T K.
     """
-    value, vector = torch.linalg.eigh(_finite(q.mT @ q))
+    value, vector = eigenvectors(_finite(q.mT @ q))
     root = (vector * value.clamp_min(0.0).sqrt()[..., None, :]) @ vector.mT
     product = eigenvalues(_finite(root @ (k.mT @ k) @ root))[..., -1].clamp_min(0.0).sqrt()
     return _top(q) * _top(k) / product

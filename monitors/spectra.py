@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from monitors.eigen import eigenvalues
 from monitors.trailing import on_trailing_axes
 
 
@@ -32,10 +33,6 @@ def spectral_entropy(singular_values: Tensor, alpha: float = 2.0) -> Tensor:
 def stable_rank(singular_values: Tensor) -> Tensor:
     """||.||_F^2 / ||.||_2^2 = sum sigma^2 / max sigma^2, in [1, r]. (..., r) -> (...); NaN for zeros."""
     return ((singular_values / singular_values.amax(-1, keepdim=True)) ** 2).sum(-1)
-
-
-eigenvalues = on_trailing_axes(torch.linalg.eigvalsh)
-"""``torch.linalg.eigvalsh``; vmap would have it compute the vectors too, by another method."""
 
 
 def _root_eigenvalues(gram: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.numerics import at_least_fp32
 from monitors.base import Masked, Reading, Signal, StepView
+from monitors.eigen import eigenvectors
 
 LAYERS = {
     "q": "attention.q",
@@ -29,7 +30,7 @@ def top_right_singular_vector(weight: Tensor) -> Tensor:
     wide = weight.shape[-2] < weight.shape[-1]
     gram = weight @ weight.mT if wide else weight.mT @ weight
     broken = ~torch.isfinite(gram).all(-1).all(-1)
-    top = torch.linalg.eigh(torch.where(broken[..., None, None], 0.0, gram)).eigenvectors[..., -1]
+    top = eigenvectors(torch.where(broken[..., None, None], 0.0, gram))[1][..., -1]
     along = (weight.mT @ top[..., None]).squeeze(-1) if wide else top * (gram != 0).any(-1).any(-1)[..., None]
     along = along / torch.linalg.vector_norm(along, dim=-1, keepdim=True)
     return torch.where(broken[..., None], torch.nan, along)

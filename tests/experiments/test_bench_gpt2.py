@@ -63,6 +63,12 @@ def test_a_step_has_its_parts_and_its_kernels(rehearsal):
         assert 0 < sum(one["ms"] for one in found["dearest"].values()) <= 1.001 * found["total_ms"]
 
 
+def test_eigenproblems_are_timed_where_they_can_be_solved(rehearsal):
+    found = rehearsal["profile"]["eigenproblems"]
+    assert set(found) == {"width 16", "width 32"}
+    assert all(set(ms) == {"device", "cores of the host"} and min(ms.values()) > 0 for ms in found.values())
+
+
 def test_operations_are_those_of_gpt2():
     """85 million parameters in blocks, 38.6 in the head, and half of 12 x 12 x 768 x 1024 for causal attention."""
     model = construct("model", "gpt2_124m", backend="sdpa")

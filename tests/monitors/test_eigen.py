@@ -1,0 +1,60 @@
+"""Eigenproblems side by side on the host are those of one batched call."""
+
+import pytest
+import torch
+
+from monitors import eigen
+from monitors.spectra import singular_values
+
+
+def symmetric(*shape):
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return x @ x.mT
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (3, 50), (0,)])
+def test_on_the_host_nothing_changes(lead):
+    matrices, threads = symmetric(*lead, 33, 33), torch.get_num_threads()
+    (values,) = eigen.on_host(eigen.values_alone, matrices)
+    again, vectors = eigen.on_host(eigen.values_and_vectors, matrices)
+    assert torch.get_num_threads() == threads and vectors.shape == matrices.shape
+    for found in (values, again):
+        torch.testing.assert_close(found, torch.linalg.eigvalsh(matrices), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(matrices @ vectors, vectors * values[..., None, :])
+
+
+def test_values_ascend_and_vectors_belong_to_them():
+    matrices = symmetric(4, 20, 20)
+    values, vectors = eigen.eigenvectors(matrices)
+    assert torch.equal(eigen.eigenvalues(matrices), torch.linalg.eigvalsh(matrices))
+    assert (values.diff(dim=-1) >= 0).all()
+    torch.testing.assert_close(matrices @ vectors, vectors * values[:, None, :])
+
+
+@pytest.mark.parametrize(
+    ("width", "batched", "on_gpu", "chosen"),
+    [(33, False, True, True), (32, False, True, False), (33, True, True, False), (33, False, False, False)],
+)
+def test_the_host_takes_what_an_older_pytorch_would_do_one_by_one(monkeypatch, width, batched, on_gpu, chosen):
+    """A tensor that says it is on a GPU: its device is all that is looked at."""
+
+    class There(torch.Tensor):
+        is_cuda = on_gpu
+
+    asked = []
+    monkeypatch.setattr(eigen, "BATCHED_ON_GPU", batched)
+    monkeypatch.setattr(eigen, "on_host", lambda solve, x: asked.append(x) or solve(x))
+    eigen._solve(eigen.values_alone, symmetric(2, width, width).as_subclass(There))
+    assert bool(asked) == chosen
+
+
+def test_a_version_is_compared_by_its_numbers():
+    major, minor = map(int, torch.__version__.split(".")[:2])
+    assert eigen.BATCHED_ON_GPU == ((major, minor) >= (2, 12))
+
+
+def test_monitors_ask_here(monkeypatch):
+    asked = []
+    monkeypatch.setattr(eigen, "_solve", lambda solve, x: asked.append(tuple(x.shape)) or solve(x))
+    singular_values(torch.ones(2, 3, 5))
+    assert asked == [(2, 3, 3)]
