@@ -50,7 +50,7 @@ def test_the_host_takes_what_an_older_pytorch_would_do_one_by_one(monkeypatch, w
 
 def test_a_version_is_compared_by_its_numbers():
     major, minor = map(int, torch.__version__.split(".")[:2])
-    assert eigen.BATCHED_ON_GPU == ((major, minor) >= (2, 12))
+    assert eigen.BATCHED_ON_GPU is ((major, minor) >= (2, 12))
 
 
 def test_monitors_ask_here(monkeypatch):
