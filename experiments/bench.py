@@ -28,11 +28,11 @@ from rich.table import Table
 from analysis.simulated import simulate_experiment
 from experiments.build import ROOT, Run, build_run
 from experiments.cli import CONF
+from experiments.gradients import backward, micro_batches
 from experiments.optimizer import adamw, update
 from experiments.trace import write_whole
 from models.corruption import Corrupted
 from models.objective import objective_at
-from models.taps import Taps
 from monitors.base import StepView, tapped
 from monitors.spectra import qk_increment
 
@@ -67,21 +67,21 @@ def _step_of(run: Run, places: Iterable[str] = ()) -> Callable[[int], StepView]:
         sites = run.fault.sites(index, healthy)
         batch = torch.from_numpy(run.corpus.batch(run.seed, index, sites.batch_size))
         optimizer.zero_grad(set_to_none=True)
-        with Corrupted(model, sites.modules), Taps(model, places) as taps:
-            loss, auxiliary, routings = model.objective(batch, sites.numerics, sites.balance_scale)
-            (loss + auxiliary).backward()
+        parts = micro_batches(batch, run.train.micro_batch, run.train.watched_sequences)
+        with Corrupted(model, sites.modules):
+            done = backward(model, parts, sites, places, model.objective)
         norm = update(parameters, optimizer, run.train, index, sites.lr_scale)
-        model.update_balance(routings, sites.balance_scale)
-        objective = partial(objective_at, model, batch, sites.numerics, sites.modules, sites.balance_scale)
+        model.update_balance(done.routings, sites.balance_scale)
+        objective = partial(objective_at, model, done.watched, sites.numerics, sites.modules, sites.balance_scale)
         return StepView(
             index + 1,
             index + 1,
-            loss.detach(),
+            done.loss,
             norm,
             model,
             history,
-            routings,
-            taps,
+            done.routings,
+            done.taps,
             optimizer,
             sites.numerics,
             objective,
