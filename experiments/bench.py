@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def _step_of(run: Run, places: Iterable[str] = ()) -> Callable[[int], StepView]:
+def _step_of(run: Run, places: Collection[str] = ()) -> Callable[[int], StepView]:
     """One training step as the loop does it, without monitors and label; also the bare loop, on the sdpa backend.
 
     places: what is tapped.

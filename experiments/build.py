@@ -238,11 +238,6 @@ def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> No
             raise ValueError(f"model.backend={model.backend!r} has no fault sites: use {' or '.join(FAULT_SITES)}")
         if sites.modules and train.compile:
             raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")
-        micro_batch = train.micro_batch or sites.batch_size
-        if sites.batch_size > micro_batch and sites.batch_size % micro_batch:
-            raise ValueError(
-                f"train.micro_batch={micro_batch} does not divide the fault's batch of {sites.batch_size} sequences"
-            )
         if sites.balance_scale != 1 and not (model.moe and model.moe.balances):
             raise ValueError(
                 "the fault switches off load balancing, but the model has none: it needs model.moe.aux_coef above 0 "

@@ -1,4 +1,4 @@
-"""The pieces of ``experiments.bench_gpt2``: rates of training steps, parts and kernels of a step, costs of watching."""
+"""The pieces of ``experiments.bench_gpt2``: rates, parts and kernels of a step, eigenproblems, costs of watching."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.gpu_record import first_line
 from experiments.monitor_costs import monitor_costs
 from experiments.plain_config import monitors_of
 from models.numerics import HEALTHY
-from monitors.eigen import on_host, values_alone
+from monitors.eigen import on_host, values_alone, values_and_vectors
 
 TURNS = 5
 STEP = 200
@@ -93,7 +93,6 @@ def parts_of_a_step(size: Size) -> dict[str, float]:
     the last would be without that setting. ``tokens_per_s_if_...``: what either costs.
     """
     training, _ = ready(partial(size.training, size.micro_batches[0], True))
-    whole, _ = ready(partial(size.training, size.micro_batches[0], False))
     config, model = training.config, training.model
     held_out = training.batch()[: config.held_out_sequences]
 
@@ -105,8 +104,8 @@ def parts_of_a_step(size: Size) -> dict[str, float]:
     calls = {
         "step": partial(training.step, STEP),
         "compiled micro-batch": training.unwatched_micro_batch,
-        "eager micro-batch": whole.unwatched_micro_batch,
-        "watched sequences": training.watched,
+        "eager micro-batch": training.eager_micro_batch,
+        "watched sequences": training.backward_watched,
         "clip and AdamW": partial(training.update, STEP),
         "batch to the device": training.batch,
         "held-out label": label,
@@ -114,15 +113,13 @@ def parts_of_a_step(size: Size) -> dict[str, float]:
     for call in calls.values():
         call()
     taken = in_turns(calls, training.device, TURNS)
-    count, apart = config.batch_size // config.micro_batch, (config.watched_sequences or config.micro_batch)
-    shared = taken["step"] - taken["watched sequences"]
-    all_compiled_s = shared + taken["compiled micro-batch"] * apart / config.micro_batch
-    none_apart_s = (
-        shared - taken["compiled micro-batch"] * (1 - apart / config.micro_batch) + taken["eager micro-batch"]
-    )
+    watched = config.watched_sequences or config.micro_batch
+    share, without_s = watched / config.micro_batch, taken["step"] - taken["watched sequences"]
+    all_compiled_s = without_s + share * taken["compiled micro-batch"]
+    none_apart_s = without_s - (1 - share) * taken["compiled micro-batch"] + taken["eager micro-batch"]
     return {name: 1e3 * value for name, value in taken.items()} | {
-        "micro_batches_a_step": count,
-        "watched_sequences": apart,
+        "micro_batches_a_step": config.batch_size // config.micro_batch,
+        "watched_sequences": watched,
         "label_every_steps": config.held_out_every_steps,
         "tokens_per_s_if_all_were_compiled": training.tokens_a_step / all_compiled_s,
         "tokens_per_s_if_a_whole_micro_batch_were_watched": training.tokens_a_step / none_apart_s,
@@ -147,29 +144,33 @@ def kernels_of(call: Callable[[], object], device: torch.device, count: int = 25
 
 
 def kernels(size: Size) -> dict[str, Any]:
-    """Where the device's time goes, in a compiled micro-batch and in one that may be watched."""
+    """Where the device's time goes: a compiled micro-batch, one as large that is not, and what follows them."""
     training, _ = ready(partial(size.training, size.micro_batches[0], True))
     return {
         "compiled micro-batch": kernels_of(training.unwatched_micro_batch, training.device),
-        "watched sequences": kernels_of(training.watched, training.device),
+        "eager micro-batch": kernels_of(training.eager_micro_batch, training.device),
         "clip and AdamW": kernels_of(partial(training.update, STEP), training.device),
     }
 
 
 def eigenproblems(size: Size) -> dict[str, Any]:
-    """Milliseconds a symmetric FP64 matrix of the monitors' widths takes, by where many of them are solved."""
+    """Milliseconds a symmetric matrix takes by where many of them are solved, as the spectra and the alignment ask."""
     device, found = torch.device(size.train.device), {}
-    for width, count in ((size.model.d_head, 512), (2 * size.model.d_head, 128), (size.model.d_model, 16)):
-        x = torch.randn(count, width, 2 * width, dtype=torch.float64, device=device)
+    d_head, d_model = size.model.d_head, size.model.d_model
+    for solve, dtype, width, count in (
+        (values_alone, torch.float64, d_head, 512),
+        (values_alone, torch.float64, 2 * d_head, 128),
+        (values_alone, torch.float64, d_model, 48),
+        (values_and_vectors, torch.float32, d_model, 12),
+    ):
+        x = torch.randn(count, width, 2 * width, dtype=dtype, device=device)
         gram = x @ x.mT
-        calls = {
-            "device": partial(torch.linalg.eigvalsh, gram),
-            "cores of the host": partial(on_host, values_alone, gram),
-        }
+        calls = {"device": partial(solve, gram), "cores of the host": partial(on_host, solve, gram)}
         for call in calls.values():
             call()
         taken = in_turns(calls, device, TURNS)
-        found[f"width {width}"] = {name: 1e3 * spent / count for name, spent in taken.items()}
+        name = f"{solve.__name__.replace('_', ' ')}, {count} of width {width}"
+        found[name] = {where: 1e3 * spent / count for where, spent in taken.items()}
     return found
 
 

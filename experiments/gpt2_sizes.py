@@ -43,7 +43,7 @@ class Size:
     @classmethod
     def tiny(cls, device: str) -> Size:
         """The same pieces in seconds, without kernels that would have to be built."""
-        shape = {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "context_length": 16, "vocab_size": 64}
+        shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 64, "context_length": 16, "vocab_size": 64}
         return cls(
             construct("model", "gpt2_124m", backend="reference", **shape),
             construct(

@@ -60,9 +60,13 @@ class Training:
     def update(self, index: int) -> Tensor:
         return update(self.parameters, self.optimizer, self.config, index, self.sites.lr_scale)
 
-    def watched(self, places: Collection[str] = ()) -> Backward:
+    def backward_watched(self, places: Collection[str] = ()) -> Backward:
         """Forward and backward of the sequences that may be tapped, which are never compiled."""
         return backward(self.model, self._parts()[-1:], self.sites, places, self.unwatched)
+
+    def eager_micro_batch(self) -> Backward:
+        """The same of a whole micro-batch."""
+        return backward(self.model, self._parts()[:1], self.sites, (), self.unwatched)
 
     def unwatched_micro_batch(self) -> None:
         """Forward and backward of a whole micro-batch as those are run that nobody looks at."""

@@ -29,8 +29,8 @@ class Backward(NamedTuple):
 def micro_batches(batch: Tensor, micro_batch: int | None, watched_sequences: int | None) -> tuple[Tensor, ...]:
     """A batch (B, T + 1) in the pieces that go through the model one after the other, the watched one last.
 
-    micro_batch: sequences a piece, a divisor of B; B itself or more, or None, for one piece. watched_sequences: so many
-    of the last piece are one by themselves; all of it where it has no more, or None.
+    micro_batch: sequences a piece, the last the rest; None for the whole batch. watched_sequences: so many of the last
+    piece are then one of their own; None, or as many as it has, for all of it.
     """
     *others, last = batch.split(micro_batch or len(batch))
     apart = len(last) if watched_sequences is None else min(watched_sequences, len(last))

@@ -84,7 +84,7 @@ def taps_seconds(training: Training, monitors: Mapping[str, Monitor]) -> float:
         tapped(m for m in monitors.values() if any(step % every == 0 for every in cadences(m)))
         for step in range(period(monitors))
     )
-    calls = {places: partial(training.watched, places) for places in {frozenset(), *due}}
+    calls = {places: partial(training.backward_watched, places) for places in {frozenset(), *due}}
     for call in calls.values():
         call()
     taken = in_turns(calls, training.device, TURNS)

@@ -28,8 +28,8 @@ class TrainConfig:
     device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process; stack: how many runs of an experiment
     train together along a model axis at most, 1 for each by itself; runs that cannot be stacked stay by themselves;
     precision: ``fp32``, or ``bf16`` for autocast over FP32 weights (``models.precision``);
-    micro_batch: sequences that go through the model at a time, or None for the whole batch; watched_sequences: how many
-    of the last of these go by themselves, which monitors look at, or None for all;
+    micro_batch: sequences that go through the model at a time, or None for the whole batch; watched_sequences: so many
+    of the last micro-batch are one of their own, which monitors look at, best a power of 2; None for all of it;
     compile: run all but the watched ones through ``torch.compile`` (``models.compiled``);
     piece_s: leave off after so many seconds, to be resumed by the same command, or None. It determines no result and
     is no part of a run's identity.
@@ -90,10 +90,9 @@ class TrainConfig:
             raise ValueError(f"train.device={self.device!r} is not allowed: one of auto, cpu, cuda")
         if self.precision not in PRECISIONS:
             raise ValueError(f"train.precision={self.precision!r} is not allowed: one of {', '.join(PRECISIONS)}")
-        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
+        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise ValueError(
-                f"train.micro_batch={self.micro_batch} is not allowed: it has to divide train.batch_size="
-                f"{self.batch_size}, or null"
+                f"train.micro_batch={self.micro_batch} is not allowed: 1 to train.batch_size={self.batch_size}, or null"
             )
         at_a_time = self.micro_batch or self.batch_size
         if self.watched_sequences is not None and not 1 <= self.watched_sequences <= at_a_time:
@@ -103,8 +102,9 @@ class TrainConfig:
             )
         if self.compile and (self.watched_sequences or at_a_time) == self.batch_size:
             raise ValueError(
-                f"train.compile=True with train.micro_batch={self.micro_batch} would compile nothing: what monitors "
-                "look at, a batch's last micro-batch, is never compiled; set train.watched_sequences to a few"
+                f"train.compile=True would compile nothing: with train.micro_batch={self.micro_batch} and "
+                f"train.watched_sequences={self.watched_sequences} monitors look at the whole batch, and what they "
+                f"look at is not compiled; set train.watched_sequences to a few of its {self.batch_size} sequences"
             )
 
 

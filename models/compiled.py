@@ -32,7 +32,8 @@ def _before_attention(block: Block, x_BTE: Tensor) -> tuple[Tensor, ...]:
 class CompiledObjective:
     """``model.objective`` with compiled blocks and loss; the model itself stays eager.
 
-    Its losses agree with the eager ones to the rounding of the model's precision. One compilation a shape of the batch.
+    Its losses agree with the eager ones to the rounding of the model's precision. One compilation a shape of a
+    micro-batch: two, where the last of them gives up its watched sequences.
     backend: of ``torch.compile``; ``inductor`` needs a C++ compiler on a CPU and Triton on a GPU.
     """
 

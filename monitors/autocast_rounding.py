@@ -17,8 +17,9 @@ more, errs alike in all of them, and its ratio is several in its first updates. 
 threshold here either (``analysis.tracks``).
 
 Errors of FP32 are 2^-16 as large and left out. Norms and routers compute and store in FP32 under autocast as well, and
-stay with ``monitors.fp32_rounding``. With ``train.micro_batch`` every micro-batch has its own products, whose
-gradients are summed in FP32 afterwards; a law and its prediction are of the tensors of one, the tapped last.
+stay with ``monitors.fp32_rounding``. With ``train.micro_batch`` or ``train.watched_sequences`` every micro-batch has
+its own products, whose gradients are summed in FP32 afterwards; a law and its prediction are of the tensors of one, the
+tapped last.
 
 Shapes: L layers, n sampled tokens, N all tokens, V vocabulary, M width. All predictions are mean squares, in the
 squared unit of what is broken; NaN and Inf propagate.

@@ -63,8 +63,9 @@ class GradientCurvature:
 
     ``gradient_curvature``: eta g^T H g / (2 |g|^2), the curvature along the gradient against 2 / eta
     (arXiv:2506.04805); above 1 a gradient step of that size raises the loss. g is the gradient of the last update, H
-    the Hessian after it, on the same batch (its watched part) and kernel. With one eta a
-    parameter group, d = eta g and the ratio is d^T H d / (2 g.d), the same thing where they are equal.
+    the Hessian after it, on the same batch and kernel. With one eta a parameter group, d = eta g and the ratio is
+    d^T H d / (2 g.d), the same thing where they are equal. With ``train.micro_batch`` or ``train.watched_sequences`` H
+    is of the watched sequences alone: of a smaller batch than g, whose top eigenvalue is larger.
 
     ``.preconditioned``: the top eigenvalue of P^-1 H over (2 + 2 beta1) / ((1 - beta1) eta), 38 / eta at 0.9, with
     P = (1 - beta1^t)(sqrt(v_hat) + eps) (Cohen et al., arXiv:2207.14484). From ``power_iterations`` of power iteration

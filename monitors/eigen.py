@@ -14,8 +14,9 @@ from monitors.trailing import on_trailing_axes
 Solver = Callable[[Tensor], tuple[Tensor, ...]]
 
 BATCHED_ON_GPU = torch.__version__ >= (2, 12)
-"""Before, PyTorch hands a GPU matrices wider than 32 one after the other (pytorch #175585), 2 ms and more for each. A
-reading of GPT-2 has thousands, and the host's cores side by side are an order of magnitude quicker."""
+"""Before, PyTorch hands a GPU matrices wider than 32 one after the other, some 2 ms each at a width of 100 (pytorch
+#174674, #175585). A core of the host takes 0.1 ms for the eigenvalues at a width of 64, 0.5 ms at 128, 50 ms at 768,
+and a reading of GPT-2 asks for thousands of the first. ``make gpu-gpt2`` times both ways."""
 
 WIDEST_BATCHED = 32
 
@@ -29,15 +30,19 @@ def values_and_vectors(symmetric: Tensor) -> tuple[Tensor, ...]:
 
 
 def on_host(solve: Solver, symmetric: Tensor) -> tuple[Tensor, ...]:
-    """``solve`` of matrices (..., n, n) by LAPACK on all cores of the host, each matrix on one; back on its device."""
-    lead, cores, threads = symmetric.shape[:-2], len(os.sched_getaffinity(0)), torch.get_num_threads()
+    """``solve`` of matrices (..., n, n) by LAPACK on all cores of the host, whatever ``train.threads`` says of others.
+
+    Each matrix is one core's; what is found goes back to its device.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    lead, threads = symmetric.shape[:-2], torch.get_num_threads()
     matrices = symmetric.reshape(-1, *symmetric.shape[-2:]).cpu()
     try:
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             found = zip(*pool.map(solve, matrices.chunk(4 * cores)), strict=True)
             joined = [torch.cat(parts).to(symmetric.device) for parts in found]
     finally:
-        torch.set_num_threads(threads)  # what a worker sets is the process's
+        torch.set_num_threads(threads)  # a worker's setting is the default of every thread born later
     return tuple(part.reshape(*lead, *part.shape[1:]) for part in joined)
 
 
@@ -48,9 +53,10 @@ def _solve(solve: Solver, symmetric: Tensor) -> tuple[Tensor, ...]:
 
 @on_trailing_axes
 def eigenvalues(symmetric: Tensor) -> Tensor:
-    """Of symmetric matrices (..., n, n), of which the lower triangle is read: ascending, (..., n). vmap keeps to it.
+    """Of symmetric matrices (..., n, n), of which the lower triangle is read: ascending, (..., n).
 
-    Raises torch.linalg.LinAlgError on NaN or Inf, where LAPACK does.
+    By itself vmap would compute the vectors too, by another method. Raises torch.linalg.LinAlgError on NaN or Inf,
+    where LAPACK does.
     """
     (values,) = _solve(values_alone, symmetric)
     return values

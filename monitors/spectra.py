@@ -67,8 +67,7 @@ def _core_singular_values(gram_a: Tensor, gram_b: Tensor, a_rows: Callable[[], T
     """Nonzero singular values of a^T b from the Gram matrices of a and b, each (..., M, M) with M < E.
 
     With a a^T = L L^T the squares are the eigenvalues of L^T (b b^T) L. Where a matrix is rank-deficient its
-    Cholesky factorisation stops, and it takes L^T = R from a^T = Q R instead; ``a_rows`` builds a
-    for that. Asking whether any stopped is the one synchronisation of a call.
+    Cholesky factorisation stops, and it takes L^T = R from a^T = Q R instead; ``a_rows`` builds a for that.
     """
     factor, info = torch.linalg.cholesky_ex(gram_a)
     upper, done = factor.mT, info == 0

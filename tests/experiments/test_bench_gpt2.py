@@ -58,14 +58,22 @@ def test_every_monitor_is_costed_and_the_shares_add_up(rehearsal):
 
 def test_a_step_has_its_parts_and_its_kernels(rehearsal):
     parts = rehearsal["profile"]["parts of a step"]
-    assert parts["step"] > parts["batch to the device"] > 0 and parts["micro_batches_a_step"] == 2
+    assert parts["step"] > parts["batch to the device"] > 0
+    assert (parts["micro_batches_a_step"], parts["watched_sequences"]) == (2, 1)
+    compiled, rest = parts["compiled micro-batch"], parts["step"] - parts["watched sequences"]  # 4 + 3 + 1 sequences
+    for name, ms in (
+        ("all_were_compiled", rest + compiled / 4),
+        ("a_whole_micro_batch_were_watched", rest - compiled * 3 / 4 + parts["eager micro-batch"]),
+    ):
+        assert parts[f"tokens_per_s_if_{name}"] == pytest.approx(8 * 16 / (ms / 1e3))
     for found in rehearsal["profile"]["kernels"].values():
         assert 0 < sum(one["ms"] for one in found["dearest"].values()) <= 1.001 * found["total_ms"]
 
 
 def test_eigenproblems_are_timed_where_they_can_be_solved(rehearsal):
     found = rehearsal["profile"]["eigenproblems"]
-    assert set(found) == {"width 16", "width 32"}
+    values = {f"values alone, {count} of width {width}" for count, width in ((512, 8), (128, 16), (48, 32))}
+    assert set(found) == values | {"values and vectors, 12 of width 32"}
     assert all(set(ms) == {"device", "cores of the host"} and min(ms.values()) > 0 for ms in found.values())
 
 

@@ -26,6 +26,7 @@ def test_equal_configurations_are_one_run(make_run):
     [
         "train.precision=bf16",
         "train.micro_batch=4",
+        "train.watched_sequences=2",
         "seed=1",
         "train.steps=41",
         "fault=bf16_shift",
@@ -77,16 +78,21 @@ def test_the_sources_digest_covers_what_determines_a_result():
         (["train.steps=0"], "train.steps=0 is not allowed: at least 1"),
         (["train.device=tpu"], "train.device='tpu' is not allowed"),
         (["train.precision=fp16"], "train.precision='fp16' is not allowed: one of fp32, bf16"),
-        (["train.micro_batch=3"], "train.micro_batch=3 is not allowed: it has to divide train.batch_size=8"),
+        (["train.micro_batch=9"], "train.micro_batch=9 is not allowed: 1 to train.batch_size=8, or null"),
         (["train.micro_batch=0"], "train.micro_batch=0 is not allowed"),
         (["train.watched_sequences=0"], "train.watched_sequences=0 is not allowed: 1 to the 8 sequences"),
         (
             ["train.micro_batch=4", "train.watched_sequences=5"],
             "train.watched_sequences=5 is not allowed: 1 to the 4 sequences of a micro-batch, or null",
         ),
-        (["train.compile=true"], "train.compile=True with train.micro_batch=None would compile nothing"),
-        (["train.compile=true", "train.watched_sequences=8"], "train.micro_batch=None would compile nothing"),
-        (["train.compile=true", "train.micro_batch=8"], "train.micro_batch=8 would compile nothing"),
+        (
+            ["train.compile=true"],
+            "train.compile=True would compile nothing: with train.micro_batch=None and train.watched_sequences=None "
+            "monitors look at the whole batch, and what they look at is not compiled; set train.watched_sequences to "
+            "a few of its 8 sequences",
+        ),
+        (["train.compile=true", "train.watched_sequences=8"], "train.watched_sequences=8 monitors look at the whole"),
+        (["train.compile=true", "train.micro_batch=8"], "train.micro_batch=8 and train.watched_sequences=None"),
         (
             ["train.compile=true", "train.micro_batch=4", "fault=module_shift"],
             "train.compile=True has no fault sites outside attention: set train.compile=false",
@@ -99,10 +105,6 @@ def test_the_sources_digest_covers_what_determines_a_result():
         (
             ["train.watched_sequences=4", "model=moe_nano", "model.moe.bias_update_speed=0.01"],
             "train.watched_sequences is not allowed with model.moe.bias_update_speed",
-        ),
-        (
-            ["train.micro_batch=4", "fault=batch_shrink", "fault.factor=null", "fault.batch_size=6"],
-            "train.micro_batch=4 does not divide the fault's batch of 6 sequences",
         ),
         (["train.piece_s=0"], "train.piece_s=0.0 is not allowed: above 0"),
         (["train.betas=[0.9,1.0]"], r"train.betas=\[0.9, 1.0\] is not allowed"),

@@ -31,7 +31,11 @@ def gradients(model) -> dict[str, torch.Tensor]:
         (4, 4, [4, 4]),
         (4, 1, [4, 3, 1]),
         (None, 2, [6, 2]),
-        (4, 6, [4, 4]),  # a fault's batch may be smaller than what is watched
+        (3, None, [3, 3, 2]),
+        (3, 1, [3, 3, 1, 1]),
+        (16, None, [8]),  # a fault's batch may be smaller than a micro-batch,
+        (16, 2, [6, 2]),
+        (16, 12, [8]),  # and than what is watched
     ],
 )
 def test_a_batch_in_pieces_the_watched_one_last(micro_batch, watched, sizes):
@@ -40,7 +44,7 @@ def test_a_batch_in_pieces_the_watched_one_last(micro_batch, watched, sizes):
     assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), batch)
 
 
-@pytest.mark.parametrize(("micro_batch", "watched"), [(1, None), (2, None), (4, None), (4, 1), (4, 3), (None, 2)])
+@pytest.mark.parametrize(("micro_batch", "watched"), [(1, None), (3, None), (4, None), (4, 1), (4, 3), (None, 2)])
 def test_micro_batches_add_up_to_the_batch(model_and_batch, micro_batch, watched):
     model, batch = model_and_batch
     whole = backward(model, [batch], SITES, (), model.objective)
@@ -48,6 +52,21 @@ def test_micro_batches_add_up_to_the_batch(model_and_batch, micro_batch, watched
     parts = backward(model, micro_batches(batch, micro_batch, watched), SITES, (), model.objective)
     torch.testing.assert_close(parts.loss, whole.loss)
     torch.testing.assert_close(gradients(model), of_batch)
+
+
+def test_auxiliary_losses_weigh_as_much_as_the_sequences_they_are_of(make_run):
+    run = make_run("model=moe_nano", "model.moe.aux_coef=0.5", "model.moe.z_coef=0.1")
+    model, batch = run.new_model(), torch.from_numpy(run.corpus.batch(0, 0, 8))
+    parts = micro_batches(batch, 4, 1)
+    assert [len(part) for part in parts] == [4, 3, 1]
+    loss = backward(model, parts, SITES, (), model.objective).loss
+    found, nll = gradients(model), 0.0
+    for part in parts:
+        of_part, auxiliary, _ = model.objective(part)
+        (len(part) / 8 * (of_part + auxiliary)).backward()
+        nll += len(part) / 8 * of_part.item()
+    assert loss.item() == pytest.approx(nll)
+    torch.testing.assert_close(found, gradients(model))
 
 
 def test_a_batch_that_fits_is_one_piece_bit_for_bit(model_and_batch):

@@ -50,10 +50,10 @@ def test_split_products_are_added_up_in_fp32(make_run, tmp_path):
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
-def test_under_autocast_every_law_has_its_ratio_and_a_broken_product_shows(make_run, tmp_path):
+@pytest.mark.parametrize("pieces", [("train.micro_batch=4",), ("train.micro_batch=4", "train.watched_sequences=3")])
+def test_under_autocast_every_law_has_its_ratio_and_a_broken_product_shows(make_run, tmp_path, pieces):
     names = ("attention_laws", "attention_recomputed", "linear_laws", "logit_laws", "norm_laws")
     every = [f"monitor.{name}.every_steps=2" for name in names]
-    pieces = ("train.micro_batch=4", "train.watched_sequences=3")
     mixed = (*every, "train.precision=bf16", *pieces, "model.tie_embeddings=false")
     broken = ("fault=module_shift", "fault.modules=[blocks.1.mlp.output]", "fault.bits=4", "fault.onset=20")
     runs = [make_run(*mixed, *fault) for fault in ((), broken)]
@@ -93,8 +93,10 @@ def test_zero_bits_is_the_healthy_run_bit_for_bit(make_run, tmp_path):
     healthy, control = folders
     assert (healthy / WEIGHTS).read_bytes() == (control / WEIGHTS).read_bytes()
     a, b = (trace.read(folder).signals for folder in folders)
+    assert a.keys() == b.keys()
     for name in a:
-        np.testing.assert_array_equal(a[name].values, b[name].values, name)
+        for field in ("steps", "values", "undefined"):
+            np.testing.assert_array_equal(getattr(a[name], field), getattr(b[name], field), name)
 
 
 def test_a_non_finite_loss_ends_the_run_as_data(make_run, tmp_path):
@@ -172,6 +174,12 @@ def test_a_shrunk_batch_is_the_head_of_the_healthy_one(make_run, tmp_path, monke
         seen[name] = batches
     for healthy, shrunk in zip(seen["fault=none"], seen["fault=batch_shrink"], strict=True):
         assert np.array_equal(healthy[: len(shrunk)], shrunk) and len(shrunk) == 1
+
+
+def test_a_batch_smaller_than_what_is_watched_is_watched_whole(make_run, tmp_path):
+    pieces = ("train.micro_batch=4", "train.watched_sequences=3", "train.steps=8")
+    run = make_run("fault=batch_shrink", "fault.factor=null", "fault.batch_size=2", "fault.onset=6", *pieces)
+    assert train(run, tmp_path)["tokens_done"] == (6 * 8 + 2 * 2) * 16
 
 
 def test_a_zero_learning_rate_factor_would_freeze_only_its_group(make_run, tmp_path):

@@ -63,6 +63,17 @@ def test_many_blocks_share_one_compilation():
     assert graphs == {2: 3, 6: 3}
 
 
+def test_each_shape_of_a_micro_batch_is_compiled_once():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = model_of(6, "bf16")
+    compiled = CompiledObjective(model, "eager")
+    for sequences in (4, 3, 4, 3):
+        loss, *_ = compiled(torch.zeros((sequences, 17), dtype=torch.int64), HEALTHY, 1.0)
+        loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6
+
+
 def test_experts_compile_too():
     model = model_of(2, "bf16", MoEConfig(n_experts=4, top_k=2, aux_coef=0.01))
     loss, _ = step(model, CompiledObjective(model, "aot_eager"), HEALTHY)

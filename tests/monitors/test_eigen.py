@@ -1,10 +1,14 @@
 """Eigenproblems side by side on the host are those of one batched call."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from monitors import eigen
+from monitors.fragility import score_condition
 from monitors.spectra import singular_values
+from monitors.spectral_alignment import top_right_singular_vector
 
 
 def symmetric(*shape):
@@ -14,13 +18,20 @@ def symmetric(*shape):
 
 @pytest.mark.parametrize("lead", [(), (1,), (3, 50), (0,)])
 def test_on_the_host_nothing_changes(lead):
-    matrices, threads = symmetric(*lead, 33, 33), torch.get_num_threads()
+    matrices = symmetric(*lead, 33, 33)
     (values,) = eigen.on_host(eigen.values_alone, matrices)
     again, vectors = eigen.on_host(eigen.values_and_vectors, matrices)
-    assert torch.get_num_threads() == threads and vectors.shape == matrices.shape
+    assert vectors.shape == matrices.shape
     for found in (values, again):
         torch.testing.assert_close(found, torch.linalg.eigvalsh(matrices), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(matrices @ vectors, vectors * values[..., None, :])
+
+
+def test_threads_born_later_have_as_many_of_their_own_as_before():
+    torch.set_num_threads(2)
+    eigen.on_host(eigen.values_alone, symmetric(4, 33, 33))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
 
 
 def test_values_ascend_and_vectors_belong_to_them():
@@ -48,13 +59,17 @@ def test_the_host_takes_what_an_older_pytorch_would_do_one_by_one(monkeypatch, w
     assert bool(asked) == chosen
 
 
-def test_a_version_is_compared_by_its_numbers():
-    major, minor = map(int, torch.__version__.split(".")[:2])
-    assert eigen.BATCHED_ON_GPU is ((major, minor) >= (2, 12))
-
-
 def test_monitors_ask_here(monkeypatch):
     asked = []
     monkeypatch.setattr(eigen, "_solve", lambda solve, x: asked.append(tuple(x.shape)) or solve(x))
     singular_values(torch.ones(2, 3, 5))
-    assert asked == [(2, 3, 3)]
+    score_condition(torch.ones(6, 4), torch.ones(6, 4))
+    top_right_singular_vector(torch.ones(7, 9))
+    assert asked == [(2, 3, 3), *[(4, 4)] * 4, (7, 7)]
+
+
+def test_stacked_runs_are_one_call_on_the_host_too(monkeypatch):
+    monkeypatch.setattr(eigen, "_solve", eigen.on_host)
+    matrices = symmetric(3, 5, 8, 8)
+    values, vectors = torch.vmap(eigen.eigenvectors)(matrices)
+    torch.testing.assert_close(matrices @ vectors, vectors * values[..., None, :])
