@@ -33,9 +33,8 @@ def micro_batches(batch: Tensor, micro_batch: int | None, watched_sequences: int
     piece are then one of their own; None, or as many as it has, for all of it.
     """
     *others, last = batch.split(micro_batch or len(batch))
-    apart = len(last) if watched_sequences is None else min(watched_sequences, len(last))
-    rest, watched = last.split([len(last) - apart, apart])
-    return (*others, watched) if apart == len(last) else (*others, rest, watched)
+    unwatched = len(last) - (watched_sequences or len(last))
+    return (*others, last) if unwatched <= 0 else (*others, last[:unwatched], last[unwatched:])
 
 
 def backward(

@@ -13,8 +13,7 @@ from experiments.build import build_run
 from experiments.loop import train
 from experiments.memory import OutOfMemory
 from models.transformer import Transformer
-
-WEIGHTS = "weights.safetensors"
+from tests.experiments.same_result import WEIGHTS, assert_same_result
 
 
 def test_a_device_without_memory_left_is_one_line_with_the_setting_to_lower(make_run, tmp_path, monkeypatch):
@@ -85,18 +84,10 @@ def test_a_fault_changes_nothing_before_its_onset(make_run, tmp_path):
 
 
 def test_zero_bits_is_the_healthy_run_bit_for_bit(make_run, tmp_path):
-    folders = []
-    for fault in ((), ("fault=bf16_shift", "fault.bits=0")):
-        run = make_run(*fault)
+    healthy, control = make_run(), make_run("fault=bf16_shift", "fault.bits=0")
+    for run in (healthy, control):
         train(run, tmp_path)
-        folders.append(tmp_path / run.run_id)
-    healthy, control = folders
-    assert (healthy / WEIGHTS).read_bytes() == (control / WEIGHTS).read_bytes()
-    a, b = (trace.read(folder).signals for folder in folders)
-    assert a.keys() == b.keys()
-    for name in a:
-        for field in ("steps", "values", "undefined"):
-            np.testing.assert_array_equal(getattr(a[name], field), getattr(b[name], field), name)
+    assert_same_result(tmp_path / healthy.run_id, tmp_path / control.run_id)
 
 
 def test_a_non_finite_loss_ends_the_run_as_data(make_run, tmp_path):

@@ -8,34 +8,18 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from experiments import checkpoint, trace
 from experiments.build import ROOT
 from experiments.checkpoint import RunError
 from experiments.loop import train
+from tests.experiments.same_result import WEIGHTS, assert_same_result
 
-WEIGHTS = "weights.safetensors"
 MOE = (
     "model=moe_nano", "model.moe.n_experts=4", "model.moe.capacity_factor=1.0", "model.moe.bias_update_speed=0.01",
     "monitor.expert_load.window=7",
 )  # fmt: skip
-
-
-def signals_equal(one: Path, other: Path) -> bool:
-    a, b = trace.read(one).signals, trace.read(other).signals
-    return a.keys() == b.keys() and all(
-        np.array_equal(a[name].steps, b[name].steps)
-        and np.array_equal(a[name].values, b[name].values, equal_nan=True)
-        and np.array_equal(a[name].undefined, b[name].undefined)
-        for name in a
-    )
-
-
-def assert_same_result(one: Path, other: Path) -> None:
-    assert (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
-    assert signals_equal(one, other)
 
 
 class Killed(BaseException):
