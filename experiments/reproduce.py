@@ -99,13 +99,15 @@ def at_once(launcher: Mapping[str, Any]) -> int:
     return launcher.get("array_parallelism", 1)
 
 
-def launch(jobs: Sequence[Sequence[PlannedRun]], given: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """Train stacks of runs by the configured launcher; what each run returned, in order."""
+def launch(
+    jobs: Sequence[Sequence[PlannedRun]], given: Sequence[str], config: DictConfig
+) -> list[list[dict[str, Any]]]:
+    """Train stacks of runs by the launcher in ``config``; what each run returned, in order."""
     overrides = [[[*given, *cell.overrides] for cell in job] for job in jobs]
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks()),
         task_function=partial(train_quietly, overrides),
-        config=with_launcher(given),
+        config=config,
     )
     done = launcher.launch([members[0] for members in overrides], initial_job_idx=0)
     return [
@@ -138,11 +140,12 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
         if reason is not None:
             print(f"{count} runs train by themselves: {reason}")
     started, spent_s = time.monotonic(), sum(_cpu_s(out / run.run_id) for _, run in pending)
-    processes, piece_s = min(at_once(with_launcher(given).hydra.launcher), len(jobs)), pending[0][1].train.piece_s
+    config = with_launcher(given)
+    processes, piece_s = min(at_once(config.hydra.launcher), len(jobs)), pending[0][1].train.piece_s
     with SweepProgress({out / run.run_id: run.train.steps for run in runs}):
 
         def launched(some: Sequence[Sequence[tuple[PlannedRun, Run]]], *more: str) -> list[list[dict[str, Any]]]:
-            return launch([[cell for cell, _ in job] for job in some], [*given, *more])
+            return launch([[cell for cell, _ in job] for job in some], [*given, *more], config)
 
         if piece_s is None:
             done = launched(jobs)

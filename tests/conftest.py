@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import os
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from experiments.build import ROOT, build_run
 
@@ -55,16 +58,6 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory) -> Path:
-    """Some prose with structure, 40 kB."""
-    words = ["when", "the", "saved", "output", "loses", "its", "low", "bits", "every", "row", "errs", "one", "way"]
-    lines = (f"{i}: {' '.join(words[(i * 7) % 8 : (i * 7) % 8 + 6])}\n" for i in itertools.count())
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("".join(itertools.islice(lines, 1000)))
-    return path
-
-
-@pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     """``once(name, make)``: a folder that ``make`` fills once in a suite, in whichever test process comes first."""
     shared = tmp_path_factory.getbasetemp()
@@ -84,10 +77,26 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     return folder
 
 
+@pytest.fixture(scope="session")
+def text(once) -> Path:
+    """Some prose with structure, 40 kB: one for all test processes, as its place is in a run's identity."""
+    words = ["when", "the", "saved", "output", "loses", "its", "low", "bits", "every", "row", "errs", "one", "way"]
+    lines = (f"{i}: {' '.join(words[(i * 7) % 8 : (i * 7) % 8 + 6])}\n" for i in itertools.count())
+    prose = "".join(itertools.islice(lines, 1000))
+    return once("corpus", lambda folder: (folder / "text.txt").write_text(prose)) / "text.txt"
+
+
 @pytest.fixture
 def tiny() -> list[str]:
     """The overrides of a tiny run, for tests that start a process."""
     return TINY
+
+
+@functools.cache
+def composed(*overrides: str) -> DictConfig:
+    """conf/config.yaml with overrides. Composing takes a sixth of a second, and most tests ask for what others did."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
 
 
 @pytest.fixture
@@ -96,8 +105,7 @@ def make_config(text):
 
     def make(*overrides: str, tiny: bool = True):
         small = [*TINY, *SHORT_WINDOWS] if tiny else []
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", overrides=["data=text", f"data.path={text}", *small, *overrides])
+        return copy.deepcopy(composed("data=text", f"data.path={text}", *small, *overrides))
 
     return make
 

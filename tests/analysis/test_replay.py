@@ -17,10 +17,11 @@ from analysis.contest import contest, run_scores
 from analysis.controls import random_timer
 from analysis.detection import Detection
 from analysis.experiment import load
-from analysis.replay import Request, replay
+from analysis.replay import Request, main, replay
 from analysis.sensitivity import halves, label_sensitivity, other_labels
 from experiments import trace
 
+ROOT = Path(__file__).parents[2]
 SIGNALS = {
     "qk_delta2_spectrum.entropy.w50": {"unit": "nats", "bad": "down", "axes": ["layer", "head"], "every_steps": 10},
     "grad_global_norm": {"unit": "1", "bad": "up", "axes": [], "every_steps": 5},
@@ -320,7 +321,6 @@ def test_too_few_calibration_runs_name_the_alpha_that_they_support(folder, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out=x"], "runs=DIR is missing"),
         (["runs=nowhere", "out=x"], "nowhere holds neither experiment.json nor a finished run"),
         (["runs=x", "out=x", "detctor=a.py"], "detctor is not an option"),
         (["runs=x", "out=x", "alpha=often"], "alpha=often is not allowed"),
@@ -329,11 +329,17 @@ def test_too_few_calibration_runs_name_the_alpha_that_they_support(folder, tmp_p
         (["runs=x", "out=x", "runs=y"], "runs is given 2 times"),
     ],
 )
-def test_a_wrong_command_line_ends_in_one_line(arguments, message):
-    command = [sys.executable, "-m", "analysis.score", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 2
-    assert message in done.stderr and done.stderr.count("\n") == 1
+def test_a_wrong_command_line_ends_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message in said and said.count("\n") == 1
+
+
+def test_the_command_is_that_of_the_readme():
+    done = subprocess.run([sys.executable, "-m", "analysis.score", "out=x"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "runs=DIR is missing" in done.stderr
 
 
 def test_the_largest_calibration_run_is_a_threshold_of_its_own_name(folder, tmp_path):
