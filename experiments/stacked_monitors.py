@@ -113,7 +113,7 @@ def _watch(workers: Mapping[str, Monitor], view: StepView, given: Given) -> Foun
             for worker in workers.values():
                 readings.update(due_readings(worker, view.step, worker.observe(one)))
 
-        with _OneByOne():
+        with _WithRules():
             torch.func.functional_call(_Watched(view.model.slices[0]), seen.weights, (observe,))
         found = readings, {name: state_of(worker) for name, worker in workers.items()}
         return tensors_of(found)
@@ -134,16 +134,34 @@ def _by_numerics(workers: Mapping[str, Monitor], view: StepView, given: Given) -
     return with_tensors(parts[0], [torch.cat(alike) for alike in zip(*map(tensors_of, parts), strict=True)])
 
 
-class _OneByOne(TorchFunctionMode):
-    """Operations on lists of tensors, which vmap has no rules for, are done to one tensor after another."""
+class _WithRules(TorchFunctionMode):
+    """What vmap has no rules for: lists of tensors are worked on one by one, other dtypes seen by ``_SeenAs``."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(function, "__name__", "")
+        if name == "view" and isinstance(args[-1], torch.dtype):
+            return _SeenAs.apply(*args)
         if not name.startswith("_foreach_"):
             return function(*args, **(kwargs or {}))
         operation, (tensors, *others) = getattr(Tensor, name.removeprefix("_foreach_")), args
         beside = [other if isinstance(other, (list, tuple)) else [other] * len(tensors) for other in others]
         return [operation(*operands, **(kwargs or {})) for operands in zip(tensors, *beside, strict=True)]
+
+
+class _SeenAs(torch.autograd.Function):
+    """``x.view(dtype)`` of a dtype as wide, for which vmap has no rule of its own in PyTorch 2.11."""
+
+    @staticmethod
+    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.view(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int | None]:
+        return x.view(dtype), in_dims[0]
 
 
 class _Watched(nn.Module):

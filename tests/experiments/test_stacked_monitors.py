@@ -14,8 +14,9 @@ from experiments import bench_stack
 from experiments.build import Run
 from experiments.plain_config import monitors_of
 from experiments.stacked_history import SliceHistory
-from experiments.stacked_monitors import StackedMonitors, slice_view
+from experiments.stacked_monitors import StackedMonitors, _SeenAs, _WithRules, slice_view
 from experiments.stacked_optimizer import StackedAdamW
+from models.bits import truncate
 from models.objective import objective_at
 from models.stacked import StackedNumerics, StackedTransformer
 from models.taps import Taps
@@ -128,3 +129,17 @@ def test_a_step_of_a_watched_stack_takes_as_many_operations_for_8_runs_as_for_4(
             step(index)
         counts.append(bench_stack.operations(step, steps=20, first=80))
     assert counts[0] == counts[1] > 400
+
+
+@pytest.mark.parametrize("in_dim", [0, 1])
+def test_bits_are_seen_under_vmap_whether_or_not_it_has_a_rule_for_them(monkeypatch, in_dim):
+    """PyTorch 2.11 has none, newer ones have: the one here serves all of them."""
+    rows, used, apply = torch.randn(3, 5).bfloat16(), [], _SeenAs.apply
+    monkeypatch.setattr(_SeenAs, "apply", lambda *given: used.append(given) or apply(*given))
+
+    def of_one_run(row):
+        with _WithRules():
+            return truncate(row, 3)
+
+    assert torch.equal(torch.vmap(of_one_run, in_dim, in_dim)(rows), truncate(rows, 3))
+    assert len(used) == 2
