@@ -339,7 +339,8 @@ def test_a_wrong_command_line_ends_in_one_line(arguments, message, capsys):
 
 def test_the_command_is_that_of_the_readme():
     done = subprocess.run([sys.executable, "-m", "analysis.score", "out=x"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "runs=DIR is missing" in done.stderr
+    assert done.returncode == 2
+    assert "runs=DIR is missing" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_largest_calibration_run_is_a_threshold_of_its_own_name(folder, tmp_path):

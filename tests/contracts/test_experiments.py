@@ -109,7 +109,7 @@ def train_healthy(members, out):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, once, tmp_path, monkeypatch):
-    """The real command with its launcher, on the tiny model: three faults at most, few seeds, 60 steps.
+    """The real command with its launcher, on the tiny model: three faults, few seeds and 60 steps at most.
 
     It finds its healthy runs there, as it would those of another experiment: they are trained once a suite.
     """
