@@ -31,7 +31,8 @@ class AlarmRule(Protocol):
 class Chart:
     """What the charts share: missing samples are skipped, a +inf is an alarm for good, nothing is fitted.
 
-    A chart gives ``_of``, its statistic of a finite series without gaps, (T,) -> (T,).
+    A chart gives ``_of``, its statistic of finite series without gaps along their last axis, (..., T) -> (..., T): the
+    runs of an experiment are charted together.
     """
 
     def calibrate(self, healthy: Sequence[np.ndarray]) -> AlarmRule:
@@ -41,18 +42,22 @@ class Chart:
         raise NotImplementedError
 
     def statistic(self, x: np.ndarray) -> np.ndarray:
+        """(..., T) -> (..., T): one series, or several side by side, which may lack different samples."""
         x = np.asarray(x, float)
         if np.isfinite(x).all():
             return self._of(x)  # nothing missing, nothing broken: most series
-        present = ~np.isnan(x)
-        z = x[present]
-        infinite = np.maximum.accumulate(np.isposinf(z))
+        missing = np.isnan(x)
+        if x.ndim > 1 and (missing != missing[:1]).any():
+            return np.stack([self.statistic(one) for one in x])
+        present = np.flatnonzero(~missing.reshape(-1, x.shape[-1])[0])
+        z = x[..., present]
+        infinite = np.logical_or.accumulate(np.isposinf(z), axis=-1)
         with np.errstate(over="ignore"):
             charted = np.where(infinite, np.inf, self._of(np.where(infinite, 0.0, z)))
         out = np.full(x.shape, np.nan)
-        out[present] = charted
-        last = np.maximum.accumulate(np.where(present, np.arange(len(x)), -1))
-        return np.where(last >= 0, out[last], np.nan)
+        latest = np.searchsorted(present, np.arange(x.shape[-1]), side="right") - 1
+        out[..., latest >= 0] = charted[..., latest[latest >= 0]]
+        return out
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ class CUSUM(Chart):
 
     def _of(self, z: np.ndarray) -> np.ndarray:
         # The reflected walk is the walk minus its running minimum (and 0).
-        walk = np.cumsum(z - self.drift)
-        return walk - np.minimum(0.0, np.minimum.accumulate(walk))
+        walk = np.cumsum(z - self.drift, axis=-1)
+        return walk - np.minimum(0.0, np.minimum.accumulate(walk, axis=-1))
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,12 @@ class GLR(Chart):
             raise ValueError(f"rule.window={self.window} is not allowed: at least 1 sample")
 
     def _of(self, z: np.ndarray) -> np.ndarray:
-        if not len(z):
-            return z
-        sums = np.concatenate((np.full(self.window - 1, np.nan), [0.0], np.cumsum(z)))
-        earlier = np.lib.stride_tricks.sliding_window_view(sums[:-1], self.window)  # S_(t-window) ... S_(t-1)
-        n = np.arange(self.window, 0, -1)
-        rise = np.fmax(sums[self.window :, None] - earlier, 0.0)  # fmax: before the first sample there is none
-        return (rise**2 / (2 * n)).max(axis=1)
+        sums = np.concatenate((np.zeros((*z.shape[:-1], 1)), np.cumsum(z, axis=-1)), axis=-1)
+        largest = np.zeros(z.shape)
+        for n in range(1, min(self.window, z.shape[-1]) + 1):
+            rise = np.maximum(sums[..., n:] - sums[..., :-n], 0.0)
+            np.maximum(largest[..., n - 1 :], rise**2 / (2 * n), out=largest[..., n - 1 :])
+        return largest
 
 
 @dataclass(frozen=True)
@@ -150,14 +154,14 @@ class ShiryaevRoberts(Chart):
     def _of(self, z: np.ndarray) -> np.ndarray:
         centred = z - self.mean
         whitened = centred.copy()
-        whitened[1:] -= self.phi * centred[:-1]
-        whitened[:1] *= math.sqrt(1 - self.phi**2)  # the first sample has the stationary variance
+        whitened[..., 1:] -= self.phi * centred[..., :-1]
+        whitened[..., :1] *= math.sqrt(1 - self.phi**2)  # the first sample has the stationary variance
         logs = []
         for shift in self.shifts:
             # R_t = sum over onsets k of the likelihood ratio of samples k..t, all in logarithms.
-            ratio = np.cumsum(shift * whitened / self.sigma - shift**2 / 2)
-            onsets = np.concatenate(([0.0], -ratio[:-1]))
-            logs.append(ratio + np.logaddexp.accumulate(onsets) if len(z) else ratio)
+            ratio = np.cumsum(shift * whitened / self.sigma - shift**2 / 2, axis=-1)
+            onsets = np.concatenate((np.zeros_like(ratio[..., :1]), -ratio[..., :-1]), axis=-1)
+            logs.append(ratio + np.logaddexp.accumulate(onsets, axis=-1))
         return np.logaddexp.reduce(logs, axis=0) - math.log(len(self.shifts))
 
 
@@ -181,8 +185,10 @@ class Persistent:
 
     def statistic(self, x: np.ndarray) -> np.ndarray:
         found = self.rule.statistic(x)
-        padded = np.concatenate((np.full(self.samples - 1, np.nan), found))
-        lowest = np.lib.stride_tricks.sliding_window_view(padded, self.samples).min(axis=1) if len(found) else found
+        lowest = found.copy()
+        for back in range(1, self.samples):
+            lowest[..., back:] = np.minimum(lowest[..., back:], found[..., :-back])
+        lowest[..., : self.samples - 1] = np.nan
         return np.where(np.isposinf(found), np.inf, lowest)  # what is broken need not prove that it stays so
 
 
@@ -212,16 +218,16 @@ def make_rule(chart: str, persistence: int = 1, **parameters) -> AlarmRule:
 
 
 def worst(z: np.ndarray) -> np.ndarray:
-    """(T, layers, heads) -> (T,): the largest; NaN where every layer and head is missing."""
-    largest = np.where(np.isnan(z), -np.inf, z).max(axis=(1, 2), initial=-np.inf)
+    """(..., T, layers, heads) -> (..., T): the largest; NaN where every layer and head is missing."""
+    largest = np.where(np.isnan(z), -np.inf, z).max(axis=(-2, -1), initial=-np.inf)
     return np.where(np.isneginf(largest), np.nan, largest)
 
 
 def oriented(z: np.ndarray, bad: str) -> list[np.ndarray]:
-    """The worst of (T, layers, heads) z-scores, positive is bad: one series (T,), or two for ``both``."""
+    """The worst of (..., T, layers, heads) z-scores, positive is bad: one series (..., T), or two for ``both``."""
     sides = {"up": (z,), "down": (-z,), "both": (z, -z)}[bad]
     if np.isfinite(z).all():
-        return [side.max(axis=(1, 2), initial=-np.inf) for side in sides]
+        return [side.max(axis=(-2, -1), initial=-np.inf) for side in sides]
     broken = np.isposinf(z)  # a broken value is bad in every direction
     return [worst(np.where(broken, np.inf, side)) for side in sides]
 
@@ -231,9 +237,22 @@ def fitted(rule: AlarmRule, reference: Sequence[Sequence[np.ndarray]]) -> list[A
     return [rule.calibrate(list(side)) for side in zip(*reference, strict=True)]
 
 
-def chart_statistic(sides: Sequence[np.ndarray], rules: Sequence[AlarmRule]) -> np.ndarray:
-    """The larger of the one-sided charts of ``oriented`` series, one rule a side. (T,)."""
-    return np.fmax.reduce([rule.statistic(side) for rule, side in zip(rules, sides, strict=True)])
+def chart_statistics(runs: Sequence[Sequence[np.ndarray]], rules: Sequence[AlarmRule]) -> list[np.ndarray]:
+    """Of every run the larger of the one-sided charts of its ``oriented`` series, one rule a side: (T,) a run."""
+    sides = [_statistics(rule, side) for rule, side in zip(rules, zip(*runs, strict=True), strict=True)]
+    return [np.fmax.reduce(charted) for charted in zip(*sides, strict=True)]
+
+
+def _statistics(rule: AlarmRule, series: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """A rule's statistic of each series: those of one length together, but a stranger's rule is asked one by one."""
+    if not isinstance(rule, (Chart, Persistent)):
+        return [rule.statistic(x) for x in series]
+    found: list[np.ndarray] = [np.empty(0)] * len(series)
+    for length in {len(x) for x in series}:
+        alike = [i for i, x in enumerate(series) if len(x) == length]
+        for i, charted in zip(alike, rule.statistic(np.stack([series[i] for i in alike])), strict=True):
+            found[i] = charted
+    return found
 
 
 def conformal_rank(n: int, alpha: float) -> int:
@@ -272,5 +291,5 @@ def first_alarm(statistic: np.ndarray, positions: np.ndarray, threshold: float) 
 
     The cadence of the samples is part of the alarm's time: what happens between two of them shows at the later one.
     """
-    above = np.flatnonzero(statistic > threshold)
-    return int(positions[above[0]]) if len(above) else None
+    above = statistic > threshold
+    return int(positions[above.argmax()]) if above.any() else None

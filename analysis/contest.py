@@ -119,22 +119,22 @@ def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None
     or after onset), degraded (never diverges, ends worse than every calibration run).
     divergences: by run id, another label than the primary. Declined detectors have no rows.
     """
-    rows = []
+    rows, keys, scored, horizon = [], one.keys, one.scored, one.experiment.horizon
     for name, detector in one.detectors.items():
         if detector.declined:
             continue
-        for run in one.scored:
+        for run in scored:
             if not _scorable(one, detector, run):
                 continue
             run_id = run.trace.run_id
             divergence = run.divergence if divergences is None else divergences[run_id]
             alarm = detector.alarms[run_id]
-            result = score(alarm=alarm, onset=run.onset, divergence=divergence, horizon=one.experiment.horizon)
+            result = score(alarm=alarm, onset=run.onset, divergence=divergence, horizon=horizon)
             lead = np.nan if result.restricted_lead_steps is None else float(result.restricted_lead_steps)
             detected = run.onset is not None and alarm is not None and alarm >= run.onset
             rows.append(
                 {
-                    **one.keys,
+                    **keys,
                     "detector": name,
                     "kind": one.kinds[name],
                     "fault": run.fault or "healthy",

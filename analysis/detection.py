@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.alarms import AlarmRule, chart_statistic, conformal_threshold, first_alarm, fitted, oriented, worst
+from analysis.alarms import AlarmRule, chart_statistics, conformal_threshold, first_alarm, fitted, oriented, worst
 from analysis.align import Aligned, hold, positions, thin
 from analysis.entrants import BadEntrant, FromFile, check_causal
 from analysis.tracks import (
@@ -107,8 +107,9 @@ class Detection:
         band = fit_band(self.track, signal, reference)
         bad, judged = self.experiment.signals[signal]["bad"], {}
         for runs, together in _side_by_side(aligned):
-            for run, z in zip(runs, np.split(band.z(together), len(runs), axis=2), strict=True):
-                judged[run] = Sides(together.positions, tuple(oriented(z, bad)))
+            z = np.stack(np.split(band.z(together), len(runs), axis=2))
+            for run, *series in zip(runs, *oriented(z, bad), strict=True):
+                judged[run] = Sides(together.positions, tuple(series))
         return judged
 
     def detect(self, name: str, signals: Sequence[str], rule: AlarmRule, alpha: float) -> Detector:
@@ -169,8 +170,9 @@ class Detection:
                 raise
             except ValueError as error:
                 raise DeclinedSignal(f"{signal}: {error}") from None
-            for run, found in charts.items():
-                found.append((sides[run].positions, chart_statistic(sides[run].series, rules)))
+            charted = chart_statistics([sides[run].series for run in charts], rules)
+            for (run, found), statistic in zip(charts.items(), charted, strict=True):
+                found.append((sides[run].positions, statistic))
         return charts
 
     def _published(self, name: str, signals: Sequence[str]) -> Detector:

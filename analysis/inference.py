@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from arch.bootstrap import MCS
@@ -104,6 +105,7 @@ def _expanded(confidence: float, n: int) -> float:
     return 1 - 2 * float(stats.norm.sf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1)))
 
 
+@cache
 def _proportion(successes: int, n: int, method: str) -> tuple[float, float]:
     if not 0 <= successes <= n:
         raise ValueError(f"successes={successes} is not allowed: 0 to n={n}")

@@ -68,12 +68,16 @@ def board(one: Contest, scores: pd.DataFrame, costs: Mapping[str, tuple[str, flo
     rows = [_declined_row(one, detector) for detector in one.detectors.values() if detector.declined]
     if len(scores):
         scores = _relative(scores, one.baseline)
-        healthy = scores[scores["fault"] == "healthy"]
+        healthy = _by_detector(scores[scores["fault"] == "healthy"])
         faulty = scores[scores["fault"] != "healthy"]
         for fault in (ALL_FAULTS, *one.experiment.faults):
             of_fault = faulty if fault == ALL_FAULTS else faulty[faulty["fault"] == fault]
             rows += _fault_rows(one, fault, of_fault, healthy, costs or {})
     return pd.DataFrame(rows)
+
+
+def _by_detector(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return dict(tuple(scores.groupby("detector", sort=False)))
 
 
 def _declined_row(one: Contest, detector: Detector) -> dict[str, Any]:
@@ -87,9 +91,14 @@ def _declined_row(one: Contest, detector: Detector) -> dict[str, Any]:
 
 
 def _fault_rows(
-    one: Contest, fault: str, scores: pd.DataFrame, healthy: pd.DataFrame, costs: Mapping[str, tuple[str, float]]
+    one: Contest,
+    fault: str,
+    scores: pd.DataFrame,
+    healthy: Mapping[str, pd.DataFrame],
+    costs: Mapping[str, tuple[str, float]],
 ) -> list[dict[str, Any]]:
-    names = [name for name in one.detectors if (scores["detector"] == name).any()]
+    of_detector = _by_detector(scores)
+    names = [name for name in one.detectors if name in of_detector]
     if not names:
         return []
     totals_SD, counts_SD = _by_seed(scores, names, "lead")
@@ -102,7 +111,7 @@ def _fault_rows(
     p_values, smallest_p = _against_baseline(one, names, totals_SD, counts_SD, ranked)
     rows = []
     for i, name in enumerate(names):
-        mine = scores[scores["detector"] == name]
+        mine = of_detector[name]
         rank, low, high = ranks.get(i, (np.nan,) * 3)
         rmlt_low, rmlt_high = bca_interval(totals_SD[:, i], counts_SD[:, i])
         detected = int(mine["outcome"].isin(IN_TIME).sum())
@@ -138,19 +147,25 @@ def _fault_rows(
                 "possibly_best": i in best if i in ranks else None,
                 **{outcome: int(outcomes.get(outcome, 0)) for outcome in ("late", "missed", "false_alarm")},
                 "cost_share_of_step": detector_cost(one.detectors[name].signals, costs),
-                "exploratory": mine["seed"].nunique() < MIN_SEEDS or not len(healthy),
+                "exploratory": mine["seed"].nunique() < MIN_SEEDS or not healthy,
                 "declined": None,
             }
         )
     return rows
 
 
-def _keeps_rate(one: Contest, name: str, healthy: pd.DataFrame) -> bool:
+def _healthy_alarms(name: str, healthy: Mapping[str, pd.DataFrame]) -> tuple[int, int]:
+    """In how many healthy test runs a detector alarmed, and of how many."""
+    mine = healthy.get(name)
+    return (0, 0) if mine is None else (int((mine["outcome"] == "false_alarm").sum()), len(mine))
+
+
+def _keeps_rate(one: Contest, name: str, healthy: Mapping[str, pd.DataFrame]) -> bool:
     """Whether its healthy test runs leave it possible that a detector alarms in no more than alpha of them."""
-    alarms = healthy.loc[healthy["detector"] == name, "outcome"] == "false_alarm"
-    if not len(alarms):  # nothing was seen; a conformal threshold still promises it, nobody else does
+    alarms, runs = _healthy_alarms(name, healthy)
+    if not runs:  # nothing was seen; a conformal threshold still promises it, nobody else does
         return one.kinds[name] != "external" and one.track != "published"
-    return clopper_pearson_interval(int(alarms.sum()), len(alarms))[0] <= one.alpha
+    return clopper_pearson_interval(alarms, runs)[0] <= one.alpha
 
 
 def _delay(scores: pd.DataFrame, horizon: int) -> float:
@@ -159,11 +174,10 @@ def _delay(scores: pd.DataFrame, horizon: int) -> float:
     return restricted_mean_time(scores["delay"], scores["detected"], left) if len(scores) and left > 0 else np.nan
 
 
-def _healthy_columns(one: Contest, name: str, healthy: pd.DataFrame) -> dict[str, Any]:
+def _healthy_columns(one: Contest, name: str, healthy: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """What healthy test runs say of a detector, and what the threshold promised."""
-    mine = healthy[healthy["detector"] == name]
-    alarms, n = int((mine["outcome"] == "false_alarm").sum()), len(one.detectors[name].maxima)
-    low, high = clopper_pearson_interval(alarms, len(mine))
+    (alarms, runs), n = _healthy_alarms(name, healthy), len(one.detectors[name].maxima)
+    low, high = clopper_pearson_interval(alarms, runs)
     law = false_alarm_law(n, one.alpha) if n else (np.nan,) * 3
     return {
         "alpha": one.alpha if n or one.track == "universal" else np.nan,
@@ -171,7 +185,7 @@ def _healthy_columns(one: Contest, name: str, healthy: pd.DataFrame) -> dict[str
         "alpha_supported": 1 / (n + 1) if n else np.nan,
         "threshold": one.detectors[name].threshold,
         "healthy_alarms": alarms,
-        "healthy_runs": len(mine),
+        "healthy_runs": runs,
         "false_alarm_low": low,
         "false_alarm_high": high,
         "false_alarm_law_low": law[1],

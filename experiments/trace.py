@@ -89,9 +89,11 @@ def _parts(folder: Path) -> list[tuple[int, int, Path]]:
 
 
 def _read_part(path: Path, signals: Iterable[str] | None = None) -> pa.Table:
-    wanted = None if signals is None else [("signal", "in", list(signals))]
     try:
-        return pq.read_table(path, filters=wanted)
+        if signals is None:  # a file by itself costs a third of what a data set of one file does
+            with pq.ParquetFile(path) as part:
+                return part.read()
+        return pq.read_table(path, filters=[("signal", "in", list(signals))])
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise TraceError(f"trace part {path} is damaged ({reason}): delete the run's folder to run it again") from None

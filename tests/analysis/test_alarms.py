@@ -10,7 +10,7 @@ from analysis.alarms import (
     Shewhart,
     ShiryaevRoberts,
     anytime_threshold,
-    chart_statistic,
+    chart_statistics,
     conformal_threshold,
     first_alarm,
     make_rule,
@@ -31,7 +31,7 @@ def series(values: np.ndarray, undefined: np.ndarray | None = None) -> Aligned:
 
 def charted(z, bad: str, rule) -> np.ndarray:
     sides = oriented(z, bad)
-    return chart_statistic(sides, [rule] * len(sides))
+    return chart_statistics([sides], [rule] * len(sides))[0]
 
 
 def reference(layers: int = 1, heads: int = 1, runs: int = 6, level=0.0) -> list[Aligned]:
@@ -68,6 +68,22 @@ def test_a_missing_sample_holds_the_statistic_and_an_infinite_one_alarms_for_goo
     if not isinstance(rule, Shewhart):
         assert np.all(np.isposinf(after[1:]))
     assert np.isposinf(after[1])
+
+
+@pytest.mark.parametrize("rule", [*RULES, PERSISTENT])
+def test_runs_charted_together_are_charted_as_each_by_itself(rule):
+    """Whatever its length, its gaps and what breaks in it: no run may show in another's statistic."""
+    generator = np.random.default_rng(3)
+    runs = [tuple(generator.normal(size=(2, length))) for length in (60, 40, 60, 60, 1, 0, 40)]
+    runs[2][0][[0, 1, 30]] = np.nan
+    runs[3][1][20:] = np.inf
+    together = chart_statistics(runs, [rule, rule])
+    for run, found in zip(runs, together, strict=True):
+        assert np.array_equal(found, np.fmax(*map(rule.statistic, run)), equal_nan=True)
+    gaps = np.stack([side for run in runs if len(run[0]) == 40 for side in run])
+    gaps[:, [0, 1, 9]] = np.nan  # the same for all, as where a track needs a past
+    alone = np.stack([rule.statistic(side) for side in gaps])
+    assert np.array_equal(rule.statistic(gaps), alone, equal_nan=True)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -14,7 +14,7 @@ from analysis.alarms import (
     Shewhart,
     ShiryaevRoberts,
     anytime_threshold,
-    chart_statistic,
+    chart_statistics,
     conformal_threshold,
     first_alarm,
     fitted,
@@ -56,7 +56,7 @@ def alarm_rate(band_of, charts, trials: int, alpha: float = ALPHA, bad: str = "b
         sides = [oriented(band.z(run), bad) for run in runs]
         for name, chart in charts.items():
             rules = fitted(chart, sides[:4])
-            maxima = [np.nanmax(chart_statistic(one, rules)) for one in sides[4:]]
+            maxima = [np.nanmax(statistic) for statistic in chart_statistics(sides[4:], rules)]
             alarms[name] += maxima[-1] > conformal_threshold(maxima[:-1], alpha)
     return {name: count / trials for name, count in alarms.items()}
 
@@ -123,6 +123,6 @@ def test_a_value_that_is_not_finite_is_never_silent(track, value, bad):
     z = band.z(Aligned(POSITIONS, values, runs[4].undefined))
     for name, chart in CHARTS.items():
         sides = oriented(z, bad)
-        statistic = chart_statistic(sides, [chart] * len(sides))
+        (statistic,) = chart_statistics([sides], [chart] * len(sides))
         assert np.isposinf(statistic[30:]).all(), name
         assert first_alarm(statistic, POSITIONS, 1e300) == POSITIONS[30], name
