@@ -50,7 +50,7 @@ def test_every_cell_composes_and_builds(experiment, scale, text):
         if scale != "laptop":  # what a cell takes from its scale was resolved above; here first, last and healthy ones
             faulty = [cell for cell in one_of_each if cell.fault is not None]
             one_of_each = list(dict.fromkeys([faulty[0], faulty[-1], one_of_each[-1]]))
-        runs = [build_run(compose("reproduce", [*given, *cell.overrides])) for cell in one_of_each]
+        runs = build_all([[*given, *cell.overrides] for cell in one_of_each])
     for cell, run in zip(one_of_each, runs, strict=True):
         assert run.seed == cell.seed
         assert (run.fault.onset is None) == (cell.fault is None)
