@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from analysis.simulated import simulate_experiment
+from tests.analysis.made_up_board import COUNTS, DETECTORS, FAULTS, SIGNALS
 
 
 @pytest.fixture
@@ -15,3 +18,9 @@ def made(tmp_path):
         return simulate_experiment(tmp_path / name, *what, **options)
 
     return make
+
+
+@pytest.fixture
+def folder(made) -> Path:
+    """The runs of ``tests.analysis.made_up_board``."""
+    return made(COUNTS, SIGNALS, DETECTORS, FAULTS, baseline="late")

@@ -1,4 +1,4 @@
-"""The leaderboard on made-up runs with a known answer: what enters, what is ranked, what is flagged or refused."""
+"""The leaderboard on made-up runs with a known answer: what is ranked, what is flagged or refused."""
 
 from __future__ import annotations
 
@@ -12,39 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import reduced
 from analysis.contest import contest, run_scores
 from analysis.controls import random_timer
-from analysis.detection import Detection
 from analysis.experiment import load
-from analysis.replay import Request, main, replay
-from analysis.sensitivity import halves, label_sensitivity, other_labels
+from analysis.replay import main
+from analysis.sensitivity import halves, label_sensitivity
 from experiments import trace
+from tests.analysis.made_up_board import COUNTS, DETECTORS, FAULTS, LATE, SIGNALS, scored
 
 ROOT = Path(__file__).parents[2]
-SIGNALS = {
-    "qk_delta2_spectrum.entropy.w50": {"unit": "nats", "bad": "down", "axes": ["layer", "head"], "every_steps": 10},
-    "grad_global_norm": {"unit": "1", "bad": "up", "axes": [], "every_steps": 5},
-    "update_to_weight": {"unit": "1", "bad": "both", "axes": ["layer"], "every_steps": 10},
-}
-EARLY, LATE = "qk_delta2_spectrum.entropy.w50", "grad_global_norm"
-DETECTORS = {"early": [EARLY], "late": [LATE], "either": [EARLY, LATE], "elsewhere": ["absent"]}
-COUNTS = {"reference": 5, "calibration": 9, "test": 6, "faulty": 12}
-FAULTS = {
-    "attention": {"shows": {EARLY: 400, LATE: 700}, "diverges": 800, "onset": 301},
-    "ramp": {"shows": {LATE: 600}, "diverges": 700, "onset": 301},
-    "batch8": {"shows": {}, "diverges": None, "onset": 301},
-}
-
-
-@pytest.fixture
-def folder(made) -> Path:
-    return made(COUNTS, SIGNALS, DETECTORS, FAULTS, baseline="late")
-
-
-def scored(folder: Path, out: Path, **options) -> pd.DataFrame:
-    table = replay(Request(runs=folder, out=out, **options)).get("leaderboard")
-    return table.set_index(["track", "fault", "detector"]).sort_index()
 
 
 def test_the_board_says_what_was_put_in(folder, tmp_path):
@@ -118,90 +94,6 @@ def test_signals_that_no_run_has_are_declined_by_name(folder, tmp_path):
     assert "router_entropi" in table.loc[("reference", "all", "mine"), "declined"]
 
 
-ENTRANTS = {
-    "same": "def statistic(x):\n    e, out = 0.0, []\n    for z in x:\n        e = 0.8 * e + 0.2 * z\n"
-    "        out.append(e)\n    import numpy as np\n    return np.array(out)\n",
-    "seer": "def statistic(x):\n    return x - x.mean()\n",
-    "reverser": "def statistic(x):\n    return x[::-1]\n",
-    "fails": "def statistic(x):\n    return x / 'a'\n",
-    "short": "def statistic(x):\n    return x[1:]\n",
-    "fitted": "import numpy as np\nclass Rule:\n    def __init__(self, level):\n        self.level = level\n"
-    "    def statistic(self, x):\n        return x - self.level\n"
-    "def calibrate(healthy):\n    return Rule(np.concatenate(healthy).mean())\ndef statistic(x):\n    return x\n",
-    # speaks from its first sample where the series ends badly
-    "peeper": "import numpy as np\ndef statistic(x):\n    return np.where(np.nanmax(x) > 20, 9.0, 0.1) + 0 * x\n",
-    # keeps silent about an excursion that will pass
-    "husher": "import numpy as np\ndef statistic(x):\n    return np.where(x[-1] < 3, np.minimum(x, 1.0), x)\n",
-    "warming": "import pandas as pd\ndef statistic(x):\n    return pd.Series(x).rolling(5).mean().to_numpy()\n",
-    "lost": "import numpy as np\ndef statistic(x):\n    return np.where(np.arange(len(x)) == 30, np.nan, x)\n",
-    "quitter": "import sys\ndef statistic(x):\n    sys.exit(0)\n",
-    "silent": "import numpy as np\ndef statistic(x):\n    return np.full(len(x), np.nan)\n",
-}
-
-
-def test_anyones_detector_enters_and_a_bad_one_is_flagged(folder, tmp_path):
-    paths = []
-    for name, code in ENTRANTS.items():
-        paths.append(tmp_path / f"{name}.py")
-        paths[-1].write_text(f"signals = [{EARLY!r}]\n{code}")
-    table = scored(folder, tmp_path / "out", tracks=("reference",), detectors=tuple(paths)).loc[("reference", "all")]
-    for column in ("rmlt_steps", "detected", "healthy_alarms", "threshold"):
-        assert table.loc["same", column] == pytest.approx(table.loc["early", column])
-    assert table.loc["fitted", "rmlt_steps"] > 100
-    declined = table["declined"]
-    assert "looks ahead" in declined["seer"] and "looks ahead" in declined["reverser"]
-    assert "TypeError" in declined["fails"] and "shape" in declined["short"]
-    assert "too few samples" in declined["silent"]
-    assert table.loc["warming", "rmlt_steps"] > 100  # it may need a while before it says something
-    assert "not finite in calibration run" in declined["lost"]
-    assert "looks ahead" in declined["peeper"] and "looks ahead" in declined["husher"]
-    assert "SystemExit" in declined["quitter"]
-
-
-def test_anyones_alarms_enter_as_a_table(folder, tmp_path):
-    experiment = load(folder, folder)
-    rows = [(run.trace.run_id, "mine", 500) for run in experiment.of("faulty", fault="attention")]
-    path = tmp_path / "mine.csv"
-    pd.DataFrame(rows, columns=["run_id", "monitor", "step"]).to_csv(path, index=False)
-    table = scored(folder, tmp_path / "out", alarms=(path,), tracks=("reference",)).loc["reference"]
-    assert table.loc[("attention", "mine"), "rmlt_steps"] == 300
-    assert table.loc[("ramp", "mine"), "rmlt_steps"] == 0
-    assert table.loc[("all", "mine"), "healthy_alarms"] == 0 and table.loc[("all", "mine"), "rank"] > 0
-
-
-def test_who_alarms_in_healthy_runs_more_often_than_allowed_is_shown_and_not_ranked(folder, tmp_path):
-    experiment = load(folder, folder)
-    rows = [(run.trace.run_id, "trigger-happy", 1) for run in experiment.of("faulty", "test")]
-    path = tmp_path / "mine.csv"
-    pd.DataFrame(rows, columns=["run_id", "monitor", "step"]).to_csv(path, index=False)
-    table = scored(folder, tmp_path / "out", alarms=(path,), tracks=("reference",)).loc[("reference", "all")]
-    row = table.loc["trigger-happy"]
-    assert row["healthy_alarms"] == 6 and row["false_alarm_low"] > 0.1 and np.isnan(row["rank"])
-    assert table.loc["early", "rank"] > 0
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ("run_id,monitor\nattention3000,mine\n", "no column 'step'"),
-        ("run_id,monitor,step\nattention9,mine,5\n", "line 2: run_id='attention9' is not one of"),
-        ("run_id,monitor,step\nattention3000,mine,5\nattention3000,mine,7\n", "line 3: .* two alarms"),
-        ("run_id,monitor,step\nattention3000,mine,1001\n", "line 2: step=1001 is beyond the horizon of 1000"),
-        ("run_id,monitor,step\nattention3000,mine,inf\n", "line 2: step=inf"),
-        ("run_id,monitor,step\nattention3000,,5\n", "line 2: monitor is empty"),
-        ("run_id,monitor,step\nattention3000,mine,soon\n", "line 2: step='soon'"),
-        ("run_id,monitor,step\nattention3000,mine,-5\n", "line 2: step=-5"),
-        ("run_id,monitor,step\nattention3000,mine,2.5\n", "line 2: step=2.5"),
-        ("run_id,monitor,step\nattention3000,early,5\n", "'early' is on the board already"),
-    ],
-)
-def test_a_bad_table_of_alarms_is_refused_by_line(folder, tmp_path, lines, message):
-    path = tmp_path / "mine.csv"
-    path.write_text(lines)
-    with pytest.raises(ValueError, match=message):
-        scored(folder, tmp_path / "out", alarms=(path,), tracks=("reference",))
-
-
 def test_bare_run_folders_find_their_roles_by_seed(folder, tmp_path):
     indexed = scored(folder, tmp_path / "a", tracks=("reference",))
     (folder / "experiment.json").unlink()
@@ -213,55 +105,6 @@ def test_bare_run_folders_find_their_roles_by_seed(folder, tmp_path):
     one, other = (t.loc["reference"] for t in (indexed, bare))
     assert set(other.index.get_level_values("fault")) == {"all", "Simulated"}
     assert other.loc[("Simulated", "gradient norm"), "rmlt_steps"] == one.loc[("attention", "late"), "rmlt_steps"]
-
-
-def test_a_reduced_folder_scores_as_its_runs_do(folder, tmp_path):
-    experiment = load(folder, folder)
-    small = tmp_path / "small"
-    reduced.write(experiment.index, [run.trace for run in experiment.runs], other_labels(experiment), small)
-    size = sum(path.stat().st_size for path in small.iterdir())
-    assert size < 0.2 * sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    whole, again = (scored(one, tmp_path / "out", tracks=("reference",)) for one in (folder, small))
-    own = whole["kind"] != "entrant"  # a count of drifts may jump with the last bit
-    pd.testing.assert_frame_equal(whole[own], again[own], rtol=0.02)
-    a, b = (label_sensitivity(contest(load(one, one), "reference")) for one in (folder, small))
-    pd.testing.assert_frame_equal(a, b, rtol=0.02)
-
-
-def test_rounding_is_to_the_nearest_multiple_and_keeps_what_is_not_finite():
-    values = np.array([1.0, 1.1, 1.13, -3.14159, np.inf, -np.inf, np.nan, 0.3])
-    quantum = np.array([0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.0])
-    found = reduced.rounded(values, quantum)
-    assert found.dtype == np.float32
-    assert found[:4].tolist() == [1.0, 1.0, 1.25, -3.25]  # 0.3 is lowered to a quarter
-    assert np.array_equal(found[4:7], values[4:7].astype(np.float32), equal_nan=True) and found[7] == np.float32(0.3)
-
-
-def test_rounding_moves_z_scores_by_a_small_part_of_a_standard_deviation(folder, tmp_path):
-    """By 1/64 for the value, and as much again for the band, whose centre and scale are of rounded values."""
-    experiment, small = load(folder, folder), tmp_path / "small"
-    reduced.write(experiment.index, [run.trace for run in experiment.runs], other_labels(experiment), small)
-    again = load(small, small)
-    for signal in (EARLY, LATE):  # what the detectors read
-        before, after = (Detection(one).sides(signal) for one in (experiment, again))
-        z, moved = (np.concatenate([one[run].series[0] for run in before]) for one in (before, after))
-        assert np.max(np.abs(moved - z) / (1 + np.abs(z))) < 4 / 64
-
-
-def test_manifests_are_put_together_again():
-    records = [{"a": 1, "b": {"c": 2, "d": i}, "e": i, "f": {"g": 1}} for i in range(3)]
-    shared = reduced.common(records)
-    assert shared == {"a": 1, "b": {"c": 2}, "f": {"g": 1}}
-    assert [reduced.merged(shared, reduced.without(record, shared)) for record in records] == records
-
-
-def test_a_reduced_folder_of_another_schema_is_refused(folder, tmp_path, monkeypatch):
-    experiment = load(folder, folder)
-    monkeypatch.setattr(trace, "SCHEMA_VERSION", 1)
-    reduced.write(experiment.index, [run.trace for run in experiment.runs], other_labels(experiment), tmp_path / "old")
-    monkeypatch.undo()
-    with pytest.raises(trace.TraceError, match="schema version 1, this code reads 2"):
-        reduced.read(tmp_path / "old")
 
 
 def test_halves_of_the_calibration_runs_agree_on_a_clear_ranking(folder):

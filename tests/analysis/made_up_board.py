@@ -1,0 +1,29 @@
+"""A leaderboard with a known answer: which detector feels which fault when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.replay import Request, replay
+
+SIGNALS = {
+    "qk_delta2_spectrum.entropy.w50": {"unit": "nats", "bad": "down", "axes": ["layer", "head"], "every_steps": 10},
+    "grad_global_norm": {"unit": "1", "bad": "up", "axes": [], "every_steps": 5},
+    "update_to_weight": {"unit": "1", "bad": "both", "axes": ["layer"], "every_steps": 10},
+}
+EARLY, LATE = "qk_delta2_spectrum.entropy.w50", "grad_global_norm"
+DETECTORS = {"early": [EARLY], "late": [LATE], "either": [EARLY, LATE], "elsewhere": ["absent"]}
+COUNTS = {"reference": 5, "calibration": 9, "test": 6, "faulty": 12}
+FAULTS = {
+    "attention": {"shows": {EARLY: 400, LATE: 700}, "diverges": 800, "onset": 301},
+    "ramp": {"shows": {LATE: 600}, "diverges": 700, "onset": 301},
+    "batch8": {"shows": {}, "diverges": None, "onset": 301},
+}
+
+
+def scored(folder: Path, out: Path, **options) -> pd.DataFrame:
+    """The leaderboard of a folder of runs, by track, fault and detector. options: of ``Request``."""
+    table = replay(Request(runs=folder, out=out, **options)).get("leaderboard")
+    return table.set_index(["track", "fault", "detector"]).sort_index()
