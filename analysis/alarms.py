@@ -42,14 +42,14 @@ class Chart:
         raise NotImplementedError
 
     def statistic(self, x: np.ndarray) -> np.ndarray:
-        """(..., T) -> (..., T): one series, or several side by side, which may lack different samples."""
+        """(..., T) -> (..., T): one series, or several that lack the same samples. Raises ValueError on others."""
         x = np.asarray(x, float)
         if np.isfinite(x).all():
             return self._of(x)  # nothing missing, nothing broken: most series
-        missing = np.isnan(x)
-        if x.ndim > 1 and (missing != missing[:1]).any():
-            return np.stack([self.statistic(one) for one in x])
-        present = np.flatnonzero(~missing.reshape(-1, x.shape[-1])[0])
+        missing = np.isnan(x).reshape(-1, x.shape[-1])
+        if (missing != missing[0]).any():
+            raise ValueError("series that are charted together lack different samples")
+        present = np.flatnonzero(~missing[0])
         z = x[..., present]
         infinite = np.logical_or.accumulate(np.isposinf(z), axis=-1)
         with np.errstate(over="ignore"):
@@ -111,7 +111,7 @@ class GLR(Chart):
         sums = np.concatenate((np.zeros((*z.shape[:-1], 1)), np.cumsum(z, axis=-1)), axis=-1)
         largest = np.zeros(z.shape)
         for n in range(1, min(self.window, z.shape[-1]) + 1):
-            rise = np.maximum(sums[..., n:] - sums[..., :-n], 0.0)
+            rise = np.fmax(sums[..., n:] - sums[..., :-n], 0.0)
             np.maximum(largest[..., n - 1 :], rise**2 / (2 * n), out=largest[..., n - 1 :])
         return largest
 
@@ -184,7 +184,8 @@ class Persistent:
         return replace(self, rule=self.rule.calibrate(healthy))
 
     def statistic(self, x: np.ndarray) -> np.ndarray:
-        found = self.rule.statistic(x)
+        """(..., T) -> (..., T), as the rule takes it."""
+        found = np.asarray(self.rule.statistic(x), float)
         lowest = found.copy()
         for back in range(1, self.samples):
             lowest[..., back:] = np.minimum(lowest[..., back:], found[..., :-back])
@@ -239,20 +240,21 @@ def fitted(rule: AlarmRule, reference: Sequence[Sequence[np.ndarray]]) -> list[A
 
 def chart_statistics(runs: Sequence[Sequence[np.ndarray]], rules: Sequence[AlarmRule]) -> list[np.ndarray]:
     """Of every run the larger of the one-sided charts of its ``oriented`` series, one rule a side: (T,) a run."""
-    sides = [_statistics(rule, side) for rule, side in zip(rules, zip(*runs, strict=True), strict=True)]
+    sides = [_statistics(rule, [sides[i] for sides in runs]) for i, rule in enumerate(rules)]
     return [np.fmax.reduce(charted) for charted in zip(*sides, strict=True)]
 
 
 def _statistics(rule: AlarmRule, series: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """A rule's statistic of each series: those of one length together, but a stranger's rule is asked one by one."""
+    """A rule's statistic of each series: charts take all that lack the same samples, a stranger's rule one by one."""
     if not isinstance(rule, (Chart, Persistent)):
         return [rule.statistic(x) for x in series]
-    found: list[np.ndarray] = [np.empty(0)] * len(series)
-    for length in {len(x) for x in series}:
-        alike = [i for i, x in enumerate(series) if len(x) == length]
-        for i, charted in zip(alike, rule.statistic(np.stack([series[i] for i in alike])), strict=True):
-            found[i] = charted
-    return found
+    alike: dict[bytes, list[int]] = {}
+    for i, x in enumerate(series):
+        alike.setdefault(np.isnan(x).tobytes(), []).append(i)
+    found: dict[int, np.ndarray] = {}
+    for group in alike.values():
+        found |= zip(group, rule.statistic(np.stack([series[i] for i in group])), strict=True)
+    return [found[i] for i in range(len(series))]
 
 
 def conformal_rank(n: int, alpha: float) -> int:

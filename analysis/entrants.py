@@ -9,6 +9,7 @@ optional: ``signals``, a list of signals that share its threshold (default: thos
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ RIVER = {"adwin": "ADWIN", "page_hinkley": "PageHinkley", "kswin": "KSWIN"}
 """Names of conf/rule and classes of river.drift."""
 
 MANY_SAMPLES = 50_000
-"""From so many on processes pay for KSWIN, which asks SciPy for a test at every sample; the others ask nobody."""
+"""From so many samples on, processes pay for KSWIN, which runs a test of SciPy's at every one. The others are cheap."""
 
 
 class BadEntrant(ValueError):
@@ -54,10 +55,9 @@ class RiverDetector(Chart):
         return getattr(drift, RIVER[self.name])(**self.parameters)
 
     def _of(self, z: np.ndarray) -> np.ndarray:
-        on_all_cores = self.name == "kswin" and z.size > MANY_SAMPLES
-        counts = Parallel(cpu_count() if on_all_cores else 1)(
-            delayed(self._count)(series) for series in z.reshape(-1, z.shape[-1])
-        )
+        series = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
+        at_once = min(cpu_count(), len(series)) if self.name == "kswin" and z.size >= MANY_SAMPLES else 1
+        counts = Parallel(at_once)(delayed(self._count)(one) for one in series)
         return np.array(counts, float).reshape(z.shape)
 
     def _count(self, series: np.ndarray) -> np.ndarray:

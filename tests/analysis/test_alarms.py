@@ -17,10 +17,12 @@ from analysis.alarms import (
     oriented,
 )
 from analysis.align import Aligned
+from analysis.found import conf
 from analysis.tracks import DeclinedSignal, ReferenceBand
 
 RULES = [Shewhart(), EWMA(0.2), CUSUM(0.5), GLR(50), ShiryaevRoberts((0.5, 1.0, 2.0), phi=0.3)]
 PERSISTENT = make_rule("cusum", persistence=3, drift=0.5)
+RIVER = [make_rule(**conf("rule", name)) for name in ("adwin", "kswin", "page_hinkley")]
 STEPS = np.arange(50, 50 * 41, 50)
 
 
@@ -70,13 +72,14 @@ def test_a_missing_sample_holds_the_statistic_and_an_infinite_one_alarms_for_goo
     assert np.isposinf(after[1])
 
 
-@pytest.mark.parametrize("rule", [*RULES, PERSISTENT])
+@pytest.mark.parametrize("rule", [*RULES, *RIVER, PERSISTENT])
 def test_runs_charted_together_are_charted_as_each_by_itself(rule):
     """Whatever its length, its gaps and what breaks in it: no run may show in another's statistic."""
     generator = np.random.default_rng(3)
-    runs = [tuple(generator.normal(size=(2, length))) for length in (60, 40, 60, 60, 1, 0, 40)]
+    runs = [tuple(generator.normal(size=(2, length))) for length in (60, 40, 60, 60, 1, 0, 40, 5)]
     runs[2][0][[0, 1, 30]] = np.nan
     runs[3][1][20:] = np.inf
+    runs[7][0][:] = np.nan
     together = chart_statistics(runs, [rule, rule])
     for run, found in zip(runs, together, strict=True):
         assert np.array_equal(found, np.fmax(*map(rule.statistic, run)), equal_nan=True)
@@ -84,12 +87,18 @@ def test_runs_charted_together_are_charted_as_each_by_itself(rule):
     gaps[:, [0, 1, 9]] = np.nan  # the same for all, as where a track needs a past
     alone = np.stack([rule.statistic(side) for side in gaps])
     assert np.array_equal(rule.statistic(gaps), alone, equal_nan=True)
+    gaps[1, 20] = np.nan
+    with pytest.raises(ValueError, match="lack different samples"):
+        rule.statistic(gaps)
+    assert chart_statistics([], [rule]) == []
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, *RIVER])
 def test_empty_and_constant_input_are_defined(rule):
-    assert rule.statistic(np.array([])).shape == (0,)
+    for shape in ((0,), (3, 0), (0, 0), (0, 4)):
+        assert rule.statistic(np.empty(shape)).shape == shape
     assert np.all(np.isfinite(rule.statistic(np.zeros(5))))
+    assert np.isnan(rule.statistic(np.full(5, np.nan))).all()
 
 
 def test_z_scores_are_taken_per_layer_before_the_worst_is_chosen():

@@ -237,3 +237,13 @@ def test_an_alarm_before_the_onset_earns_nothing_over_the_baseline(folder, tmp_p
 def test_a_track_on_which_nobody_has_a_say_lists_who_declined(folder, tmp_path):
     table = scored(folder, tmp_path / "out", tracks=("floor",))
     assert set(table.loc["floor"]["kind"]) == {"detector", "control"}
+
+
+def test_a_run_that_ended_before_its_first_sample_is_scored_with_the_others(folder, tmp_path):
+    trace.cut_back(folder / "ramp3000", 15)  # the label has one sample by then, what the baseline reads below none
+    change_manifest(folder, "ramp3000", steps_done=15, end_reason="diverged")
+    index = json.loads((folder / "experiment.json").read_text())
+    index["experiment"] |= {"score_every": 20}
+    (folder / "experiment.json").write_text(json.dumps(index))
+    table = scored(folder, tmp_path / "out", tracks=("reference",)).loc["reference"]
+    assert table.loc[("ramp", "late"), "runs"] == table.loc[("ramp", "river kswin"), "runs"] == 12
