@@ -240,7 +240,7 @@ def fitted(rule: AlarmRule, reference: Sequence[Sequence[np.ndarray]]) -> list[A
 
 def chart_statistics(runs: Sequence[Sequence[np.ndarray]], rules: Sequence[AlarmRule]) -> list[np.ndarray]:
     """Of every run the larger of the one-sided charts of its ``oriented`` series, one rule a side: (T,) a run."""
-    sides = [_statistics(rule, [sides[i] for sides in runs]) for i, rule in enumerate(rules)]
+    sides = [_statistics(rule, [run[i] for run in runs]) for i, rule in enumerate(rules)]
     return [np.fmax.reduce(charted) for charted in zip(*sides, strict=True)]
 
 
