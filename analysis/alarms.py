@@ -111,7 +111,7 @@ class GLR(Chart):
         sums = np.concatenate((np.zeros((*z.shape[:-1], 1)), np.cumsum(z, axis=-1)), axis=-1)
         largest = np.zeros(z.shape)
         for n in range(1, min(self.window, z.shape[-1]) + 1):
-            rise = np.fmax(sums[..., n:] - sums[..., :-n], 0.0)
+            rise = np.fmax(sums[..., n:] - sums[..., :-n], 0.0)  # fmax: between infinite sums there is none
             np.maximum(largest[..., n - 1 :], rise**2 / (2 * n), out=largest[..., n - 1 :])
         return largest
 

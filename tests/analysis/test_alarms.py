@@ -17,12 +17,13 @@ from analysis.alarms import (
     oriented,
 )
 from analysis.align import Aligned
+from analysis.entrants import RIVER
 from analysis.found import conf
 from analysis.tracks import DeclinedSignal, ReferenceBand
 
 RULES = [Shewhart(), EWMA(0.2), CUSUM(0.5), GLR(50), ShiryaevRoberts((0.5, 1.0, 2.0), phi=0.3)]
 PERSISTENT = make_rule("cusum", persistence=3, drift=0.5)
-RIVER = [make_rule(**conf("rule", name)) for name in ("adwin", "kswin", "page_hinkley")]
+RIVER_RULES = [make_rule(**conf("rule", name)) for name in RIVER]
 STEPS = np.arange(50, 50 * 41, 50)
 
 
@@ -72,7 +73,7 @@ def test_a_missing_sample_holds_the_statistic_and_an_infinite_one_alarms_for_goo
     assert np.isposinf(after[1])
 
 
-@pytest.mark.parametrize("rule", [*RULES, *RIVER, PERSISTENT])
+@pytest.mark.parametrize("rule", [*RULES, *RIVER_RULES, PERSISTENT])
 def test_runs_charted_together_are_charted_as_each_by_itself(rule):
     """Whatever its length, its gaps and what breaks in it: no run may show in another's statistic."""
     generator = np.random.default_rng(3)
@@ -93,7 +94,7 @@ def test_runs_charted_together_are_charted_as_each_by_itself(rule):
     assert chart_statistics([], [rule]) == []
 
 
-@pytest.mark.parametrize("rule", [*RULES, *RIVER])
+@pytest.mark.parametrize("rule", [*RULES, *RIVER_RULES])
 def test_empty_and_constant_input_are_defined(rule):
     for shape in ((0,), (3, 0), (0, 0), (0, 4)):
         assert rule.statistic(np.empty(shape)).shape == shape

@@ -100,7 +100,7 @@ def test_a_sigkill_loses_nothing_that_a_resume_does_not_bring_back(tiny, text, t
         "data=text",
         f"data.path={text}",
         *tiny,
-        "train.steps=200",
+        "train.steps=400",
         "quiet=true",
     ]
     out = tmp_path / "killed"

@@ -7,7 +7,7 @@ from models.arithmetic import ORDINARY, ROUNDS_TO_ONE, Arithmetic
 from models.attention import flash_attention
 from models.flash import _forward, check_numerics
 from models.flash_arithmetic import encode_arithmetic
-from models.numerics import HEALTHY_LAYER, AttentionNumerics, LayerNumerics, SiteFault
+from models.numerics import HEALTHY_LAYER, KEY_VALUE_SITES, AttentionNumerics, LayerNumerics, SiteFault
 from models.tiles import Tile, Tiles
 from tests.models.attention_in_fp64 import NAMES, distance, exact, inputs, run
 from tests.models.attention_in_triton import DEVICE, ONE_TILE, SMALL_TILES, output_in_tiles, run_triton
@@ -131,16 +131,20 @@ def test_the_fp32_o_is_that_of_fp32_sums_and_is_not_returned(tiles):
 @pytest.mark.parametrize("tiles", [ONE_TILE, SMALL_TILES])
 @pytest.mark.parametrize("arithmetic", [Arithmetic(delta="p"), Arithmetic(stored_o="fp32"), Arithmetic("bf16")])
 def test_a_fault_meets_every_arithmetic_as_in_the_reference(arithmetic, tiles):
-    """Each site in a head of its own: one kernel shows them all."""
+    """Each site in a group of heads of its own: one kernel shows them all."""
     sites = {"q": 6, "p": 7, "v": 6, "o": 7, "lse": 5, "do": 6, "dp": 7, "delta": 6}
-    x = inputs(B=1, H=len(sites), G=len(sites), T=40)
-    faults = tuple(SiteFault(s, "backward", "truncate", bits, heads=(h,)) for h, (s, bits) in enumerate(sites.items()))
+    groups = len(sites)
+    x = inputs(B=1, H=2 * groups, G=groups, T=40)
+    faults = tuple(
+        SiteFault(site, "backward", "truncate", bits, heads=(group,) if site in KEY_VALUE_SITES else (2 * group,))
+        for group, (site, bits) in enumerate(sites.items())
+    )
     healthy, numerics = LayerNumerics({}, arithmetic), AttentionNumerics(faults, arithmetic).layer(0)
     got = run_triton(*x, numerics, 30, tiles)
     faulty, clean = run(*x, numerics, window=30), run(*x, healthy, window=30)
-    for head, site in enumerate(sites):
+    for group, site in enumerate(sites):
         for name in NAMES[1:]:
-            mine, right, before = (found[name][:, head] for found in (got, faulty, clean))
+            mine, right, before = (found[name].unflatten(1, (groups, -1))[:, group] for found in (got, faulty, clean))
             assert distance(mine, right) < max(0.1 * distance(before, right), 2.0**-8), (site, name)
 
 
