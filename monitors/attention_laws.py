@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from monitors import conservation, rounding
+from monitors.attention_twin import Twin, twin_of
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
-from monitors.conservation import relative
-from monitors.rounding import OVER_NOISE, DotProductStep
+from monitors.dot_product import DotProductStep
+from monitors.kernel_rounding import kernel_rounding
+from monitors.rounding import OVER_NOISE, beyond_rounding
 
-Law = Callable[[DotProductStep], conservation.Broken]
-Noise = Callable[[DotProductStep], Tensor]
+Law = Callable[[DotProductStep], conservation.Difference]
+Noise = Callable[[Twin], Tensor]
 
 LAWS: Mapping[str, tuple[Law, Noise]] = {
     "key_shift_residual": (
@@ -42,7 +44,12 @@ LAWS: Mapping[str, tuple[Law, Noise]] = {
         rounding.vo_gauge_matrix_noise,
     ),
 }
-"""By signal: by how much its law is broken, and the mean square that rounding alone gives that; each (B, G)."""
+"""By signal: its law, and the mean square that rounding alone gives what the law leaves, (B, G)."""
+
+
+def over_noise(t: DotProductStep, twin: Twin) -> dict[str, Tensor]:
+    """By law, what is broken beyond rounding over what rounding alone predicts, (B, G)."""
+    return {name: beyond_rounding(law(t)[0], law(twin.step)[0], noise(twin)) for name, (law, noise) in LAWS.items()}
 
 
 class AttentionLaws:
@@ -50,8 +57,8 @@ class AttentionLaws:
 
     Signals, each the root mean square over batch rows: the residual of each law, relative as in its source, and
     ``.over_noise``, what is broken over what rounding alone predicts (``monitors.rounding``). On a healthy BF16 kernel
-    the latter is 1, within the luck of a few numbers, at any step of any run: it needs no healthy twin. An FP32 kernel
-    (``sdpa``) has no such prediction: that signal is left out.
+    the latter is 1, within the luck of a few numbers, at any step of any run: it needs no healthy twin run. A kernel
+    whose rounding is not known (``monitors.kernel_rounding``) has no such prediction: that signal is left out.
 
     rows: how many rows of the batch are looked at, taken in turn from step to step; 0 for all. Every row obeys every
     law by itself, so fewer rows cost less and blur more. every_steps: cadence.
@@ -73,14 +80,12 @@ class AttentionLaws:
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = list(view.taps.at("dot_product").values())
         chosen, layers = in_turn(self.rows, view.step // self.every_steps, len(taps[0].output)), len(taps)
-        together = DotProductStep.of(taps, chosen)
-        broken, scale = (torch.stack(parts) for parts in zip(*(law(together) for law, _ in LAWS.values()), strict=True))
-        readings = dict(zip(LAWS, over_rows(relative(broken, scale), layers), strict=True))
-        if taps[0].module.rounds_to_bf16:
-            noise = torch.stack([predict(together) for _, predict in LAWS.values()]).sqrt()
-            ratios = over_rows(relative(broken, noise), layers)
-            readings |= {f"{law}.{OVER_NOISE}": ratio for law, ratio in zip(LAWS, ratios, strict=True)}
-        return readings
+        step = DotProductStep.of(taps, chosen)
+        found = {name: conservation.residual_of(*law(step)) for name, (law, _) in LAWS.items()}
+        if rounding_points := kernel_rounding(taps[0]):
+            ratios = over_noise(step, twin_of(step, rounding_points))
+            found |= {f"{name}.{OVER_NOISE}": ratio for name, ratio in ratios.items()}
+        return dict(zip(found, over_rows(torch.stack(list(found.values())), layers), strict=True))
 
 
 def over_rows(residual: Tensor, layers: int) -> Tensor:

@@ -34,9 +34,26 @@ Broken = tuple[Tensor, Tensor]
 """By how much a law is broken, 0 or more, and the scale that its residual divides by; one shape."""
 
 
+Difference = tuple[Tensor, Tensor]
+"""What a law of attention leaves, a number, vector or matrix for each batch row and key-value head, (B, G, ...), and
+the scale that its residual divides by, (B, G)."""
+
+
 def relative(broken: Tensor, scale: Tensor) -> Tensor:
     """broken / scale, and 0 where both are 0."""
     return torch.where((broken == 0) & (scale == 0), 0.0, broken / scale)
+
+
+def size(difference: Tensor) -> Tensor:
+    """The norm over all axes but the first two, (B, G, ...) -> (B, G)."""
+    if difference.dim() == 2:
+        return difference.abs()
+    return torch.linalg.vector_norm(difference, dim=tuple(range(2, difference.dim())))
+
+
+def residual_of(difference: Tensor, scale: Tensor) -> Tensor:
+    """A law of attention as a residual, (B, G)."""
+    return relative(size(difference), scale)
 
 
 def over_tokens(residual: Tensor) -> Tensor:
@@ -80,58 +97,58 @@ def per_query_head(x_BGT: Tensor, n_heads: int) -> Tensor:
     return x_BGT if shared == 1 else x_BGT.repeat_interleave(shared, dim=1)
 
 
-def key_shift(dk: Tensor) -> Broken:
+def key_shift(dk: Tensor) -> Difference:
     """||sum_j dK_j|| / sum_j ||dK_j||, per batch row and key-value head.
 
     Adding one vector c to every key adds q_i . c / sqrt(D) to a whole row of scores, which softmax ignores. So the
     loss does not change along that shift of K, and its gradient there, sum_j dK_j, is 0. It needs a softmax
     without a sink. A grouped dK already sums over the query heads of its group, each of which obeys the law.
 
-    dk: (B, G, T, D). Returns the two, each (B, G).
+    dk: (B, G, T, D). Returns the vector and the scale.
     """
-    return _norm(dk.sum(-2)), _norm(dk).sum(-1)
+    return dk.sum(-2), _norm(dk).sum(-1)
 
 
 def key_shift_residual(dk: Tensor) -> Tensor:
     """``key_shift`` as a residual, (B, G)."""
-    return relative(*key_shift(dk))
+    return residual_of(*key_shift(dk))
 
 
-def value_shift(dv: Tensor, do: Tensor) -> Broken:
+def value_shift(dv: Tensor, do: Tensor) -> Difference:
     """||sum_j dV_j - sum_i dO_i|| / sum_i ||dO_i||, per batch row and key-value head.
 
     Rows of P sum to 1, so adding c to every value adds c to every output: the derivative of the loss along the
     shift is c . sum_j dV_j and c . sum_i dO_i alike.
 
-    dv: (B, G, T, D); do: (B, H, T, D), summed over each group. Returns the two, each (B, G).
+    dv: (B, G, T, D); do: (B, H, T, D), summed over each group. Returns the vector and the scale.
     """
     total = over_group(do, dv.shape[1])
-    return _norm(dv.sum(-2) - total.sum(-2)), _norm(total).sum(-1)
+    return dv.sum(-2) - total.sum(-2), _norm(total).sum(-1)
 
 
 def value_shift_residual(dv: Tensor, do: Tensor) -> Tensor:
     """``value_shift`` as a residual, (B, G)."""
-    return relative(*value_shift(dv, do))
+    return residual_of(*value_shift(dv, do))
 
 
-def qk_gauge(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Broken:
+def qk_gauge(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Difference:
     """|sum q dq - sum k dk| / sum |q dq| over tokens and components, per batch row and key-value head: a trace.
 
     Q -> aQ, K -> K/a leaves every score as it is; the derivative of the loss at a = 1 is sum q.dq - sum k.dk = 0.
 
-    q, dq: (B, H, T, D); k, dk: (B, G, T, D). Returns the two, each (B, G).
+    q, dq: (B, H, T, D); k, dk: (B, G, T, D). Returns the number, with its sign, and the scale.
     """
     q_dq = q * dq
     query, key = over_group(_total(q_dq), k.shape[1]), _total(k * dk)
-    return (query - key).abs(), over_group(_total(q_dq.abs_()), k.shape[1])
+    return query - key, over_group(_total(q_dq.abs_()), k.shape[1])
 
 
 def qk_gauge_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
     """``qk_gauge`` as a residual, (B, G)."""
-    return relative(*qk_gauge(q, dq, k, dk))
+    return residual_of(*qk_gauge(q, dq, k, dk))
 
 
-def qk_gauge_matrix(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Broken:
+def qk_gauge_matrix(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Difference:
     """||Q^T dQ - (K^T dK)^T||_F / ||Q^T dQ||_F, per batch row and key-value head: the whole D x D law.
 
     Q -> QA, K -> K A^-T leaves Q K^T as it is for every invertible A; with A = 1 + X, the derivative along X is
@@ -139,43 +156,43 @@ def qk_gauge_matrix(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Broken:
     Q^T dQ add up. Shapes as in ``qk_gauge``.
     """
     query = over_group(q.mT @ dq, k.shape[1])
-    return torch.linalg.matrix_norm(query - dk.mT @ k), torch.linalg.matrix_norm(query)
+    return query - dk.mT @ k, torch.linalg.matrix_norm(query)
 
 
 def qk_gauge_matrix_residual(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:
     """``qk_gauge_matrix`` as a residual, (B, G)."""
-    return relative(*qk_gauge_matrix(q, dq, k, dk))
+    return residual_of(*qk_gauge_matrix(q, dq, k, dk))
 
 
-def vo_gauge(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Broken:
+def vo_gauge(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Difference:
     """|sum v dv - sum o do| / sum |o do| over tokens and components, per batch row and key-value head: a trace.
 
     O is linear in V, so V -> aV makes O -> aO, and the derivative of the loss along it is either sum.
 
-    v, dv: (B, G, T, D); o, do: (B, H, T, D). Returns the two, each (B, G).
+    v, dv: (B, G, T, D); o, do: (B, H, T, D). Returns the number, with its sign, and the scale.
     """
     o_do = o * do
     value, output = _total(v * dv), over_group(_total(o_do), v.shape[1])
-    return (value - output).abs(), over_group(_total(o_do.abs_()), v.shape[1])
+    return value - output, over_group(_total(o_do.abs_()), v.shape[1])
 
 
 def vo_gauge_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Tensor:
     """``vo_gauge`` as a residual, (B, G)."""
-    return relative(*vo_gauge(v, dv, o, do))
+    return residual_of(*vo_gauge(v, dv, o, do))
 
 
-def vo_gauge_matrix(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Broken:
+def vo_gauge_matrix(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Difference:
     """||V^T dV - O^T dO||_F / ||O^T dO||_F, per batch row and key-value head: V -> VA makes O -> OA.
 
     Shapes as in ``vo_gauge``.
     """
     output = over_group(o.mT @ do, v.shape[1])
-    return torch.linalg.matrix_norm(v.mT @ dv - output), torch.linalg.matrix_norm(output)
+    return v.mT @ dv - output, torch.linalg.matrix_norm(output)
 
 
 def vo_gauge_matrix_residual(v: Tensor, dv: Tensor, o: Tensor, do: Tensor) -> Tensor:
     """``vo_gauge_matrix`` as a residual, (B, G)."""
-    return relative(*vo_gauge_matrix(v, dv, o, do))
+    return residual_of(*vo_gauge_matrix(v, dv, o, do))
 
 
 def router_shift(dw: Tensor, x: Tensor | None = None, logits: Tensor | None = None, z_coef: float = 0.0) -> Broken:

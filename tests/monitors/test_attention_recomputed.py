@@ -5,9 +5,11 @@ import torch
 
 from models.attention import flash_attention
 from models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
-from monitors.attention_laws import LAWS
-from monitors.attention_recomputed import PARTS, AttentionRecomputed, recompute
-from monitors.rounding import DotProductStep
+from monitors import attention_laws, attention_recomputed
+from monitors.attention_recomputed import PARTS, AttentionRecomputed, computed_again
+from monitors.attention_twin import twin_of
+from monitors.dot_product import DotProductStep
+from monitors.kernel_rounding import REFERENCE
 
 
 def step(sharpness: float, *faults: SiteFault, shared: int = 1, window: int | None = None) -> DotProductStep:
@@ -26,7 +28,8 @@ def step(sharpness: float, *faults: SiteFault, shared: int = 1, window: int | No
 
 def over_noise(t: DotProductStep) -> dict[str, torch.Tensor]:
     """By part and head, the root mean square over rows."""
-    return {part: (error.square() / noise).mean(0).sqrt() for part, (error, _, noise) in recompute(t).items()}
+    ratios = attention_recomputed.over_noise(t, computed_again(t), REFERENCE)
+    return {part: ratio.square().mean(0).sqrt() for part, ratio in ratios.items()}
 
 
 @pytest.mark.parametrize("sharpness", [0.3, 1.0, 4.0])
@@ -59,7 +62,10 @@ def test_one_truncated_bit_of_a_site_shows_in_the_gradients_that_it_reaches(site
 def test_a_wrong_output_is_seen_and_not_blamed_on_the_gradients_of_a_kernel_that_uses_it():
     """S corrupted in both passes alike keeps every law: a different softmax, with its own right gradient."""
     t = step(1.0, SiteFault("s", "both", "truncate", 3))
-    laws = {name: (law(t)[0].square() / noise(t)).mean().sqrt() for name, (law, noise) in LAWS.items()}
+    laws = {
+        name: ratio.square().mean().sqrt()
+        for name, ratio in attention_laws.over_noise(t, twin_of(t, REFERENCE)).items()
+    }
     assert max(laws.values()) < 1.3, laws
     assert min(ratio.min() for ratio in over_noise(t).values()) > 5
 

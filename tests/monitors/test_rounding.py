@@ -7,9 +7,10 @@ import torch
 
 from models.attention import flash_attention
 from models.numerics import KEY_VALUE_SITES, LayerNumerics, SiteFault, to_bf16_grid
-from monitors import rounding
-from monitors.attention_laws import LAWS
-from monitors.rounding import DotProductStep
+from monitors import attention_laws
+from monitors.attention_twin import twin_of
+from monitors.dot_product import DotProductStep
+from monitors.kernel_rounding import REFERENCE
 
 PREDICTION = {  # of the root mean square over 64 rows; a trace is one number a row, a vector or matrix many
     "key_shift_residual": 0.15,
@@ -40,7 +41,8 @@ def step(
 
 def over_noise(t: DotProductStep) -> dict[str, torch.Tensor]:
     """By law and head, the root mean square over rows."""
-    return {name: (law(t)[0].square() / noise(t)).mean(0).sqrt() for name, (law, noise) in LAWS.items()}
+    ratios = attention_laws.over_noise(t, twin_of(t, REFERENCE))
+    return {name: ratio.square().mean(0).sqrt() for name, ratio in ratios.items()}
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0])
@@ -48,33 +50,6 @@ def test_a_healthy_kernel_breaks_its_laws_by_what_is_predicted(sharpness):
     for name, ratio in over_noise(step(sharpness)).items():
         overall = ratio.square().mean().sqrt()
         assert abs(math.log(overall)) < PREDICTION[name], (name, float(overall))
-
-
-@pytest.mark.parametrize("tile", [20, 64])
-@pytest.mark.parametrize("window", [None, 9])
-def test_row_sums_are_those_of_their_definitions(tile, window, monkeypatch):
-    monkeypatch.setattr(rounding, "TILE", tile)  # 48 tokens: two whole tiles and a part of one, or one
-    t = step(2.0, window=window)
-    exact = DotProductStep(*(x.double() for x in (t.q, t.k, t.v, t.o, t.dq, t.dk, t.dv, t.do)))
-    T = t.q.shape[-2]
-    distance = torch.arange(T)[:, None] - torch.arange(T)
-    mask = torch.where((distance >= 0) & (distance < (window or T)), 0.0, -math.inf).double()
-    p = (exact.q @ exact.k.mT / 4 + mask).softmax(-1)
-    dp = exact.do @ exact.v.mT
-    delta = (exact.do * exact.o).sum(-1, keepdim=True)
-    e = p.square().masked_fill(p == p.amax(-1, keepdim=True), 0.0)
-    twice = p.square().masked_fill(p == 1, 0.0)
-    v2 = exact.v.square().sum(-1)[..., None, :]
-    expected = {
-        "ds2": (p * (dp - delta)).square(),
-        "forward_dp2": e * dp.square(),
-        "forward_v2": e * v2,
-        "backward": twice,
-        "backward_dp2": twice * dp.square(),
-        "backward_v2": twice * v2,
-    }
-    for name, terms in expected.items():
-        torch.testing.assert_close(getattr(t.row_sums, name).double(), terms.sum(-1), rtol=1e-4, atol=1e-4, msg=name)
 
 
 CLASSES = {  # what the derivations of monitors.conservation say, site by site
