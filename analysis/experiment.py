@@ -131,6 +131,11 @@ def views(report: Path) -> list[tuple[str, str]]:
     return [(model, axis) for model in index["experiment"]["models"] for axis in index["experiment"]["align"]]
 
 
+def has_cases(report: Path) -> bool:
+    """Whether an experiment's runs are judged each by itself, not against healthy ones beside them."""
+    return "cases" in _index(report)["experiment"]
+
+
 def _index(report: Path) -> dict[str, Any]:
     index_file = report / "experiment.json"
     if not index_file.exists():

@@ -15,10 +15,11 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from analysis.cases import make_case_report
 from analysis.claims import check_claims
 from analysis.delays import blind_table, smallest_table
 from analysis.early_figures import cost_figure, size_figure
-from analysis.experiment import HEALTHY_ROLES, Experiment, load, views
+from analysis.experiment import HEALTHY_ROLES, Experiment, has_cases, load, views
 from analysis.figures import central_figure, fault_figure, lead_figure
 from analysis.leaderboard_figure import leads_figure
 from analysis.localise import confusion, localise, sentences, shares_right
@@ -53,7 +54,10 @@ BY_MODEL = {
 }
 """By kind, the figures that every model has, by file name."""
 
-DRAWINGS = ("central", "faults", "doses", "grid", "selectivity", "leads", *BY_MODEL)
+CASES = "cases"
+"""The kind of an experiment whose runs are judged each by itself: ``analysis.cases`` makes its report."""
+
+DRAWINGS = ("central", "faults", "doses", "grid", "selectivity", "leads", *BY_MODEL, CASES)
 """Kinds of central figure, the key ``draw`` of an experiment."""
 
 
@@ -265,8 +269,12 @@ def _write_csv(experiments: Sequence[Experiment], tables: Sequence[pd.DataFrame]
 def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str | None = None) -> list[Experiment]:
     """Score the runs that ``report/experiment.json`` lists and write figures, CSV files, ``index.html`` and receipts there.
 
-    align: ``steps`` or ``tokens``, or None for what the experiment asks for. Returns its views, scored.
+    align: ``steps`` or ``tokens``, or None for what the experiment asks for. Returns its views, scored; none of an
+    experiment of cases, whose report is that of ``analysis.cases``.
     """
+    if has_cases(report):
+        make_case_report(report, runs)
+        return []
     chosen = dict.fromkeys((model, align or axis) for model, axis in views(report))
     experiments = [load(report, runs, allow_mixed, model, axis) for model, axis in chosen]
     tables = [lead_table(experiment) for experiment in experiments]

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -51,6 +51,7 @@ RESULT_SOURCES = (
     "experiments/manifest.py",
     "experiments/optimizer.py",
     "experiments/recorder.py",
+    "experiments/repetition.py",
     "experiments/stacked_history.py",
     "experiments/stacked_loop.py",
     "experiments/stacked_monitors.py",
@@ -271,8 +272,8 @@ def _fitting(monitors: Mapping[str, Any], model: TransformerConfig) -> tuple[dic
     return {name: node for name, node in monitors.items() if name not in unfit}, unfit
 
 
-def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = None) -> Run:
-    """Check a composed configuration and build its run. ``corpus``: an already loaded one, to share it.
+def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig, int], Corpus] = Corpus) -> Run:
+    """Check a composed configuration and build its run. load: gives a corpus, for runs that share theirs.
 
     Raises ValueError or FileNotFoundError with one line that names the key, the value and what is allowed.
     """
@@ -301,7 +302,7 @@ def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = No
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]
     if len(set(names)) != len(names):
         raise ValueError(f"two monitors both emit {next(n for n in names if names.count(n) > 1)!r}")
-    corpus = corpus or Corpus(data, model.context_length)
+    corpus = load(data, model.context_length)
     if model.vocab_size is None:
         model = replace(model, vocab_size=corpus.vocab_size)
     elif model.vocab_size < corpus.vocab_size:

@@ -9,9 +9,12 @@ import hashlib
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+
+from experiments.repetition import REPETITIONS, repeated
 
 HELD_OUT_SEED = 2606_28116
 """Fixes the held-out and probe batches for every run, whatever its seed."""
@@ -27,7 +30,8 @@ class DataConfig:
     ``pattern``), or ``tokens`` (a nanoGPT ``.bin`` of uint16). path: for ``text`` and ``tokens``;
     bpe_vocab_size: train a byte-level BPE of that size on the corpus, or None for raw bytes;
     vocab_size: of a ``tokens`` file, whose vocabulary the file does not say;
-    held_out: share of the corpus, taken from its end, that no training batch touches.
+    held_out: share of the corpus, taken from its end, that no training batch touches;
+    repeats: what of a corpus of bytes is made alike (``experiments.repetition``), or None for the corpus as it is.
     """
 
     source: str
@@ -36,6 +40,7 @@ class DataConfig:
     bpe_vocab_size: int | None = None
     vocab_size: int | None = None
     held_out: float = 0.05
+    repeats: str | None = None
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -59,6 +64,15 @@ class DataConfig:
                 raise ValueError("data.bpe_vocab_size has no effect on data.source='tokens': set it to null")
             if not 257 <= self.bpe_vocab_size <= 65536:
                 raise ValueError(f"data.bpe_vocab_size={self.bpe_vocab_size} is not allowed: 257 to 65536, or null")
+        if self.repeats is not None:
+            if self.repeats not in REPETITIONS:
+                raise ValueError(
+                    f"data.repeats={self.repeats!r} is not allowed: one of {', '.join(REPETITIONS)}, or null"
+                )
+            if self.source == "tokens" or self.bpe_vocab_size is not None:
+                raise ValueError(
+                    f"data.repeats={self.repeats!r} needs bytes: data.source stdlib or text, data.bpe_vocab_size=null"
+                )
 
 
 def _python_source_files() -> list[Path]:
@@ -108,7 +122,8 @@ def _load_tokens(config: DataConfig) -> tuple[np.ndarray, int]:
         raise FileNotFoundError(f"data.path={config.path!r} holds no file that matches data.pattern={config.pattern!r}")
     if config.bpe_vocab_size is not None:
         return _bpe_ids(files, config.bpe_vocab_size), config.bpe_vocab_size
-    return np.frombuffer(b"".join(file.read_bytes() for file in files), dtype=np.uint8), 256
+    tokens = np.frombuffer(b"".join(file.read_bytes() for file in files), dtype=np.uint8)
+    return (tokens if config.repeats is None else repeated(tokens, config.repeats)), 256
 
 
 class Corpus:
@@ -159,3 +174,9 @@ class Corpus:
     def probe_batch(self, size: int) -> np.ndarray:
         """A frozen held-out batch for probe monitors, disjoint in its draw from the label batch."""
         return self._sequences(self.held_out, self._starts(self.held_out, (HELD_OUT_SEED, 1), size))
+
+
+@cache
+def load_once(config: DataConfig, context_length: int) -> Corpus:
+    """The corpus, read once in a process: for sweeps, where reading it would take longer than building a run."""
+    return Corpus(config, context_length)

@@ -36,8 +36,9 @@ from experiments import trace
 from experiments.build import Run, build_run
 from experiments.checkpoint import RunError
 from experiments.cli import CONF, USER_ERRORS, guarded, one_line_errors
+from experiments.data import load_once
 from experiments.pieces import Unfinished, in_pieces
-from experiments.plan import PlannedRun, plan
+from experiments.plan import PlannedRun, plan, plan_cases
 from experiments.progress import StackProgress, SweepProgress
 from experiments.stacked_loop import train_stack
 from experiments.stacking import stacks, why_single
@@ -55,7 +56,7 @@ def train_quietly(jobs: Sequence[Sequence[Sequence[str]]], config: DictConfig) -
         config.quiet = True
     members = jobs[HydraConfig.get().job.num]
     try:
-        return run_together(members, Path(config.out)) if config.train.stack > 1 else [run_one(config)]
+        return run_together(members, Path(config.out)) if config.train.stack > 1 else [run_one(config, load_once)]
     except USER_ERRORS as error:
         return [{"error": " ".join(str(error).split())}] * len(members)
 
@@ -70,7 +71,7 @@ def run_together(members: Sequence[Sequence[str]], out: Path) -> list[dict[str, 
 
 
 def build_all(members: Sequence[Sequence[str]]) -> list[Run]:
-    """Compose, check and identify runs; one corpus serves all. members: the runs' overrides, the seed last.
+    """Compose, check and identify runs; those with the same data share it. members: the runs' overrides, the seed last.
 
     Runs that differ in their seed alone are composed once: composing takes a third of a second.
     """
@@ -81,7 +82,7 @@ def build_all(members: Sequence[Sequence[str]]) -> list[Run]:
             composed[tuple(shared)] = compose(CONFIG_NAME, overrides=shared)
         config = composed[tuple(shared)]
         config.seed = int(seed.removeprefix("seed="))
-        runs.append(build_run(config, corpus=runs[0].corpus if runs else None))
+        runs.append(build_run(config, load_once))
     return runs
 
 
@@ -194,19 +195,26 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
     return {**settings["experiment"], "align": align}
 
 
+def planned_runs(experiment: Mapping[str, Any], scale: Mapping[str, Any]) -> list[PlannedRun]:
+    """Every run of an experiment: of its cases where it has any, else of its faults and of healthy twins."""
+    overrides = experiment.get("overrides", ())
+    if "cases" in experiment:
+        return plan_cases(experiment["cases"], experiment["models"][0], experiment["seeds"], overrides)
+    return plan(experiment.get("seeds", scale["seeds"]), experiment["faults"], experiment["models"], overrides)
+
+
 @hydra.main(version_base="1.3", config_path=CONF, config_name=CONFIG_NAME)
 @one_line_errors
 def main(config: DictConfig) -> None:
     settings = OmegaConf.to_container(config, resolve=True)
     given = list(HydraConfig.get().overrides.task)
     experiment = chosen_experiment(settings, given)
-    seeds = experiment.get("seeds", settings["scale"]["seeds"])
-    planned = plan(seeds, experiment["faults"], experiment["models"], experiment.get("overrides", ()))
+    planned = planned_runs(experiment, settings["scale"])
     runs = build_all([[*given, *cell.overrides] for cell in planned])
     if config.dry_run:
         for cell, run in zip(planned, runs, strict=True):
             print(f"{run.run_id}  {cell.model:<9}  {cell.role:<11}  seed {cell.seed:<5} {cell.fault or 'healthy'}")
-        for model in experiment["models"]:
+        for model in dict.fromkeys(cell.model for cell in planned):
             cell_of_model = [cell.model for cell in planned].index(model)
             print(f"{model}, each: {describe(runs[cell_of_model])}")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 
 from experiments.build import Run, build_run
 from experiments.cli import CONF, guarded, one_line_errors
+from experiments.data import Corpus, DataConfig
 from experiments.loop import train
 from experiments.pieces import Unfinished
 from experiments.progress import RunProgress
@@ -40,9 +42,9 @@ def train_shown(run: Run, out: Path, show: bool) -> dict[str, Any]:
         return train(run, out, progress)
 
 
-def run_one(config: DictConfig) -> dict[str, Any]:
-    """Build and train the run of one composed configuration; returns its manifest."""
-    run = build_run(config)
+def run_one(config: DictConfig, load: Callable[[DataConfig, int], Corpus] = Corpus) -> dict[str, Any]:
+    """Build and train the run of one composed configuration; returns its manifest. load: see ``build_run``."""
+    run = build_run(config, load)
     if run.train.stack > 1:
         raise ValueError(
             f"train.stack={run.train.stack} has no effect on runs started one by one: "

@@ -33,6 +33,7 @@ CHOICES = {
 PARAMETER_GROUPS = ("embedding", "attention", "mlp", "router", "norm")
 """Parts of the model whose learning rate a fault may change by itself; experts belong to ``mlp``."""
 
+QUERY = "attention.q.weight"
 RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.output.weight", "mlp.shared.output.weight")
 
 
@@ -54,6 +55,7 @@ class TransformerConfig:
     moe: router and experts in place of every MLP, or None for a dense model;
     rope_base: base of the rotary frequencies, used when positions is ``rope``;
     init_std: of every matrix; residual outputs are scaled by 1/sqrt(2 n_layers) (GPT-2);
+    query_init_std: of W_Q, or None for init_std; 0 gives every key the same weight at the start;
     backend: see ``models.backend``; tiles: of the Triton kernels, or None for those pinned to the head dim;
     deterministic: False lets those kernels add dQ up with atomics, which is faster and never twice the same.
     """
@@ -73,6 +75,7 @@ class TransformerConfig:
     tie_embeddings: bool = True
     qk_norm: bool = False
     init_std: float = 0.02
+    query_init_std: float | None = None
     backend: str = "reference"
     tiles: Tiles | None = None
     deterministic: bool = True
@@ -87,6 +90,10 @@ class TransformerConfig:
                 raise ValueError(f"model.{field}={getattr(self, field)} is not allowed: at least 1, or null {default}")
         if self.vocab_size is not None and self.vocab_size < 2:
             raise ValueError(f"model.vocab_size={self.vocab_size} is not allowed: at least 2, or null for the data's")
+        if self.query_init_std is not None and not 0 <= self.query_init_std < math.inf:
+            raise ValueError(
+                f"model.query_init_std={self.query_init_std} is not allowed: from 0, or null for model.init_std"
+            )
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"model.{field}={getattr(self, field)!r} is not allowed: one of {', '.join(allowed)}")
@@ -251,14 +258,18 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Transformer:
-        """Draw every matrix from N(0, init_std^2), residual outputs from N(0, init_std^2 / 2 n_layers)."""
-        std = self.config.init_std
+        """Draw every matrix from N(0, init_std^2), residual outputs from N(0, init_std^2 / 2 n_layers).
+
+        W_Q is drawn from N(0, query_init_std^2) where that is given; all other weights stay as they are without it.
+        """
+        std, query_std = self.config.init_std, self.config.query_init_std
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 continue  # norms keep their ones and zeros
             residual = name.endswith(RESIDUAL_OUTPUTS)
             scale = 1.0 / math.sqrt(2 * self.config.n_layers) if residual else 1.0
-            parameter.normal_(0.0, std * scale, generator=generator)
+            own = query_std if query_std is not None and name.endswith(QUERY) else std * scale
+            parameter.normal_(0.0, own, generator=generator)
         return self
 
     @in_own_precision

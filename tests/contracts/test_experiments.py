@@ -2,19 +2,22 @@
 
 import hashlib
 import shutil
+from collections import Counter
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from analysis.cases import ALL_CASES
 from analysis.report import DRAWINGS
 from experiments import reproduce
 from experiments.build import ROOT, build_run
 from experiments.loop import train
-from experiments.plan import plan
-from experiments.reproduce import build_all, chosen_experiment
+from experiments.plan import FIRST_CASE_SEED, FIRST_SEED, plan
+from experiments.reproduce import build_all, chosen_experiment, planned_runs
 from experiments.train import describe
 from models.transformer import Transformer
 
@@ -31,7 +34,9 @@ SHORT = [
     "scale.natural_bf16={steps: 60}",
     "scale.reference_set={steps: 60, ramp: {onset: 10, ramp_steps: 40}}",
 ]
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+FILES = sorted((CONF / "experiment").glob("*.yaml"))
+OF_CASES = [path.stem for path in FILES if "cases" in OmegaConf.load(path)]
+EXPERIMENTS = [path.stem for path in FILES if path.stem not in OF_CASES]
 SCALES = sorted(path.stem for path in (CONF / "scale").glob("*.yaml"))
 
 
@@ -146,3 +151,58 @@ def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, on
     assert ("claims.csv" in written) == bool(settings.get("claims"))
     trained = {path.name for path in (tmp_path / "runs").iterdir()} - found
     assert len(trained) == len(models) * len(faults[:3])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("experiment", OF_CASES)
+def test_every_case_composes_and_differs_from_the_others(experiment, scale, text):
+    given = [f"experiment={experiment}", f"scale={scale}", "data=text", f"data.path={text}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = OmegaConf.to_container(compose("reproduce", given), resolve=True)
+        experiment = chosen_experiment(settings, given)
+        planned = planned_runs(experiment, settings["scale"])
+        one_of_each = list({cell.fault: cell for cell in reversed(planned)}.values())
+        runs = build_all([[*given, *cell.overrides] for cell in one_of_each])
+    assert len(runs) == len({run.run_id for run in runs}) == len(experiment["cases"])
+    for run in runs:
+        signals = {signal.name for monitor in run.monitors.values() for signal in monitor.signals}
+        assert set(experiment["laws"].values()) <= signals
+    seeds = {cell.seed for cell in planned}
+    assert min(seeds) >= FIRST_CASE_SEED and not seeds & {seed + i for seed in FIRST_SEED.values() for i in range(1000)}
+    assert experiment["draw"] in DRAWINGS
+
+
+def test_the_zoo_has_fifteen_healthy_cases_and_two_faults(text):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        given = ["experiment=healthy_zoo", "scale=desk", "data=text", f"data.path={text}"]
+        settings = OmegaConf.to_container(compose("reproduce", given), resolve=True)
+        planned = planned_runs(chosen_experiment(settings, given), settings["scale"])
+        runs = build_all([[*given, *cell.overrides] for cell in planned])
+    healthy = [(cell, run) for cell, run in zip(planned, runs, strict=True) if run.fault.onset is None]
+    assert Counter(Counter(cell.fault for cell, _ in healthy).values()) == {40: 15}
+    assert len(runs) - len(healthy) == 2 * 10
+    tokens = {cell.fault: run.train.batch_size * run.model_config.context_length for cell, run in healthy}
+    assert {case for case, count in tokens.items() if count != 1024} == {"padding_256"}
+    assert {run.train.steps for run in runs} == {300}
+
+
+@pytest.mark.parametrize("experiment", OF_CASES)
+def test_cases_run_in_fast_mode_from_training_to_report(experiment, text, tiny, tmp_path, monkeypatch):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cases = OmegaConf.to_container(compose("reproduce", [f"experiment={experiment}"]).experiment.cases)
+    kept = [*list(cases)[:2], list(cases)[-1]]
+    arguments = [
+        f"experiment={experiment}", "data=text", f"data.path={text}", *tiny,
+        f"scale.{experiment}={{seeds: 1, fault_seeds: 1, steps: 20}}", "at_once=1",
+        *(f"~experiment.cases.{name}" for name in cases if name not in kept),
+        f"out={tmp_path / 'runs'}", f"report={tmp_path / 'report'}",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["reproduce", *arguments])
+    reproduce.main()
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"experiment.json", "zoo.csv", "figure.png"}
+    table = pd.read_csv(tmp_path / "report" / "zoo.csv")
+    assert set(table["case"]) == {*kept, ALL_CASES}
+    assert (table["readings"] > 0).all() and table["rms"].notna().all()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.parquet")}
+    reproduce.main()  # finished runs are not trained again
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.parquet")}

@@ -111,6 +111,8 @@ def fp64_logits(net: Transformer, tokens: torch.Tensor) -> torch.Tensor:
         ({"n_kv_heads": 0}, "model.n_kv_heads=0 is not allowed: at least 1, or null for n_heads"),
         ({"window": 0}, "model.window=0 is not allowed: at least 1, or null for every earlier key"),
         ({"d_model": 12, "positions": "rope"}, "even d_head, got 3"),
+        ({"query_init_std": -0.1}, "model.query_init_std=-0.1 is not allowed: from 0"),
+        ({"query_init_std": math.nan}, "model.query_init_std=nan is not allowed: from 0"),
     ],
 )
 def test_an_impossible_config_is_refused_by_name(change, message):
@@ -274,6 +276,17 @@ def test_initial_scales():
         expected = 0.05 / math.sqrt(6) if residual else 0.05
         standard_error = 1 / math.sqrt(2 * parameter.numel())
         assert parameter.std(correction=0).item() == pytest.approx(expected, rel=5 * standard_error), name
+
+
+@pytest.mark.parametrize("std", [0.0, 0.3])
+def test_queries_may_have_an_initial_scale_of_their_own(std):
+    """All other weights stay the ones that they are without it; at 0 every row of P is uniform."""
+    plain, own = model(), model(query_init_std=std)
+    for (name, before), after in zip(plain.named_parameters(), own.parameters(), strict=True):
+        if not name.endswith("attention.q.weight"):
+            assert torch.equal(before, after), name
+            continue
+        assert torch.allclose(after, before * std / plain.config.init_std, rtol=1e-5)
 
 
 def gradients(net, numerics=HEALTHY):
