@@ -82,7 +82,7 @@ def _floor(twin: Twin, *terms: Tensor) -> Tensor:
 def _score_gradient_floor(twin: Twin) -> Tensor:
     """2^-48 [|dO_i|^2 max_j |v_j|^2 + delta_i^2] |q_i|^2, (B, H, T).
 
-    What FP32 makes of dP_i - delta_i, times |q_i|^2 / D: each of the D partial sums of such a product is |dO_i| |v_j| at
+    What FP32 makes of dP_i - delta_i, times |q_i|^2 / D: a partial sum of such a product of D terms is |dO_i| |v_j| at
     most (Cauchy) and errs by 2^-24 of it.
     """
     t = twin.step

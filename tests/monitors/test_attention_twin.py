@@ -24,7 +24,7 @@ PARTS = ("o", "dq", "dk", "dv")
 
 
 def drawn(tokens: int, groups: int = H, spread: float | None = None, sharpness: float = 1.0) -> tuple:
-    """q, k, v and dO on the BF16 grid; spread: of the tokens of a row around one vector of their head, None: no centre."""
+    """q, k, v and dO on the BF16 grid; spread: of the tokens of a head around one vector; None: no centre."""
     generator = torch.Generator().manual_seed(11)
 
     def vectors(heads: int, alike: bool) -> torch.Tensor:
