@@ -65,11 +65,14 @@ class Twin:
 class Flips:
     """What two kernels make of one dS: mean squares by which Q^T dQ - dK^T K differ for it, each (B, H).
 
-    An entry of dS has an FP32 error of root mean square h_ij = P_ij a_i, with a_i that of dP_ij - delta_i, in each
-    kernel by itself. BF16 numbers near dS_ij lie 2^-7.5 |dS_ij| apart on a logarithmic mean, so that an error h changes
-    the rounded entry by that much in a share 0.8 h / (2^-7.5 |dS_ij|) of entries (0.8 = E|x| of a Gaussian): a mean
-    square of phi_ij = 0.8 2^-7.5 |dS_ij| h_ij + h_ij^2. Equal tokens flip together: m_i queries of equal (q_i, dO_i)
-    times n_j keys of equal (k_j, v_j).
+    The FP32 values that they round differ by a root mean square of h_ij = P_ij a_i, with that of dP_i - delta_i
+
+        a_i^2 = (4/3) 2^-48 [ |dO_i|^2 max_j |v_j|^2 (log2 D + 1) / D + 2 delta_i^2 ]
+
+    (2^-48 / 3 for a number and each level of a sum of D, for dP and P, in either kernel). BF16 numbers near dS_ij lie
+    2^-7.5 |dS_ij| apart on a logarithmic mean, so that a difference h changes the rounded entry by that much in a share
+    0.8 h / (2^-7.5 |dS_ij|) of entries (0.8 = E|x| of a Gaussian): phi_ij = 0.8 2^-7.5 |dS_ij| h_ij + h_ij^2. Equal
+    tokens flip together at most: m_i queries of equal (q_i, dO_i) times n_j keys of equal (k_j, v_j).
 
     matrix: sum_ij m_i n_j phi_ij |q_i|^2 |k_j|^2 / D; trace: sum_ij m_i n_j phi_ij S_ij^2.
     """
@@ -103,7 +106,7 @@ def twin_of(t: DotProductStep, rounding: KernelRounding, o: Tensor | None = None
 
     NaN and Inf propagate.
     """
-    store = _unrounded if rounding is UNROUNDED else to_bf16_grid
+    store = _unrounded if rounding is UNROUNDED else _to_bf16
     H, T, D = t.q.shape[-3:]
     G, scale = t.k.shape[-3], 1 / math.sqrt(D)
     k, v = (per_query_head(x, H) for x in (t.k, t.v))
@@ -184,6 +187,11 @@ def repeats(*tensors: Tensor) -> Tensor:
 
 def _unrounded(x: Tensor) -> Tensor:
     return x
+
+
+def _to_bf16(x: Tensor) -> Tensor:
+    """The nearest BF16 number, in x's own dtype."""
+    return to_bf16_grid(x).to(x.dtype)
 
 
 def _blocks(j: slice, size: int | None) -> Iterator[slice]:

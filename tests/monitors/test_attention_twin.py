@@ -31,8 +31,7 @@ def drawn(tokens: int, groups: int = H, spread: float | None = None, sharpness: 
         x = torch.randn(B, heads, tokens, D, generator=generator)
         return x if not alike else torch.randn(B, heads, 1, D, generator=generator) + spread * x
 
-    q, k, v = (vectors(heads, spread is not None) for heads in (H, groups, groups))
-    do = vectors(H, False)
+    q, k, v, do = (vectors(heads, spread is not None) for heads in (H, groups, groups, H))
     return tuple(to_bf16_grid(x) for x in (sharpness * q, k, v, do))
 
 
@@ -184,7 +183,6 @@ def test_alike_tokens_stand_at_one_where_independent_errors_would_not(tokens, sp
     twin = twin_of(t, REFERENCE)
     ratios = attention_laws.over_noise(t, twin)
     for name, ratio in ratios.items():
-        assert float(ratio.square().mean().sqrt()) < 1.15, name
         assert float(ratio.max()) < ALIKE**0.5 + 0.3, name
     if spread == 0.01 and tokens == 256:
         law, noise = LAWS["key_shift_residual"]
@@ -207,17 +205,45 @@ def test_a_fault_keeps_its_size_over_the_noise(bits, random, spread):
     assert ratio > 0.8 * size
 
 
-def test_two_score_gradients_that_differ_in_their_last_fp32_bit_are_predicted():
-    """Two kernels with exact repeats: where one rounds up and the other down, all equal tokens do."""
-    generator = torch.Generator().manual_seed(2)
-    q, k, v, do = (to_bf16_grid(torch.randn(24, 2, 8, D, generator=generator)).repeat(1, 1, 32, 1) for _ in range(4))
-    t = reference(q, k, v, do)
-    p = ((q @ k.mT / math.sqrt(D)).masked_fill(~visible_keys(256, None), -math.inf)).softmax(-1)
-    ds_apart = p * (do @ v.mT) - p * (do * t.o).sum(-1, keepdim=True)  # the same in another order
-    t = DotProductStep(t.q, t.k, t.v, t.o, to_bf16_grid(to_bf16_grid(ds_apart) @ k / math.sqrt(D)), t.dk, t.dv, t.do)
-    one, two = (root_mean_square(t, KernelRounding("both", two_score_gradients=apart)) for apart in (False, True))
-    for name in ("qk_gauge_residual", "qk_gauge_residual.matrix"):
-        assert two[name] < 2 < one[name], (one, two)
+def tipped(t: DotProductStep, draws: int) -> tuple[float, float]:
+    """Mean squares of what two score gradients leave of the QK law, matrix and trace, where they differ by FP32 errors.
+
+    The second dS differs by P_ij a_i times a Gaussian number, with a_i as ``Flips`` has it, before both are rounded;
+    each draw moves dS by a percent, as whether a number lies near the middle of two BF16 ones is luck.
+    """
+    generator, scale, tokens = torch.Generator().manual_seed(0), D**-0.5, t.q.shape[-2]
+    s = (t.q @ t.k.mT * scale).masked_fill(~visible_keys(tokens, None), -math.inf)
+    p, delta = s.softmax(-1), (t.do * t.o).sum(-1, keepdim=True)
+    ds = p * (t.do @ t.v.mT - delta)
+    v2 = t.v.square().sum(-1).amax(-1)[..., None, None]
+    a2 = t.do.square().sum(-1, keepdim=True) * v2 * (math.log2(D) + 1) / D + 2 * delta.square()
+    h = (4 / 3 * 2.0**-48 * a2).sqrt() * p
+    of_draws = []
+    for _ in range(draws):
+        one = ds * (1 + 0.01 * torch.rand(ds.shape, generator=generator, dtype=ds.dtype))
+        other = one + h * torch.randn(ds.shape, generator=generator, dtype=ds.dtype)
+        apart = (one.bfloat16().double() - other.bfloat16().double()) * scale
+        law = t.q.mT @ (apart @ t.k)
+        of_draws.append((law.square().sum((-2, -1)).mean(), law.diagonal(dim1=-2, dim2=-1).sum(-1).square().mean()))
+    return tuple(float(torch.stack(part).mean()) for part in zip(*of_draws, strict=True))
+
+
+@pytest.mark.parametrize("repeated", [1, 4])
+def test_flips_are_what_fp32_errors_tip_over(repeated):
+    """Of 6 million entries some 1,000 are tipped, a few large ones count: 20 % of a mean square at two deviations.
+
+    Equal tokens see other keys before them, so that few flip together and the prediction is a bound.
+    """
+    tokens = (x[..., : 24 // repeated, :].repeat(1, 1, repeated, 1) for x in drawn(24))
+    t = reference(*tokens)
+    t = DotProductStep(*(getattr(t, x).double() for x in ("q", "k", "v", "o", "dq", "dk", "dv", "do")))
+    flips = twin_of(t, KernelRounding("both", two_score_gradients=True)).flips
+    matrix, trace = tipped(t, draws=800)
+    for measured, predicted in ((matrix, flips.matrix), (trace, flips.trace)):
+        if repeated == 1:
+            assert 0.7 < measured / float(predicted.mean()) < 1.4
+        else:
+            assert measured < 1.4 * float(predicted.mean())
 
 
 def test_flips_do_not_hide_a_bit():
