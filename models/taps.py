@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from models.attention import DotProduct
 from models.moe import GroupedLinear
+from models.products import Product, Watching, product_of
 
 PLACES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "dot_product": (DotProduct,),
@@ -36,8 +37,9 @@ class Tap:
     inputs: its tensor arguments that carry a gradient, in order; output; output_grad: the gradient of the step's
     objective with respect to it; input_grads: those of the inputs, by index, through this module alone. A linear layer
     has none: its input feeds others too, and to part them would change the order in which their
-    gradients are added, and with it training. It has its weight before the update, and weight_grad, not yet clipped;
-    a norm with a bias has its bias before the update.
+    gradients are added, and with it training. It has its weight before the update, and weight_grad, not yet clipped,
+    and the product that its forward made of input and weight, where x, w and dw are what was multiplied and the
+    gradient at that weight. A norm with a bias has its bias before the update.
     """
 
     module: nn.Module
@@ -48,6 +50,22 @@ class Tap:
     weight: Tensor | None = None
     weight_grad: Tensor | None = None
     bias: Tensor | None = None
+    product: Product | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The input of a linear layer as its product took it."""
+        return self.inputs[0].to(self.product.dtype) if self.product.x is None else self.product.x
+
+    @property
+    def w(self) -> Tensor:
+        """The weight of a linear layer as its product took it."""
+        return self.weight.to(self.product.dtype) if self.product.w is None else self.product.w
+
+    @property
+    def dw(self) -> Tensor:
+        """The gradient at ``w``: of the weight itself where ``w`` is that or its cast, whose backward passes it on."""
+        return self.weight_grad if self.product.w is None else self.product.dw
 
 
 class Taps:
@@ -81,6 +99,7 @@ class Taps:
                         tap.bias = tap.module.bias.detach().clone()
                 self._handles.append(tap.module.register_forward_hook(_watch(tap)))
                 if isinstance(tap.module, PLACES["linear"]):
+                    self._handles += _watch_product(tap)
                     tap.weight = tap.module.weight.detach().clone()
                     self._handles.append(tap.module.weight.register_hook(_keep(tap, "weight_grad", copy=True)))
         return self
@@ -110,6 +129,23 @@ def _watch(tap: Tap) -> Callable[..., None]:
         output.register_hook(_keep(tap, "output_grad"))
 
     return hook
+
+
+def _watch_product(tap: Tap) -> list[RemovableHandle]:
+    """Note what the module's forward multiplies, from its first operation to its last, whether it returns or raises."""
+    open_now: list[Watching] = []
+
+    def begin(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        open_now.append(Watching().__enter__())
+
+    def end(module: nn.Module, arguments: tuple[Any, ...], output: Tensor | None) -> None:
+        seen = open_now.pop()
+        seen.__exit__(None, None, None)
+        if output is not None and output.requires_grad:
+            tap.product = product_of(module, arguments[0], seen)
+
+    begins = tap.module.register_forward_pre_hook(begin)
+    return [begins, tap.module.register_forward_hook(end, prepend=True, always_call=True)]
 
 
 def _keep(tap: Tap, name: str, copy: bool = False) -> Callable[[Tensor], None]:

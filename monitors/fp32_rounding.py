@@ -65,18 +65,15 @@ def accumulation(n: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
     return coherent, n / blocks * (1 / 2 - 1 / (3 * blocks)) + (blocks - 1) / 6
 
 
-def taken(x: Tensor, tap: Tap) -> Tensor:
-    """A linear layer's input or weight as its product took it: in the dtype of the output, as autocast casts it."""
-    return x.to(tap.output.dtype)
-
-
 @dataclass(frozen=True)
 class LinearStep:
     """Linear layers y = W x of one shape in one step; the experts of a layer are one with a weight each.
 
     x: (L, n, in); y, dy: (L, n, out), of n tokens out of ``tokens``, an even sample; w, dw: by layer, (E, out, in),
     E = 1 for an ordinary one; slots: how many of all the tokens each expert has, (L, E), and expert: whose each sampled
-    one is, (L, n); None for ordinary layers. x and w as the product took them: rounded where autocast did (``taken``).
+    one is, (L, n); None for ordinary layers. x and w are what was multiplied (``models.products``), dw the gradient
+    there. dx: that of each layer's own x, (L, n, in), where a layer multiplied something else than its input; None
+    where all readers of an input multiplied that. in_bf16: whether the product returned BF16, as under autocast.
     """
 
     x: Tensor
@@ -85,6 +82,8 @@ class LinearStep:
     w: Sequence[Tensor]
     dw: Sequence[Tensor]
     tokens: int
+    in_bf16: bool = False
+    dx: Tensor | None = None
     slots: Tensor | None = None
     expert: Tensor | None = None
 
@@ -95,19 +94,17 @@ class LinearStep:
         def together(tensors: Iterable[Tensor]) -> Tensor:
             return at_least_fp32(torch.stack([tensor.flatten(0, -2)[sample] for tensor in tensors]))
 
-        x, y = together(taken(tap.inputs[0], tap) for tap in taps), together(tap.output for tap in taps)
+        x, y = together(tap.x for tap in taps), together(tap.output for tap in taps)
         dy, tokens = together(tap.output_grad for tap in taps), taps[0].output.shape[:-1].numel()
-        w, dw = [taken(tap.weight, tap) for tap in taps], [tap.weight_grad for tap in taps]
+        w, dw = [tap.w for tap in taps], [tap.dw for tap in taps]
+        own = [tap.product.dx for tap in taps]
+        dx = None if any(one is None for one in own) else together(own)
+        in_bf16 = taps[0].output.dtype == torch.bfloat16
         if slots is None:
-            return cls(x, y, dy, [one[None] for one in w], [one[None] for one in dw], tokens)
+            return cls(x, y, dy, [one[None] for one in w], [one[None] for one in dw], tokens, in_bf16, dx)
         numbers = torch.arange(slots.shape[-1], device=x.device)
         expert = torch.stack([numbers.repeat_interleave(own, output_size=tokens)[sample] for own in slots])
-        return cls(x, y, dy, [one.mT for one in w], [one.mT for one in dw], tokens, slots, expert)
-
-    @property
-    def in_bf16(self) -> bool:
-        """Whether the product took and returned BF16, as under autocast."""
-        return self.w[0].dtype == torch.bfloat16
+        return cls(x, y, dy, [one.mT for one in w], [one.mT for one in dw], tokens, in_bf16, dx, slots, expert)
 
     @property
     def weight_of_sample(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
@@ -13,7 +14,7 @@ from monitors import autocast_rounding, conservation, fp32_rounding
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_stride, every
 from monitors.conservation import relative
-from monitors.fp32_rounding import LinearStep, taken
+from monitors.fp32_rounding import LinearStep
 from monitors.rounding import OVER_NOISE
 
 ATTENTION = {part: f"attention.{part}" for part in "qkvo"}
@@ -38,7 +39,9 @@ class LinearLaws:
     about 1 in a healthy run at any step, so that it needs no healthy twin. The law in W holds for a whole batch: one
     number, whose ratio is as lucky as a normal one; the law in x for each token: the root mean square over tokens.
 
-    Left out: parts that the model does not have; ``linear_euler_residual.head`` of a head tied to the embedding, whose
+    x, W and dW are what was multiplied and the gradient there (``models.products``): BF16 under autocast, quantised
+    numbers where a layer quantises. Left out: parts that the model does not have, and parts whose product cannot be
+    seen, with a warning; ``linear_euler_residual.head`` of a head tied to the embedding, whose
     gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts.
     token_stride: the law in x and both predictions take one token in so many, in turn, 1 for all; the law in W always
     takes all. every_steps: cadence.
@@ -68,17 +71,21 @@ class LinearLaws:
             return [taps[f"blocks.{layer}.{name}"] for layer in layers if f"blocks.{layer}.{name}" in taps]
 
         slots = torch.stack([routing.counts_E for routing in view.routings]) if view.routings else None
+        tapped: set[str] = {"head"}
         steps: dict[str, LinearStep] = {}
         euler: dict[str, Law] = {}
         for part, name in (ATTENTION | (DENSE if slots is None else ROUTED)).items():
-            if taps := of_blocks("linear", name):
+            taps = of_blocks("linear", name)
+            tapped |= {part} if taps else set()
+            if taps and all_seen(taps, part):
                 steps[part] = LinearStep.of(taps, self._sample(view, taps[0]), slots if part in EXPERTS else None)
                 euler[part] = _euler(taps, steps[part])
         head = view.taps.at("linear")["head"]
         sample = self._sample(view, head)
-        steps["head"] = LinearStep.of([head], sample)
-        if not view.model.config.tie_embeddings:
-            euler["head"] = _euler([head], steps["head"])
+        if all_seen([head], "head"):
+            steps["head"] = LinearStep.of([head], sample)
+            if not view.model.config.tie_embeddings:
+                euler["head"] = _euler([head], steps["head"])
 
         do_BHTD = [tap.output_grad for tap in of_blocks("dot_product", "attention.dot_product")]
         inputs = {"o": ([do.transpose(1, 2).flatten(2) for do in do_BHTD], ("o",))}
@@ -87,7 +94,8 @@ class LinearLaws:
         inputs["head"] = [view.taps.at("norm")["final_norm"].output_grad], ("head",)
         by_input: dict[str, Law] = {}
         for name, (dx, parts) in inputs.items():
-            if readers := [steps[part] for part in parts if part in steps]:
+            readers = [steps[part] for part in parts if part in steps]
+            if readers and len(readers) == sum(part in tapped for part in parts) and _take_alike(readers):
                 sampled = torch.stack([one.flatten(0, -2)[sample] for one in dx])
                 by_input[name] = _input(sampled, readers)
         return _readings("linear_euler_residual", euler) | _readings("linear_input_residual", by_input)
@@ -98,18 +106,29 @@ class LinearLaws:
 
 def _euler(taps: Sequence[Tap], step: LinearStep) -> Law:
     """Over all tokens of the taps, the prediction from the sampled ones."""
-    laws = [
-        conservation.linear_euler(taken(tap.weight, tap), tap.weight_grad, tap.output, tap.output_grad) for tap in taps
-    ]
+    laws = [conservation.linear_euler(tap.w, tap.dw, tap.output, tap.output_grad) for tap in taps]
     broken, scale = (torch.stack(parts) for parts in zip(*laws, strict=True))
     return broken, scale, _rounding(step).linear_euler_noise(step)
 
 
 def _input(dx: Tensor, readers: Sequence[LinearStep]) -> Law:
-    """Over the sampled tokens; dx: (L, n, in)."""
-    x_dx = readers[0].x * dx
+    """Over the sampled tokens; dx: (L, n, in), of the input that all readers multiplied, if they did."""
+    x_dx = readers[0].x * dx if readers[0].dx is None else sum(reader.x * reader.dx for reader in readers)
     broken, scale = conservation.linear_input(x_dx, [reader.y_dy for reader in readers])
     return broken, scale, _rounding(readers[0]).linear_input_noise(x_dx, readers)
+
+
+def _take_alike(readers: Sequence[LinearStep]) -> bool:
+    """Whether all readers multiplied their common input, or each has the gradient at what it multiplied instead."""
+    return len({reader.dx is None for reader in readers}) == 1
+
+
+def all_seen(taps: Sequence[Tap], part: str) -> bool:
+    """Whether what these layers multiplied is known; if not, a warning says which part has no law, and why."""
+    unseen = next((tap.product.unseen for tap in taps if tap.product.unseen), None)
+    if unseen:
+        warnings.warn(f"the laws of linear layers leave out {part}: {unseen}", stacklevel=2)
+    return unseen is None
 
 
 def _rounding(step: LinearStep) -> ModuleType:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.numerics import at_least_fp32
 from monitors import autocast_rounding, conservation, fp32_rounding
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_stride, every
 from monitors.conservation import Broken, relative
-from monitors.fp32_rounding import LinearStep, taken
+from monitors.fp32_rounding import LinearStep
+from monitors.linear_laws import all_seen
 from monitors.rounding import OVER_NOISE
 
 
@@ -44,18 +46,19 @@ class LogitLaws:
     def observe(self, view: StepView) -> dict[str, Reading]:
         tap = view.taps.at("linear")["head"]
         sample = every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
-        head = LinearStep.of([tap], sample)
-        rounding = autocast_rounding if head.in_bf16 else fp32_rounding
-        noise = rounding.logit_shift_noise(head.y, head.dy, head.tokens)
-        readings = _both("logit_shift_residual", conservation.logit_shift(head.dy[0]), noise.sum())
-        if view.model.config.tie_embeddings:
+        in_bf16 = tap.output.dtype == torch.bfloat16
+        rounding = autocast_rounding if in_bf16 else fp32_rounding
+        logits, dlogits = (at_least_fp32(part.flatten(0, -2)[sample]) for part in (tap.output, tap.output_grad))
+        noise = rounding.logit_shift_noise(logits, dlogits, tap.output.shape[:-1].numel())
+        readings = _both("logit_shift_residual", conservation.logit_shift(dlogits), noise.sum())
+        if view.model.config.tie_embeddings or not all_seen([tap], "head"):
             return readings
-        if head.in_bf16:
-            broken = conservation.head_shift(tap.weight_grad, taken(tap.inputs[0], tap), tap.output_grad)
-            of_weight = autocast_rounding.weight_sum_noise(tap.weight_grad)
+        if in_bf16:
+            broken = conservation.head_shift(tap.dw, tap.x, tap.output_grad)
+            of_weight = autocast_rounding.weight_sum_noise(tap.dw)
         else:
-            broken = conservation.logit_shift(tap.weight_grad.T)
-            of_weight = fp32_rounding.weight_sum_noise(head, noise)[0]
+            broken = conservation.logit_shift(tap.dw.T)
+            of_weight = fp32_rounding.weight_sum_noise(LinearStep.of([tap], sample), noise[None])[0]
         return readings | _both("logit_shift_residual.head", broken, of_weight)
 
 
@@ -88,6 +91,6 @@ class RouterLaws:
         aux_LE = config.aux_coef * config.n_experts / step.tokens * share_LE
         per_token = fp32_rounding.router_logit_noise(step.y, step.dy, aux_LE[:, None], config.z_coef)
         noise = fp32_rounding.weight_sum_noise(step, per_token)
-        layers = zip([tap.weight_grad for tap in taps], step.x, step.y, strict=True)
+        layers = zip([tap.dw for tap in taps], step.x, step.y, strict=True)
         broken, scale = zip(*(conservation.router_shift(*layer, config.z_coef) for layer in layers), strict=True)
         return _both("router_shift_residual", (torch.stack(broken), torch.stack(scale)), noise)
