@@ -22,7 +22,7 @@ def cases_figure(table: pd.DataFrame, path: Path) -> str:
     style()
     laws = [law for law in table["law"].unique() if law != "all"]
     cases = table["label"].unique()
-    colours = dict(zip(laws, COLOURS, strict=False))
+    colours = dict(zip(laws, (colour for colour in COLOURS if colour != FAULTY), strict=False))
     figure, axis = plt.subplots(figsize=(10.5, 0.55 * len(cases) + 1.6))
     axis.axvspan(*INSIDE, color="0.9", zorder=0)
     axis.axvline(1, color="0.5", linewidth=1, zorder=1)

@@ -24,6 +24,10 @@ They are predictions for FP32. Under BF16 autocast (``LinearStep.in_bf16``) a li
 which breaks its laws far more; ``monitors.autocast_rounding`` has the predictions there. Norms and routers compute and
 store in FP32 under autocast too, and keep these.
 
+x, W and dW are those that were multiplied (``models.products``). Where they are short numbers, as of FP8, a product of
+two has at most 8 bits, and FP32 adds many of them without rounding: the prediction is then too large, and a healthy
+ratio below 1.
+
 Shapes: L layers, N tokens (or slots at experts), V vocabulary, M width, E experts. All predictions are mean squares,
 FP64, in the squared unit of what is broken, of each layer or token as that is.
 """

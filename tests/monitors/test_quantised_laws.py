@@ -21,7 +21,17 @@ FORMATS = {
     "FP8 in autocast": (FP8Linear, "bf16"),
 }
 EULER, INPUT = "linear_euler_residual.", "linear_input_residual."
+NORM, LOGIT = "norm_orthogonality_residual", "logit_shift_residual"
 PART = "blocks.1.mlp.input"
+
+
+STATED = {  # root mean squares over 40 batches, lowest and highest of any part, as results/README.md gives them
+    "FP32": {EULER: (0.98, 1.38), INPUT: (1.03, 1.09), NORM: (1.08, 1.20), LOGIT: (1.01, 1.07)},
+    "BF16 autocast": {EULER: (0.92, 1.23), INPUT: (1.03, 1.05), NORM: (0.88, 1.10), LOGIT: (1.00, 1.06)},
+    "FP8 in BF16": {EULER: (0.94, 1.24), INPUT: (1.03, 1.05), NORM: (0.88, 1.10), LOGIT: (1.00, 1.04)},
+    "FP8 in FP32": {EULER: (0.24, 1.04), INPUT: (0.31, 0.87), NORM: (1.07, 1.21), LOGIT: (1.12, 1.31)},
+}
+STATED["FP8 in autocast"] = STATED["FP8 in BF16"]
 
 
 def watched(format_, seed=0, faults=(), dtype=torch.float32, **shape):
@@ -54,11 +64,14 @@ def overall(values):
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_every_law_stands_at_what_rounding_predicts(format_):
-    """Over 16 batches. Sums of products of short numbers round less often in FP32 than those of full ones: from 0.2."""
+    """Over 16 batches, where a law that is one number a layer and batch scatters by an eighth: 1.4 is three times that.
+
+    Sums of products of short numbers round less often in FP32 than those of full ones, so that FP8 stands lower there.
+    """
     runs = [ratios(watched(format_, seed)) for seed in range(16)]
-    lowest = 0.2 if format_ == "FP8 in FP32" else 0.6
     for law in runs[0]:
-        assert lowest < overall([run[law] for run in runs]) < 1.7, law
+        low, high = next(stated for family, stated in STATED[format_].items() if law.startswith(family))
+        assert low / 1.4 < overall([run[law] for run in runs]) < 1.4 * high, law
 
 
 @pytest.mark.parametrize("format_", ["FP8 in FP32", "FP8 in BF16"])
