@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -49,8 +50,15 @@ def _note(folder: Path, error: Exception) -> None:
     job = HydraConfig.get()
     said = " ".join(str(error).split()) or type(error).__name__
     kind = "unfinished" if isinstance(error, Unfinished) else "error"
-    line = f"{kind}: job {job.job.num} ({' '.join(job.overrides.task)}): {said}"
-    write_whole(folder / f"{BAD_JOB}{job.job.num:06d}", json.dumps({"kind": kind, "line": line}).encode())
+    bad = {"number": job.job.num, "overrides": list(job.overrides.task), "kind": kind, "said": said}
+    write_whole(folder / f"{BAD_JOB}{job.job.num:06d}", json.dumps(bad).encode())
+
+
+def _line(bad: Mapping[str, Any]) -> str:
+    """One line for a bad job, with those of its overrides that are not the whole sweep's."""
+    given = {argument.lower() for argument in sys.argv}
+    own = [line for line in bad["overrides"] if line.lower() not in given]
+    return f"{bad['kind']}: job {bad['number']} ({' '.join(own)}): {bad['said']}"
 
 
 def run_jobs(main: Callable[[], None]) -> None:
@@ -65,7 +73,7 @@ def run_jobs(main: Callable[[], None]) -> None:
             bad = []
             for path in sorted(folder.glob(f"{BAD_JOB}*")):
                 bad.append(json.loads(path.read_text()))
-                print(bad[-1]["line"], file=sys.stderr)
+                print(_line(bad[-1]), file=sys.stderr)
                 path.unlink()
     if bad:
         sys.exit(2 if any(job["kind"] == "error" for job in bad) else UNFINISHED_CODE)

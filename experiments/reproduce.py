@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
 from hydra.types import HydraContext
-from joblib import effective_n_jobs
+from joblib import Parallel, delayed, effective_n_jobs
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from analysis.align import AXES
@@ -44,7 +44,7 @@ from experiments.plan import PlannedRun, plan
 from experiments.progress import StackProgress, SweepProgress
 from experiments.stacked_loop import train_stack
 from experiments.stacking import stacks, why_single
-from experiments.stopping import asked, end_if_orphaned, end_with_parent, launching
+from experiments.stopping import asked, check_in, end_if_orphaned, end_with_parent, launching
 from experiments.train import describe, run_one, train_shown
 
 CONFIG_NAME = "reproduce"
@@ -106,6 +106,14 @@ def at_once(launcher: Mapping[str, Any]) -> int:
             raise ValueError(f"at_once={launcher['n_jobs']} is not allowed: at least 1, or -1 for a run on every core")
         return effective_n_jobs(launcher["n_jobs"])
     return launcher.get("array_parallelism", 1)
+
+
+def start_workers(launcher: Mapping[str, Any], folder: Path) -> None:
+    """Start joblib's processes, which it keeps for the jobs, so that each ends with this one from the start."""
+    workers = at_once(launcher)
+    if "n_jobs" in launcher and workers > 1:
+        settings = {key: value for key, value in launcher.items() if key != "_target_"}
+        Parallel(**settings)(delayed(check_in)(folder, workers) for _ in range(workers))
 
 
 def launch(
@@ -174,7 +182,8 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
     started, spent_s = time.monotonic(), sum(_cpu_s(out / run.run_id) for _, run in pending)
     config = with_launcher(given)
     processes, piece_s = min(at_once(config.hydra.launcher), len(jobs)), pending[0][1].train.piece_s
-    with SweepProgress({out / run.run_id: run.train.steps for run in runs}), launching():
+    with SweepProgress({out / run.run_id: run.train.steps for run in runs}), launching() as folder:
+        start_workers(config.hydra.launcher, folder)
 
         def launched(some: Sequence[Sequence[tuple[PlannedRun, Run]]], *more: str) -> list[list[dict[str, Any]]]:
             return launch([[cell for cell, _ in job] for job in some], [*given, *more], config)

@@ -30,10 +30,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 SWEEP_FOLDER = "FORESHOCK_SWEEP_FOLDER"
 """Environment variable: the folder by which the processes of a sweep hear of each other."""
 
-STOP = "stop"
-"""A file in that folder: save and leave."""
+STOP, BUSY, HERE = "stop", "busy-", "here-"
+"""Files in that folder: save and leave; this process, whose number follows, is training; it has checked in."""
 
-WATCH_S = 0.5
+WATCH_S, CHECK_IN_S = 0.5, 20.0
 
 _received: list[int] = []
 _holding = 0
@@ -86,15 +86,22 @@ def held() -> Iterator[None]:
             signal.raise_signal(number)
             return
         _received.append(number)
-        if _leading:
+        if _leading and not (_own_folder() / STOP).exists():
             (_own_folder() / STOP).touch()
+            threading.Thread(target=_end_when_idle, args=(number,), daemon=True).start()
 
+    led = None if _leading else sweep_folder()
+    busy = led and led / f"{BUSY}{os.getpid()}"
     _holding += 1
+    if busy:
+        busy.touch()
     try:
         with _handling(keep) as previous:
             yield
     finally:
         _holding -= 1
+        if busy:
+            busy.unlink(missing_ok=True)
         if _received and previous:
             signal.raise_signal(_received.pop())
 
@@ -117,6 +124,14 @@ def launching() -> Iterator[Path]:
         del os.environ[SWEEP_FOLDER]
         _leading = False
         (folder / STOP).unlink(missing_ok=True)
+
+
+def _end_when_idle(number: int) -> None:
+    """Deliver a held signal once nothing trains: else a launcher goes through all jobs that are left."""
+    while _holding > 1 or any(_own_folder().glob(f"{BUSY}*")):
+        time.sleep(WATCH_S)
+    if _received:
+        os.kill(os.getpid(), number)
 
 
 @functools.cache
@@ -153,7 +168,20 @@ def orphaned() -> bool:
 def end_if_orphaned() -> None:
     """End this process where nobody waits for what it would hand back."""
     if orphaned():
+        shutil.rmtree(os.environ.get(SWEEP_FOLDER, ""), ignore_errors=True)
         os._exit(1)
+
+
+def check_in(folder: Path, workers: int) -> None:
+    """A first job for each worker of a launcher: it ends with its parent from then on, and waits for the others here.
+
+    A worker that has not yet been so far waits for ever for a job that its parent has half handed over when it dies.
+    """
+    end_with_parent()
+    (folder / f"{HERE}{os.getpid()}").touch()
+    until = time.monotonic() + CHECK_IN_S
+    while len(list(folder.glob(f"{HERE}*"))) < workers and time.monotonic() < until and not asked():
+        time.sleep(0.05)
 
 
 @functools.cache
@@ -165,8 +193,9 @@ def end_with_parent() -> None:
         signal.signal(number, lambda *_: None)
 
     def watch() -> None:
-        while _holding or not orphaned():
+        while True:
             time.sleep(WATCH_S)
-        os._exit(1)
+            if not _holding:
+                end_if_orphaned()
 
     threading.Thread(target=watch, daemon=True).start()
