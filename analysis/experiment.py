@@ -18,6 +18,7 @@ from analysis.detection import Detection, Detector
 from analysis.labels import divergence_step, drawup_threshold, is_degraded
 from analysis.score import Score, score
 from experiments import trace
+from experiments.files import unsealed
 from experiments.trace import Series, Trace
 
 LABEL_SIGNAL = "held_out_loss"
@@ -127,20 +128,24 @@ class Experiment:
 
 def views(report: Path) -> list[tuple[str, str]]:
     """The (model, axis) pairs that an experiment is scored under, from its index."""
-    index = _index(report)
+    index = readread_index(report)
     return [(model, axis) for model in index["experiment"]["models"] for axis in index["experiment"]["align"]]
 
 
 def has_cases(report: Path) -> bool:
     """Whether an experiment's runs are judged each by itself, not against healthy ones beside them."""
-    return "cases" in _index(report)["experiment"]
+    return "cases" in readread_index(report)["experiment"]
 
 
-def _index(report: Path) -> dict[str, Any]:
-    index_file = report / "experiment.json"
-    if not index_file.exists():
-        raise trace.TraceError(f"{index_file} does not exist: run experiments.reproduce first")
-    return json.loads(index_file.read_text())
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of a folder's ``experiment.json``. Raises TraceError where it is missing, damaged or no index."""
+    path = folder / reduced.INDEX
+    if not path.exists():
+        raise trace.TraceError(f"{path} does not exist: run experiments.reproduce first")
+    try:
+        return unsealed(reduced.content(folder, reduced.INDEX))
+    except ValueError as error:
+        raise trace.TraceError(f"{path} is damaged ({error}): the command that made it writes it again") from None
 
 
 def _check_roles(cells: Sequence[Mapping[str, Any]]) -> None:
@@ -232,7 +237,7 @@ def load(
     unfinished, damaged, mixed, or healthy ones differ in more than the seed; ValueError where a role has no run, seeds
     of two roles overlap, or the view does not exist.
     """
-    return label_runs(_index(report), runs, allow_mixed, model, axis)
+    return label_runs(readread_index(report), runs, allow_mixed, model, axis)
 
 
 def label_runs(
@@ -245,7 +250,12 @@ def label_runs(
         raise ValueError(f"align={axis!r} is not allowed: one of {', '.join(AXES)}")
     cells = [cell for cell in index["runs"] if cell["model"] == model]
     _check_roles(cells)
-    traces = read_runs(runs, [cell["run_id"] for cell in cells])
+    try:
+        traces = read_runs(runs, [cell["run_id"] for cell in cells])
+        unlabelled = next((one.run_id for one in traces if LABEL_SIGNAL not in one.signals), None)
+    except trace.TraceError as error:
+        trained_here = "command" in index and not reduced.is_reduced(runs)
+        raise trace.TraceError(f"{error}: {index['command']}" if trained_here else error) from None
     mixed = _differences(traces)
     if mixed and not allow_mixed:
         raise trace.TraceError(
@@ -254,7 +264,6 @@ def label_runs(
     _check_cells(cells, traces)
     _check_alike(traces)
     settings = index["label"]
-    unlabelled = next((one.run_id for one in traces if LABEL_SIGNAL not in one.signals), None)
     if unlabelled:
         raise trace.TraceError(f"run {unlabelled} has no {LABEL_SIGNAL}, which tells whether it diverged")
     raw = [t.signals[LABEL_SIGNAL] for t in traces]

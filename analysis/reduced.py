@@ -1,8 +1,9 @@
 """Runs reduced to what scoring needs, small enough to commit: one file of signals, one of manifests.
 
 A reduced folder holds ``experiment.json`` (the experiment's index), ``runs.json`` (manifests, what all share
-written once) and ``signals.parquet``: the rows of a trace (``experiments.trace``) with the run's id, for the signals
-of the experiment's detectors and the label, at multiples of its ``score_every``, as FP32 rounded to
+written once), ``checksums.json`` (the SHA-256 of each of the others; an older folder has none and is read unchecked)
+and ``signals.parquet``: the rows of a trace (``experiments.trace``) with the run's id, for the signals of the
+experiment's detectors and the label, at multiples of its ``score_every``, as FP32 rounded to
 ``SHARE_OF_SPREAD`` of the spread that the reference runs have at that sample: far below what any z-score can mean.
 Labels that need the whole training loss are computed before it is thinned.
 
@@ -12,7 +13,7 @@ Labels that need the whole training loss are computed before it is thinned.
 from __future__ import annotations
 
 import json
-import shutil
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -27,10 +28,11 @@ import pyarrow.parquet as pq
 from analysis.align import hold, thin
 from analysis.tracks import DeclinedSignal, ReferenceBand
 from experiments import trace
+from experiments.files import read_checked, sha256, write_whole
 from experiments.trace import Series, Trace, TraceError
 
 SHARE_OF_SPREAD = 1 / 32
-SIGNALS, RUNS = "signals.parquet", "runs.json"
+INDEX, SIGNALS, RUNS, CHECKSUMS = "experiment.json", "signals.parquet", "runs.json", "checksums.json"
 
 
 def rounded(values: np.ndarray, quantum: np.ndarray) -> np.ndarray:
@@ -128,12 +130,13 @@ def write(index: Mapping[str, Any], runs: Sequence[Trace], labels: Mapping[str, 
         manifest = {**run.manifest, "labels": labels[run.run_id]}
         manifest["signals"] = {name: manifest["signals"][name] for name in wanted if name in manifest["signals"]}
         manifest["config"] = {key: value for key, value in manifest["config"].items() if key != "monitor"}
+        manifest.pop("files", None)  # which are not here
         manifests[run.run_id] = manifest
     shared = common(list(manifests.values()))
-    out.mkdir(parents=True, exist_ok=True)
+    sink = pa.BufferOutputStream()
     pq.write_table(
         table.replace_schema_metadata({"foreshock.schema": str(trace.SCHEMA_VERSION)}),
-        out / SIGNALS,
+        sink,
         compression="zstd",
         compression_level=19,
         use_dictionary=["run", "signal", "layer", "head", "step", "tokens"],
@@ -141,8 +144,40 @@ def write(index: Mapping[str, Any], runs: Sequence[Trace], labels: Mapping[str, 
     )
     per_run = {run: without(manifest, shared) for run, manifest in manifests.items()}
     lines = ",\n".join(f"{json.dumps(run)}: {json.dumps(rest, sort_keys=True)}" for run, rest in per_run.items())
-    (out / RUNS).write_text(f'{{"shared": {json.dumps(shared, indent=1, sort_keys=True)},\n"runs": {{\n{lines}\n}}}}\n')
-    (out / "experiment.json").write_text(json.dumps(index, indent=1) + "\n")
+    shared_lines = json.dumps(shared, indent=1, sort_keys=True)
+    files = {
+        INDEX: f"{json.dumps(index, indent=1)}\n".encode(),
+        RUNS: f'{{"shared": {shared_lines},\n"runs": {{\n{lines}\n}}}}\n'.encode(),
+        SIGNALS: sink.getvalue().to_pybytes(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_checksums(out, {name: sha256(data) for name, data in files.items()})
+    for name, data in files.items():
+        write_whole(out / name, data)
+
+
+def write_checksums(folder: Path, known: Mapping[str, str]) -> None:
+    """Write ``checksums.json``. Before the files: until all are written, they do not match it."""
+    write_whole(folder / CHECKSUMS, f"{json.dumps(known, indent=1)}\n".encode())
+
+
+def content(folder: Path, name: str) -> bytes:
+    """A file of a reduced folder. Raises TraceError where it is missing or, if the folder has checksums, damaged."""
+    path = folder / CHECKSUMS
+    try:
+        known = json.loads(path.read_bytes())[name] if path.exists() else None
+        path = folder / name
+        return path.read_bytes() if known is None else read_checked(path, known)
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, reason: object) -> TraceError:
+    """The error for a file of a reduced folder that is not what was written, with what to do."""
+    return TraceError(
+        f"{path} is damaged ({str(reason).splitlines()[0]}): git checkout -- {shlex.quote(str(path.parent))}, or "
+        f"python -m analysis.reduced report=DIR runs=DIR out={shlex.quote(str(path.parent))} for runs of your own"
+    )
 
 
 class ReducedTrace(Trace):
@@ -154,16 +189,18 @@ class ReducedTrace(Trace):
 
 
 def is_reduced(folder: Path) -> bool:
-    return (folder / SIGNALS).exists()
+    return (folder / SIGNALS).exists() or (folder / CHECKSUMS).exists()
 
 
 def read(folder: Path) -> dict[str, Trace]:
     """Every run of a reduced folder, by id. Raises TraceError where it is damaged or of another schema version."""
+    path = folder / SIGNALS
     try:
-        table = pq.read_table(folder / SIGNALS)
-        records = json.loads((folder / RUNS).read_text())
+        table = pq.read_table(pa.BufferReader(content(folder, SIGNALS)))
+        path = folder / RUNS
+        records = json.loads(content(folder, RUNS))
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise TraceError(f"the reduced runs in {folder} are damaged: {str(error).splitlines()[0]}") from None
+        raise damaged(path, error) from None
     version = (table.schema.metadata or {}).get(b"foreshock.schema", b"none").decode()
     if version != str(trace.SCHEMA_VERSION):
         raise TraceError(f"{folder / SIGNALS} has schema version {version}, this code reads {trace.SCHEMA_VERSION}")
@@ -178,7 +215,7 @@ def read(folder: Path) -> dict[str, Trace]:
             series = trace.series_of(table.slice(start, stop - start), run_id)
             manifest = merged(records["shared"], records["runs"][run_id])
         except KeyError as error:
-            raise TraceError(f"the reduced runs in {folder} are damaged: {error} is missing for run {run_id}") from None
+            raise damaged(path, f"run {run_id} has no {error}") from None
         found[run_id] = ReducedTrace(run_id, folder, manifest, series)
     return found
 
@@ -196,7 +233,6 @@ def main(arguments: list[str]) -> None:
     except (ValueError, OSError, TraceError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    shutil.rmtree(out, ignore_errors=True)
     write(experiment.index, [run.trace for run in experiment.runs], other_labels(experiment), out)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {len(experiment.runs)} runs, {size / 2**20:.2f} MiB")

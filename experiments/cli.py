@@ -18,7 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.build import ROOT, did_you_mean
 from experiments.checkpoint import RunError
 from experiments.memory import OutOfMemory
+from experiments.multirun import in_multirun, run_job, run_jobs
 from experiments.pieces import UNFINISHED_CODE, Unfinished
+from experiments.stopping import Stopped, stoppable
 from experiments.trace import TraceError
 
 CONF = str(ROOT / "conf")
@@ -78,7 +80,8 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
 def one_line_errors(task: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command's body: a mistake ends it with one line on standard error and exit code 2.
 
-    So does a piece that is over (``train.piece_s``), with exit code 75 and what the same command will do.
+    So does a piece that is over (``train.piece_s``), with exit code 75 and what the same command will do, and a signal,
+    with 128 and its number. In a job of ``-m`` they end the job alone (``experiments.multirun``).
 
     ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
@@ -87,6 +90,9 @@ def one_line_errors(task: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*arguments: object) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             task(*arguments)
+            return
+        if in_multirun():
+            run_job(task, *arguments, expected=USER_ERRORS)
             return
         try:
             task(*arguments)
@@ -99,12 +105,24 @@ def one_line_errors(task: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             print("interrupted: the same command resumes from the last checkpoints", file=sys.stderr)
             sys.exit(130)
+        except Stopped as signal:
+            print(f"stopped by {signal}: the same command resumes from the last checkpoints", file=sys.stderr)
+            sys.exit(signal.exit_code)
 
     return wrapped
 
 
 def guarded(main: Callable[[], None], config_name: str) -> None:
     """Check the command line's configuration, then run a Hydra command whose body has ``one_line_errors``."""
-    if not {"--help", "--hydra-help"} & set(sys.argv):
-        one_line_errors(check_overrides)(config_name, sys.argv[1:])
-    main()
+
+    @one_line_errors
+    def command() -> None:
+        if not {"--help", "--hydra-help"} & set(sys.argv):
+            check_overrides(config_name, sys.argv[1:])
+        if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv):
+            run_jobs(main)
+        else:
+            main()
+
+    with stoppable():
+        command()

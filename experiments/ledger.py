@@ -54,10 +54,14 @@ class Ledger:
     def resume(self) -> dict[str, Any] | None:
         """The checkpoint, its step, weights, optimizer and history still to be loaded; None for a new run.
 
-        The trace is cut back to it, and the monitors have their memory again.
+        The trace is cut back to it, and the monitors have their memory again. Raises TraceError where the checkpoint
+        or a part before it is missing or damaged.
         """
         state = checkpoint.load(self._folder, self._run.device)
-        trace.cut_back(self._folder, -1 if state is None else state["step"])
+        if state is None and self.manifest["steps_done"] > 0:
+            raise trace.damaged(self._folder / checkpoint.CHECKPOINT, "is missing", self._folder)
+        self.manifest["files"] = {} if state is None else state["files"]
+        trace.cut_back(self._folder, self.manifest["files"])
         if state is not None:
             self.tokens, self.finite, self.best_held_out = (state[k] for k in ("tokens", "finite", "best_held_out"))
             for name, monitor in self._run.monitors.items():
@@ -78,15 +82,17 @@ class Ledger:
         return readings
 
     def save(self, step: int, end_reason: str) -> None:
-        """Part, then checkpoint, then manifest: a resume cuts the trace back to the checkpoint it finds."""
+        """Part, then checkpoint or weights, then manifest: a resume cuts the trace back to the checkpoint it finds."""
+        files = self.manifest["files"]
         if self._recorder.first_step is not None:
-            trace.write_part(self._folder, self._recorder.first_step, step, self._recorder.columns())
+            files |= trace.write_part(self._folder, self._recorder.first_step, step, self._recorder.columns())
             self._recorder.clear()
         if end_reason not in trace.FINAL_REASONS:
             checkpoint.save(
                 self._folder,
                 {
                     "step": step,
+                    "files": files,
                     "tokens": self.tokens,
                     "model": self._model.state_dict(),
                     "optimizer": self._optimizer.state_dict(),
@@ -102,17 +108,18 @@ class Ledger:
                 for name, tensor in self._model.state_dict().items()
                 if not (name == "head.weight" and self._run.model_config.tie_embeddings)
             }
-            trace.write_whole(self._folder / "weights.safetensors", safetensors_bytes(weights))
-        self.manifest.update(
-            steps_done=step,
-            tokens_done=self.tokens,
-            end_reason=end_reason,
-            wall_s=self._spent["wall_s"] + (time.monotonic() - self._started) / self._share,
-            cpu_s=self._spent["cpu_s"] + (time.process_time() - self._cpu_started) / self._share,
-        )
-        trace.write_manifest(self._folder, self.manifest)
+            files |= trace.write_file(self._folder, trace.WEIGHTS, safetensors_bytes(weights))
+        news = {
+            "steps_done": step,
+            "tokens_done": self.tokens,
+            "end_reason": end_reason,
+            "wall_s": self._spent["wall_s"] + (time.monotonic() - self._started) / self._share,
+            "cpu_s": self._spent["cpu_s"] + (time.process_time() - self._cpu_started) / self._share,
+        }
+        trace.write_manifest(self._folder, self.manifest | news)
+        self.manifest.update(news)  # after the write: where the disk is full, the run has not come this far
         if end_reason in trace.FINAL_REASONS:
-            (self._folder / "checkpoint.pt").unlink(missing_ok=True)
+            (self._folder / checkpoint.CHECKPOINT).unlink(missing_ok=True)
 
 
 def drawup_limit(config: TrainConfig) -> float:

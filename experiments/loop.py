@@ -35,9 +35,10 @@ from experiments.build import Run
 from experiments.checkpoint import locked
 from experiments.gradients import backward, micro_batches
 from experiments.ledger import Ledger, drawup_limit, early_ends
-from experiments.manifest import new_manifest
+from experiments.manifest import manifest_in
 from experiments.memory import out_of_memory_named
 from experiments.optimizer import adamw, update
+from experiments.stopping import Stopped, asked, held
 from faults.base import Sites
 from models.compiled import CompiledObjective
 from models.corruption import Corrupted
@@ -53,12 +54,12 @@ def train(run: Run, out: Path, progress: Progress | None = None) -> dict[str, An
     """Train a run into ``out/<run id>`` and return its manifest; a finished run is skipped, a broken one resumed.
 
     A non-finite loss ends the run as data. After ``train.piece_s`` seconds the run is left as ``interrupted``, with a
-    checkpoint, and the next call goes on. Raises RunError, TraceError or OSError where the folder
-    cannot be used; what it already holds stays.
+    checkpoint, and the next call goes on; likewise on SIGTERM or SIGHUP, which is delivered after that. Raises
+    RunError, TraceError or OSError where the folder cannot be used; what it already holds stays.
     """
     folder = out / run.run_id
-    with locked(folder):
-        manifest = trace.read_manifest(folder) or new_manifest(run)
+    with held(), locked(folder):
+        manifest = manifest_in(folder, run)
         if manifest["end_reason"] in trace.FINAL_REASONS:
             return manifest
         manifest["end_reason"] = "running"
@@ -66,7 +67,7 @@ def train(run: Run, out: Path, progress: Progress | None = None) -> dict[str, An
             with out_of_memory_named(run):
                 _train(run, folder, manifest, progress)
         except BaseException as error:
-            manifest["end_reason"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            manifest["end_reason"] = "interrupted" if isinstance(error, (KeyboardInterrupt, Stopped)) else "failed"
             with suppress(OSError):  # the first error is the one to report
                 trace.write_manifest(folder, manifest)
             raise
@@ -147,7 +148,8 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
             if early is not None:
                 end_reason = early
                 break
-        if now < config.steps and config.piece_s is not None and time.monotonic() - started >= config.piece_s:
+        over = config.piece_s is not None and time.monotonic() - started >= config.piece_s
+        if now < config.steps and (over or asked()):
             ledger.save(now, "interrupted")
             return
         if now % config.checkpoint_every_steps == 0 and now < config.steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,21 @@ def _versions(run: Run) -> dict[str, str]:
     return versions
 
 
+def manifest_in(folder: Path, run: Run) -> dict[str, Any]:
+    """The manifest in a run's folder, or a new one, written there before anything is measured.
+
+    Raises TraceError where a finished run is damaged, or where the folder has lost the manifest of what it holds.
+    """
+    manifest = trace.read_manifest(folder)
+    if manifest is None:
+        if (folder / trace.TRACE).exists() or (folder / trace.WEIGHTS).exists():
+            raise trace.damaged(folder / "manifest.json", "is missing", folder)
+        manifest = new_manifest(run)
+        trace.write_manifest(folder, manifest)
+    trace.check_files(folder, manifest)
+    return manifest
+
+
 def new_manifest(run: Run) -> dict[str, Any]:
     """Provenance of a run: identity, versions, machine, and what each signal means."""
     dirty = _git("status", "--porcelain", "--untracked-files=no")
@@ -49,6 +65,7 @@ def new_manifest(run: Run) -> dict[str, Any]:
         "git_dirty": None if dirty is None else bool(dirty),
         "versions": _versions(run),
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine(),
+        "files": {},
         "steps_done": 0,
         "tokens_done": 0,
         "wall_s": 0.0,

@@ -9,7 +9,6 @@ in turn, and writes one row a seed, kernel, quantity, layer and head. The mechan
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
+from analysis.experiment import read_index
 from experiments import trace
 from experiments.build import Run, build_run
 from models.arithmetic import ROUNDS_TO_ONE, Arithmetic
@@ -132,13 +133,17 @@ def measure(run: Run, model: Transformer) -> Iterator[tuple[str, str, int, int |
 
 
 def trained(folder: Path) -> tuple[Run, Transformer]:
-    """A finished run and its model with the final weights. Raises TraceError where it is not finished."""
+    """A finished run and its model with the final weights. Raises TraceError where it is not finished or damaged."""
     manifest = trace.read_manifest(folder)
     if manifest is None or manifest["end_reason"] not in trace.FINAL_REASONS:
         raise trace.TraceError(f"{folder} has no finished run")
     run = build_run(manifest["config"])
     model = run.new_model()
-    found = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+    try:
+        weights = load(trace.read_weights(folder))
+    except SafetensorError as error:
+        raise trace.damaged(folder / trace.WEIGHTS, error, folder) from None
+    found = model.load_state_dict(weights, strict=False)
     tied = {"head.weight"} if run.model_config.tie_embeddings else set()
     wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if name not in tied)]
     if wrong:
@@ -146,22 +151,29 @@ def trained(folder: Path) -> tuple[Run, Transformer]:
     return run, model
 
 
+def measure_runs(report: Path, runs: Path, fault: str) -> pd.DataFrame:
+    """What ``measure`` yields for every run of a fault, one row each. Raises ValueError for an unknown fault."""
+    index = read_index(report)
+    cells = [cell for cell in index["runs"] if cell["fault"] == fault]
+    if not cells:
+        raise ValueError(f"fault={fault!r} is not allowed: one of {', '.join(index['experiment']['faults'])}")
+    rows = []
+    for cell in cells:
+        run, model = trained(runs / cell["run_id"])
+        rows += [(cell["model"], cell["seed"], *row) for row in measure(run, model)]
+    return pd.DataFrame(rows, columns=["model", "seed", "kernel", "quantity", "layer", "head", "value"])
+
+
 def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != {"report", "runs", "fault", "out"}:
         sys.exit("usage: python -m experiments.natural_rounding report=DIR runs=DIR fault=NAME out=FILE.csv")
     torch.set_num_threads(1)
-    index = json.loads((Path(given["report"]) / "experiment.json").read_text())
-    cells = [cell for cell in index["runs"] if cell["fault"] == given["fault"]]
-    if not cells:
-        sys.exit(f"error: fault={given['fault']!r} is not allowed: one of {', '.join(index['experiment']['faults'])}")
-    rows = []
-    for cell in cells:
-        run, model = trained(Path(given["runs"]) / cell["run_id"])
-        rows += [(cell["model"], cell["seed"], *row) for row in measure(run, model)]
-    columns = ["model", "seed", "kernel", "quantity", "layer", "head", "value"]
-    table = pd.DataFrame(rows, columns=columns)
-    table.to_csv(given["out"], index=False, float_format="%.5g")
+    try:
+        table = measure_runs(Path(given["report"]), Path(given["runs"]), given["fault"])
+        table.to_csv(given["out"], index=False, float_format="%.5g")
+    except (ValueError, OSError, trace.TraceError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
     print(table.groupby(["quantity", "kernel"], sort=False)["value"].describe()[["count", "mean", "min", "max"]])
 
 

@@ -57,7 +57,8 @@ class RunProgress:
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
-        (self._folder / STATUS).unlink(missing_ok=True)
+        if self._last is not None:  # else it may be that of another process, which has the run
+            (self._folder / STATUS).unlink(missing_ok=True)
 
     def __call__(self, step: int, loss: Tensor, readings: Mapping[str, Reading]) -> None:
         if self._live:

@@ -11,10 +11,12 @@ N runs, trained together along a model axis; runs that cannot be stacked are tra
 from __future__ import annotations
 
 import dataclasses
-import json
+import shlex
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
 from hydra.types import HydraContext
-from joblib import effective_n_jobs
+from joblib import Parallel, delayed, effective_n_jobs
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from analysis.align import AXES
@@ -37,11 +39,13 @@ from experiments.build import Run, build_run
 from experiments.checkpoint import RunError
 from experiments.cli import CONF, USER_ERRORS, guarded, one_line_errors
 from experiments.data import load_once
+from experiments.files import sealed, write_whole
 from experiments.pieces import Unfinished, in_pieces
 from experiments.plan import PlannedRun, plan, plan_cases
 from experiments.progress import StackProgress, SweepProgress
 from experiments.stacked_loop import train_stack
 from experiments.stacking import stacks, why_single
+from experiments.stopping import asked, check_in, end_if_orphaned, end_with_parent, launching
 from experiments.train import describe, run_one, train_shown
 
 CONFIG_NAME = "reproduce"
@@ -55,10 +59,15 @@ def train_quietly(jobs: Sequence[Sequence[Sequence[str]]], config: DictConfig) -
     with open_dict(config):
         config.quiet = True
     members = jobs[HydraConfig.get().job.num]
+    end_with_parent()
+    if asked():
+        return []
     try:
         return run_together(members, Path(config.out)) if config.train.stack > 1 else [run_one(config, load_once)]
     except USER_ERRORS as error:
         return [{"error": " ".join(str(error).split())}] * len(members)
+    finally:
+        end_if_orphaned()
 
 
 def run_together(members: Sequence[Sequence[str]], out: Path) -> list[dict[str, Any]]:
@@ -100,6 +109,14 @@ def at_once(launcher: Mapping[str, Any]) -> int:
     return launcher.get("array_parallelism", 1)
 
 
+def start_workers(launcher: Mapping[str, Any], folder: Path) -> None:
+    """Start joblib's processes, which it keeps for the jobs, so that each ends with this one from the start."""
+    workers = at_once(launcher)
+    if "n_jobs" in launcher and workers > 1:
+        settings = {key: value for key, value in launcher.items() if key != "_target_"}
+        Parallel(**settings)(delayed(check_in)(folder, workers) for _ in range(workers))
+
+
 def launch(
     jobs: Sequence[Sequence[PlannedRun]], given: Sequence[str], config: DictConfig
 ) -> list[list[dict[str, Any]]]:
@@ -110,16 +127,38 @@ def launch(
         task_function=partial(train_quietly, overrides),
         config=config,
     )
-    done = launcher.launch([members[0] for members in overrides], initial_job_idx=0)
+    try:
+        done = launcher.launch([members[0] for members in overrides], initial_job_idx=0)
+    except BrokenExecutor:
+        raise RunError(
+            "a process that trained was killed, for want of memory perhaps: the same command resumes, a lower at_once "
+            "needs less"
+        ) from None
     return [
         job.return_value if job.status is JobStatus.COMPLETED else [{"error": repr(job._return_value)}] * len(members)
         for job, members in zip(done, overrides, strict=True)
     ]
 
 
-def is_done(folder: Path) -> bool:
-    manifest = trace.read_manifest(folder)
-    return manifest is not None and manifest["end_reason"] in trace.FINAL_REASONS
+def left_to_train(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path) -> list[tuple[PlannedRun, Run]]:
+    """The runs that are not finished. Raises RunError where finished ones are damaged, and names them all."""
+    pending, damaged, errors = [], [], []
+    for cell, run in zip(planned, runs, strict=True):
+        folder = out / run.run_id
+        try:
+            if not trace.is_done(folder):
+                pending.append((cell, run))
+        except trace.TraceError as error:
+            damaged.append(shlex.quote(str(folder)))
+            errors.append(error)
+    if len(damaged) == 1:
+        raise errors[0]
+    if damaged:
+        raise RunError(
+            f"{len(damaged)} of {len(runs)} runs are damaged: rm -r {' '.join(damaged)}, then the same command trains "
+            f"them again; the first: {errors[0]}"
+        )
+    return pending
 
 
 def _cpu_s(folder: Path) -> float:
@@ -131,9 +170,10 @@ def _cpu_s(folder: Path) -> float:
 def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: Sequence[str]) -> dict[str, Any] | None:
     """Train the runs that are not there yet; how long that took and how busy the cores were, or None.
 
-    Raises RunError where runs failed, after all others are done, and Unfinished where ``train.piece_s`` is over.
+    Raises RunError where runs failed, after all others are done, or where finished ones are damaged, and Unfinished
+    where ``train.piece_s`` is over.
     """
-    pending = [(cell, run) for cell, run in zip(planned, runs, strict=True) if not is_done(out / run.run_id)]
+    pending = left_to_train(planned, runs, out)
     if not pending:
         return None
     jobs = [[pending[index] for index in stack] for stack in stacks([run for _, run in pending])]
@@ -143,7 +183,8 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
     started, spent_s = time.monotonic(), sum(_cpu_s(out / run.run_id) for _, run in pending)
     config = with_launcher(given)
     processes, piece_s = min(at_once(config.hydra.launcher), len(jobs)), pending[0][1].train.piece_s
-    with SweepProgress({out / run.run_id: run.train.steps for run in runs}):
+    with SweepProgress({out / run.run_id: run.train.steps for run in runs}), launching() as folder:
+        start_workers(config.hydra.launcher, folder)
 
         def launched(some: Sequence[Sequence[tuple[PlannedRun, Run]]], *more: str) -> list[list[dict[str, Any]]]:
             return launch([[cell for cell, _ in job] for job in some], [*given, *more], config)
@@ -152,6 +193,8 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
             done = launched(jobs)
         else:
             done = in_pieces(jobs, processes, piece_s, lambda some, left_s: launched(some, f"train.piece_s={left_s}"))
+    if asked():  # in a job of -m, which ends with the others
+        raise Unfinished("runs are left after a signal; the same command goes on")
     wall_s = time.monotonic() - started
     results = [
         (run, result)
@@ -165,11 +208,10 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
             f"{len(failed)} of {len(pending)} runs failed and can be resumed by the same command; "
             f"the first, {run.run_id} (seed {run.seed}): {result['error']}"
         )
-    unfinished = sum(not is_done(out / run.run_id) for _, run in pending)
+    unfinished = sum(not trace.is_done(out / run.run_id) for _, run in pending)
     if unfinished:
-        raise Unfinished(
-            f"{unfinished} runs are left after train.piece_s={piece_s:g} seconds; the same command goes on"
-        )
+        why = "a signal to their process" if piece_s is None else f"train.piece_s={piece_s:g} seconds"
+        raise Unfinished(f"{unfinished} runs are left after {why}; the same command goes on")
     cpu_s = sum(result["cpu_s"] for _, result in results) - spent_s
     return {
         "trained": len(pending),
@@ -226,10 +268,11 @@ def main(config: DictConfig) -> None:
         "scale": settings["scale"],
         "label": settings["label"],
         "rule": settings["rule"],
+        "command": shlex.join(["python", "-m", "experiments.reproduce", *sys.argv[1:]]),
         "sweep": timing,
         "runs": [{**dataclasses.asdict(cell), "run_id": run.run_id} for cell, run in zip(planned, runs, strict=True)],
     }
-    trace.write_whole(report / "experiment.json", json.dumps(index, indent=1).encode() + b"\n")
+    write_whole(report / "experiment.json", sealed(index))
     make_report(report, out)
 
 

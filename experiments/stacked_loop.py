@@ -35,12 +35,13 @@ from experiments import checkpoint, trace
 from experiments.build import Run
 from experiments.ledger import HELD_OUT, Ledger, drawup_limit, early_ends
 from experiments.loop import cadence
-from experiments.manifest import new_manifest
+from experiments.manifest import manifest_in
 from experiments.memory import out_of_memory_named
 from experiments.recorder import Recorder
 from experiments.stacked_history import SliceHistory, load_history
 from experiments.stacked_monitors import StackedMonitors, slice_view
 from experiments.stacked_optimizer import StackedAdamW
+from experiments.stopping import Stopped, asked, held
 from faults.base import Fault, Sites
 from models.objective import objective_at
 from models.stacked import StackedNumerics, StackedTransformer
@@ -57,12 +58,12 @@ def train_stack(runs: Sequence[Run], out: Path, progress: StackProgress | None =
     Each run has the folder, files, skipping and resuming of ``experiments.loop.train``, and its errors. Runs whose
     checkpoints are of different steps go on in stacks of their own.
     """
-    with ExitStack() as locks:
+    with held(), ExitStack() as locks:
         manifests, unfinished = [], []
         for run in runs:
             folder = out / run.run_id
             locks.enter_context(checkpoint.locked(folder))
-            manifest = trace.read_manifest(folder) or new_manifest(run)
+            manifest = manifest_in(folder, run)
             manifests.append(manifest)
             if manifest["end_reason"] not in trace.FINAL_REASONS:
                 manifest["end_reason"] = "running"
@@ -75,9 +76,10 @@ def train_stack(runs: Sequence[Run], out: Path, progress: StackProgress | None =
                 with out_of_memory_named(runs[0]):
                     _train_together(list(members), until, progress)
         except BaseException as error:
+            end_reason = "interrupted" if isinstance(error, (KeyboardInterrupt, Stopped)) else "failed"
             for _, folder, manifest in unfinished:
                 if manifest["end_reason"] == "running":
-                    manifest["end_reason"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                    manifest["end_reason"] = end_reason
                     with suppress(OSError):  # the first error is the one to report
                         trace.write_manifest(folder, manifest)
             raise
@@ -212,7 +214,8 @@ def _train_together(
                 recording.remove(index)
             if not recording:
                 return
-        if now < config.steps and until is not None and time.monotonic() >= until:
+        over = until is not None and time.monotonic() >= until
+        if now < config.steps and (over or asked()):
             for index in recording:
                 save(index, now, "interrupted")
             return

@@ -2,7 +2,9 @@
 
 A run's folder holds ``manifest.json``, ``trace/part-<first>-<last>.parquet`` (steps, inclusive),
 ``checkpoint.pt`` while it is unfinished and ``weights.safetensors`` once it is done. Every file is
-written whole under another name and renamed into place, so a kill leaves whole files only.
+written whole under another name and renamed into place, so a kill leaves whole files only
+(``experiments.files``). ``files`` of the manifest, which is sealed, has the SHA-256 of every part and of the weights;
+a manifest without ``files`` is an older one, whose files are read unchecked.
 
 Columns of a part: step, tokens (training tokens seen by then), signal, layer and head (-1 where the
 signal has no such axis), value, and undefined: true marks a missing sample (a zero update has no entropy),
@@ -11,8 +13,7 @@ while a NaN or Inf that is not undefined arose from a nonzero computation.
 
 from __future__ import annotations
 
-import json
-import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from experiments.files import damage, read_checked, sealed, sha256, unsealed, write_whole
+
+TRACE, WEIGHTS = "trace", "weights.safetensors"
 
 SCHEMA_VERSION = 2
 
@@ -43,81 +48,101 @@ FINAL_REASONS = ("completed", "diverged", "non_finite")
 """End reasons of a finished run; ``running``, ``interrupted`` and ``failed`` runs are resumed."""
 
 
+REQUIRED = ("config", "onset_step", "end_reason", "signals")
+"""Keys that every manifest has."""
+
+
 class TraceError(Exception):
     """A trace that is missing, damaged, or of another schema version."""
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one, never a piece."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n")
+    write_whole(folder / "manifest.json", sealed(manifest, sort_keys=True))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The run's manifest, or None where the folder has none. Raises TraceError if it is damaged."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = unsealed(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise TraceError(f"{path} is damaged ({error}): delete the folder to run it again") from None
+        raise damaged(path, error, folder) from None
     if manifest.get("schema") != SCHEMA_VERSION:
         raise TraceError(f"{path} has schema version {manifest.get('schema')}, this code reads {SCHEMA_VERSION}")
+    lost = next((key for key in REQUIRED if key not in manifest), None)
+    if lost is not None:
+        raise damaged(path, f"it has no {lost}", folder)
     return manifest
 
 
-def _parts(folder: Path) -> list[tuple[int, int, Path]]:
-    """(first step, last step, path) of every part, in order."""
-    parts = []
-    for path in (folder / "trace").glob("part-*.parquet"):
-        _, first, last = path.stem.split("-")
-        parts.append((int(first), int(last), path))
-    return sorted(parts)
+def damaged(path: Path, reason: object, folder: Path) -> TraceError:
+    """The error for a file of a run that is not what was written: reason, and what to do, in one line."""
+    said = " ".join(str(reason).split())
+    return TraceError(f"{path} is damaged ({said}): rm -r {shlex.quote(str(folder))}, then train the run again")
 
 
-def _read_part(path: Path, signals: Iterable[str] | None = None) -> pa.Table:
-    try:
-        if signals is None:  # a file by itself costs a third of what a data set of one file does
-            with pq.ParquetFile(path) as part:
-                return part.read()
-        return pq.read_table(path, filters=[("signal", "in", list(signals))])
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise TraceError(f"trace part {path} is damaged ({reason}): delete the run's folder to run it again") from None
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises TraceError where a file of a finished run is missing or damaged."""
+    if manifest["end_reason"] in FINAL_REASONS:
+        _check(folder, manifest.get("files", {}))
 
 
-def write_part(folder: Path, first_step: int, last_step: int, columns: Mapping[str, Any]) -> None:
-    """Write the rows of steps first_step to last_step as one part."""
+def _check(folder: Path, files: Mapping[str, str]) -> None:
+    for name, expected in files.items():
+        reason = damage(folder / name, expected)
+        if reason is not None:
+            raise damaged(folder / name, reason, folder)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a folder holds a finished run. Raises TraceError where a file of it is missing or damaged."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return False
+    check_files(folder, manifest)
+    return manifest["end_reason"] in FINAL_REASONS
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Every part in the folder, in order."""
+    return sorted((folder / TRACE).glob("part-*.parquet"))
+
+
+def write_part(folder: Path, first_step: int, last_step: int, columns: Mapping[str, Any]) -> dict[str, str]:
+    """Write the rows of steps first_step to last_step as one part; its entry in ``files`` of the manifest."""
     table = pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    (folder / "trace").mkdir(exist_ok=True)
-    write_whole(folder / "trace" / f"part-{first_step:09d}-{last_step:09d}.parquet", sink.getvalue().to_pybytes())
+    (folder / TRACE).mkdir(exist_ok=True)
+    return write_file(folder, f"{TRACE}/part-{first_step:09d}-{last_step:09d}.parquet", sink.getvalue().to_pybytes())
 
 
-def cut_back(folder: Path, step: int) -> None:
-    """Drop every row after ``step``: what a killed run wrote beyond its last checkpoint."""
-    for first, last, path in _parts(folder):
-        if first > step:
+def write_file(folder: Path, name: str, data: bytes) -> dict[str, str]:
+    """Write a file of a run; its entry in ``files`` of the manifest."""
+    write_whole(folder / name, data)
+    return {name: sha256(data)}
+
+
+def cut_back(folder: Path, files: Mapping[str, str]) -> None:
+    """Drop every part that is not in ``files``, what the last checkpoint knows: a killed run wrote it beyond that.
+
+    Raises TraceError where a part that should be there is missing or damaged; nothing is dropped then.
+    """
+    _check(folder, files)
+    for path in [*_parts(folder), *folder.rglob("*.partial")]:
+        if f"{TRACE}/{path.name}" not in files:
             path.unlink()
-        elif last > step:
-            table = _read_part(path)
-            kept = table.filter(pa.compute.less_equal(table["step"], step))
-            write_part(folder, first, step, {name: kept[name].combine_chunks() for name in SCHEMA.names})
-            path.unlink()
+
+
+def read_weights(folder: Path) -> bytes:
+    """``weights.safetensors`` of a finished run. Raises TraceError where it is missing or damaged."""
+    manifest, path = read(folder).manifest, folder / WEIGHTS
+    try:
+        return read_checked(path, manifest["files"][WEIGHTS]) if "files" in manifest else path.read_bytes()
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise damaged(path, error, folder) from None
 
 
 @dataclass(frozen=True)
@@ -157,12 +182,28 @@ class Trace:
 
     @cached_property
     def signals(self) -> Mapping[str, Series]:
-        """Every saved signal (or those asked for). Raises TraceError on damaged parts or repeated steps."""
+        """Every saved signal (or those asked for). Raises TraceError on missing or damaged parts or repeated steps."""
         parts = _parts(self.folder)
+        known = self.manifest.get("files")
+        if known is not None:
+            listed = [self.folder / name for name in known if name.startswith(f"{TRACE}/")]
+            unknown = sorted(set(parts) - set(listed))
+            if unknown:
+                raise damaged(unknown[0], "the manifest does not know it", self.folder)
+            parts = listed
         if not parts:
             raise TraceError(f"run {self.run_id} in {self.folder} has no trace")
-        table = pa.concat_tables(_read_part(path, self.wanted) for _, _, path in parts).combine_chunks()
-        return series_of(table, self.run_id)
+        return series_of(pa.concat_tables(map(self._read_part, parts)).combine_chunks(), self.run_id)
+
+    def _read_part(self, path: Path) -> pa.Table:
+        known = self.manifest.get("files")
+        try:
+            data = path.read_bytes() if known is None else read_checked(path, known[f"{TRACE}/{path.name}"])
+            if self.wanted is None:  # a file by itself costs a third of what a data set of one file does
+                return pq.ParquetFile(pa.BufferReader(data)).read()
+            return pq.read_table(pa.BufferReader(data), filters=[("signal", "in", list(self.wanted))])
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise damaged(path, error, self.folder) from None
 
 
 def series_of(table: pa.Table, run_id: str) -> dict[str, Series]:

@@ -16,6 +16,7 @@ from experiments.data import Corpus, DataConfig
 from experiments.loop import train
 from experiments.pieces import Unfinished
 from experiments.progress import RunProgress
+from experiments.stopping import asked
 from models.transformer import Transformer
 
 
@@ -64,10 +65,12 @@ def run_one(config: DictConfig, load: Callable[[DataConfig, int], Corpus] = Corp
 @one_line_errors
 def main(config: DictConfig) -> None:
     manifest = run_one(config)
-    if manifest["end_reason"] == "interrupted":
+    if manifest["end_reason"] == "interrupted" and not asked():
+        piece_s = config.train.piece_s
+        why = "a signal" if piece_s is None else f"train.piece_s={piece_s:g} seconds"
         raise Unfinished(
-            f"{manifest['run_id']} after {manifest['steps_done']} of {config.train.steps} steps and train.piece_s="
-            f"{config.train.piece_s:g} seconds; the same command goes on"
+            f"{manifest['run_id']} after {manifest['steps_done']} of {config.train.steps} steps and {why}; "
+            "the same command goes on"
         )
 
 

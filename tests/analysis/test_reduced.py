@@ -1,5 +1,7 @@
 """Runs reduced to what scoring needs score as they did."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,9 +9,10 @@ import pytest
 from analysis import reduced
 from analysis.contest import contest
 from analysis.detection import Detection
-from analysis.experiment import load
+from analysis.experiment import load, read_index
 from analysis.sensitivity import label_sensitivity, other_labels
 from experiments import trace
+from experiments.build import ROOT
 from tests.analysis.made_up_board import EARLY, LATE, scored
 
 
@@ -51,6 +54,34 @@ def test_manifests_are_put_together_again():
     shared = reduced.common(records)
     assert shared == {"a": 1, "b": {"c": 2}, "f": {"g": 1}}
     assert [reduced.merged(shared, reduced.without(record, shared)) for record in records] == records
+
+
+def test_every_flipped_bit_of_a_reduced_folder_is_an_error(folder, tmp_path):
+    experiment, small = load(folder, folder), tmp_path / "small"
+    reduced.write(experiment.index, [run.trace for run in experiment.runs], other_labels(experiment), small)
+    generator = np.random.default_rng(0)
+    for path in sorted(small.iterdir()):
+        data = path.read_bytes()
+        for place in generator.integers(8 * len(data), size=40):
+            turned = bytearray(data)
+            turned[place // 8] ^= 1 << place % 8
+            path.write_bytes(turned)
+            with pytest.raises(trace.TraceError, match=rf"^{small}/.* is damaged .*: git checkout -- {small}, or .*$"):
+                read_index(small), reduced.read(small)
+        path.unlink()
+        if path.name != reduced.CHECKSUMS:  # without which it is an older folder, and read unchecked
+            with pytest.raises(trace.TraceError, match=f"{path.name} .*(is missing|does not exist)"):
+                read_index(small), reduced.read(small)
+        path.write_bytes(data)
+    assert load(small, small).runs
+
+
+@pytest.mark.parametrize("half", ["dense", "moe"])
+def test_the_committed_runs_have_checksums(half):
+    committed = ROOT / "results" / "reference_set" / half
+    assert set(json.loads((committed / reduced.CHECKSUMS).read_text())) == {
+        path.name for path in committed.iterdir() if path.name != reduced.CHECKSUMS
+    }
 
 
 def test_a_reduced_folder_of_another_schema_is_refused(folder, tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from experiments import trace
 from experiments.loop import train
 from experiments.natural_rounding import KERNELS, alignment, conditions, main, output_bias, trained
 from experiments.plain_config import CONF, construct
@@ -125,12 +126,15 @@ def test_the_command_writes_every_kernel_of_every_trained_run(make_run, tmp_path
 def test_weights_that_do_not_fit_are_named(make_run, tmp_path):
     run = make_run("train.steps=10")
     train(run, tmp_path)
-    path = tmp_path / run.run_id / "weights.safetensors"
-    weights = load_file(path)
+    folder = tmp_path / run.run_id
+    weights = load_file(folder / trace.WEIGHTS)
     name = next(name for name in weights if name.endswith("attention.q.weight"))
-    save_file({other: weight for other, weight in weights.items() if other != name}, path)
+    data = save({other: weight for other, weight in weights.items() if other != name})
+    manifest = trace.read_manifest(folder)
+    manifest["files"] |= trace.write_file(folder, trace.WEIGHTS, data)
+    trace.write_manifest(folder, manifest)
     with pytest.raises(TraceError, match=f"the weights do not fit the model: {re.escape(name)}"):
-        trained(path.parent)
+        trained(folder)
 
 
 def test_the_kernels_are_the_arithmetics_of_the_experiment():

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from experiments import checkpoint, trace
 from experiments.build import ROOT
 from experiments.checkpoint import RunError
 from experiments.loop import train
+from experiments.trace import TraceError
 from tests.experiments.same_result import WEIGHTS, assert_same_result
 
 MOE = (
@@ -140,7 +143,8 @@ def test_a_finished_run_is_skipped(make_run, tmp_path):
 
 def test_two_processes_cannot_share_a_run_folder(make_run, tmp_path):
     run = make_run()
-    with checkpoint.locked(tmp_path / run.run_id), pytest.raises(RunError, match="in use by another process"):
+    holder = f"in use by process {os.getpid()} on {re.escape(socket.gethostname())} since 2"
+    with checkpoint.locked(tmp_path / run.run_id), pytest.raises(RunError, match=holder):
         train(run, tmp_path)
     assert train(run, tmp_path)["end_reason"] == "completed"
 
@@ -154,7 +158,7 @@ def test_a_corrupted_checkpoint_is_named_and_nothing_is_lost(make_run, tmp_path)
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     parts = sorted((tmp_path / run.run_id / "trace").iterdir())
-    with pytest.raises(RunError, match=r"checkpoint\.pt is corrupted"):
+    with pytest.raises(TraceError, match=rf"checkpoint\.pt is damaged \(does not match.*\): rm -r {path.parent}, then"):
         train(make_run(), tmp_path)
     assert sorted((tmp_path / run.run_id / "trace").iterdir()) == parts
 

@@ -33,10 +33,15 @@ def columns(steps) -> dict[str, list]:
 
 @pytest.fixture
 def folder(tmp_path):
+    files = {}
     for first in (1, 11, 21):
-        trace.write_part(tmp_path, first, first + 9, columns(range(first, first + 10)))
-    trace.write_manifest(tmp_path, MANIFEST)
+        files |= trace.write_part(tmp_path, first, first + 9, columns(range(first, first + 10)))
+    trace.write_manifest(tmp_path, MANIFEST | {"files": files})
     return tmp_path
+
+
+def files_of(folder) -> dict[str, str]:
+    return trace.read_manifest(folder)["files"]
 
 
 def test_what_is_written_is_read(folder):
@@ -69,12 +74,14 @@ def test_nan_and_inf_survive(tmp_path):
     assert np.array_equal(trace.read(tmp_path).signals["loss"].values.ravel(), rows["value"], equal_nan=True)
 
 
-@pytest.mark.parametrize("step", [-1, 0, 10, 13, 20, 25, 30])
-def test_cutting_back_keeps_exactly_the_steps_up_to_there(folder, step):
-    trace.cut_back(folder, step)
-    left = pd.read_parquet(folder / "trace") if list((folder / "trace").iterdir()) else pd.DataFrame({"step": []})
-    whole = pd.DataFrame(columns(range(1, 31)))
-    assert sorted(left["step"]) == sorted(whole["step"][whole["step"] <= step])
+def test_cutting_back_keeps_what_the_checkpoint_knows(folder):
+    known = dict(list(files_of(folder).items())[:2])
+    trace.cut_back(folder, known)
+    assert sorted(f"trace/{path.name}" for path in (folder / "trace").iterdir()) == sorted(known)
+    (folder / next(iter(known))).unlink()
+    with pytest.raises(TraceError, match=r"part-000000001-000000010\.parquet is damaged \(is missing"):
+        trace.cut_back(folder, known)
+    assert len(list((folder / "trace").iterdir())) == 1
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -92,17 +99,35 @@ def test_a_failed_write_leaves_the_old_file_and_no_piece(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_damaged_part_is_named(folder):
+@pytest.mark.parametrize("harm", [lambda part: part.unlink(), lambda part: part.write_bytes(part.read_bytes()[:-20])])
+def test_a_damaged_part_is_named(folder, harm):
     part = sorted((folder / "trace").iterdir())[1]
-    part.write_bytes(part.read_bytes()[:-20])
-    with pytest.raises(TraceError, match=part.name):
+    harm(part)
+    what_to_do = rf"{part.name} is damaged \(.*\): rm -r {folder}, then train the run again"
+    for signals in (None, ["loss"]):
+        with pytest.raises(TraceError, match=what_to_do):
+            _ = trace.read(folder, signals).signals
+    with pytest.raises(TraceError, match=what_to_do):
+        trace.is_done(folder)
+
+
+def test_a_part_that_the_manifest_does_not_know_is_an_error(folder):
+    trace.write_part(folder, 31, 31, columns([31]))
+    with pytest.raises(TraceError, match=r"part-000000031-.* is damaged \(the manifest does not know it"):
         _ = trace.read(folder).signals
 
 
 def test_repeated_steps_are_an_error(folder):
-    trace.write_part(folder, 31, 31, columns([30]))
+    files = files_of(folder) | trace.write_part(folder, 31, 31, columns([30]))
+    trace.write_manifest(folder, MANIFEST | {"files": files})
     with pytest.raises(TraceError, match="missing or repeated steps"):
         _ = trace.read(folder).signals
+
+
+def test_an_older_run_without_checksums_is_read_unchecked(folder):
+    trace.write_manifest(folder, MANIFEST)
+    trace.write_part(folder, 31, 31, columns([31]))
+    assert len(trace.read(folder).signals["loss"].steps) == 31 and trace.is_done(folder)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +145,9 @@ def test_a_trace_that_cannot_be_scored_says_why(folder, manifest, message):
 
 
 def test_a_damaged_manifest_and_an_empty_folder_are_named(folder, tmp_path):
-    (folder / "manifest.json").write_text('{"schema": 1,')
-    with pytest.raises(TraceError, match=r"manifest\.json is damaged"):
-        trace.read(folder)
+    for content in ('{"schema": 1,', "[]", "null", '{"schema": 2}', ""):
+        (folder / "manifest.json").write_text(content)
+        with pytest.raises(TraceError, match=r"manifest\.json is damaged \(.*\): rm -r"):
+            trace.read(folder)
     with pytest.raises(TraceError, match="holds no run"):
         trace.read(tmp_path / "nothing")

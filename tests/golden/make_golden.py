@@ -47,12 +47,11 @@ def main(report: Path, runs: Path, out: Path) -> None:
         target.mkdir(parents=True)
         manifest = trace.read_manifest(source)
         manifest["signals"] = {name: manifest["signals"][name] for name in wanted}
-        trace.write_manifest(target, manifest)
         rows = pd.read_parquet(source / "trace", filters=[("signal", "in", wanted)])
         rows["signal"] = rows["signal"].astype(str)
-        trace.write_part(
-            target, 0, manifest["steps_done"], {name: rows[name].to_numpy() for name in trace.SCHEMA.names}
-        )
+        columns = {name: rows[name].to_numpy() for name in trace.SCHEMA.names}
+        manifest["files"] = trace.write_part(target, 0, manifest["steps_done"], columns)
+        trace.write_manifest(target, manifest)
     lead_table(load(out, out / "runs")).to_csv(out / "expected.csv", index=False)
 
 
