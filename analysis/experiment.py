@@ -15,6 +15,7 @@ from analysis import reduced
 from analysis.alarms import make_rule
 from analysis.align import AXES, hold, positions
 from analysis.detection import Detection, Detector
+from analysis.index import read_index
 from analysis.labels import divergence_step, drawup_threshold, is_degraded
 from analysis.score import Score, score
 from experiments import trace
@@ -140,7 +141,7 @@ def _index(report: Path) -> dict[str, Any]:
     index_file = report / "experiment.json"
     if not index_file.exists():
         raise trace.TraceError(f"{index_file} does not exist: run experiments.reproduce first")
-    return json.loads(index_file.read_text())
+    return read_index(index_file)
 
 
 def _check_roles(cells: Sequence[Mapping[str, Any]]) -> None:

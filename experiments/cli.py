@@ -15,11 +15,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.build import ROOT, did_you_mean
+from experiments.build import ROOT
 from experiments.checkpoint import RunError
 from experiments.memory import OutOfMemory
 from experiments.pieces import UNFINISHED_CODE, Unfinished
 from experiments.trace import TraceError
+from experiments.validation import did_you_mean
 
 CONF = str(ROOT / "conf")
 USER_ERRORS = (ValueError, OSError, RunError, TraceError, MemoryError, OutOfMemory)

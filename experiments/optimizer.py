@@ -14,6 +14,8 @@ from models.precision import PRECISIONS
 from models.transformer import parameter_group
 
 SCHEDULES = ("constant", "cosine")
+MOST_STEPS = 10_000_000
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class TrainConfig:
     weight_decay: on matrices only; clip: global gradient norm, or None;
     held_out_*: the label's loss on a fixed held-out batch; stop_drawup_nats: end the run as
     ``diverged`` once that loss stands so far above its minimum, or None to train on;
-    device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process; stack: how many runs of an experiment
+    device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process, at most ``MOST_THREADS``; stack: how many runs of an experiment
     train together along a model axis at most, 1 for each by itself; runs that cannot be stacked stay by themselves;
     precision: ``fp32``, or ``bf16`` for autocast over FP32 weights (``models.precision``);
     micro_batch: sequences that go through the model at a time, or None for the whole batch; watched_sequences: so many
@@ -69,6 +71,14 @@ class TrainConfig:
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"train.{field}={getattr(self, field)} is not allowed: at least 1")
+        for field, most in (("steps", MOST_STEPS), ("threads", MOST_THREADS)):
+            if getattr(self, field) > most:
+                raise ValueError(f"train.{field}={getattr(self, field)} is not allowed: at most {most}")
+        if self.held_out_every_steps > self.steps:
+            raise ValueError(
+                f"train.held_out_every_steps={self.held_out_every_steps} is not allowed: at most train.steps="
+                f"{self.steps}, or the loss that tells a divergence is never read"
+            )
         for field in ("learning_rate", "clip", "stop_drawup_nats", "piece_s"):
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:

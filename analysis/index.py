@@ -1,0 +1,149 @@
+"""What an experiment says of its scoring, and its index ``experiment.json``, with every key held against its range."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from analysis.align import AXES
+from experiments import trace
+from experiments.validation import LARGEST_SEED, Node, check_mapping, check_named, check_node
+
+Name = Field(min_length=1)
+Names = list[str]
+
+
+class Label(Node):
+    """Divergence from the held-out loss: the keys of ``conf/label`` (``analysis.labels``)."""
+
+    ema_span: int = Field(ge=1)
+    min_drawup_nats: float = Field(gt=0)
+    healthy_factor: float = Field(ge=0)
+    consecutive: int = Field(ge=1)
+
+
+class Rule(Node):
+    """The keys of ``conf/rule``; a chart's own are checked where it is made (``analysis.alarms.make_rule``)."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    chart: str = Name
+
+
+class Seeds(Node):
+    """How many runs each role has."""
+
+    reference: int = Field(ge=0, le=1000)
+    calibration: int = Field(ge=0, le=1000)
+    test: int = Field(ge=0, le=1000)
+    faulty: int = Field(ge=0, le=1000)
+
+
+class Scale(Node):
+    """The keys of ``conf/scale`` that scoring reads; sizes are read by an experiment's overrides and checked there."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    name: str = Name
+    alpha: float = Field(gt=0, lt=1)
+    seeds: Seeds | None = None
+
+
+class Fault(Node):
+    """A fault of an experiment: its name for people, the overrides that switch it on, its cell in a grid."""
+
+    label: str | None = None
+    overrides: Names | None = None
+    cell: list[float] | None = Field(default=None, min_length=2, max_length=2)
+
+
+class Panel(Node):
+    """A panel of a figure: signals and how they become one curve."""
+
+    signals: Names = Field(min_length=1)
+    reduce: Literal["worst", "mean"] = "worst"
+    log: bool = False
+
+
+class Alarms(Node):
+    detector: str
+    fault: str
+    should: bool
+
+
+class Claim(Node):
+    """One sentence of a paper and its test (``analysis.claims``)."""
+
+    says: str
+    alarms: Alarms | None = None
+    falls: Names | None = None
+    rises: Names | None = None
+    panel: Panel | None = None
+    align: Literal[AXES] | None = None
+    model: str | None = None
+
+
+class Settings(Node):
+    """The keys of ``conf/experiment``."""
+
+    name: str = Name
+    title: str
+    models: Names = Field(min_length=1)
+    align: list[Literal[AXES]] = Field(min_length=1)
+    faults: dict[str, Fault]
+    detectors: dict[str, Names] = Field(min_length=1)
+    baseline: str | Names
+    figure: dict[str, Panel]
+    draw: str | None = None
+    overrides: Names = []
+    claims: list[Claim] = []
+    seeds: Seeds | None = None
+    score_every: int = Field(default=1, ge=1)
+    family: str | None = None
+    groups: Names = []
+    should_ignore: dict[str, Names] = {}
+    cost_faults: Names = []
+    controls: Names = []
+    control: str | None = None
+    drift: Names = []
+    doses: bool = False
+    healthy_cell: list[float] | None = Field(default=None, min_length=2, max_length=2)
+
+
+class Cell(Node):
+    """A run of an index."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    run_id: str = Name
+    model: str
+    role: Literal["reference", "calibration", "test", "faulty"]
+    fault: str | None
+    seed: int = Field(ge=0, le=LARGEST_SEED)
+
+
+PARTS = {"experiment": Settings, "scale": Scale, "label": Label, "rule": Rule}
+
+
+def check_parts(index: Mapping[str, Any]) -> None:
+    """Raises ValueError, in one line that names the key, where experiment, scale, label or rule are not what is allowed."""
+    for part, schema in PARTS.items():
+        check_node(schema, index.get(part), part)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The content of an ``experiment.json``. Raises TraceError, in one line, where it is none."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        check_mapping(index, "it")
+        check_parts(index)
+        if not isinstance(index.get("runs"), list):
+            raise ValueError("runs is no list")
+        for number, cell in enumerate(index["runs"]):
+            check_node(Cell, cell, f"runs.{number}")
+            check_named([cell["model"]], index["experiment"]["models"], f"runs.{number}.model")
+            check_named([cell["fault"]], (None, *index["experiment"]["faults"]), f"runs.{number}.fault")
+    except (ValueError, OSError) as error:  # no JSON and no text are among them
+        raise trace.TraceError(f"{path} is no index of an experiment: {error}") from None
+    return index
