@@ -36,10 +36,10 @@ class Rule(Node):
 class Seeds(Node):
     """How many runs each role has."""
 
-    reference: int = Field(ge=0, le=1000)
-    calibration: int = Field(ge=0, le=1000)
-    test: int = Field(ge=0, le=1000)
-    faulty: int = Field(ge=0, le=1000)
+    reference: int = Field(default=0, ge=0, le=1000)
+    calibration: int = Field(default=0, ge=0, le=1000)
+    test: int = Field(default=0, ge=0, le=1000)
+    faulty: int = Field(default=0, ge=0, le=1000)
 
 
 class Scale(Node):
@@ -97,19 +97,42 @@ class Settings(Node):
     baseline: str | Names
     figure: dict[str, Panel]
     draw: str | None = None
-    overrides: Names = []
-    claims: list[Claim] = []
+    overrides: Names = Field(default_factory=list)
+    claims: list[Claim] = Field(default_factory=list)
     seeds: Seeds | None = None
     score_every: int = Field(default=1, ge=1)
     family: str | None = None
-    groups: Names = []
-    should_ignore: dict[str, Names] = {}
-    cost_faults: Names = []
-    controls: Names = []
+    groups: Names = Field(default_factory=list)
+    should_ignore: dict[str, Names] = Field(default_factory=dict)
+    cost_faults: Names = Field(default_factory=list)
+    controls: Names = Field(default_factory=list)
     control: str | None = None
-    drift: Names = []
+    drift: Names = Field(default_factory=list)
     doses: bool = False
     healthy_cell: list[float] | None = Field(default=None, min_length=2, max_length=2)
+
+
+class Case(Node):
+    """A case of an experiment whose runs are judged each by itself."""
+
+    label: str
+    model: str | None = None
+    seeds: int | None = Field(default=None, ge=0, le=1000)
+    overrides: Names = Field(default_factory=list)
+
+
+class CaseSettings(Node):
+    """The keys of a ``conf/experiment`` with cases (``analysis.cases``)."""
+
+    name: str = Name
+    title: str
+    models: Names = Field(min_length=1)
+    align: list[Literal[AXES]] = Field(min_length=1)
+    draw: Literal["cases"]
+    overrides: Names = Field(default_factory=list)
+    seeds: int = Field(ge=1, le=1000)
+    cases: dict[str, Case] = Field(min_length=1)
+    laws: dict[str, str] = Field(min_length=1)
 
 
 class Cell(Node):
@@ -118,17 +141,17 @@ class Cell(Node):
     model_config = ConfigDict(strict=True, extra="allow")
     run_id: str = Name
     model: str
-    role: Literal["reference", "calibration", "test", "faulty"]
+    role: Literal["reference", "calibration", "test", "faulty", "case"]
     fault: str | None
     seed: int = Field(ge=0, le=LARGEST_SEED)
 
 
-PARTS = {"experiment": Settings, "scale": Scale, "label": Label, "rule": Rule}
-
-
 def check_parts(index: Mapping[str, Any]) -> None:
-    """Raises ValueError, in one line that names the key, where experiment, scale, label or rule are not what is allowed."""
-    for part, schema in PARTS.items():
+    """Raises ValueError, in one line that names the key, where a part is not as its schema has it."""
+    experiment = index.get("experiment")
+    check_mapping(experiment, "experiment")
+    parts = {"experiment": CaseSettings if "cases" in experiment else Settings}
+    for part, schema in (parts | {"scale": Scale, "label": Label, "rule": Rule}).items():
         check_node(schema, index.get(part), part)
 
 
@@ -138,12 +161,12 @@ def read_index(path: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         check_mapping(index, "it")
         check_parts(index)
+        faults = index["experiment"].get("cases") or index["experiment"]["faults"]
         if not isinstance(index.get("runs"), list):
             raise ValueError("runs is no list")
         for number, cell in enumerate(index["runs"]):
             check_node(Cell, cell, f"runs.{number}")
-            check_named([cell["model"]], index["experiment"]["models"], f"runs.{number}.model")
-            check_named([cell["fault"]], (None, *index["experiment"]["faults"]), f"runs.{number}.fault")
+            check_named([cell["fault"]], (None, *faults), f"runs.{number}.fault")
     except (ValueError, OSError) as error:  # no JSON and no text are among them
         raise trace.TraceError(f"{path} is no index of an experiment: {error}") from None
     return index

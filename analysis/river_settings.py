@@ -1,4 +1,4 @@
-"""What river's drift detectors may be told: the keys of their files in conf/rule, with ranges that river does not check."""
+"""What river's drift detectors may be told: the keys of their files in conf/rule, with ranges that river lacks."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from models.backend import FAULT_SITES
 from models.corruption import Corrupted
 from models.flash import check_numerics
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import Monitor, WeightHistory
+from monitors.base import Monitor, Signal, WeightHistory
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_KEYS = ("seed", "fault", "model", "data", "train", "monitor")
@@ -137,13 +137,13 @@ class Run:
     train: TrainConfig
     corpus: Corpus
     monitors: Mapping[str, Monitor]
-    left_out_monitors: Mapping[str, Monitor] = field(default_factory=dict)
+    left_out_monitors: Mapping[str, Monitor] = dataclasses.field(default_factory=dict)
 
     @property
-    def signals(self) -> frozenset[str]:
-        """The names of all signals that a configured monitor has, those that the model cannot have among them."""
+    def signals(self) -> dict[str, Signal]:
+        """Every signal that a configured monitor has, by name, those of ``left_out_monitors`` among them."""
         configured = (*self.monitors.values(), *self.left_out_monitors.values())
-        return frozenset(signal.name for monitor in configured for signal in monitor.signals)
+        return {signal.name: signal for monitor in configured for signal in monitor.signals}
 
     @property
     def device(self) -> torch.device:
@@ -284,6 +284,4 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
         model = replace(model, vocab_size=corpus.vocab_size)
     elif model.vocab_size < corpus.vocab_size:
         raise ValueError(f"model.vocab_size={model.vocab_size} is too small: the data has {corpus.vocab_size} tokens")
-    return Run(
-        plain, plain["seed"], fault, model, train, corpus, monitors, {name: every[name] for name in left_out}
-    )
+    return Run(plain, plain["seed"], fault, model, train, corpus, monitors, {name: every[name] for name in left_out})

@@ -53,11 +53,12 @@ class DataConfig:
                 "'text' and 'tokens' need a path, 'stdlib' takes none"
             )
         if self.path is not None and not self.path.strip():
-            raise ValueError(f"data.path={self.path!r} is not allowed: a file or folder, '.' for the working directory")
-        if not self.pattern.strip("./ ") or PurePath(self.pattern).is_absolute() or ".." in PurePath(self.pattern).parts:
+            raise ValueError(f"data.path={self.path!r} is not allowed: a file or folder, '.' for this one")
+        pattern = PurePath(self.pattern)
+        if not self.pattern.strip("./ ") or pattern.is_absolute() or ".." in pattern.parts:
             raise ValueError(
-                f"data.pattern={self.pattern!r} is not allowed: names below data.path, such as '*.txt'; for one file give "
-                "its name as data.path"
+                f"data.pattern={self.pattern!r} is not allowed: names below data.path, such as '*.txt'; for one file "
+                "give its name as data.path"
             )
         if (self.source == "tokens") != (self.vocab_size is not None):
             raise ValueError(

@@ -27,7 +27,7 @@ class TrainConfig:
     weight_decay: on matrices only; clip: global gradient norm, or None;
     held_out_*: the label's loss on a fixed held-out batch; stop_drawup_nats: end the run as
     ``diverged`` once that loss stands so far above its minimum, or None to train on;
-    device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process, at most ``MOST_THREADS``; stack: how many runs of an experiment
+    device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process; stack: how many runs of an experiment
     train together along a model axis at most, 1 for each by itself; runs that cannot be stacked stay by themselves;
     precision: ``fp32``, or ``bf16`` for autocast over FP32 weights (``models.precision``);
     micro_batch: sequences that go through the model at a time, or None for the whole batch; watched_sequences: so many

@@ -1,4 +1,4 @@
-"""Values of a configuration held against what is allowed; a mistake is one line that names the field. Needs no torch."""
+"""Values of a configuration held against what is allowed: a mistake is one line that names the field. No torch."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def shown(value: Any) -> str:
 
 
 def check_numbers(value: Any, where: str) -> None:
-    """Raises ValueError where a number, or one within a list or mapping, is not finite or larger than a kernel holds."""
+    """Raises ValueError where a number, alone or in a list or mapping, is not finite, or larger than a kernel holds."""
     if isinstance(value, Mapping):
         for key, child in value.items():
-            check_numbers(child, f"{where}.{key}")
+            check_numbers(child, f"{where}.{key}" if where else str(key))
     elif isinstance(value, (list, tuple)):
         for child in value:
             check_numbers(child, where)
@@ -111,7 +111,7 @@ def _allowed(mistake: Mapping[str, Any]) -> str:
     if kind == "finite_number":
         return "a finite number"
     if kind == "literal_error":
-        return f"one of {values['expected'].replace(' or ', ', ')}"
+        return f"one of {values['expected'].replace(' or ', ', ').replace(chr(39), '')}"
     if kind in ("string_too_short", "too_short"):
         return "not empty"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
@@ -122,7 +122,8 @@ def _allowed(mistake: Mapping[str, Any]) -> str:
 def first_mistake(error: ValidationError, where: str) -> str:
     """The first mistake that pydantic found, in one line that begins with the field."""
     mistake = error.errors()[0]
-    key = ".".join(str(part) for part in (where, *mistake["loc"]) if part != "")
+    path = mistake["loc"][:-1] if mistake["loc"] and isinstance(mistake["loc"][-1], int) else mistake["loc"]
+    key = ".".join(str(part) for part in (where, *path) if part != "")
     if mistake["type"] == "missing":
         return f"{key} is missing"
     if mistake["type"] == "unknown_key":
