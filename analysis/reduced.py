@@ -28,6 +28,7 @@ from analysis.align import hold, thin
 from analysis.tracks import DeclinedSignal, ReferenceBand
 from experiments import trace
 from experiments.trace import Series, Trace, TraceError
+from experiments.usage import show_help
 
 SHARE_OF_SPREAD = 1 / 32
 SIGNALS, RUNS = "signals.parquet", "runs.json"
@@ -184,6 +185,7 @@ def read(folder: Path) -> dict[str, Trace]:
 
 
 def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
     from analysis.experiment import load
     from analysis.sensitivity import other_labels
 

@@ -9,7 +9,6 @@ in turn, and writes one row a seed, kernel, quantity, layer and head. The mechan
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from analysis.index import read_index
 from experiments import trace
 from experiments.build import Run, build_run
+from experiments.usage import fail, show_help
+from experiments.validation import check_named
 from models.arithmetic import ROUNDS_TO_ONE, Arithmetic
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault, to_bf16_grid
 from models.taps import Taps
@@ -147,21 +149,29 @@ def trained(folder: Path) -> tuple[Run, Transformer]:
 
 
 def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != {"report", "runs", "fault", "out"}:
         sys.exit("usage: python -m experiments.natural_rounding report=DIR runs=DIR fault=NAME out=FILE.csv")
+    try:
+        _write(Path(given["report"]), Path(given["runs"]), given["fault"], Path(given["out"]))
+    except (ValueError, OSError, trace.TraceError) as error:
+        fail(str(error))
+
+
+def _write(report: Path, runs: Path, fault: str, out: Path) -> None:
+    """The table of the runs of one fault, to a CSV file and, in short, to the terminal."""
     torch.set_num_threads(1)
-    index = json.loads((Path(given["report"]) / "experiment.json").read_text())
-    cells = [cell for cell in index["runs"] if cell["fault"] == given["fault"]]
-    if not cells:
-        sys.exit(f"error: fault={given['fault']!r} is not allowed: one of {', '.join(index['experiment']['faults'])}")
+    index = read_index(report / "experiment.json")
+    check_named([fault], index["experiment"]["faults"], "fault")
+    cells = [cell for cell in index["runs"] if cell["fault"] == fault]
     rows = []
     for cell in cells:
-        run, model = trained(Path(given["runs"]) / cell["run_id"])
+        run, model = trained(runs / cell["run_id"])
         rows += [(cell["model"], cell["seed"], *row) for row in measure(run, model)]
     columns = ["model", "seed", "kernel", "quantity", "layer", "head", "value"]
     table = pd.DataFrame(rows, columns=columns)
-    table.to_csv(given["out"], index=False, float_format="%.5g")
+    table.to_csv(out, index=False, float_format="%.5g")
     print(table.groupby(["quantity", "kernel"], sort=False)["value"].describe()[["count", "mean", "min", "max"]])
 
 

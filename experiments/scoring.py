@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from analysis.alarms import conformal_rank, make_rule
+from analysis.attribution import HEALTHY
+from analysis.contest import ALL_FAULTS
+from analysis.controls import CONTROLS
 from analysis.index import Seeds, check_parts
 from analysis.laws import law_of
 from analysis.report import DRAWINGS
@@ -62,6 +65,13 @@ def _check_seeds(settings: Mapping[str, Any], experiment: Mapping[str, Any]) -> 
         raise ValueError(f"scale.seeds.calibration={seeds.get('calibration')} is not allowed: {error}") from None
 
 
+def _check_taken(names: Iterable[str], taken: Collection[str], where: str) -> None:
+    """Raises ValueError for a name that a row of every table has already."""
+    name = next((name for name in names if name in taken), None)
+    if name is not None:
+        raise ValueError(f"{where}.{name} is not allowed: tables have a row of that name; give it another")
+
+
 def _dropped(given: Sequence[str], where: str) -> set[str]:
     """The names below a key that the command line dropped: ``~experiment.faults.ramp``."""
     return {line.removeprefix(f"~{where}.").split("=")[0] for line in given if line.startswith(f"~{where}.")}
@@ -71,6 +81,8 @@ def _check_names(experiment: Mapping[str, Any], given: Sequence[str]) -> None:
     """Detectors and faults that an experiment refers to are there, or were dropped on purpose."""
     baseline = experiment["baseline"]
     check_named([baseline] if isinstance(baseline, str) else baseline, experiment["detectors"], "experiment.baseline")
+    _check_taken(experiment["detectors"], CONTROLS, "experiment.detectors")
+    _check_taken(experiment["faults"], (HEALTHY, ALL_FAULTS), "experiment.faults")
     detectors = {*experiment["detectors"], *_dropped(given, "experiment.detectors")}
     faults = {*experiment["faults"], *_dropped(given, "experiment.faults")}
     ignored, claims = experiment.get("should_ignore", {}), experiment.get("claims", [])
