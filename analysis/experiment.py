@@ -187,7 +187,7 @@ def _flat(node: Any, path: str = "") -> dict[str, Any]:
     return {key: v for name, child in node.items() for key, v in _flat(child, f"{path}.{name}".lstrip(".")).items()}
 
 
-def _check_alike(traces: Sequence[Trace]) -> None:
+def check_alike(traces: Sequence[Trace]) -> None:
     """Healthy runs set one threshold together: all but the seed is one configuration; a faulty one adds its fault.
 
     Raises TraceError that names the key, both values and runs.
@@ -253,7 +253,7 @@ def label_runs(
             f"the runs in {runs} differ in {'; '.join(mixed)}: train them again together, or pass allow_mixed=true"
         )
     _check_cells(cells, traces)
-    _check_alike(traces)
+    check_alike(traces)
     settings = index["label"]
     unlabelled = next((one.run_id for one in traces if LABEL_SIGNAL not in one.signals), None)
     if unlabelled:

@@ -19,8 +19,8 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
 
     An empty step is a run without alarm, and so is a run that a monitor does not list; an experiment of which it
     lists no run it does not enter. Raises ValueError on files that are no table, missing columns, unknown or repeated
-    runs, steps that are no whole numbers from 0, alarms after a run's end, a control's name, and files without a run that
-    is scored (a test or faulty one), naming file and line.
+    runs, steps that are no whole numbers from 0, alarms after a run's end, a control's name, and files without a scored
+    run (test or faulty), naming file and line.
     """
     runs = {run.trace.run_id: (index, run) for index, one in enumerate(experiments) for run in one.runs}
     found: list[dict[str, dict[str, int | None]]] = [{} for _ in experiments]

@@ -43,12 +43,13 @@ class Seeds(Node):
 
 
 class Scale(Node):
-    """The keys of ``conf/scale`` that scoring reads; sizes are read by an experiment's overrides and checked there."""
+    """The keys of ``conf/scale`` that scoring reads. The others are sizes that runs' overrides take up."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
     name: str = Name
     alpha: float = Field(gt=0, lt=1)
     seeds: Seeds | None = None
+    moe_seeds: Seeds | None = None
 
 
 class Fault(Node):
@@ -153,6 +154,18 @@ def check_parts(index: Mapping[str, Any]) -> None:
     parts = {"experiment": CaseSettings if "cases" in experiment else Settings}
     for part, schema in (parts | {"scale": Scale, "label": Label, "rule": Rule}).items():
         check_node(schema, index.get(part), part)
+    for key, value in index["scale"].items():
+        if key not in Scale.model_fields:
+            _check_sizes(value, f"scale.{key}")
+
+
+def _check_sizes(value: Any, where: str) -> None:
+    """Raises ValueError where a size of a scale, or one of several by name, is a number but no count."""
+    if isinstance(value, Mapping):
+        for name, child in value.items():
+            _check_sizes(child, f"{where}.{name}")
+    elif isinstance(value, (bool, float)) or (isinstance(value, int) and value < 0):
+        raise ValueError(f"{where}={value} is not allowed: a whole number from 0")
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def main(config: DictConfig) -> None:
     check_settings(settings, experiment, given)
     planned = planned_runs(experiment, settings["scale"])
     runs = build_all([[*given, *cell.overrides] for cell in planned])
-    check_runs(settings, experiment, runs)
+    check_runs(settings, experiment, planned, runs)
     if not config.score_only:
         at_once(with_launcher(given).hydra.launcher)
     if config.dry_run:

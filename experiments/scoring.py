@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from analysis.alarms import conformal_rank, make_rule
 from analysis.attribution import HEALTHY
 from analysis.contest import ALL_FAULTS
 from analysis.controls import CONTROLS
+from analysis.experiment import check_alike
 from analysis.index import Seeds, check_parts
 from analysis.laws import law_of
 from analysis.report import DRAWINGS
 from analysis.tracks import MIN_REFERENCE_RUNS
 from experiments.build import Run
 from experiments.ledger import HELD_OUT
+from experiments.plan import PlannedRun
+from experiments.trace import Trace
 from experiments.validation import check_named, check_node, nearest
 
 NEEDED = {
@@ -121,10 +125,13 @@ def _check_kind(experiment: Mapping[str, Any]) -> None:
         )
 
 
-def check_runs(settings: Mapping[str, Any], experiment: Mapping[str, Any], runs: Sequence[Run]) -> None:
-    """What only the built runs tell: whether some monitor has every signal, and the label enough evaluations.
+def check_runs(
+    settings: Mapping[str, Any], experiment: Mapping[str, Any], planned: Sequence[PlannedRun], runs: Sequence[Run]
+) -> None:
+    """What only the built runs tell: whether some monitor has every signal, the label enough evaluations, every fault
+    a run of its own, and a threshold healthy runs that are alike.
 
-    Raises ValueError, in one line that names the key.
+    Raises ValueError or TraceError, in one line that names the key.
     """
     signals = {name: signal for run in runs for name, signal in run.signals.items()} | {HELD_OUT.name: HELD_OUT}
     if "cases" in experiment:
@@ -148,12 +155,31 @@ def check_runs(settings: Mapping[str, Any], experiment: Mapping[str, Any], runs:
             f"experiment.draw={experiment['draw']} is not allowed: no fault of this experiment has a number of bits"
         )
     _check_evaluations(settings["label"]["consecutive"], runs)
+    _check_faults(planned, runs)
 
 
 def _check_signals(names: Sequence[str], known: Mapping[str, Any], where: str) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"{where}: no configured monitor has a signal {name!r}{nearest(name, known)}")
+
+
+def _check_faults(planned: Sequence[PlannedRun], runs: Sequence[Run]) -> None:
+    """Faulty runs have a fault, no two faults are one run, and nothing else tells faulty from healthy runs."""
+    named: dict[str, str | None] = {}
+    for cell, run in zip(planned, runs, strict=True):
+        if cell.role == "faulty" and run.fault.onset is None:
+            raise ValueError(f"experiment.faults.{cell.fault}.overrides switch no fault on")
+        other = named.setdefault(run.run_id, cell.fault)
+        if other != cell.fault:
+            raise ValueError(f"experiment.faults.{cell.fault} is not allowed: it has the runs of {other!r}")
+    for model in dict.fromkeys(cell.model for cell in planned):
+        check_alike([_to_be(run) for cell, run in zip(planned, runs, strict=True) if cell.model == model])
+
+
+def _to_be(run: Run) -> Trace:
+    """What is known of a run's trace before it is trained."""
+    return Trace(run.run_id, Path(), {"config": run.identity["config"], "onset_step": run.fault.onset})
 
 
 def _check_evaluations(consecutive: int, runs: Sequence[Run]) -> None:
