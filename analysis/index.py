@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -15,6 +15,7 @@ from experiments.validation import LARGEST_SEED, Node, check_mapping, check_name
 
 Name = Field(min_length=1)
 Names = list[str]
+Several = Annotated[Names, Field(min_length=1)]
 
 
 class Label(Node):
@@ -55,15 +56,15 @@ class Scale(Node):
 class Fault(Node):
     """A fault of an experiment: its name for people, the overrides that switch it on, its cell in a grid."""
 
-    label: str | None = None
-    overrides: Names | None = None
+    label: str = Field(default="its name", min_length=1)
+    overrides: Names | None = Field(default=None, min_length=1)
     cell: list[float] | None = Field(default=None, min_length=2, max_length=2)
 
 
 class Panel(Node):
     """A panel of a figure: signals and how they become one curve."""
 
-    signals: Names = Field(min_length=1)
+    signals: Several
     reduce: Literal["worst", "mean"] = "worst"
     log: bool = False
 
@@ -90,12 +91,12 @@ class Settings(Node):
     """The keys of ``conf/experiment``."""
 
     name: str = Name
-    title: str
-    models: Names = Field(min_length=1)
+    title: str = Name
+    models: Several
     align: list[Literal[AXES]] = Field(min_length=1)
     faults: dict[str, Fault]
-    detectors: dict[str, Names] = Field(min_length=1)
-    baseline: str | Names
+    detectors: dict[str, Several] = Field(min_length=1)
+    baseline: str | Several
     figure: dict[str, Panel]
     draw: str | None = None
     overrides: Names = Field(default_factory=list)
@@ -116,7 +117,7 @@ class Settings(Node):
 class Case(Node):
     """A case of an experiment whose runs are judged each by itself."""
 
-    label: str
+    label: str = Name
     model: str | None = None
     seeds: int | None = Field(default=None, ge=0, le=1000)
     overrides: Names = Field(default_factory=list)
@@ -126,8 +127,8 @@ class CaseSettings(Node):
     """The keys of a ``conf/experiment`` with cases (``analysis.cases``)."""
 
     name: str = Name
-    title: str
-    models: Names = Field(min_length=1)
+    title: str = Name
+    models: Several
     align: list[Literal[AXES]] = Field(min_length=1)
     draw: Literal["cases"]
     overrides: Names = Field(default_factory=list)
@@ -154,18 +155,6 @@ def check_parts(index: Mapping[str, Any]) -> None:
     parts = {"experiment": CaseSettings if "cases" in experiment else Settings}
     for part, schema in (parts | {"scale": Scale, "label": Label, "rule": Rule}).items():
         check_node(schema, index.get(part), part)
-    for key, value in index["scale"].items():
-        if key not in Scale.model_fields:
-            _check_sizes(value, f"scale.{key}")
-
-
-def _check_sizes(value: Any, where: str) -> None:
-    """Raises ValueError where a size of a scale, or one of several by name, is a number but no count."""
-    if isinstance(value, Mapping):
-        for name, child in value.items():
-            _check_sizes(child, f"{where}.{name}")
-    elif isinstance(value, (bool, float)) or (isinstance(value, int) and value < 0):
-        raise ValueError(f"{where}={value} is not allowed: a whole number from 0")
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -216,11 +216,11 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
     check_mapping(settings["experiment"], "experiment")
     for line in given:
         _check_has_effect(line, settings["experiment"])
-    align = settings["experiment"]["align"] if settings["align"] is None else [settings["align"]]
-    if not isinstance(align, list) or not align or not set(align) <= set(AXES):
-        said = ",".join(align) if isinstance(align, list) else align
-        raise ValueError(f"align={said} is not allowed: {' or '.join(AXES)}")
-    return {**settings["experiment"], "align": align}
+    if settings["align"] is None:
+        return settings["experiment"]
+    if settings["align"] not in AXES:
+        raise ValueError(f"align={settings['align']} is not allowed: {' or '.join(AXES)}")
+    return {**settings["experiment"], "align": [settings["align"]]}
 
 
 def planned_runs(experiment: Mapping[str, Any], scale: Mapping[str, Any]) -> list[PlannedRun]:
@@ -242,8 +242,6 @@ def main(config: DictConfig) -> None:
     planned = planned_runs(experiment, settings["scale"])
     runs = build_all([[*given, *cell.overrides] for cell in planned])
     check_runs(settings, experiment, planned, runs)
-    if not config.score_only:
-        at_once(with_launcher(given).hydra.launcher)
     if config.dry_run:
         for cell, run in zip(planned, runs, strict=True):
             print(f"{run.run_id}  {cell.model:<9}  {cell.role:<11}  seed {cell.seed:<5} {cell.fault or 'healthy'}")

@@ -58,15 +58,16 @@ def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], g
 
 
 def _check_seeds(settings: Mapping[str, Any], experiment: Mapping[str, Any]) -> None:
-    seeds, alpha = experiment.get("seeds", settings["scale"].get("seeds")), settings["scale"]["alpha"]
-    check_node(Seeds, seeds, "scale.seeds")
+    where, alpha = "experiment" if "seeds" in experiment else "scale", settings["scale"]["alpha"]
+    seeds = (experiment if where == "experiment" else settings["scale"]).get("seeds")
+    check_node(Seeds, seeds, f"{where}.seeds")
     for role, least in (("reference", MIN_REFERENCE_RUNS), ("faulty", 1)):
         if seeds.get(role, least) < least:
-            raise ValueError(f"scale.seeds.{role}={seeds[role]} is not allowed: scoring needs at least {least}")
+            raise ValueError(f"{where}.seeds.{role}={seeds[role]} is not allowed: scoring needs at least {least}")
     try:
         conformal_rank(seeds.get("calibration", 0), alpha)
     except ValueError as error:
-        raise ValueError(f"scale.seeds.calibration={seeds.get('calibration')} is not allowed: {error}") from None
+        raise ValueError(f"{where}.seeds.calibration={seeds.get('calibration')} is not allowed: {error}") from None
 
 
 def _check_taken(names: Iterable[str], taken: Collection[str], where: str) -> None:

@@ -111,7 +111,7 @@ def test_the_sources_digest_covers_what_determines_a_result():
         (["train.schedule=cosine", "train.warmup_steps=40"], "train.warmup_steps=40 leaves no step to decay"),
         (["data.path=???"], "data.path is missing: it has no default"),
         (["monitor.delta_w.windows=[0]"], "at least 1 step"),
-        (["monitor.delta_w.windows=[50,50]"], "distinct numbers of steps"),
+        (["monitor.delta_w.windows=[50,50]"], r"monitor.delta_w.windows=\[50, 50\] is not allowed: distinct"),
         (
             ["+monitor.again={_target_: monitors.optimization.Loss, every_steps: 1, beta: 0.9}"],
             "two monitors both emit",
