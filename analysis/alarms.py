@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from scipy.signal import lfilter
+
+from analysis.river_settings import check_river
+from experiments.validation import check_arguments, check_named, parameters_of
 
 
 @runtime_checkable
@@ -87,6 +90,10 @@ class CUSUM(Chart):
     """C_t = max(0, C_(t-1) + z_t - drift) from C = 0 (Page 1954)."""
 
     drift: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drift < math.inf:
+            raise ValueError(f"rule.drift={self.drift} is not allowed: 0 or more")
 
     def _of(self, z: np.ndarray) -> np.ndarray:
         # The reflected walk is the walk minus its running minimum (and 0).
@@ -193,29 +200,37 @@ class Persistent:
         return np.where(np.isposinf(found), np.inf, lowest)  # what is broken need not prove that it stays so
 
 
+def _shiryaev_roberts(shifts: tuple[float, ...]) -> AlarmRule:
+    """Without what ``calibrate`` fits."""
+    return ShiryaevRoberts(shifts)
+
+
 CHARTS: dict[str, Callable[..., AlarmRule]] = {
     "shewhart": Shewhart,
     "ewma": EWMA,
     "cusum": CUSUM,
     "glr": GLR,
-    "shiryaev_roberts": lambda shifts: ShiryaevRoberts(tuple(shifts)),
+    "shiryaev_roberts": _shiryaev_roberts,
 }
 
 
-def make_rule(chart: str, persistence: int = 1, **parameters) -> AlarmRule:
+def make_rule(chart: str, persistence: int = 1, **parameters: Any) -> AlarmRule:
     """The chart of a ``conf/rule`` file, which must stay above its threshold for ``persistence`` samples.
 
-    Raises ValueError on an unknown chart or wrong parameters.
+    Raises ValueError on an unknown chart, and on wrong parameters by name.
     """
+    own = {"chart": (str, ...), "persistence": (int, 1)}
+    check_arguments("rule", own, {"chart": chart, "persistence": persistence}, "rule")
     if persistence != 1:
         return Persistent(make_rule(chart, **parameters), persistence)
     from analysis.entrants import RIVER, RiverDetector  # river takes a second to import
 
+    check_named([chart], (*CHARTS, *RIVER), "rule.chart")
     if chart in RIVER:
+        check_river(chart, parameters)
         return RiverDetector(chart, parameters)
-    if chart not in CHARTS:
-        raise ValueError(f"rule.chart={chart!r} is not allowed: one of {', '.join((*CHARTS, *RIVER))}")
-    return CHARTS[chart](**parameters)
+    make = CHARTS[chart]
+    return make(**check_arguments(chart, parameters_of(make), parameters, "rule"))
 
 
 def worst(z: np.ndarray) -> np.ndarray:

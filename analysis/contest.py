@@ -82,7 +82,7 @@ def contest(
         kinds |= {name: "theory" for name, signals in chosen.items() if family(signals[0]) == "random_matrix"}
     kinds |= {name: "oracle" for name, signals in chosen.items() if family(signals[0]) == "oracle"}
     for entrant in entrants:
-        if entrant.name in detectors:
+        if entrant.name in detectors or entrant.name in CONTROLS:
             raise ValueError(f"detector {entrant.name!r} is on the board already: give it a name of its own")
         signals = entrant.signals or experiment.named_detectors[baseline]
         detectors[entrant.name] = detection.detect(entrant.name, signals, entrant.rule, alpha)

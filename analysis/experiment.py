@@ -15,10 +15,10 @@ from analysis import reduced
 from analysis.alarms import make_rule
 from analysis.align import AXES, hold, positions
 from analysis.detection import Detection, Detector
+from analysis.index import read_index
 from analysis.labels import divergence_step, drawup_threshold, is_degraded
 from analysis.score import Score, score
 from experiments import trace
-from experiments.files import unsealed
 from experiments.trace import Series, Trace
 
 LABEL_SIGNAL = "held_out_loss"
@@ -128,24 +128,13 @@ class Experiment:
 
 def views(report: Path) -> list[tuple[str, str]]:
     """The (model, axis) pairs that an experiment is scored under, from its index."""
-    index = readread_index(report)
+    index = read_index(report)
     return [(model, axis) for model in index["experiment"]["models"] for axis in index["experiment"]["align"]]
 
 
 def has_cases(report: Path) -> bool:
     """Whether an experiment's runs are judged each by itself, not against healthy ones beside them."""
-    return "cases" in readread_index(report)["experiment"]
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The content of a folder's ``experiment.json``. Raises TraceError where it is missing, damaged or no index."""
-    path = folder / reduced.INDEX
-    if not path.exists():
-        raise trace.TraceError(f"{path} does not exist: run experiments.reproduce first")
-    try:
-        return unsealed(reduced.content(folder, reduced.INDEX))
-    except ValueError as error:
-        raise trace.TraceError(f"{path} is damaged ({error}): the command that made it writes it again") from None
+    return "cases" in read_index(report)["experiment"]
 
 
 def _check_roles(cells: Sequence[Mapping[str, Any]]) -> None:
@@ -191,7 +180,7 @@ def _flat(node: Any, path: str = "") -> dict[str, Any]:
     return {key: v for name, child in node.items() for key, v in _flat(child, f"{path}.{name}".lstrip(".")).items()}
 
 
-def _check_alike(traces: Sequence[Trace]) -> None:
+def check_alike(traces: Sequence[Trace]) -> None:
     """Healthy runs set one threshold together: all but the seed is one configuration; a faulty one adds its fault.
 
     Raises TraceError that names the key, both values and runs.
@@ -237,7 +226,7 @@ def load(
     unfinished, damaged, mixed, or healthy ones differ in more than the seed; ValueError where a role has no run, seeds
     of two roles overlap, or the view does not exist.
     """
-    return label_runs(readread_index(report), runs, allow_mixed, model, axis)
+    return label_runs(read_index(report), runs, allow_mixed, model, axis)
 
 
 def label_runs(
@@ -262,7 +251,7 @@ def label_runs(
             f"the runs in {runs} differ in {'; '.join(mixed)}: train them again together, or pass allow_mixed=true"
         )
     _check_cells(cells, traces)
-    _check_alike(traces)
+    check_alike(traces)
     settings = index["label"]
     if unlabelled:
         raise trace.TraceError(f"run {unlabelled} has no {LABEL_SIGNAL}, which tells whether it diverged")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.controls import CONTROLS
 from analysis.experiment import Experiment, ScoredRun
 
 
@@ -16,14 +18,15 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
     """For each experiment, by monitor, alarms by run id, out of CSV files with columns run_id, monitor, step.
 
     An empty step is a run without alarm, and so is a run that a monitor does not list; an experiment of which it
-    lists no run it does not enter. Raises ValueError on missing columns, unknown or repeated runs, steps that are no
-    whole numbers from 0, and alarms after a run's end, naming file and line.
+    lists no run it does not enter. Raises ValueError on files that are no table, missing columns, unknown or repeated
+    runs, steps that are no whole numbers from 0, alarms after a run's end, a control's name, and files without a scored
+    run (test or faulty), naming file and line.
     """
     runs = {run.trace.run_id: (index, run) for index, one in enumerate(experiments) for run in one.runs}
     found: list[dict[str, dict[str, int | None]]] = [{} for _ in experiments]
     listed: set[tuple[str, str]] = set()
     for path in paths:
-        table = pd.read_csv(path, dtype={"run_id": str, "monitor": str})
+        table, scored = _table(path), False
         missing = {"run_id", "monitor", "step"} - set(table.columns)
         if missing:
             raise ValueError(f"alarms={path} has no column {sorted(missing)[0]!r}: run_id, monitor, step")
@@ -31,6 +34,8 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
             where = f"alarms={path}, line {line}"
             if pd.isna(row.monitor):
                 raise ValueError(f"{where}: monitor is empty: give it a name")
+            if row.monitor in CONTROLS:
+                raise ValueError(f"{where}: monitor={row.monitor!r} is a control's name: give it a name of its own")
             if row.run_id not in runs:
                 raise ValueError(f"{where}: run_id={row.run_id!r} is not one of the {len(runs)} runs")
             if (row.monitor, row.run_id) in listed:
@@ -39,9 +44,26 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
             index, run = runs[row.run_id]
             step = _step(row.step, run, experiments[index], where)
             if run.role in ("test", "faulty"):
+                scored = True
                 blank = {one.trace.run_id: None for one in experiments[index].of("test", "faulty")}
                 found[index].setdefault(row.monitor, blank)[row.run_id] = step
+        if not scored:
+            raise ValueError(f"alarms={path} lists no run that is scored: it needs test or faulty ones")
     return found
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """A CSV file. Raises ValueError, in one line that names it, where it is none."""
+    try:
+        return pd.read_csv(path, dtype={"run_id": str, "monitor": str}, encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"alarms={path} does not exist") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"alarms={path} is no CSV in UTF-8: it holds other bytes") from None
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"alarms={path} is empty: a CSV with columns run_id, monitor, step is needed") from None
+    except (ValueError, csv.Error) as error:  # pandas' parser raises a kind of the first
+        raise ValueError(f"alarms={path} is no CSV: {' '.join(str(error).split())}") from None
 
 
 def _step(given: Any, run: ScoredRun, experiment: Experiment, where: str) -> int | None:

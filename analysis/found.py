@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from analysis.experiment import Experiment, label_runs, read_index
+from analysis.experiment import Experiment, label_runs
+from analysis.index import read_index
 from experiments import trace
 from experiments.plan import FIRST_SEED, ROLES
 from experiments.trace import TraceError
@@ -40,11 +41,8 @@ def find(folder: Path, allow_mixed: bool = False) -> list[Experiment]:
     found = []
     for path in indices:
         runs = path.parent / "runs" if (path.parent / "runs").is_dir() else path.parent
-        try:
-            index = read_index(path.parent)
-            found += [label_runs(index, runs, allow_mixed, model) for model in index["experiment"]["models"]]
-        except KeyError as error:
-            raise TraceError(f"{path} is no index of an experiment: {error}") from None
+        index = read_index(path.parent)
+        found += [label_runs(index, runs, allow_mixed, model) for model in index["experiment"]["models"]]
     keys = [(one.index["experiment"]["name"], one.model) for one in found]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice:

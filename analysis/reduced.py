@@ -30,6 +30,7 @@ from analysis.tracks import DeclinedSignal, ReferenceBand
 from experiments import trace
 from experiments.files import read_checked, sha256, write_whole
 from experiments.trace import Series, Trace, TraceError
+from experiments.usage import show_help
 
 SHARE_OF_SPREAD = 1 / 32
 INDEX, SIGNALS, RUNS, CHECKSUMS = "experiment.json", "signals.parquet", "runs.json", "checksums.json"
@@ -221,6 +222,7 @@ def read(folder: Path) -> dict[str, Trace]:
 
 
 def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
     from analysis.experiment import load
     from analysis.sensitivity import other_labels
 

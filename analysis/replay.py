@@ -39,6 +39,7 @@ from analysis.leaderboard_figure import leaderboard_figure
 from analysis.sensitivity import halves, label_sensitivity
 from analysis.tracks import TRACKS, catalogue, family
 from experiments.trace import TraceError
+from experiments.usage import show_help
 
 CHARTS = ("shewhart", "ewma", "cusum", "glr", "shiryaev_roberts")
 PROFILE_SHARES = tuple(i / 20 for i in range(21))
@@ -96,6 +97,9 @@ def replay(request: Request) -> Tables:
     unknown = [track for track in request.tracks if track not in TRACKS]
     if unknown:
         raise ValueError(f"tracks={unknown[0]} is not allowed: of {', '.join(TRACKS)}")
+    twice = next((track for track in request.tracks if request.tracks.count(track) > 1), None)
+    if twice:
+        raise ValueError(f"tracks={','.join(request.tracks)} is not allowed: {twice} stands there twice")
     rule = None if request.rule is None else make_rule(**conf("rule", request.rule))
     experiments, tables = find(request.runs, request.allow_mixed), Tables()
     external = read_alarms(request.alarms, experiments)
@@ -312,6 +316,8 @@ def _request(arguments: Sequence[str]) -> Request:
         rate = None if alpha is None else float(alpha)
     except ValueError:
         raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1") from None
+    if rate is not None and not 0 < rate < 1:
+        raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1")
     return Request(
         runs=Path(given["runs"][0]),
         out=Path(given["out"][0]),
@@ -327,6 +333,7 @@ def _request(arguments: Sequence[str]) -> Request:
 
 
 def main(arguments: Sequence[str]) -> None:
+    show_help(arguments, __doc__)
     try:
         request = _request(arguments)
         tables = replay(request)

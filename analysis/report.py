@@ -33,6 +33,7 @@ from analysis.selectivity import alarm_matrix, off_diagonal
 from analysis.smallest_figure import smallest_figure
 from analysis.table import in_unit, lead_table, run_table
 from experiments.trace import TraceError
+from experiments.usage import show_help
 
 COLUMNS = {
     "detector": "detector",
@@ -304,6 +305,7 @@ def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str 
 
 
 def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     mixed, align = given.pop("allow_mixed", "false"), given.pop("align", None)
     if set(given) != {"runs", "report"} or mixed not in ("true", "false"):

@@ -31,6 +31,7 @@ from experiments.cli import CONF
 from experiments.gradients import backward, micro_batches
 from experiments.optimizer import adamw, update
 from experiments.trace import write_whole
+from experiments.usage import fail, show_help
 from models.corruption import Corrupted
 from models.objective import objective_at
 from monitors.base import StepView, tapped
@@ -292,9 +293,12 @@ GOALS = {
 
 
 def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) - {"out"} or len(given) != len(arguments):
         sys.exit("usage: python -m experiments.bench [out=FILE]")
+    if not given.get("out", "bench.json").strip():
+        fail("out='' is not allowed: a file")
     out = Path(given.get("out", ROOT / "report" / "bench.json"))
     out.parent.mkdir(parents=True, exist_ok=True)
     results = measure()

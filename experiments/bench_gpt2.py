@@ -12,16 +12,18 @@ be measured.
 from __future__ import annotations
 
 import gc
+import math
 import platform
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from experiments.gpt2_pieces import pieces
 from experiments.gpt2_sizes import SIZES, Size
 from experiments.gpu_record import ROOT, Record, check_gpu, end, file_name, machine
+from experiments.usage import fail, show_help
 
 LIMIT_S = 480.0
 LONGEST_PIECE_S = 100.0
@@ -40,11 +42,6 @@ def measure(size: Size, record: Record) -> list[str]:
     return record.finish(late)
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def _found(device: str) -> dict[str, Any]:
     if device == "cuda":
         return machine()
@@ -52,25 +49,28 @@ def _found(device: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
     given = {"device": "cuda", "size": "gpt2_124m", "out": str(ROOT / "results" / "gpu"), "limit_s": str(LIMIT_S)}
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key not in given or not value:
-            _fail(f"{argument!r} is not allowed: {', '.join(f'{name}=...' for name in given)}")
+            fail(f"{argument!r} is not allowed: {', '.join(f'{name}=...' for name in given)}")
         given[key] = value
     device, name = given["device"], given["size"]
     if device not in ("cpu", "cuda"):
-        _fail(f"device={device!r} is not allowed: cpu or cuda")
+        fail(f"device={device!r} is not allowed: cpu or cuda")
     if name not in SIZES:
-        _fail(f"size={name!r} is not allowed: {' or '.join(SIZES)}")
+        fail(f"size={name!r} is not allowed: {' or '.join(SIZES)}")
     if device == "cuda":
         check_gpu("device='cuda'", "; device=cpu size=tiny rehearses")
     if device == "cpu" and name != "tiny":
-        _fail(f"size={name!r} is not allowed with device='cpu', where it would take hours: size=tiny")
+        fail(f"size={name!r} is not allowed with device='cpu', where it would take hours: size=tiny")
     try:
         limit_s = float(given["limit_s"])
     except ValueError:
-        _fail(f"limit_s={given['limit_s']!r} is not allowed: seconds")
+        limit_s = math.nan
+    if not 0 < limit_s < math.inf:
+        fail(f"limit_s={given['limit_s']!r} is not allowed: seconds, above 0")
     torch.set_num_threads(1)
     found, size = _found(device), SIZES[name](device)
     path = Path(given["out"]) / file_name(found["device"], "-gpt2" if name == "gpt2_124m" else "-gpt2-tiny")

@@ -31,6 +31,7 @@ from experiments.recorder import Recorder
 from experiments.stacked_history import SliceHistory
 from experiments.stacked_monitors import StackedMonitors, slice_view
 from experiments.stacked_optimizer import StackedAdamW
+from experiments.usage import fail, show_help
 from faults.base import LearningRateScale
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from models.objective import objective_at
@@ -43,6 +44,7 @@ NANO = TransformerConfig(d_model=64, n_layers=2, n_heads=2, d_ff=256, context_le
 FAULTY = AttentionNumerics(tuple(SiteFault(site, "backward", "truncate", 5) for site in ("o", "do")))
 BATCH_SIZE = 16
 TURNS, STEPS = 5, 10
+MOST_RUNS = 4096
 WARM_UP_STEPS, WATCHED_STEPS, COUNTED_STEPS = 50, 500, 60
 GOAL = "at least 50 on one H200"
 Step = Callable[[int], None]
@@ -209,10 +211,17 @@ def count(device: str, size: int) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     device, sizes = given.pop("device", "cpu"), given.pop("sizes", "8")
-    if given or any("=" not in argument for argument in arguments) or not sizes.replace(",", "").isdigit():
+    if given or any("=" not in argument for argument in arguments):
         sys.exit("usage: python -m experiments.bench_stack [device=cpu] [sizes=8,64]")
+    if device not in ("cpu", "cuda"):
+        fail(f"device={device!r} is not allowed: cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("device='cuda' is not allowed here: torch sees no CUDA device; device=cpu runs anywhere")
+    if not all(size.isdigit() and 1 <= int(size) <= MOST_RUNS for size in sizes.split(",")):
+        fail(f"sizes={sizes} is not allowed: numbers of runs from 1 to {MOST_RUNS}, such as 8,64")
     print(f"torch {torch.__version__}, {device}; goal: {GOAL}")
     for size in map(int, sizes.split(",")):
         print(json.dumps({"size": size, **measure(device, size), **count(device, size)}))

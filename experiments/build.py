@@ -8,23 +8,21 @@ type fails by name. There is no registry: a new fault or monitor is a class and 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from pydantic import ConfigDict, ValidationError, create_model
 
 from experiments.data import Corpus, DataConfig
 from experiments.optimizer import TrainConfig
+from experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
 from faults.base import Fault, Sites
 from faults.combined import Combined
 from models.arithmetic import ORDINARY
@@ -32,7 +30,7 @@ from models.backend import FAULT_SITES
 from models.corruption import Corrupted
 from models.flash import check_numerics
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import Monitor, WeightHistory
+from monitors.base import Monitor, Signal, WeightHistory
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_KEYS = ("seed", "fault", "model", "data", "train", "monitor")
@@ -61,15 +59,8 @@ RESULT_SOURCES = (
 """The files that determine what a run measures."""
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
-    """`` (did you mean 'x'? known: a, b, x)``."""
-    if not known:
-        return " (it has no keys)"
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" ({f'did you mean {close[0]!r}? ' if close else ''}known: {', '.join(known)})"
-
-
 def _class_of(node: Mapping[str, Any], where: str) -> type:
+    check_mapping(node, where)
     target = node.get("_target_")
     if target is None:
         raise ValueError(f"{where} names no _target_ class")
@@ -81,45 +72,23 @@ def _class_of(node: Mapping[str, Any], where: str) -> type:
 
 def construct(node: Mapping[str, Any], where: str) -> Any:
     """Build the object that a config node describes. Raises ValueError that names ``where`` and the key."""
-    arguments = dict(node)
     cls = _class_of(node, where)
-    arguments.pop("_target_")
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
     # A dataclass field may go by another key in YAML where its own name is taken by a method.
     fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     key_of = {field.name: field.metadata["key"] for field in fields if "key" in field.metadata}
-    hints = get_type_hints(cls if fields else cls.__init__)
-    parameters = {
-        key_of.get(name, name): (hints.get(name, Any), ... if p.default is p.empty else p.default)
-        for name, p in inspect.signature(cls).parameters.items()
+    parameters = {key_of.get(name, name): parameter for name, parameter in parameters_of(cls).items()}
+    nested = {
+        key: _construct_inside(value, f"{where}.{key}")
+        for key, value in arguments.items()
+        if key in parameters and _has_target(value)
     }
-    for key in arguments:
-        if key not in parameters:
-            raise ValueError(f"{where}.{key} is not a key of {cls.__name__}{did_you_mean(key, sorted(parameters))}")
-        if arguments[key] == "???":
-            raise ValueError(f"{where}.{key} is missing: it has no default")
-    nested = {key: _construct_inside(value, f"{where}.{key}") for key, value in arguments.items() if _has_target(value)}
-    for key in nested:
-        del arguments[key], parameters[key]
-    schema = create_model(
-        cls.__name__, __config__=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True), **parameters
-    )
-    try:
-        checked = schema.model_validate_json(json.dumps(arguments))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in (where, *first["loc"]))
-        if first["type"] == "missing":
-            raise ValueError(f"{key} is missing") from None
-        if first["type"] == "value_error":  # raised by a dataclass inside this one, which has named the value
-            raise ValueError(f"{key}: {first['ctx']['error']}") from None
-        raise ValueError(f"{key}={first['input']!r} is not allowed: {first['msg'].lower()}") from None
+    plain = {key: value for key, value in arguments.items() if key not in nested}
+    expected = {key: parameter for key, parameter in parameters.items() if key not in nested}
+    checked = check_arguments(cls.__name__, expected, plain, where)
     field_of = {key: name for name, key in key_of.items()}
-    values = {field_of.get(key, key): getattr(checked, key) for key in parameters} | nested
-    try:
-        return cls(**values)
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if message.startswith(where.split(".")[0]) else f"{where}: {message}") from None
+    values = {field_of.get(key, key): value for key, value in (checked | nested).items()}
+    return called(lambda: cls(**values), where, parameters)
 
 
 def _has_target(value: Any) -> bool:
@@ -158,7 +127,7 @@ def resolve_device(name: str) -> torch.device:
 class Run:
     """Everything that one run needs, checked against each other but not yet on a device.
 
-    left_out_monitors: names of configured monitors that the model cannot have.
+    left_out_monitors: configured monitors that the model cannot have, by name.
     """
 
     config: Mapping[str, Any]
@@ -168,7 +137,13 @@ class Run:
     train: TrainConfig
     corpus: Corpus
     monitors: Mapping[str, Monitor]
-    left_out_monitors: tuple[str, ...] = ()
+    left_out_monitors: Mapping[str, Monitor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def signals(self) -> dict[str, Signal]:
+        """Every signal that a configured monitor has, by name, those of ``left_out_monitors`` among them."""
+        configured = (*self.monitors.values(), *self.left_out_monitors.values())
+        return {signal.name: signal for monitor in configured for signal in monitor.signals}
 
     @property
     def device(self) -> torch.device:
@@ -255,11 +230,11 @@ def _skeleton(model: TransformerConfig) -> Transformer:
         return Transformer(replace(model, vocab_size=model.vocab_size or 2))
 
 
-def _fitting(monitors: Mapping[str, Any], model: TransformerConfig) -> tuple[dict[str, Any], list[str]]:
-    """The monitors' nodes that fit the model, and the names of those left out.
+def _left_out(monitors: Mapping[str, Any], model: TransformerConfig) -> list[str]:
+    """The names of the configured monitors that the model cannot have: those of experts, on a dense model.
 
-    "Every monitor", all files of conf/monitor, leaves out the ones that need experts on a dense model. Where
-    the configuration chooses among them, asking for such a one is an error.
+    A configuration with most files of conf/monitor asks for whatever fits. One with fewer chooses among them, and
+    choosing one that does not fit is an error.
     """
     unfit = [
         name
@@ -267,9 +242,9 @@ def _fitting(monitors: Mapping[str, Any], model: TransformerConfig) -> tuple[dic
         if model.moe is None and getattr(_class_of(node, f"monitor.{name}"), "needs_experts", False)
     ]
     every = {path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml")}
-    if unfit and not every <= set(monitors):
+    if unfit and len(every & set(monitors)) <= len(every) / 2:
         raise ValueError(f"monitor.{unfit[0]} needs experts, and the model has none: leave it out, or model=moe_nano")
-    return {name: node for name, node in monitors.items() if name not in unfit}, unfit
+    return unfit
 
 
 def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig, int], Corpus] = Corpus) -> Run:
@@ -282,8 +257,7 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     if missing:
         raise ValueError(f"{missing[0]} is missing from the configuration")
     plain = {key: plain[key] for key in RUN_KEYS}
-    if isinstance(plain["seed"], bool) or not isinstance(plain["seed"], int) or plain["seed"] < 0:
-        raise ValueError(f"seed={plain['seed']!r} is not allowed: an integer from 0")
+    check_seed(plain["seed"], "seed")
     model: TransformerConfig = construct(plain["model"], "model")
     data: DataConfig = construct(plain["data"], "data")
     train: TrainConfig = construct(plain["train"], "train")
@@ -297,8 +271,11 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
             raise ValueError(
                 f"train.{field} is not allowed with model.moe.bias_update_speed: the bias follows a whole batch's loads"
             )
-    plain["monitor"], left_out = _fitting(plain["monitor"], model)
-    monitors = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
+    check_mapping(plain["monitor"], "monitor")
+    every = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
+    left_out = _left_out(plain["monitor"], model)
+    plain["monitor"] = {name: node for name, node in plain["monitor"].items() if name not in left_out}
+    monitors = {name: monitor for name, monitor in every.items() if name not in left_out}
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]
     if len(set(names)) != len(names):
         raise ValueError(f"two monitors both emit {next(n for n in names if names.count(n) > 1)!r}")
@@ -307,4 +284,4 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
         model = replace(model, vocab_size=corpus.vocab_size)
     elif model.vocab_size < corpus.vocab_size:
         raise ValueError(f"model.vocab_size={model.vocab_size} is too small: the data has {corpus.vocab_size} tokens")
-    return Run(plain, plain["seed"], fault, model, train, corpus, monitors, tuple(left_out))
+    return Run(plain, plain["seed"], fault, model, train, corpus, monitors, {name: every[name] for name in left_out})

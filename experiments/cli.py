@@ -15,16 +15,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.build import ROOT, did_you_mean
+from experiments.build import ROOT
 from experiments.checkpoint import RunError
 from experiments.memory import OutOfMemory
 from experiments.multirun import in_multirun, run_job, run_jobs
 from experiments.pieces import UNFINISHED_CODE, Unfinished
 from experiments.stopping import Stopped, stoppable
 from experiments.trace import TraceError
+from experiments.validation import did_you_mean
 
 CONF = str(ROOT / "conf")
-USER_ERRORS = (ValueError, OSError, RunError, TraceError, MemoryError, OutOfMemory)
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
+"""What Hydra and OmegaConf raise on overrides that do not compose, and on a value that is not there."""
+USER_ERRORS = (ValueError, OSError, RunError, TraceError, MemoryError, OutOfMemory, *COMPOSE_ERRORS)
 """Errors that a person can mend: shown in one line. Anything else is a bug and keeps its traceback."""
 
 
@@ -32,7 +35,7 @@ def _groups() -> set[str]:
     return {path.name for path in Path(CONF).iterdir() if path.is_dir()}
 
 
-def _explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
+def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
     """One line for overrides that do not compose, with the nearest option or key where one of them is to blame."""
     chosen = [line for line in overrides if line.split("=")[0] in _groups()]
     for line in chosen:
@@ -55,26 +58,72 @@ def _explain(error: Exception, config_name: str, overrides: Sequence[str]) -> st
         ):
             known = {str(name) for name in node if name != "_target_"} | (set() if parent else _groups())
             return f"{key} is not a key of the configuration{did_you_mean(leaf, sorted(known))}"
-    return " ".join(str(error).split())
+    return _first_sentences(error)
+
+
+def _first_sentences(error: Exception) -> str:
+    """What Hydra says in one line, without its search path and its manual; with the cause where it hides one."""
+    said = " ".join(str(error).split()).split(" Config search path:")[0].split(" See https://")[0]
+    cause = error.__cause__
+    return f"{said}: {str(cause).splitlines()[0]}" if cause is not None and str(cause).strip() else said
+
+
+FLAGS = ("--multirun", "-m", "--run", "-r", "--help", "-h", "--hydra-help", "--version", "--resolve")
+VALUED_FLAGS = {
+    "--cfg": ("job", "hydra", "all"),
+    "-c": ("job", "hydra", "all"),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+    "-i": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+    "--package": None,
+    "-p": None,
+}
+"""Flags of Hydra that a command takes, those of the second kind with a value of these (None: any)."""
+
+
+def flags_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line's flags, which are Hydra's, and its overrides. Raises ValueError on what is neither."""
+    flags, lines, rest = [], [], iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag in VALUED_FLAGS:
+            value = value if equals else next(rest, None)
+            allowed = VALUED_FLAGS[flag]
+            if value is None or (allowed and value not in allowed):
+                given = flag if value is None else f"{flag} {value}"
+                raise ValueError(f"{given} is not allowed: {' or '.join(allowed) if allowed else 'a package'}")
+            flags += [flag, value]
+        elif argument.startswith("-") and argument not in FLAGS:
+            raise ValueError(f"{argument} is not a flag of this command{did_you_mean(flag, [*FLAGS, *VALUED_FLAGS])}")
+        elif not argument.startswith(("-", "~")) and not equals:
+            raise ValueError(f"{argument!r} is not allowed: key=value, or ~key to drop one")
+        else:
+            (flags if argument.startswith("-") else lines).append(argument)
+    return flags, lines
+
+
+def _choices(line: str, swept: bool) -> list[str]:
+    """The overrides that one stands for: several where it lists values. Raises ValueError where it cannot be read."""
+    try:
+        (override,) = OverridesParser.create().parse_overrides([line])
+        if not override.is_sweep_override():
+            return [line]
+        if not swept:
+            raise ValueError(f"{line} lists several values: add -m to run each of them, or write [...] for a list")
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    except HydraException as error:
+        raise ValueError(f"{line} cannot be read: {_first_sentences(error)}") from None
 
 
 def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     """Compose every combination that the command line asks for. Raises ValueError with one line."""
-    lines = [a for a in arguments if "=" in a or a.startswith("~")]  # the rest are Hydra's own flags
+    swept = bool({"-m", "--multirun"} & set(arguments))
+    choices = [_choices(line, swept) for line in flags_and_overrides(arguments)[1]]
     with initialize_config_dir(CONF, version_base="1.3"):
-        try:
-            choices = []
-            for line, override in zip(lines, OverridesParser.create().parse_overrides(lines), strict=True):
-                swept = override.is_sweep_override()
-                key = override.get_key_element()
-                choices.append([f"{key}={v}" for v in override.sweep_string_iterator()] if swept else [line])
-        except HydraException as error:
-            raise ValueError(" ".join(str(error).split())) from None
         for combination in itertools.product(*choices):
             try:
                 compose(config_name, overrides=list(combination))
-            except (HydraException, OmegaConfBaseException) as error:
-                raise ValueError(_explain(error, config_name, combination)) from None
+            except COMPOSE_ERRORS as error:
+                raise ValueError(explain(error, config_name, combination)) from None
 
 
 def one_line_errors(task: Callable[..., None]) -> Callable[..., None]:
@@ -117,8 +166,10 @@ def guarded(main: Callable[[], None], config_name: str) -> None:
 
     @one_line_errors
     def command() -> None:
-        if not {"--help", "--hydra-help"} & set(sys.argv):
+        if not {"--help", "-h", "--hydra-help"} & set(sys.argv):
             check_overrides(config_name, sys.argv[1:])
+            flags, lines = flags_and_overrides(sys.argv[1:])
+            sys.argv[1:] = [*flags, *lines]  # Hydra takes no override after a flag that stands behind another
         if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv):
             run_jobs(main)
         else:

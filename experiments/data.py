@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -51,6 +51,14 @@ class DataConfig:
             raise ValueError(
                 f"data.path={self.path!r} with data.source={self.source!r}: "
                 "'text' and 'tokens' need a path, 'stdlib' takes none"
+            )
+        if self.path is not None and not self.path.strip():
+            raise ValueError(f"data.path={self.path!r} is not allowed: a file or folder, '.' for this one")
+        pattern = PurePath(self.pattern)
+        if not self.pattern.strip("./ ") or pattern.is_absolute() or ".." in pattern.parts:
+            raise ValueError(
+                f"data.pattern={self.pattern!r} is not allowed: names below data.path, such as '*.txt'; for one file "
+                "give its name as data.path"
             )
         if (self.source == "tokens") != (self.vocab_size is not None):
             raise ValueError(

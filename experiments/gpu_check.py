@@ -16,6 +16,7 @@ import torch
 from experiments.gpu_correctness import checks
 from experiments.gpu_record import Record, begin, end
 from experiments.gpu_speed import Case, cases, measure
+from experiments.usage import show_help
 
 LIMIT_S = 540.0
 SPEED_FROM_S = 300.0
@@ -42,6 +43,7 @@ def check_machine(record: Record) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
     path, found = begin(arguments, "gpu_check")
     end(path, check_machine(new_record(path, found)))
 

@@ -19,6 +19,7 @@ import torch
 
 from experiments.gpu_record import Record, begin, end, first_line
 from experiments.gpu_speed import Case, in_turns, passes, triton_attention
+from experiments.usage import show_help
 from models.numerics import HEALTHY_LAYER
 from models.tiles import Tile, Tiles, pinned_tiles
 
@@ -87,6 +88,7 @@ def answer(question: Question, case: Case, device: torch.device) -> dict[str, An
 
 
 def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
     path, found = begin(arguments, "gpu_tiles", "-tiles")
     record = Record(path, found, ("tiles",), LIMIT_S, LONGEST_PIECE_S)
     late = [

@@ -20,9 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from analysis.experiment import read_index
+from analysis.index import read_index
 from experiments import trace
 from experiments.build import Run, build_run
+from experiments.usage import fail, show_help
+from experiments.validation import check_named
 from models.arithmetic import ROUNDS_TO_ONE, Arithmetic
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault, to_bf16_grid
 from models.taps import Taps
@@ -151,29 +153,30 @@ def trained(folder: Path) -> tuple[Run, Transformer]:
     return run, model
 
 
-def measure_runs(report: Path, runs: Path, fault: str) -> pd.DataFrame:
-    """What ``measure`` yields for every run of a fault, one row each. Raises ValueError for an unknown fault."""
+def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if set(given) != {"report", "runs", "fault", "out"}:
+        sys.exit("usage: python -m experiments.natural_rounding report=DIR runs=DIR fault=NAME out=FILE.csv")
+    try:
+        _write(Path(given["report"]), Path(given["runs"]), given["fault"], Path(given["out"]))
+    except (ValueError, OSError, trace.TraceError) as error:
+        fail(str(error))
+
+
+def _write(report: Path, runs: Path, fault: str, out: Path) -> None:
+    """The table of the runs of one fault, to a CSV file and, in short, to the terminal."""
+    torch.set_num_threads(1)
     index = read_index(report)
+    check_named([fault], index["experiment"]["faults"], "fault")
     cells = [cell for cell in index["runs"] if cell["fault"] == fault]
-    if not cells:
-        raise ValueError(f"fault={fault!r} is not allowed: one of {', '.join(index['experiment']['faults'])}")
     rows = []
     for cell in cells:
         run, model = trained(runs / cell["run_id"])
         rows += [(cell["model"], cell["seed"], *row) for row in measure(run, model)]
-    return pd.DataFrame(rows, columns=["model", "seed", "kernel", "quantity", "layer", "head", "value"])
-
-
-def main(arguments: list[str]) -> None:
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if set(given) != {"report", "runs", "fault", "out"}:
-        sys.exit("usage: python -m experiments.natural_rounding report=DIR runs=DIR fault=NAME out=FILE.csv")
-    torch.set_num_threads(1)
-    try:
-        table = measure_runs(Path(given["report"]), Path(given["runs"]), given["fault"])
-        table.to_csv(given["out"], index=False, float_format="%.5g")
-    except (ValueError, OSError, trace.TraceError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    columns = ["model", "seed", "kernel", "quantity", "layer", "head", "value"]
+    table = pd.DataFrame(rows, columns=columns)
+    table.to_csv(out, index=False, float_format="%.5g")
     print(table.groupby(["quantity", "kernel"], sort=False)["value"].describe()[["count", "mean", "min", "max"]])
 
 

@@ -14,6 +14,8 @@ from models.precision import PRECISIONS
 from models.transformer import parameter_group
 
 SCHEDULES = ("constant", "cosine")
+MOST_STEPS = 10_000_000
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,14 @@ class TrainConfig:
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"train.{field}={getattr(self, field)} is not allowed: at least 1")
+        for field, most in (("steps", MOST_STEPS), ("threads", MOST_THREADS)):
+            if getattr(self, field) > most:
+                raise ValueError(f"train.{field}={getattr(self, field)} is not allowed: at most {most}")
+        if self.held_out_every_steps > self.steps:
+            raise ValueError(
+                f"train.held_out_every_steps={self.held_out_every_steps} is not allowed: at most train.steps="
+                f"{self.steps}, or the loss that tells a divergence is never read"
+            )
         for field in ("learning_rate", "clip", "stop_drawup_nats", "piece_s"):
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:

@@ -37,16 +37,19 @@ from analysis.report import make_report
 from experiments import trace
 from experiments.build import Run, build_run
 from experiments.checkpoint import RunError
-from experiments.cli import CONF, USER_ERRORS, guarded, one_line_errors
+from experiments.cli import COMPOSE_ERRORS, CONF, USER_ERRORS, explain, guarded, one_line_errors
 from experiments.data import load_once
 from experiments.files import sealed, write_whole
 from experiments.pieces import Unfinished, in_pieces
 from experiments.plan import PlannedRun, plan, plan_cases
 from experiments.progress import StackProgress, SweepProgress
+from experiments.scoring import check_runs, check_settings
+from experiments.settings import ReproduceCommand, check_command
 from experiments.stacked_loop import train_stack
 from experiments.stacking import stacks, why_single
 from experiments.stopping import asked, check_in, end_if_orphaned, end_with_parent, launching
 from experiments.train import describe, run_one, train_shown
+from experiments.validation import check_mapping
 
 CONFIG_NAME = "reproduce"
 
@@ -88,7 +91,10 @@ def build_all(members: Sequence[Sequence[str]]) -> list[Run]:
     composed: dict[tuple[str, ...], DictConfig] = {}
     for *shared, seed in members:
         if tuple(shared) not in composed:
-            composed[tuple(shared)] = compose(CONFIG_NAME, overrides=shared)
+            try:
+                composed[tuple(shared)] = compose(CONFIG_NAME, overrides=shared)
+            except COMPOSE_ERRORS as error:
+                raise ValueError(explain(error, CONFIG_NAME, shared)) from None
         config = composed[tuple(shared)]
         config.seed = int(seed.removeprefix("seed="))
         runs.append(build_run(config, load_once))
@@ -221,20 +227,42 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
     }
 
 
+INSTEAD = {
+    "model": "set experiment.models=[...], or scale.dense and scale.moe",
+    "seed": "its runs have the seeds of their roles: set scale.seeds={reference: ..., calibration: ..., ...}",
+    "fault": "its faults are those of experiment.faults: set experiment.faults.NAME.overrides=[fault=..., ...]",
+}
+"""By key of a single run, which an experiment sets for each of its own, what to set in its place."""
+
+
+def _check_has_effect(line: str, experiment: Mapping[str, Any]) -> None:
+    """Raises ValueError on an override that every run of the experiment replaces by another."""
+    key, _, value = line.lstrip("+~").partition("=")
+    root = key.split(".")[0].split("@")[0]
+    if key in INSTEAD or root in ("seed", "fault"):
+        raise ValueError(f"{line} has no effect on an experiment: {INSTEAD[root]}")
+    for own in experiment.get("overrides") or ():
+        its_key, _, its_value = str(own).partition("=")
+        if its_key == key and its_value != value:
+            raise ValueError(
+                f"{line} has no effect on this experiment, whose runs all have {own}: change experiment.overrides, or "
+                "what it takes from the scale"
+            )
+
+
 def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
     """The composed experiment, its ``align`` replaced by a top-level one.
 
     Raises ValueError on an unknown axis, and on an override that every run would undo.
     """
+    check_mapping(settings["experiment"], "experiment")
     for line in given:
-        if line.startswith("model="):
-            raise ValueError(
-                f"{line} has no effect on an experiment: set experiment.models=[...], or scale.dense and scale.moe"
-            )
-    align = settings["experiment"]["align"] if settings["align"] is None else [settings["align"]]
-    if not align or not set(align) <= set(AXES):
-        raise ValueError(f"align={','.join(align)} is not allowed: {' or '.join(AXES)}")
-    return {**settings["experiment"], "align": align}
+        _check_has_effect(line, settings["experiment"])
+    if settings["align"] is None:
+        return settings["experiment"]
+    if settings["align"] not in AXES:
+        raise ValueError(f"align={settings['align']} is not allowed: {' or '.join(AXES)}")
+    return {**settings["experiment"], "align": [settings["align"]]}
 
 
 def planned_runs(experiment: Mapping[str, Any], scale: Mapping[str, Any]) -> list[PlannedRun]:
@@ -249,10 +277,13 @@ def planned_runs(experiment: Mapping[str, Any], scale: Mapping[str, Any]) -> lis
 @one_line_errors
 def main(config: DictConfig) -> None:
     settings = OmegaConf.to_container(config, resolve=True)
+    check_command(ReproduceCommand, settings)
     given = list(HydraConfig.get().overrides.task)
     experiment = chosen_experiment(settings, given)
+    check_settings(settings, experiment, given)
     planned = planned_runs(experiment, settings["scale"])
     runs = build_all([[*given, *cell.overrides] for cell in planned])
+    check_runs(settings, experiment, planned, runs)
     if config.dry_run:
         for cell, run in zip(planned, runs, strict=True):
             print(f"{run.run_id}  {cell.model:<9}  {cell.role:<11}  seed {cell.seed:<5} {cell.fault or 'healthy'}")

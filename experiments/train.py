@@ -8,7 +8,7 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.build import Run, build_run
 from experiments.cli import CONF, guarded, one_line_errors
@@ -16,6 +16,7 @@ from experiments.data import Corpus, DataConfig
 from experiments.loop import train
 from experiments.pieces import Unfinished
 from experiments.progress import RunProgress
+from experiments.settings import TrainCommand, check_command
 from experiments.stopping import asked
 from models.transformer import Transformer
 
@@ -45,6 +46,7 @@ def train_shown(run: Run, out: Path, show: bool) -> dict[str, Any]:
 
 def run_one(config: DictConfig, load: Callable[[DataConfig, int], Corpus] = Corpus) -> dict[str, Any]:
     """Build and train the run of one composed configuration; returns its manifest. load: see ``build_run``."""
+    check_command(TrainCommand, OmegaConf.to_container(config, resolve=True))
     run = build_run(config, load)
     if run.train.stack > 1:
         raise ValueError(

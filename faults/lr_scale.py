@@ -32,6 +32,7 @@ class LRScale:
     def __post_init__(self) -> None:
         if not 0 < self.factor < math.inf:
             raise ValueError(f"fault.factor={self.factor} is not allowed: above 0")
+        self.window  # noqa: B018  (building it checks its fields)
         if self.ramp_steps < 0:
             raise ValueError(f"fault.ramp_steps={self.ramp_steps} is not allowed: 0 or more")
         if self.duration is not None and self.ramp_steps > self.duration:
@@ -46,7 +47,6 @@ class LRScale:
                     f"fault.groups={list(self.groups)} is not allowed: "
                     f"distinct names of {', '.join(PARAMETER_GROUPS)}, or null for all"
                 )
-        self.window  # noqa: B018  (building it checks its fields)
 
     @cached_property
     def window(self) -> Window:

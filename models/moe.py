@@ -20,6 +20,9 @@ from models.mlp import MLP
 from models.numerics import at_least_fp32
 from models.precision import as_autocast, outside_autocast
 
+MOST_EXPERTS, MOST_SHARED = 4096, 2**20
+"""The largest number of experts, and width of the shared one."""
+
 
 @dataclass(frozen=True)
 class MoEConfig:
@@ -45,8 +48,8 @@ class MoEConfig:
     bias_update_speed: float | None = None
 
     def __post_init__(self) -> None:
-        if self.n_experts < 2:
-            raise ValueError(f"model.moe.n_experts={self.n_experts} is not allowed: at least 2")
+        if not 2 <= self.n_experts <= MOST_EXPERTS:
+            raise ValueError(f"model.moe.n_experts={self.n_experts} is not allowed: 2 to {MOST_EXPERTS}")
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"model.moe.top_k={self.top_k} is not allowed: 1 to n_experts={self.n_experts}")
         if self.top_k == 1 and self.renormalise:
@@ -61,8 +64,10 @@ class MoEConfig:
         for field in ("aux_coef", "z_coef"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"model.moe.{field}={getattr(self, field)} is not allowed: 0 or more")
-        if self.shared_d_ff is not None and self.shared_d_ff < 1:
-            raise ValueError(f"model.moe.shared_d_ff={self.shared_d_ff} is not allowed: at least 1, or null for none")
+        if self.shared_d_ff is not None and not 1 <= self.shared_d_ff <= MOST_SHARED:
+            raise ValueError(
+                f"model.moe.shared_d_ff={self.shared_d_ff} is not allowed: 1 to {MOST_SHARED}, or null for none"
+            )
 
     @property
     def balances(self) -> bool:

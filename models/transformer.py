@@ -28,7 +28,8 @@ CHOICES = {
     "mlp": KINDS,
     "backend": BACKENDS,
 }
-
+MOST = {"n_layers": 1024} | dict.fromkeys(("d_model", "d_ff", "context_length", "vocab_size"), 2**20)
+"""The largest sizes: a model that no machine holds must be refused before it is built, on the meta device too."""
 
 PARAMETER_GROUPS = ("embedding", "attention", "mlp", "router", "norm")
 """Parts of the model whose learning rate a fault may change by itself; experts belong to ``mlp``."""
@@ -94,6 +95,13 @@ class TransformerConfig:
             raise ValueError(
                 f"model.query_init_std={self.query_init_std} is not allowed: from 0, or null for model.init_std"
             )
+        for field, most in MOST.items():
+            if (getattr(self, field) or 0) > most:
+                raise ValueError(f"model.{field}={getattr(self, field)} is not allowed: at most {most}")
+        if not 0 < self.init_std < math.inf:
+            raise ValueError(f"model.init_std={self.init_std} is not allowed: above 0")
+        if not 1 < self.rope_base < math.inf:
+            raise ValueError(f"model.rope_base={self.rope_base} is not allowed: above 1")
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"model.{field}={getattr(self, field)!r} is not allowed: one of {', '.join(allowed)}")

@@ -51,10 +51,10 @@ def attention_weights(model: Transformer) -> dict[str, Tensor]:
 
 
 def check_windows(every_steps: int, windows: Sequence[int]) -> None:
-    if not windows or len(set(windows)) != len(windows):
-        raise ValueError(f"monitor.windows={list(windows)} is not allowed: distinct numbers of steps")
-    if every_steps < 1 or min(windows) < 1:
-        raise ValueError(f"monitor.windows={list(windows)}, monitor.every_steps={every_steps}: at least 1 step each")
+    if every_steps < 1:
+        raise ValueError(f"monitor.every_steps={every_steps} is not allowed: at least 1")
+    if not windows or len(set(windows)) != len(windows) or min(windows) < 1:
+        raise ValueError(f"monitor.windows={list(windows)} is not allowed: distinct, at least 1 step each")
 
 
 def _spectrum_readings(name: str, suffix: str, spectrum: Tensor) -> dict[str, Reading]:

@@ -121,6 +121,8 @@ class RandomMatrix:
     stackable = True
 
     def __init__(self, every_steps: int, window: int, flips: int) -> None:
+        if window < 1:
+            raise ValueError(f"monitor.random_matrix.window={window} is not allowed: at least 1 step")
         check_windows(every_steps, [window])
         if flips < 1:
             raise ValueError(f"monitor.random_matrix.flips={flips} is not allowed: at least 1")

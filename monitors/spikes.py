@@ -32,6 +32,8 @@ class SpikeScore:
     def __init__(self, every_steps: int, window: int, minimum: int, beta: float) -> None:
         if not 0 < beta < 1:
             raise ValueError(f"monitor.spike_score.beta={beta} is not allowed: between 0 and 1")
+        if window < 2:
+            raise ValueError(f"monitor.spike_score.window={window} is not allowed: at least 2 values")
         if not 2 <= minimum <= window:
             raise ValueError(f"monitor.spike_score.minimum={minimum} is not allowed: 2 to window={window}")
         self.every_steps, self.window, self.minimum, self.beta = every_steps, window, minimum, beta

@@ -259,7 +259,7 @@ def test_the_anytime_threshold_is_a_logarithm():
     [
         ("glr", {"window": 0}, "window=0"),
         ("shiryaev_roberts", {"shifts": []}, "shifts"),
-        ("adwin", {"delt": 1}, "rule.adwin=.*delt"),
+        ("adwin", {"delt": 1}, r"rule.delt is not a key .*did you mean 'delta'"),
     ],
 )
 def test_wrong_parameters_are_named(chart, parameters, message):

@@ -111,7 +111,7 @@ def test_the_sources_digest_covers_what_determines_a_result():
         (["train.schedule=cosine", "train.warmup_steps=40"], "train.warmup_steps=40 leaves no step to decay"),
         (["data.path=???"], "data.path is missing: it has no default"),
         (["monitor.delta_w.windows=[0]"], "at least 1 step"),
-        (["monitor.delta_w.windows=[50,50]"], "distinct numbers of steps"),
+        (["monitor.delta_w.windows=[50,50]"], r"monitor.delta_w.windows=\[50, 50\] is not allowed: distinct"),
         (
             ["+monitor.again={_target_: monitors.optimization.Loss, every_steps: 1, beta: 0.9}"],
             "two monitors both emit",
@@ -160,12 +160,20 @@ def test_an_impossible_configuration_is_one_line_by_name(make_run, overrides, me
 def test_router_monitors_are_left_out_of_every_monitor_and_refused_by_name(make_run):
     """On a dense model all monitors but those; a choice that names one of them is an error."""
     dense, sparse = make_run(), make_run("model=moe_nano")
-    assert dense.left_out_monitors == ("expert_load", "router_laws", "router_weight", "routing_probability")
+    assert list(dense.left_out_monitors) == ["expert_load", "router_laws", "router_weight", "routing_probability"]
     assert set(sparse.monitors) - set(dense.monitors) == set(dense.left_out_monitors)
     assert not set(dense.config["monitor"]) & set(dense.left_out_monitors)
     with pytest.raises(ValueError, match=r"monitor\.routing_probability needs experts, and the model has none"):
         make_run("monitor=[loss,routing_probability]", tiny=False)
     make_run("monitor=[loss,routing_probability]", "model=moe_nano", tiny=False)
+
+
+@pytest.mark.parametrize("dropped", ["loss", "router_laws"])
+def test_one_of_every_monitor_can_be_dropped_on_a_dense_model(make_run, dropped):
+    run = make_run(f"~monitor.{dropped}")
+    assert dropped not in {*run.monitors, *run.left_out_monitors}
+    assert "gradient_norm" in run.monitors and "routing_probability" in run.left_out_monitors
+    assert "routing_entropy" in run.signals  # a name that is there, though not on this model
 
 
 def test_a_list_in_yaml_becomes_a_tuple():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.experiment import read_index
+from analysis.index import read_index
 from experiments import checkpoint, trace
 from experiments.files import sealed, unsealed
 from experiments.loop import train
@@ -137,7 +137,7 @@ def test_an_unfinished_run_goes_on_from_whole_files_only(make_run, tmp_path):
 def test_every_flipped_bit_of_an_index_is_an_error(tmp_path):
     path, index = tmp_path / "experiment.json", {"experiment": {"name": "é", "x": 1e-5}, "runs": [{"seed": 3}, None]}
     path.write_bytes(sealed(index))
-    assert read_index(tmp_path) == index
+    assert unsealed(path.read_bytes()) == index
     for turned in flips(sealed(index)):
         path.write_bytes(turned)
         with pytest.raises(TraceError, match=r"^.*experiment\.json is damaged .*$"):

@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save
 
+from analysis.found import conf
 from experiments import trace
 from experiments.loop import train
 from experiments.natural_rounding import KERNELS, alignment, conditions, main, output_bias, trained
@@ -102,8 +103,17 @@ def test_the_command_writes_every_kernel_of_every_trained_run(make_run, tmp_path
     runs = [make_run("train.steps=10", f"seed={seed}") for seed in (0, 1)]
     for run in runs:
         train(run, tmp_path)
-    cells = [{"model": "tiny", "fault": "fp32", "seed": run.seed, "run_id": run.run_id} for run in runs]
-    index = {"experiment": {"faults": {"fp32": {}}}, "runs": cells}
+    cells = [
+        {"model": "tiny", "role": "faulty", "fault": "fp32", "seed": run.seed, "run_id": run.run_id} for run in runs
+    ]
+    experiment = {
+        "name": "made_up", "title": "Made up", "models": ["tiny"], "align": ["steps"], "faults": {"fp32": {}},
+        "detectors": {"loss": ["train_loss_raw"]}, "baseline": "loss", "figure": {},
+    }  # fmt: skip
+    index = {
+        "experiment": experiment, "scale": {"name": "tiny", "alpha": 0.1}, "label": conf("label", "drawup"),
+        "rule": conf("rule", "ewma"), "runs": cells,
+    }  # fmt: skip
     (tmp_path / "experiment.json").write_text(json.dumps(index))
     out = tmp_path / "rounding.csv"
     arguments = [f"report={tmp_path}", f"runs={tmp_path}", f"out={out}"]

@@ -1,0 +1,193 @@
+"""Whether an experiment can be scored as it asks, found out before a step is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.alarms import conformal_rank, make_rule
+from analysis.attribution import HEALTHY
+from analysis.contest import ALL_FAULTS
+from analysis.controls import CONTROLS
+from analysis.experiment import check_alike
+from analysis.index import Seeds, check_parts
+from analysis.laws import law_of
+from analysis.report import DRAWINGS
+from analysis.tracks import MIN_REFERENCE_RUNS
+from experiments.build import Run
+from experiments.ledger import HELD_OUT
+from experiments.plan import PlannedRun
+from experiments.trace import Trace
+from experiments.validation import check_named, check_node, nearest
+
+NEEDED = {
+    "grid": ("healthy_cell",),
+    "paired": ("control", "drift"),
+    "early_warning": ("family",),
+    "smallest": ("family",),
+}
+"""By kind of central figure, the keys of an experiment without which it cannot be drawn."""
+BY_SIZE = ("early_warning", "smallest")
+"""Kinds of central figure that tell faults by their number of bits, and delays in steps."""
+
+
+def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], given: Sequence[str]) -> None:
+    """Every setting of the scoring that can be judged without a run.
+
+    settings: the whole composed configuration; experiment: its experiment as chosen; given: the command line's
+    overrides. Raises ValueError, in one line that names the key.
+    """
+    check_parts({**settings, "experiment": experiment})
+    make_rule(**settings["rule"])
+    if "cases" in experiment:
+        return
+    _check_seeds(settings, experiment)
+    _check_names(experiment, given)
+    _check_kind(experiment)
+    for name, fault in experiment["faults"].items():
+        if fault.get("overrides") is None:
+            raise ValueError(f"experiment.faults.{name}.overrides is missing: what switches the fault on")
+    for claim in experiment.get("claims", []):
+        tests = [test for test in ("alarms", "falls", "rises") if claim.get(test)]
+        if len(tests) != 1 or (tests != ["alarms"] and not claim.get("panel")):
+            raise ValueError(
+                f"experiment.claims: {claim['says']!r} is not allowed: one of alarms, falls and rises, "
+                "the last two with a panel"
+            )
+
+
+def _check_seeds(settings: Mapping[str, Any], experiment: Mapping[str, Any]) -> None:
+    where, alpha = "experiment" if "seeds" in experiment else "scale", settings["scale"]["alpha"]
+    seeds = (experiment if where == "experiment" else settings["scale"]).get("seeds")
+    check_node(Seeds, seeds, f"{where}.seeds")
+    for role, least in (("reference", MIN_REFERENCE_RUNS), ("faulty", 1)):
+        if seeds.get(role, least) < least:
+            raise ValueError(f"{where}.seeds.{role}={seeds[role]} is not allowed: scoring needs at least {least}")
+    try:
+        conformal_rank(seeds.get("calibration", 0), alpha)
+    except ValueError as error:
+        raise ValueError(f"{where}.seeds.calibration={seeds.get('calibration')} is not allowed: {error}") from None
+
+
+def _check_taken(names: Iterable[str], taken: Collection[str], where: str) -> None:
+    """Raises ValueError for a name that a row of every table has already."""
+    name = next((name for name in names if name in taken), None)
+    if name is not None:
+        raise ValueError(f"{where}.{name} is not allowed: tables have a row of that name; give it another")
+
+
+def _dropped(given: Sequence[str], where: str) -> set[str]:
+    """The names below a key that the command line dropped: ``~experiment.faults.ramp``."""
+    return {line.removeprefix(f"~{where}.").split("=")[0] for line in given if line.startswith(f"~{where}.")}
+
+
+def _check_names(experiment: Mapping[str, Any], given: Sequence[str]) -> None:
+    """Detectors and faults that an experiment refers to are there, or were dropped on purpose."""
+    baseline = experiment["baseline"]
+    check_named([baseline] if isinstance(baseline, str) else baseline, experiment["detectors"], "experiment.baseline")
+    _check_taken(experiment["detectors"], CONTROLS, "experiment.detectors")
+    _check_taken(experiment["faults"], (HEALTHY, ALL_FAULTS), "experiment.faults")
+    detectors = {*experiment["detectors"], *_dropped(given, "experiment.detectors")}
+    faults = {*experiment["faults"], *_dropped(given, "experiment.faults")}
+    ignored, claims = experiment.get("should_ignore", {}), experiment.get("claims", [])
+    check_named(experiment.get("groups", []), sorted(detectors), "experiment.groups")
+    check_named(ignored, sorted(detectors), "experiment.should_ignore")
+    for family, names in ignored.items():
+        check_named(names, sorted(faults), f"experiment.should_ignore.{family}")
+    for key in ("cost_faults", "controls"):
+        check_named(experiment.get(key, []), sorted(faults), f"experiment.{key}")
+    for claim in claims:
+        if claim.get("alarms"):
+            check_named([claim["alarms"]["detector"]], sorted(detectors), "experiment.claims.alarms.detector")
+            check_named([claim["alarms"]["fault"]], sorted(faults), "experiment.claims.alarms.fault")
+        for test in ("falls", "rises"):
+            check_named(claim.get(test) or [], ["healthy", *sorted(faults)], f"experiment.claims.{test}")
+
+
+def _check_kind(experiment: Mapping[str, Any]) -> None:
+    """The kind of central figure is one of those that there are, and has what it needs."""
+    kind = experiment.get("draw")
+    check_named([kind], DRAWINGS, "experiment.draw")
+    for key in NEEDED.get(kind, ()):
+        if not experiment.get(key):
+            raise ValueError(f"experiment.{key} is missing: experiment.draw={kind} needs it")
+    if "family" in NEEDED.get(kind, ()):
+        check_named([experiment["family"]], experiment["detectors"], "experiment.family")
+    if kind == "paired":
+        check_named([experiment["control"]], experiment["faults"], "experiment.control")
+    if kind == "grid":
+        without = next((name for name, fault in experiment["faults"].items() if not fault.get("cell")), None)
+        if without:
+            raise ValueError(f"experiment.faults.{without}.cell is missing: experiment.draw=grid needs it")
+    if kind in BY_SIZE and experiment["align"] != ["steps"]:
+        raise ValueError(
+            f"align={','.join(experiment['align'])} is not allowed with experiment.draw={kind}: steps alone"
+        )
+
+
+def check_runs(
+    settings: Mapping[str, Any], experiment: Mapping[str, Any], planned: Sequence[PlannedRun], runs: Sequence[Run]
+) -> None:
+    """What only the built runs tell: whether some monitor has every signal, the label enough evaluations, every fault
+    a run of its own, and a threshold healthy runs that are alike.
+
+    Raises ValueError or TraceError, in one line that names the key.
+    """
+    signals = {name: signal for run in runs for name, signal in run.signals.items()} | {HELD_OUT.name: HELD_OUT}
+    if "cases" in experiment:
+        _check_signals(list(experiment["laws"].values()), signals, "experiment.laws")
+        return
+    for name, wanted in experiment["detectors"].items():
+        _check_signals(wanted, signals, f"experiment.detectors.{name}")
+    for name, panel in experiment["figure"].items():
+        _check_signals(panel["signals"], signals, f"experiment.figure.{name}.signals")
+    for claim in experiment.get("claims", []):
+        if claim.get("panel"):
+            _check_signals(claim["panel"]["signals"], signals, "experiment.claims.panel.signals")
+    _check_signals(experiment.get("drift", []), signals, "experiment.drift")
+    for name in experiment.get("drift", []):
+        if signals[name].axes != ("layer", "head"):
+            raise ValueError(f"experiment.drift={name!r} is not allowed: a signal of layers and heads")
+    if experiment["draw"] == "localise" and not any(law_of(name) for name in signals):
+        raise ValueError("experiment.draw=localise is not allowed: no configured monitor has a conservation law")
+    if experiment["draw"] in BY_SIZE and not any(run.config["fault"].get("bits") for run in runs):
+        raise ValueError(
+            f"experiment.draw={experiment['draw']} is not allowed: no fault of this experiment has a number of bits"
+        )
+    _check_evaluations(settings["label"]["consecutive"], runs)
+    _check_faults(planned, runs)
+
+
+def _check_signals(names: Sequence[str], known: Mapping[str, Any], where: str) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where}: no configured monitor has a signal {name!r}{nearest(name, known)}")
+
+
+def _check_faults(planned: Sequence[PlannedRun], runs: Sequence[Run]) -> None:
+    """Faulty runs have a fault, no two faults are one run, and nothing else tells faulty from healthy runs."""
+    named: dict[str, str | None] = {}
+    for cell, run in zip(planned, runs, strict=True):
+        if cell.role == "faulty" and run.fault.onset is None:
+            raise ValueError(f"experiment.faults.{cell.fault}.overrides switch no fault on")
+        other = named.setdefault(run.run_id, cell.fault)
+        if other != cell.fault:
+            raise ValueError(f"experiment.faults.{cell.fault} is not allowed: it has the runs of {other!r}")
+    for model in dict.fromkeys(cell.model for cell in planned):
+        check_alike([_to_be(run) for cell, run in zip(planned, runs, strict=True) if cell.model == model])
+
+
+def _to_be(run: Run) -> Trace:
+    """What is known of a run's trace before it is trained."""
+    return Trace(run.run_id, Path(), {"config": run.identity["config"], "onset_step": run.fault.onset})
+
+
+def _check_evaluations(consecutive: int, runs: Sequence[Run]) -> None:
+    shortest = min((run.train for run in runs), key=lambda train: train.steps // train.held_out_every_steps)
+    evaluations = shortest.steps // shortest.held_out_every_steps + 1  # the first is before any update
+    if consecutive > evaluations:
+        raise ValueError(
+            f"label.consecutive={consecutive} is not allowed: a run of train.steps={shortest.steps} with "
+            f"train.held_out_every_steps={shortest.held_out_every_steps} has {evaluations} evaluations"
+        )
