@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from analysis.alarms import AlarmRule, anytime_threshold, make_rule
@@ -252,7 +253,7 @@ def print_board(tables: Tables, console: Console) -> None:
     leaderboard = tables.get("leaderboard")
     overall = leaderboard[leaderboard["fault"] == ALL_FAULTS]
     for (name, model, track), rows in overall.groupby(["experiment", "model", "track"], sort=False):
-        grid = Table(title=f"{name}: {model}, {track} track, all faults", title_justify="left")
+        grid = Table(title=escape(f"{name}: {model}, {track} track, all faults"), title_justify="left")
         for column, heading in COLUMNS.items():
             grid.add_column(heading, justify="left" if column == "detector" else "right")
         known = rows[rows["declined"].isna()] if "declined" in rows else rows
@@ -274,7 +275,7 @@ def _interval(low: float, high: float) -> str:
 def _cells(row) -> list[str]:
     kind = "" if row.kind == "detector" else f" [{row.kind}]"
     return [
-        f"{row.detector}{kind}".replace("[", r"\["),
+        escape(f"{row.detector}{kind}"),
         f"{row.runs:.0f}{'*' if row.exploratory else ''}",
         f"{row.healthy_alarms:.0f}/{row.healthy_runs:.0f}",
         f"{row.detected:.0%}",
@@ -335,4 +336,5 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(2)
     console = Console(width=None if sys.stdout.isatty() else 150)
     print_board(tables, console)
-    console.print(f"{request.out}: {', '.join(f'{name}.csv' for name in tables.parts)}", highlight=False)
+    written = ", ".join(f"{name}.csv" for name in tables.parts)
+    console.print(f"{request.out}: {written}", highlight=False, markup=False)

@@ -16,15 +16,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, ValidationError, create_model
 
 from experiments.data import Corpus, DataConfig
 from experiments.optimizer import TrainConfig
+from experiments.targets import check_targets, target_class
 from faults.base import Fault, Sites
 from faults.combined import Combined
 from models.arithmetic import ORDINARY
@@ -72,10 +73,7 @@ def _class_of(node: Mapping[str, Any], where: str) -> type:
     target = node.get("_target_")
     if target is None:
         raise ValueError(f"{where} names no _target_ class")
-    try:
-        return get_class(target)
-    except Exception as error:
-        raise ValueError(f"{where}._target_={target!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return target_class(target, f"{where}._target_")
 
 
 def construct(node: Mapping[str, Any], where: str) -> Any:
@@ -97,7 +95,8 @@ def construct(node: Mapping[str, Any], where: str) -> Any:
         if arguments[key] == "???":
             raise ValueError(f"{where}.{key} is missing: it has no default")
     nested = {key: _construct_inside(value, f"{where}.{key}") for key, value in arguments.items() if _has_target(value)}
-    for key in nested:
+    for key, value in nested.items():
+        _check_kind(f"{where}.{key}", value, parameters[key][0])
         del arguments[key], parameters[key]
     schema = create_model(
         cls.__name__, __config__=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True), **parameters
@@ -132,6 +131,22 @@ def _construct_inside(value: Mapping[str, Any], where: str) -> Any:
     if "_target_" in value:
         return construct(value, where)
     return {name: construct(node, f"{where}.{name}") for name, node in value.items()}
+
+
+def _check_kind(where: str, value: Any, kind: Any) -> None:
+    """Raise ValueError where what a ``_target_`` made is not of the kind that is asked for there, a type annotation."""
+    if isinstance(value, Mapping) and get_origin(kind) is Mapping:
+        for name, one in value.items():
+            _check_kind(f"{where}.{name}", one, get_args(kind)[1])
+    elif not _is_a(value, kind):
+        wanted, made = getattr(kind, "__name__", str(kind)), type(value).__name__
+        raise ValueError(f"{where}._target_ is not allowed: it makes a {made}, and a {wanted} is needed")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_a(value, part) for part in get_args(kind))
+    return get_origin(kind) is not None or kind is Any or isinstance(value, kind)
 
 
 @lru_cache(maxsize=1)
@@ -277,6 +292,7 @@ def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = No
     Raises ValueError or FileNotFoundError with one line that names the key, the value and what is allowed.
     """
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    check_targets(plain, plain.get("plugins") or ())
     missing = [key for key in RUN_KEYS if plain.get(key) is None]
     if missing:
         raise ValueError(f"{missing[0]} is missing from the configuration")
@@ -287,6 +303,9 @@ def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = No
     data: DataConfig = construct(plain["data"], "data")
     train: TrainConfig = construct(plain["train"], "train")
     fault: Fault = construct(plain["fault"], "fault")
+    kinds = {TransformerConfig: model, DataConfig: data, TrainConfig: train, Fault: fault}
+    for node, (kind, found) in zip(("model", "data", "train", "fault"), kinds.items(), strict=True):
+        _check_kind(node, found, kind)
     model = model.on(resolve_device(train.device))
     _check_fit(fault, model, train)
     if train.compile and model.moe and train.precision != "bf16":
@@ -298,6 +317,8 @@ def build_run(config: DictConfig | Mapping[str, Any], corpus: Corpus | None = No
             )
     plain["monitor"], left_out = _fitting(plain["monitor"], model)
     monitors = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
+    for name, monitor in monitors.items():
+        _check_kind(f"monitor.{name}", monitor, Monitor)
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]
     if len(set(names)) != len(names):
         raise ValueError(f"two monitors both emit {next(n for n in names if names.count(n) > 1)!r}")

@@ -59,6 +59,9 @@ def _explain(error: Exception, config_name: str, overrides: Sequence[str]) -> st
 def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     """Compose every combination that the command line asks for. Raises ValueError with one line."""
     lines = [a for a in arguments if "=" in a or a.startswith("~")]  # the rest are Hydra's own flags
+    of_hydra = next((line for line in lines if line.lstrip("+").startswith("hydra.") and "_target_" in line), None)
+    if of_hydra:
+        raise ValueError(f"{of_hydra} is not allowed: Hydra takes no class by name; hydra/launcher=NAME chooses one")
     with initialize_config_dir(CONF, version_base="1.3"):
         try:
             choices = []

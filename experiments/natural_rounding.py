@@ -22,6 +22,7 @@ from torch import Tensor
 
 from experiments import trace
 from experiments.build import Run, build_run
+from experiments.names import check_name
 from models.arithmetic import ROUNDS_TO_ONE, Arithmetic
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault, to_bf16_grid
 from models.taps import Taps
@@ -157,7 +158,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: fault={given['fault']!r} is not allowed: one of {', '.join(index['experiment']['faults'])}")
     rows = []
     for cell in cells:
-        run, model = trained(Path(given["runs"]) / cell["run_id"])
+        run, model = trained(Path(given["runs"]) / check_name(cell["run_id"], "run_id"))
         rows += [(cell["model"], cell["seed"], *row) for row in measure(run, model)]
     columns = ["model", "seed", "kernel", "quantity", "layer", "head", "value"]
     table = pd.DataFrame(rows, columns=columns)

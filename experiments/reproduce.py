@@ -36,6 +36,7 @@ from experiments import trace
 from experiments.build import Run, build_run
 from experiments.checkpoint import RunError
 from experiments.cli import CONF, USER_ERRORS, guarded, one_line_errors
+from experiments.names import check_name
 from experiments.pieces import Unfinished, in_pieces
 from experiments.plan import PlannedRun, plan
 from experiments.progress import StackProgress, SweepProgress
@@ -188,6 +189,8 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
             raise ValueError(
                 f"{line} has no effect on an experiment: set experiment.models=[...], or scale.dense and scale.moe"
             )
+    for field in ("experiment", "scale"):
+        check_name(settings[field]["name"], f"{field}.name")
     align = settings["experiment"]["align"] if settings["align"] is None else [settings["align"]]
     if not align or not set(align) <= set(AXES):
         raise ValueError(f"align={','.join(align)} is not allowed: {' or '.join(AXES)}")
