@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from scipy.signal import lfilter
 
+from analysis.rounding import mean_resolution
+
 
 @runtime_checkable
 class AlarmRule(Protocol):
@@ -145,8 +147,8 @@ class ShiryaevRoberts(Chart):
         mean = float(np.concatenate(series).mean())
         before = np.concatenate([x[:-1] - mean for x in series])
         after = np.concatenate([x[1:] - mean for x in series])
-        spread = float(before @ before)
-        if spread == 0:
+        spread, resolution = float(before @ before), float(mean_resolution(np.concatenate(series)))
+        if spread <= len(before) * resolution**2:
             raise ValueError("whitening needs healthy series that vary")
         phi = float(np.clip(before @ after / spread, -0.99, 0.99))
         return replace(self, mean=mean, phi=phi, sigma=float(np.std(after - phi * before)) or 1.0)
