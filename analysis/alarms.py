@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -247,9 +248,14 @@ def chart_statistics(runs: Sequence[Sequence[np.ndarray]], rules: Sequence[Alarm
 
 
 def _statistics(rule: AlarmRule, series: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """A rule's statistic of each series: charts take all that lack the same samples, a stranger's rule one by one."""
+    """A rule's statistic of each series: charts take all that lack the same samples, a stranger's rule one by one.
+
+    The stranger's rule gets them in an order that says nothing of whose they are.
+    """
     if not isinstance(rule, (Chart, Persistent)):
-        return [rule.statistic(x) for x in series]
+        order = sorted(range(len(series)), key=lambda i: sha256(series[i].tobytes()).digest())
+        charted = {i: rule.statistic(series[i]) for i in order}
+        return [charted[i] for i in range(len(series))]
     alike: dict[bytes, list[int]] = {}
     for i, x in enumerate(series):
         alike.setdefault(np.isnan(x).tobytes(), []).append(i)

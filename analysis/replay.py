@@ -3,6 +3,8 @@
 runs=DIR            reduced folders, folders with experiment.json beside their runs, or bare run folders
 out=DIR             tables: leaderboard, runs, labels, charts, halves, selectivity, cross_talk, diagnosis, confusion
 detector=FILE.py    one's own detector (analysis/entrants.py); may be given again
+time_limit_s=120    what a detector's answers may take together, on one track of one experiment
+memory_limit_gib=4  what its process may have
 alarms=FILE.csv     one's own alarms: run_id, monitor, step; may be given again
 rule=NAME           a file of conf/rule for every signal, instead of the experiment's own
 alpha=NUMBER        false-alarm rate of a run, instead of the experiment's own
@@ -30,17 +32,19 @@ from analysis.attribution import HEALTHY, alarm_probabilities, cross_talk, diagn
 from analysis.contest import ALL_FAULTS, Contest, contest, mean_leads, run_scores
 from analysis.costs import monitor_costs
 from analysis.detection import Detection, Detector
-from analysis.entrants import RIVER, Entrant, load_entrant
+from analysis.entrants import RIVER, Entrant, entrant_of
 from analysis.experiment import Experiment
 from analysis.external import read_alarms
 from analysis.found import conf, find
 from analysis.inference import clopper_pearson_interval, performance_profile
+from analysis.isolation import Limits
 from analysis.leaderboard import IN_TIME, RANKED, board
 from analysis.leaderboard_figure import leaderboard_figure
 from analysis.sensitivity import halves, label_sensitivity
 from analysis.tracks import TRACKS, catalogue, family
 from experiments.trace import TraceError
 
+LIMITS = {"time_limit_s": Limits().time_s, "memory_limit_gib": Limits().memory_gib}
 CHARTS = ("shewhart", "ewma", "cusum", "glr", "shiryaev_roberts")
 PROFILE_SHARES = tuple(i / 20 for i in range(21))
 
@@ -59,6 +63,7 @@ class Request:
     maximum: bool = False
     singles: bool = False
     allow_mixed: bool = False
+    limits: Limits = Limits()
 
 
 @dataclass
@@ -89,7 +94,8 @@ def entrants(request: Request, experiment: Experiment, track: str) -> Iterator[E
             yield Entrant(f"river {name}", tuple(watched), make_rule(**conf("rule", name)))
     if track in ("reference", "self"):
         for path in request.detectors:
-            yield load_entrant(path)
+            with entrant_of(path, request.limits) as entrant:
+                yield entrant
 
 
 def replay(request: Request) -> Tables:
@@ -286,13 +292,20 @@ def _cells(row) -> list[str]:
     ]
 
 
+def _number(key: str, given: str | float) -> float:
+    try:
+        return float(given)
+    except ValueError:
+        raise ValueError(f"{key}={given} is not allowed: a number above 0") from None
+
+
 def _request(arguments: Sequence[str]) -> Request:
     given: dict[str, list[str]] = {}
     for argument in arguments:
         key, _, value = argument.partition("=")
         given.setdefault(key, []).append(value)
     several = {"detector": "detectors", "alarms": "alarms"}
-    single = {"runs", "out", "rule", "alpha", "threshold", "tracks", "singles", "allow_mixed"}
+    single = {"runs", "out", "rule", "alpha", "threshold", "tracks", "singles", "allow_mixed", *LIMITS}
     for key, values in given.items():
         if key not in several and key not in single:
             raise ValueError(f"{key} is not an option: {', '.join(sorted({*several, *single}))}")
@@ -313,6 +326,7 @@ def _request(arguments: Sequence[str]) -> Request:
         rate = None if alpha is None else float(alpha)
     except ValueError:
         raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1") from None
+    limits = Limits(*(_number(key, given.get(key, [default])[0]) for key, default in LIMITS.items()))
     return Request(
         runs=Path(given["runs"][0]),
         out=Path(given["out"][0]),
@@ -324,6 +338,7 @@ def _request(arguments: Sequence[str]) -> Request:
         maximum=given.get("threshold") == ["maximum"],
         singles=given.get("singles", ["false"])[0] == "true",
         allow_mixed=given.get("allow_mixed", ["false"])[0] == "true",
+        limits=limits,
     )
 
 
