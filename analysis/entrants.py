@@ -20,7 +20,7 @@ import numpy as np
 from joblib import Parallel, cpu_count, delayed
 
 from analysis.alarms import AlarmRule, Chart
-from analysis.isolation import Failed, Limits, Worker
+from analysis.isolation import DEFAULT_LIMITS, Failed, Limits, Worker
 
 RIVER = {"adwin": "ADWIN", "page_hinkley": "PageHinkley", "kswin": "KSWIN"}
 """Names of conf/rule and classes of river.drift."""
@@ -107,7 +107,7 @@ class Entrant:
 
 
 @contextmanager
-def entrant_of(path: Path, limits: Limits = Limits()) -> Iterator[Entrant]:
+def entrant_of(path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[Entrant]:
     """The detector in a Python file, its process alive within the context.
 
     Raises ValueError where there is no such file, or it cannot be loaded within the limits as a detector.

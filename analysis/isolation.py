@@ -56,6 +56,9 @@ class Limits:
                 raise ValueError(f"{key}={value} is not allowed: above 0")
 
 
+DEFAULT_LIMITS = Limits()
+
+
 class Worker:
     """A started detector file. ``signals``: what it asks for. Close it, or use it as a context.
 
@@ -64,7 +67,7 @@ class Worker:
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self._limits, self._left_s = limits, limits.time_s
-        self._rules = 0
+        self._rules, self._closed = 0, False
         self._deadline = time.monotonic() + self._left_s
         self._folder = tempfile.TemporaryDirectory(prefix="entrant-", ignore_cleanup_errors=True)
         self._socket, theirs = socket.socketpair()
@@ -98,7 +101,10 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """End the process and everything that it started."""
+        """End the process and everything that it started in its session."""
+        if self._closed:
+            return
+        self._closed = True
         self._socket.close()
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)

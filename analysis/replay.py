@@ -37,14 +37,14 @@ from analysis.experiment import Experiment
 from analysis.external import read_alarms
 from analysis.found import conf, find
 from analysis.inference import clopper_pearson_interval, performance_profile
-from analysis.isolation import Limits
+from analysis.isolation import DEFAULT_LIMITS, Limits
 from analysis.leaderboard import IN_TIME, RANKED, board
 from analysis.leaderboard_figure import leaderboard_figure
 from analysis.sensitivity import halves, label_sensitivity
 from analysis.tracks import TRACKS, catalogue, family
 from experiments.trace import TraceError
 
-LIMITS = {"time_limit_s": Limits().time_s, "memory_limit_gib": Limits().memory_gib}
+LIMITS = {"time_limit_s": DEFAULT_LIMITS.time_s, "memory_limit_gib": DEFAULT_LIMITS.memory_gib}
 CHARTS = ("shewhart", "ewma", "cusum", "glr", "shiryaev_roberts")
 PROFILE_SHARES = tuple(i / 20 for i in range(21))
 
@@ -63,7 +63,7 @@ class Request:
     maximum: bool = False
     singles: bool = False
     allow_mixed: bool = False
-    limits: Limits = Limits()
+    limits: Limits = DEFAULT_LIMITS
 
 
 @dataclass
