@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from scipy.signal import lfilter
 
 from analysis.river_settings import check_river
+from analysis.rounding import mean_resolution
 from experiments.validation import check_arguments, check_named, parameters_of
 
 
@@ -152,8 +154,8 @@ class ShiryaevRoberts(Chart):
         mean = float(np.concatenate(series).mean())
         before = np.concatenate([x[:-1] - mean for x in series])
         after = np.concatenate([x[1:] - mean for x in series])
-        spread = float(before @ before)
-        if spread == 0:
+        spread, resolution = float(before @ before), float(mean_resolution(np.concatenate(series)))
+        if spread <= len(before) * resolution**2:
             raise ValueError("whitening needs healthy series that vary")
         phi = float(np.clip(before @ after / spread, -0.99, 0.99))
         return replace(self, mean=mean, phi=phi, sigma=float(np.std(after - phi * before)) or 1.0)
@@ -260,9 +262,14 @@ def chart_statistics(runs: Sequence[Sequence[np.ndarray]], rules: Sequence[Alarm
 
 
 def _statistics(rule: AlarmRule, series: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """A rule's statistic of each series: charts take all that lack the same samples, a stranger's rule one by one."""
+    """A rule's statistic of each series: charts take all that lack the same samples, a stranger's rule one by one.
+
+    The stranger's rule gets them in an order that says nothing of whose they are.
+    """
     if not isinstance(rule, (Chart, Persistent)):
-        return [rule.statistic(x) for x in series]
+        order = sorted(range(len(series)), key=lambda i: sha256(series[i].tobytes()).digest())
+        charted = {i: rule.statistic(series[i]) for i in order}
+        return [charted[i] for i in range(len(series))]
     alike: dict[bytes, list[int]] = {}
     for i, x in enumerate(series):
         alike.setdefault(np.isnan(x).tobytes(), []).append(i)

@@ -4,22 +4,23 @@ A detector is a Python file with a function ``statistic(x)``: x is (T,) float, p
 sample; it returns (T,), larger is worse, and must be causal: statistic(x[:t]) equals statistic(x)[:t]. Two names are
 optional: ``signals``, a list of signals that share its threshold (default: those of the baseline), and
 ``calibrate(healthy)``, which may return anything that has a ``statistic`` (healthy: series of reference runs).
+It runs in a process of its own, in an empty folder, within a limit of time and of memory (``analysis.isolation``).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from joblib import Parallel, cpu_count, delayed
 
 from analysis.alarms import AlarmRule, Chart
+from analysis.isolation import DEFAULT_LIMITS, Failed, Limits, Worker
 
 RIVER = {"adwin": "ADWIN", "page_hinkley": "PageHinkley", "kswin": "KSWIN"}
 """Names of conf/rule and classes of river.drift."""
@@ -71,26 +72,25 @@ class RiverDetector(Chart):
 
 @dataclass(frozen=True)
 class FromFile:
-    """A rule made of a file's functions; what it returns is checked."""
+    """A rule made of a file's functions, which run in a process of their own; what comes back is checked.
 
-    compute: Callable[[np.ndarray], np.ndarray]
-    fit: Callable[[Sequence[np.ndarray]], Any] | None = None
+    number: of the rule in that process.
+    """
+
+    worker: Worker
+    number: int = 0
 
     def calibrate(self, healthy: Sequence[np.ndarray]) -> AlarmRule:
-        if self.fit is None:
-            return self
         try:
-            return FromFile(self.fit([series.copy() for series in healthy]).statistic)
-        except (Exception, SystemExit) as error:  # whatever a stranger's code raises
-            raise BadEntrant(f"calibrate raised {type(error).__name__}: {error}") from None
+            return FromFile(self.worker, self.worker.calibrate(healthy))
+        except Failed as reason:
+            raise BadEntrant(str(reason)) from None
 
     def statistic(self, x: np.ndarray) -> np.ndarray:
         try:
-            found = np.asarray(self.compute(x.copy()), float)
-        except (Exception, SystemExit) as error:  # whatever a stranger's code raises
-            raise BadEntrant(f"statistic raised {type(error).__name__}: {error}") from None
-        if found.shape != x.shape:
-            raise BadEntrant(f"statistic returned shape {found.shape} for {x.shape}: one value a sample is needed")
+            found = self.worker.statistic(self.number, x)
+        except Failed as reason:
+            raise BadEntrant(str(reason)) from None
         # A detector that loses an infinite sample, or its own mind, must not fall silent; it may need a while to start.
         infinite = np.maximum.accumulate(np.isposinf(x))
         lost = np.isnan(found) & ~np.isnan(x) & np.maximum.accumulate(~np.isnan(found))
@@ -106,27 +106,20 @@ class Entrant:
     rule: AlarmRule
 
 
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"entrant_{path.stem}", path)
-    if spec is None or not path.exists():
+@contextmanager
+def entrant_of(path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[Entrant]:
+    """The detector in a Python file, its process alive within the context.
+
+    Raises ValueError where there is no such file, or it cannot be loaded within the limits as a detector.
+    """
+    if not path.is_file():
         raise ValueError(f"detector={path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever a stranger's code raises
-        raise ValueError(f"detector={path} cannot be loaded: {type(error).__name__}: {error}") from None
-    return module
-
-
-def load_entrant(path: Path) -> Entrant:
-    """The detector in a Python file. Raises ValueError where the file has no ``statistic``."""
-    module = _module(path)
-    compute, signals = getattr(module, "statistic", None), getattr(module, "signals", ())
-    if not callable(compute):
-        raise ValueError(f"detector={path} has no function statistic(x)")
-    if isinstance(signals, str) or not all(isinstance(name, str) for name in signals):
-        raise ValueError(f"detector={path}: signals={signals!r} is not allowed: a list of signal names")
-    return Entrant(path.stem, tuple(signals), FromFile(compute, getattr(module, "calibrate", None)))
+        worker = Worker(path, limits)
+    except Failed as reason:
+        raise ValueError(f"detector={path} cannot be loaded: {reason}") from None
+    with worker:
+        yield Entrant(path.stem, worker.signals, FromFile(worker))
 
 
 CUTS = 8

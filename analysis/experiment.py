@@ -19,6 +19,7 @@ from analysis.index import read_index
 from analysis.labels import divergence_step, drawup_threshold, is_degraded
 from analysis.score import Score, score
 from experiments import trace
+from experiments.names import check_index_names
 from experiments.trace import Series, Trace
 
 LABEL_SIGNAL = "held_out_loss"
@@ -233,6 +234,7 @@ def label_runs(
     index: Mapping[str, Any], runs: Path, allow_mixed: bool = False, model: str | None = None, axis: str | None = None
 ) -> Experiment:
     """The runs that an index lists, read from ``runs`` and labelled: ``load`` for an index that is no file."""
+    check_index_names(index)
     model = index["experiment"]["models"][0] if model is None else model
     axis = index["experiment"]["align"][0] if axis is None else axis
     if axis not in AXES:

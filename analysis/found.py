@@ -21,11 +21,10 @@ ALPHAS = (0.05, 0.10, 0.20, 0.5)
 
 def conf(group: str, name: str) -> dict[str, Any]:
     """A plain file of conf/. Raises ValueError where there is none, naming those that are."""
-    path = CONF / group / f"{name}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise ValueError(f"{group}={name} is not allowed: one of {known}")
-    return OmegaConf.to_container(OmegaConf.load(path))
+    known = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"{group}={name} is not allowed: one of {', '.join(known)}")
+    return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
 
 
 def find(folder: Path, allow_mixed: bool = False) -> list[Experiment]:
@@ -108,8 +107,8 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
     base, moe = conf("experiment/base", "reference_set"), conf("experiment", "reference_set_moe")
     return {
         "experiment": {
-            "name": folder.name,
-            "title": folder.name,
+            "name": folder.resolve().name,
+            "title": folder.resolve().name,
             "models": list(models.values()),
             "align": ["steps"],
             "score_every": base["score_every"],

@@ -12,6 +12,7 @@ from analysis import reduced
 from analysis.align import AXES
 from experiments import trace
 from experiments.files import unsealed
+from experiments.names import check_index_names
 from experiments.validation import LARGEST_SEED, Node, check_mapping, check_named, check_node
 
 Name = Field(min_length=1)
@@ -175,6 +176,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         for number, cell in enumerate(index["runs"]):
             check_node(Cell, cell, f"runs.{number}")
             check_named([cell["fault"]], (None, *faults), f"runs.{number}.fault")
+        check_index_names(index)
     except ValueError as error:
         raise trace.TraceError(f"{path} is no index of an experiment: {error}") from None
     return index

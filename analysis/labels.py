@@ -115,7 +115,9 @@ def rolling_sigma_step(
     """
     loss, steps = _checked(loss, steps)
     before = pd.Series(loss).shift(1).rolling(window, min_periods=min_history)
-    return _first(steps, (loss > before.mean() + sigmas * before.std()) | ~np.isfinite(loss))
+    mean = before.mean()
+    resolution = window * np.finfo(float).eps * mean.abs()  # equal losses have a mean that rounding moves a little
+    return _first(steps, (loss > mean + resolution + sigmas * before.std()) | ~np.isfinite(loss))
 
 
 def running_mean_step(

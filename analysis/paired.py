@@ -15,6 +15,7 @@ from analysis.align import positions
 from analysis.experiment import Experiment
 from analysis.inference import bca_interval
 from analysis.readings import at_end, common_end
+from analysis.rounding import mean_resolution
 
 WARM_UP_SHARE = 0.2
 """Readings before this share of a run are left out of its drift: a signal's level still moves with the weights."""
@@ -95,5 +96,6 @@ def _drift(readings: np.ndarray) -> tuple[int, float, float, float]:
     n = len(readings)
     if n < 2:
         return n, np.nan, np.nan, np.nan
-    mean, error = readings.mean(), readings.std(ddof=1) / np.sqrt(n)
-    return n, mean, mean / error if error > 0 else np.nan, (1 + abs(np.sign(readings).mean())) / 2
+    mean, spread = readings.mean(), readings.std(ddof=1)
+    t = mean * np.sqrt(n) / spread if spread > mean_resolution(readings) else np.nan
+    return n, mean, t, (1 + abs(np.sign(readings).mean())) / 2

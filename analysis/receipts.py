@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -110,16 +111,16 @@ def limits(experiment: Experiment) -> list[str]:
 
 
 def as_markdown(found: dict[str, Any], axis: str) -> str:
-    """The receipt for people."""
+    """The receipt for people. Names out of files are escaped: Markdown passes HTML on."""
     run, fault, label = found["run"], found["fault"], found["label"]
     never = "none"
     lines = [
-        f"# Audit receipt: run {run['run_id']}",
+        f"# Audit receipt: run {_text(run['run_id'])}",
         "",
-        f"{run['experiment']}, {run['model']}, seed {run['seed']} ({run['role']}); ended {run['end_reason']} after "
-        f"{run['steps_done']:,} steps; sources {run['source_sha256'][:12]}.",
+        f"{_text(run['experiment'])}, {_text(run['model'])}, seed {run['seed']} ({run['role']}); ended "
+        f"{run['end_reason']} after {run['steps_done']:,} steps; sources {run['source_sha256'][:12]}.",
         "",
-        f"**Fault:** {fault['name']}, onset {never if fault['onset'] is None else fault['onset']}: "
+        f"**Fault:** {_text(fault['name'])}, onset {never if fault['onset'] is None else fault['onset']}: "
         f"`{json.dumps(fault['design'])}`",
         "",
         f"**Divergence:** {never if label['divergence'] is None else format(label['divergence'], ',')} ({axis}); "
@@ -134,19 +135,24 @@ def as_markdown(found: dict[str, Any], axis: str) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for alarm in found["alarms"]:
-        module = "; ".join(alarm["module"])
+        name, module = _text(alarm["detector"]), _text("; ".join(alarm["module"]))
         if "declined" in alarm:
-            lines.append(f"| {alarm['detector']} | {module} | declined: {alarm['declined']} | | | | |")
+            lines.append(f"| {name} | {module} | declined: {_text(alarm['declined'])} | | | | |")
             continue
         realised = alarm["realised_false_alarm_rate_95"]
         interval = f" ({realised[0]:.0%} to {realised[1]:.0%})" if realised else ""
         lines.append(
-            f"| {alarm['detector']} | {module} | {alarm['threshold']:.4g} at {alarm['alpha']:.0%} | "
+            f"| {name} | {module} | {alarm['threshold']:.4g} at {alarm['alpha']:.0%} | "
             f"{never if alarm['alarm'] is None else format(alarm['alarm'], ',')} | {alarm['outcome']} | "
             f"{'–' if alarm['lead'] is None else format(alarm['lead'], ',')} | "
             f"{alarm['healthy_alarms']}/{alarm['healthy_runs']}{interval} |"
         )
     return "\n".join([*lines, "", "**Limits**", "", *(f"- {limit}" for limit in found["limits"]), ""])
+
+
+def _text(name: str) -> str:
+    """A name as it stands in a line or a cell of Markdown."""
+    return html.escape(" ".join(name.split()), quote=False).replace("|", "\\|")
 
 
 def write_receipts(experiment: Experiment, folder: Path) -> int:

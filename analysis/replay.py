@@ -3,6 +3,8 @@
 runs=DIR            reduced folders, folders with experiment.json beside their runs, or bare run folders
 out=DIR             tables: leaderboard, runs, labels, charts, halves, selectivity, cross_talk, diagnosis, confusion
 detector=FILE.py    one's own detector (analysis/entrants.py); may be given again
+time_limit_s=120    what a detector's answers may take together, on one track of one experiment
+memory_limit_gib=4  what its process may have
 alarms=FILE.csv     one's own alarms: run_id, monitor, step; may be given again
 rule=NAME           a file of conf/rule for every signal, instead of the experiment's own
 alpha=NUMBER        false-alarm rate of a run, instead of the experiment's own
@@ -22,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from analysis.alarms import AlarmRule, anytime_threshold, make_rule
@@ -29,11 +32,12 @@ from analysis.attribution import HEALTHY, alarm_probabilities, cross_talk, diagn
 from analysis.contest import ALL_FAULTS, Contest, contest, mean_leads, run_scores
 from analysis.costs import monitor_costs
 from analysis.detection import Detection, Detector
-from analysis.entrants import RIVER, Entrant, load_entrant
+from analysis.entrants import RIVER, Entrant, entrant_of
 from analysis.experiment import Experiment
 from analysis.external import read_alarms
 from analysis.found import conf, find
 from analysis.inference import clopper_pearson_interval, performance_profile
+from analysis.isolation import DEFAULT_LIMITS, Limits
 from analysis.leaderboard import IN_TIME, RANKED, board
 from analysis.leaderboard_figure import leaderboard_figure
 from analysis.sensitivity import halves, label_sensitivity
@@ -41,6 +45,7 @@ from analysis.tracks import TRACKS, catalogue, family
 from experiments.trace import TraceError
 from experiments.usage import show_help
 
+LIMITS = {"time_limit_s": DEFAULT_LIMITS.time_s, "memory_limit_gib": DEFAULT_LIMITS.memory_gib}
 CHARTS = ("shewhart", "ewma", "cusum", "glr", "shiryaev_roberts")
 PROFILE_SHARES = tuple(i / 20 for i in range(21))
 
@@ -59,6 +64,7 @@ class Request:
     maximum: bool = False
     singles: bool = False
     allow_mixed: bool = False
+    limits: Limits = DEFAULT_LIMITS
 
 
 @dataclass
@@ -89,7 +95,8 @@ def entrants(request: Request, experiment: Experiment, track: str) -> Iterator[E
             yield Entrant(f"river {name}", tuple(watched), make_rule(**conf("rule", name)))
     if track in ("reference", "self"):
         for path in request.detectors:
-            yield load_entrant(path)
+            with entrant_of(path, request.limits) as entrant:
+                yield entrant
 
 
 def replay(request: Request) -> Tables:
@@ -256,7 +263,7 @@ def print_board(tables: Tables, console: Console) -> None:
     leaderboard = tables.get("leaderboard")
     overall = leaderboard[leaderboard["fault"] == ALL_FAULTS]
     for (name, model, track), rows in overall.groupby(["experiment", "model", "track"], sort=False):
-        grid = Table(title=f"{name}: {model}, {track} track, all faults", title_justify="left")
+        grid = Table(title=escape(f"{name}: {model}, {track} track, all faults"), title_justify="left")
         for column, heading in COLUMNS.items():
             grid.add_column(heading, justify="left" if column == "detector" else "right")
         known = rows[rows["declined"].isna()] if "declined" in rows else rows
@@ -278,7 +285,7 @@ def _interval(low: float, high: float) -> str:
 def _cells(row) -> list[str]:
     kind = "" if row.kind == "detector" else f" [{row.kind}]"
     return [
-        f"{row.detector}{kind}".replace("[", r"\["),
+        escape(f"{row.detector}{kind}"),
         f"{row.runs:.0f}{'*' if row.exploratory else ''}",
         f"{row.healthy_alarms:.0f}/{row.healthy_runs:.0f}",
         f"{row.detected:.0%}",
@@ -289,13 +296,20 @@ def _cells(row) -> list[str]:
     ]
 
 
+def _number(key: str, given: str | float) -> float:
+    try:
+        return float(given)
+    except ValueError:
+        raise ValueError(f"{key}={given} is not allowed: a number above 0") from None
+
+
 def _request(arguments: Sequence[str]) -> Request:
     given: dict[str, list[str]] = {}
     for argument in arguments:
         key, _, value = argument.partition("=")
         given.setdefault(key, []).append(value)
     several = {"detector": "detectors", "alarms": "alarms"}
-    single = {"runs", "out", "rule", "alpha", "threshold", "tracks", "singles", "allow_mixed"}
+    single = {"runs", "out", "rule", "alpha", "threshold", "tracks", "singles", "allow_mixed", *LIMITS}
     for key, values in given.items():
         if key not in several and key not in single:
             raise ValueError(f"{key} is not an option: {', '.join(sorted({*several, *single}))}")
@@ -318,6 +332,7 @@ def _request(arguments: Sequence[str]) -> Request:
         raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1") from None
     if rate is not None and not 0 < rate < 1:
         raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1")
+    limits = Limits(*(_number(key, given.get(key, [default])[0]) for key, default in LIMITS.items()))
     return Request(
         runs=Path(given["runs"][0]),
         out=Path(given["out"][0]),
@@ -329,6 +344,7 @@ def _request(arguments: Sequence[str]) -> Request:
         maximum=given.get("threshold") == ["maximum"],
         singles=given.get("singles", ["false"])[0] == "true",
         allow_mixed=given.get("allow_mixed", ["false"])[0] == "true",
+        limits=limits,
     )
 
 
@@ -342,4 +358,5 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(2)
     console = Console(width=None if sys.stdout.isatty() else 150)
     print_board(tables, console)
-    console.print(f"{request.out}: {', '.join(f'{name}.csv' for name in tables.parts)}", highlight=False)
+    written = ", ".join(f"{name}.csv" for name in tables.parts)
+    console.print(f"{request.out}: {written}", highlight=False, markup=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from analysis.cases import make_case_report
@@ -110,13 +111,13 @@ def print_table(experiment: Experiment, table: pd.DataFrame, console: Console) -
     for fault in experiment.faults:
         shown = _shown(table[(table["fault"] == fault) & (table["kind"] == "detector")])
         title = f"{experiment.index['experiment']['title']}: {view}{experiment.label(fault)}"
-        grid = Table(title=title, title_justify="left")
+        grid = Table(title=escape(title), title_justify="left")
         for column, heading in _headings(experiment.axis).items():
             grid.add_column(heading, justify="left" if column == "detector" else "right")
         for _, row in shown.iterrows():
-            grid.add_row(*(str(row[column]) for column in COLUMNS))
+            grid.add_row(*(escape(str(row[column])) for column in COLUMNS))
         console.print(grid)
-    console.print(summary(experiment))
+    console.print(summary(experiment), markup=False)
 
 
 def _picture(caption: str, path: Path) -> str:
@@ -296,11 +297,11 @@ def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str 
         matrix.to_csv(report / "selectivity.csv", index_label="detector")
         ignored = off_diagonal(experiments[0], matrix)
         ignored.to_csv(report / "off_diagonal.csv", index=False)
-        console.print(ignored.to_string(index=False))
+        console.print(ignored.to_string(index=False), markup=False)
     for claim in claims.itertuples():
         verdict = "no verdict" if pd.isna(claim.holds) else "holds" if claim.holds else "DOES NOT HOLD"
-        console.print(f"{verdict}: {claim.claim}. {claim.model}: {claim.measured}", highlight=False)
-    console.print(f"{report / 'index.html'}")
+        console.print(f"{verdict}: {claim.claim}. {claim.model}: {claim.measured}", highlight=False, markup=False)
+    console.print(f"{report / 'index.html'}", markup=False)
     return experiments
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 from scipy.stats import norm
 
 from analysis.align import Aligned, broken
+from analysis.rounding import mean_resolution
 
 TRACKS = ("reference", "self", "floor", "published", "universal")
 OVER_NOISE = ".over_noise"
@@ -102,7 +103,8 @@ class SelfBand:
     """A signal against the run's own past: z_t = (x_t - mean) / standard deviation of x_(t-2W) ... x_(t-W).
 
     The lag of W samples keeps a slow change out of its own yardstick; the first 2W samples have no z-score. Each layer
-    and head by itself. A window without spread gives 0 where x_t equals it and +-``UNHEARD_OF`` where it does not.
+    and head by itself. A window without spread gives 0 where x_t equals it and +-``UNHEARD_OF`` where it does not; what
+    rounding alone does to equal numbers (``mean_resolution``) is no spread, and no difference.
     """
 
     window: int = SELF_WINDOW
@@ -121,8 +123,10 @@ class SelfBand:
                 residual = np.where(finite, past - mean[..., None], 0.0)
                 spread = np.sqrt((residual**2).sum(-1) / (count - 1))
                 change = np.sign(now - mean) * UNHEARD_OF
-                constant = (residual == 0).all(-1)
-                ratio = np.where(constant, np.where(now == mean, 0.0, change), (now - mean) / spread)
+                resolution = mean_resolution(past)
+                constant = (np.abs(residual) <= resolution[..., None]).all(-1)
+                same = np.abs(now - mean) <= resolution
+                ratio = np.where(constant, np.where(same, 0.0, change), (now - mean) / spread)
             known = count > self.window // 2
             z[2 * self.window :] = np.where(known & np.isfinite(now), ratio, np.nan)
         return np.where(np.isposinf(x), np.inf, z)

@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import torch
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.data import Corpus, DataConfig
 from experiments.optimizer import TrainConfig
+from experiments.targets import check_targets, target_class
 from experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
 from faults.base import Fault, Sites
 from faults.combined import Combined
@@ -64,10 +65,7 @@ def _class_of(node: Mapping[str, Any], where: str) -> type:
     target = node.get("_target_")
     if target is None:
         raise ValueError(f"{where} names no _target_ class")
-    try:
-        return get_class(target)
-    except Exception as error:
-        raise ValueError(f"{where}._target_={target!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return target_class(target, f"{where}._target_")
 
 
 def construct(node: Mapping[str, Any], where: str) -> Any:
@@ -83,6 +81,8 @@ def construct(node: Mapping[str, Any], where: str) -> Any:
         for key, value in arguments.items()
         if key in parameters and _has_target(value)
     }
+    for key, value in nested.items():
+        _check_kind(f"{where}.{key}", value, parameters[key][0])
     plain = {key: value for key, value in arguments.items() if key not in nested}
     expected = {key: parameter for key, parameter in parameters.items() if key not in nested}
     checked = check_arguments(cls.__name__, expected, plain, where)
@@ -102,6 +102,22 @@ def _construct_inside(value: Mapping[str, Any], where: str) -> Any:
     if "_target_" in value:
         return construct(value, where)
     return {name: construct(node, f"{where}.{name}") for name, node in value.items()}
+
+
+def _check_kind(where: str, value: Any, kind: Any) -> None:
+    """Raise ValueError where what a ``_target_`` made is not of the kind that is asked for there, a type annotation."""
+    if isinstance(value, Mapping) and get_origin(kind) is Mapping:
+        for name, one in value.items():
+            _check_kind(f"{where}.{name}", one, get_args(kind)[1])
+    elif not _is_a(value, kind):
+        wanted, made = getattr(kind, "__name__", str(kind)), type(value).__name__
+        raise ValueError(f"{where}._target_ is not allowed: it makes a {made}, and a {wanted} is needed")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_a(value, part) for part in get_args(kind))
+    return get_origin(kind) is not None or kind is Any or isinstance(value, kind)
 
 
 @lru_cache(maxsize=1)
@@ -253,6 +269,7 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     Raises ValueError or FileNotFoundError with one line that names the key, the value and what is allowed.
     """
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    check_targets(plain, plain.get("plugins") or ())
     missing = [key for key in RUN_KEYS if plain.get(key) is None]
     if missing:
         raise ValueError(f"{missing[0]} is missing from the configuration")
@@ -262,6 +279,9 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     data: DataConfig = construct(plain["data"], "data")
     train: TrainConfig = construct(plain["train"], "train")
     fault: Fault = construct(plain["fault"], "fault")
+    kinds = {TransformerConfig: model, DataConfig: data, TrainConfig: train, Fault: fault}
+    for node, (kind, found) in zip(("model", "data", "train", "fault"), kinds.items(), strict=True):
+        _check_kind(node, found, kind)
     model = model.on(resolve_device(train.device))
     _check_fit(fault, model, train)
     if train.compile and model.moe and train.precision != "bf16":
@@ -273,6 +293,8 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
             )
     check_mapping(plain["monitor"], "monitor")
     every = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
+    for name, monitor in every.items():
+        _check_kind(f"monitor.{name}", monitor, Monitor)
     left_out = _left_out(plain["monitor"], model)
     plain["monitor"] = {name: node for name, node in plain["monitor"].items() if name not in left_out}
     monitors = {name: monitor for name, monitor in every.items() if name not in left_out}

@@ -117,7 +117,11 @@ def _choices(line: str, swept: bool) -> list[str]:
 def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     """Compose every combination that the command line asks for. Raises ValueError with one line."""
     swept = bool({"-m", "--multirun"} & set(arguments))
-    choices = [_choices(line, swept) for line in flags_and_overrides(arguments)[1]]
+    lines = flags_and_overrides(arguments)[1]
+    of_hydra = next((line for line in lines if line.lstrip("+").startswith("hydra.") and "_target_" in line), None)
+    if of_hydra:
+        raise ValueError(f"{of_hydra} is not allowed: Hydra takes no class by name; hydra/launcher=NAME chooses one")
+    choices = [_choices(line, swept) for line in lines]
     with initialize_config_dir(CONF, version_base="1.3"):
         for combination in itertools.product(*choices):
             try:

@@ -3,7 +3,7 @@
 The scores come from ``analysis``, with thresholds at equal false-alarm rates. Here a signal is named
 when its worst layer and head stands ``LIMIT`` robust standard deviations from its own lagged window,
 the samples t - 2W to t - W of the protocol's self track with W = 10. It cannot see a step that was
-there from the start.
+there from the start. A reading that is not finite is an alarm; a missing one is none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class LiveAlarms:
         for name, reading in readings.items():
             if name in self._recent:
                 masked = isinstance(reading, Masked)
-                value = reading.value.masked_fill(reading.undefined, torch.nan) if masked else reading
+                value = reading.value if masked else reading
+                value = torch.where(value.isfinite(), value, torch.inf)  # broken, which is bad in every direction
+                value = value.masked_fill(reading.undefined, torch.nan) if masked else value
                 self._recent[name].append(value.detach())
 
     def raised(self) -> dict[str, float]:
@@ -48,6 +50,7 @@ class LiveAlarms:
             distance = (values[-1] - centre) / scale
             bad = self._signals[name].bad
             oriented = distance.abs() if bad == "both" else distance if bad == "up" else -distance
+            oriented = torch.where(values[-1].isposinf(), torch.inf, oriented)
             worst = float(oriented.nan_to_num(nan=-torch.inf, posinf=torch.inf).max())
             if worst > LIMIT:
                 found[name] = worst

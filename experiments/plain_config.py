@@ -7,12 +7,13 @@ A file's ``_target_`` is called with its other keys, lists as tuples. Keys and t
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from experiments.targets import check_targets, target_class
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -27,8 +28,8 @@ def read(group: str, name: str) -> dict[str, Any]:
 
 
 def class_of(node: Mapping[str, Any]) -> type:
-    module, _, name = node["_target_"].rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    check_targets(node)
+    return target_class(node["_target_"], "_target_")
 
 
 def construct(group: str, name: str, **changes: Any) -> Any:

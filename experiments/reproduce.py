@@ -40,6 +40,7 @@ from experiments.checkpoint import RunError
 from experiments.cli import COMPOSE_ERRORS, CONF, USER_ERRORS, explain, guarded, one_line_errors
 from experiments.data import load_once
 from experiments.files import sealed, write_whole
+from experiments.names import check_name
 from experiments.pieces import Unfinished, in_pieces
 from experiments.plan import PlannedRun, plan, plan_cases
 from experiments.progress import StackProgress, SweepProgress
@@ -258,6 +259,8 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
     check_mapping(settings["experiment"], "experiment")
     for line in given:
         _check_has_effect(line, settings["experiment"])
+    for field in ("experiment", "scale"):
+        check_name(settings[field]["name"], f"{field}.name")
     if settings["align"] is None:
         return settings["experiment"]
     if settings["align"] not in AXES:

@@ -15,9 +15,9 @@ class ModuleShift:
 
     modules: names as in ``named_modules()``, such as ``blocks.0.attention.q``, ``blocks.1.mlp.router``,
     ``final_norm`` or ``head``; site: ``y`` (output), ``dy`` (the gradient that arrives there: of ``head``, what a
-    broken loss kernel computed), ``dx`` (the gradient handed to the input), ``dw`` (the weight's gradient); rounding,
-    bits, share: see ``models.bits.BitOperation``; onset: first faulty update; duration: updates, or None for no end.
-    Raises ValueError on impossible values, by name.
+    broken loss kernel computed), ``dx`` (the gradient handed to the input), ``dw`` (the weight's gradient:
+    of a tied ``head``, what its own product adds to it); rounding, bits, share: see ``models.bits.BitOperation``;
+    onset: first faulty update; duration: updates, or None for no end. Raises ValueError on impossible values, by name.
     """
 
     modules: tuple[str, ...]

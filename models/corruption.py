@@ -24,7 +24,7 @@ from models.bits import BitOperation
 
 MODULE_SITES = ("y", "dy", "dx", "dw")
 """Of a module: its output; the gradient that arrives at its output (of the head: what the loss kernel computed); the
-gradient that it hands to its input; its weight's gradient."""
+gradient that it hands to its input; its weight's gradient, of a shared weight what this module's product adds to it."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,17 @@ class Corrupted:
 
     def __enter__(self) -> Corrupted:
         for fault, module in self._broken:
-            if fault.site == "dw":
-                self._handles.append(module.weight.register_hook(fault.corrupt))
-            else:
-                if fault.site == "dx":
-                    self._handles.append(module.register_forward_pre_hook(_alias_input))
-                self._handles.append(module.register_forward_hook(_HOOKS[fault.site](fault)))
+            if fault.site in _BEFORE:
+                self._handles.append(module.register_forward_pre_hook(_BEFORE[fault.site](fault)))
+            self._handles.append(module.register_forward_hook(_AFTER[fault.site](fault)))
         return self
 
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for _, module in self._broken:
+            _own_weight_again(module)  # a forward that raised has left its alias
 
 
 class _Replaced(torch.autograd.Function):
@@ -111,9 +110,36 @@ class _Replaced(torch.autograd.Function):
         return gradient, None
 
 
-def _alias_input(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _alias_input(_: ModuleFault) -> Callable[..., tuple[Any, ...]]:
     """Give the input a name of its own, so that the gradient of this branch alone is corrupted."""
-    return (arguments[0].view_as(arguments[0]), *arguments[1:])
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (arguments[0].view_as(arguments[0]), *arguments[1:])
+
+    return hook
+
+
+def _alias_weight(fault: ModuleFault) -> Callable[..., None]:
+    """Give the weight a name of its own for this forward, so that of a shared one this product's gradient is corrupted.
+
+    A tied head's weight is the embedding's too, whose share of the gradient comes from another kernel.
+    """
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        alias = module.weight.view_as(module.weight)
+        if alias.requires_grad:
+            alias.register_hook(fault.corrupt)
+        module.__dict__["weight"] = alias  # found before the parameter, which stays where it is
+
+    return hook
+
+
+def _own_weight(_: ModuleFault) -> Callable[..., None]:
+    return lambda module, arguments, output: _own_weight_again(module)
+
+
+def _own_weight_again(module: nn.Module) -> None:
+    module.__dict__.pop("weight", None)
 
 
 def _output(fault: ModuleFault) -> Callable[..., Tensor]:
@@ -136,4 +162,11 @@ def _leaving(fault: ModuleFault) -> Callable[..., None]:
     return hook
 
 
-_HOOKS: dict[str, Callable[[ModuleFault], Callable[..., Any]]] = {"y": _output, "dy": _arriving, "dx": _leaving}
+_BEFORE: dict[str, Callable[[ModuleFault], Callable[..., Any]]] = {"dx": _alias_input, "dw": _alias_weight}
+_AFTER: dict[str, Callable[[ModuleFault], Callable[..., Any]]] = {
+    "y": _output,
+    "dy": _arriving,
+    "dx": _leaving,
+    "dw": _own_weight,
+}
+"""What is done before and after a module's forward, by site."""

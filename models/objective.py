@@ -42,5 +42,5 @@ def objective_at(
     """
     tensors = {f"model.{name}": weight for name, weight in weights.items()}
     tensors |= {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
-    with Corrupted(model, modules):
+    with Corrupted(model, [fault for fault in modules if fault.site != "dw"]):
         return torch.func.functional_call(_Objective(model), tensors, (tokens_BT1, numerics, balance_scale))

@@ -62,6 +62,22 @@ def eigenvalues(symmetric: Tensor) -> Tensor:
     return values
 
 
+def _singular_values_alone(matrix: Tensor) -> tuple[Tensor, ...]:
+    return (torch.linalg.svdvals(matrix),)
+
+
+@on_trailing_axes
+def small_singular_values(matrix: Tensor) -> Tensor:
+    """Of matrices (..., m, n): descending, (..., min(m, n)), right to about eps sigma_max, the smallest ones too.
+
+    ``monitors.spectra.singular_values`` is faster and right to sqrt(eps) sigma_max. NaN or Inf in a matrix gives NaN.
+    """
+    broken = ~torch.isfinite(matrix).all(-1).all(-1)
+    healthy = torch.where(broken[..., None, None], 0.0, matrix)
+    (values,) = on_host(_singular_values_alone, healthy) if healthy.is_cuda else _singular_values_alone(healthy)
+    return torch.where(broken[..., None], torch.nan, values)
+
+
 @on_trailing_axes
 def eigenvectors(symmetric: Tensor) -> tuple[Tensor, ...]:
     """``eigenvalues``, and the vectors that belong to them as columns, (..., n, n); up to their signs."""

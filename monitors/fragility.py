@@ -12,7 +12,7 @@ from monitors.attention_scores import causal_scores, tapped_inputs, window_of
 from monitors.attention_update import attention_weights, stack_matrix
 from monitors.base import Masked, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
-from monitors.eigen import eigenvalues, eigenvectors
+from monitors.eigen import eigenvalues, eigenvectors, small_singular_values
 from monitors.spectra import singular_values
 
 BISECTIONS = 40
@@ -23,8 +23,10 @@ def softmax_jacobian_norm(p: Tensor) -> Tensor:
     """||diag(p) - p p^T||_2 of probabilities p (..., n), FP64 -> (...), in [0, 1/2].
 
     The eigenvalues solve sum_i p_i^2 / (p_i - x) = 1. The left side grows between two neighbouring p, so the largest
-    eigenvalue lies between the second largest p and the largest, and bisection finds it. NaN gives NaN.
+    eigenvalue lies between the second largest p and the largest, and bisection finds it. One p alone gives 0, NaN NaN.
     """
+    if p.shape[-1] == 1:
+        return p.sum(-1) * 0.0
     high, low = p.topk(2, dim=-1).values.unbind(-1)
     broken = p.sum(-1) * 0.0  # a NaN would lose every comparison below
     squares = p.square()
@@ -50,14 +52,30 @@ def _top(matrix: Tensor) -> Tensor:
 
 
 def score_condition(q: Tensor, k: Tensor) -> Tensor:
-    """kappa_score = ||Q||_2 ||K||_2 / ||Q K^T||_2, (..., T, D) -> (...), at least 1; NaN for a zero product.
+    """kappa_score = ||Q||_2 ||K||_2 / ||Q K^T||_2, (..., T, D) -> (...), at least 1; NaN for a zero Q or K.
 
-    Q K^T has the singular values of A^(1/2) B A^(1/2), D x D, with A = Q^T Q and B = K^T K.
+    Q K^T has the singular values of A^(1/2) B A^(1/2), D x D, with A = Q^T Q and B = K^T K. Rounding leaves an
+    eigenvalue of that product wrong by about n eps ||Q||^2 ||K||^2, n = max(T, D): a larger ratio than 1 / sqrt(n eps),
+    8e6 at n = 64 in FP64, is not resolved, that of a Q orthogonal to K among them, and reads as this number.
     """
     value, vector = eigenvectors(_finite(q.mT @ q))
     root = (vector * value.clamp_min(0.0).sqrt()[..., None, :]) @ vector.mT
     product = eigenvalues(_finite(root @ (k.mT @ k) @ root))[..., -1].clamp_min(0.0).sqrt()
-    return _top(q) * _top(k) / product
+    apart = _top(q) * _top(k)
+    resolution = math.sqrt(max(q.shape[-2:]) * torch.finfo(q.dtype).eps)
+    return apart / torch.maximum(product, resolution * apart)
+
+
+def value_condition(v: Tensor) -> Tensor:
+    """kappa(V) = ||V||_2 ||V^+||_2 = sigma_max / sigma_r, (..., T, D) -> (...), at least 1; NaN for a zero V.
+
+    r is the numerical rank: singular values up to max(T, D) eps sigma_max are rounding of zero and do not count. Equal
+    tokens have equal rows of V, in a layer without positions above all, and take rank without amplifying anything.
+    """
+    values = small_singular_values(v)
+    largest = values[..., 0]
+    counts = values > max(v.shape[-2:]) * torch.finfo(v.dtype).eps * largest[..., None]
+    return largest / torch.where(counts, values, largest[..., None]).amin(-1)
 
 
 def _finite(symmetric: Tensor) -> Tensor:
@@ -70,13 +88,14 @@ class AttentionFragility:
 
     Source: Baek, arXiv:2510.21770, the attention part of its predictor of a layer's low-precision error. What it calls
     row-wise softmax sensitivity, score-scale ratio and value conditioning are taken here as relative condition
-    numbers: ``softmax_condition``, ``score_condition`` and kappa(V) = sigma_max / sigma_min, norms spectral. Deviation:
-    each head has its own, with its block of W_O's columns, since one head may collapse alone; the source takes a layer
-    as a whole. ``.softmax`` is kappa_softmax by itself, ``.softmax_max`` the largest so far, whose rise is the source's
+    numbers: ``softmax_condition``, ``score_condition`` and ``value_condition``, norms spectral. Deviation: each head
+    has its own, with its block of W_O's columns, since one head may collapse alone; the source takes a layer as a
+    whole. ``.softmax`` is kappa_softmax by itself, ``.softmax_max`` the largest so far, whose rise is the source's
     early warning. W_O is the one after the update.
 
-    rows: batch rows looked at, in turn, 0 for all; the largest value counts. A V of lower rank than it could have
-    gives Inf; an all-zero Q, K or V leaves a head's product masked. NaN gives NaN, and stays in the maximum.
+    rows: batch rows looked at, in turn, 0 for all; the largest value counts. Finite for any finite Q, K and V: a V of
+    lower rank than it could have is taken over the rank that it has. An all-zero Q, K or V leaves a head's product
+    masked. NaN gives NaN, and stays in the maximum. In a context of one token softmax amplifies nothing: 0.
     """
 
     lookbacks = ()
@@ -98,13 +117,14 @@ class AttentionFragility:
         q, k, v = (x.double() for x in tapped_inputs(taps, rows))
         config = view.model.config
         w_o = stack_matrix(attention_weights(view.model), config.n_layers, "o").unflatten(-2, (config.n_heads, -1))
-        softmax, values = softmax_condition(causal_scores(q, k, window_of(taps))), singular_values(v)
-        product = softmax * (1 + score_condition(q, k)) * values[..., 0] / values[..., -1] * _top(w_o)[:, None]
+        softmax = softmax_condition(causal_scores(q, k, window_of(taps)))
+        product = softmax * (1 + score_condition(q, k)) * value_condition(v) * _top(w_o)[:, None]
         empty = ((q == 0).all(-1).all(-1) | (k == 0).all(-1).all(-1) | (v == 0).all(-1).all(-1)).any(1)
+        finite = torch.isfinite(q.sum((1, 3, 4)) + k.sum((1, 3, 4)) + v.sum((1, 3, 4)))
         sensitivity = softmax.amax(1)
         self._peak = sensitivity if self._peak is None else torch.maximum(self._peak, sensitivity)
         return {
-            "attn_fragility": Masked(product.amax(1), empty),
+            "attn_fragility": Masked(product.amax(1), empty & finite),
             "attn_fragility.softmax": sensitivity,
             "attn_fragility.softmax_max": self._peak,
         }

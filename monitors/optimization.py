@@ -55,7 +55,10 @@ class GradientNorm:
 
 
 class UpdateToWeight:
-    """``update_to_weight``: ||theta_t - theta_(t-1)|| / ||theta_(t-1)|| of each block; healthy: 1e-3; bad: both."""
+    """``update_to_weight``: ||theta_t - theta_(t-1)|| / ||theta_(t-1)|| of each block; healthy: 1e-3; bad: both.
+
+    A block of zeros has no relative update: masked. NaN gives NaN, Inf gives Inf or NaN.
+    """
 
     stackable = True
 
@@ -72,5 +75,5 @@ class UpdateToWeight:
             change = torch._foreach_sub([p.detach() for p in block.parameters()], old)
             update.append(torch.stack(torch._foreach_norm(change)).norm())
             weight.append(torch.stack(torch._foreach_norm(old)).norm())
-        norm = torch.stack(weight)
-        return {"update_to_weight": Masked(torch.stack(update) / norm, norm == 0)}
+        change, norm = torch.stack(update), torch.stack(weight)
+        return {"update_to_weight": Masked(change / norm, (norm == 0) & change.isfinite())}

@@ -82,9 +82,12 @@ def marchenko_pastur_median(ratio: float) -> float:
 def noise_variance(spectrum: Tensor, m: int, n: int) -> Tensor:
     """Variance of an m x n matrix's noise entries from its median singular value (Gavish & Donoho 2014), m <= n.
 
-    Robust to a few large components. spectrum: (..., m). Returns (...), 0 where more than half of it is zero.
+    Robust to a few large components. spectrum: (..., m), descending, right to sqrt(n eps) of its largest as
+    ``monitors.spectra.singular_values`` gives it. Returns (...), 0 where no more than that is left of more than half.
     """
-    return spectrum.quantile(0.5, dim=-1) ** 2 / (n * marchenko_pastur_median(m / n))
+    median = spectrum.quantile(0.5, dim=-1)
+    resolution = math.sqrt(n * torch.finfo(spectrum.dtype).eps) * spectrum[..., 0]
+    return torch.where(median <= resolution, 0.0, median) ** 2 / (n * marchenko_pastur_median(m / n))
 
 
 def bbp_edge_ratio(spectrum: Tensor, m: int, n: int) -> Tensor:

@@ -63,20 +63,21 @@ def routing_entropy(logits: Tensor) -> Tensor:
 def topk_margin(probabilities: Tensor, top_k: int) -> Tensor:
     """Mean over tokens of the gap between the k-th and the (k+1)-th probability. (..., N, E) -> (...), in [0, 1/k].
 
-    Raises ValueError unless 1 <= top_k < E: with every expert chosen there is no gap.
+    NaN gives NaN. Raises ValueError unless 1 <= top_k < E: with every expert chosen there is no gap.
     """
     E = probabilities.shape[-1]
     if not 1 <= top_k < E:
         raise ValueError(f"top_k={top_k} is not allowed: 1 to {E - 1}, below the number of experts")
     top = probabilities.topk(top_k + 1, dim=-1).values
-    return (top[..., top_k - 1] - top[..., top_k]).mean(-1)
+    margin = top[..., top_k - 1] - top[..., top_k]
+    return torch.where(probabilities.isfinite().all(-1), margin, torch.nan).mean(-1)  # topk puts a NaN first
 
 
 def load_statistics(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How evenly slots fall on experts: entropy of the shares / ln E, CV = std / mean, MaxVio = max / mean - 1.
 
     counts: (..., E), at least one slot. Each (...): the entropy in [0, 1], 1 when even; CV (population standard
-    deviation) and MaxVio in [0, E - 1], 0 when even. No slot at all gives NaN.
+    deviation) and MaxVio in [0, E - 1], 0 when even. No slot at all, or a NaN, gives NaN.
     """
     E = counts.shape[-1]
     counts = counts.double()
@@ -115,9 +116,9 @@ class RouterWeight:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         W = torch.stack([block.mlp.router.weight.detach() for block in view.model.blocks]).double()
-        norm = centered_norm(W)
+        norm, finite = centered_norm(W), W.isfinite().all(-1).all(-1)
         return {
-            "router_weight_similarity": Masked(weight_similarity(W), (W == 0).all(-1).any(-1)),
+            "router_weight_similarity": Masked(weight_similarity(W), (W == 0).all(-1).any(-1) & finite),
             "router_conditioning_ratio": Masked(conditioning_ratio(W), (W.mean(-2) == 0).all(-1)),
             "router_centered_norm": norm,
             "router_centered_norm.entropy_proxy": norm / (2 * W.shape[-2]),
@@ -158,7 +159,8 @@ class ExpertLoad:
 
     At every step, bad: up: ``moe_drop_rate``, % of the slots over capacity (absent without a capacity), and
     ``moe_load_balance_loss``, Switch's E sum_e f_e P_e. Every ``every_steps``, from the last ``window`` steps' counts:
-    ``moe_util_entropy`` as a fraction of ln E (bad: down), its ``.cv`` and ``.max_vio`` (up).
+    ``moe_util_entropy`` as a fraction of ln E (bad: down), its ``.cv`` and ``.max_vio`` (up). A router whose logits are
+    not finite has chosen nothing: NaN, as long as the step is in the window.
     """
 
     needs_experts = True
@@ -181,13 +183,14 @@ class ExpertLoad:
     def observe(self, view: StepView) -> dict[str, Reading]:
         config = view.model.config.moe
         counts = torch.stack([routing.counts_E for routing in view.routings])
-        self._counts = [*self._counts, counts][-self.window :]
+        broken = torch.stack([routing.logits_NE.detach().sum() * 0.0 for routing in view.routings])
+        self._counts = [*self._counts, counts.double() + broken[:, None]][-self.window :]
         readings: dict[str, Reading] = {
             "moe_load_balance_loss": torch.stack([routing.load_balance.detach() for routing in view.routings])
         }
         if config.capacity_factor is not None:
             dropped = torch.stack([routing.dropped for routing in view.routings])
-            readings["moe_drop_rate"] = 100.0 * dropped / counts.sum(-1)
+            readings["moe_drop_rate"] = 100.0 * dropped / counts.sum(-1) + broken
         if view.step % self.every_steps == 0:
             names = ("moe_util_entropy", "moe_util_entropy.cv", "moe_util_entropy.max_vio")
             readings |= dict(zip(names, load_statistics(torch.stack(self._counts).sum(0)), strict=True))

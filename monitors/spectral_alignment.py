@@ -37,8 +37,12 @@ def top_right_singular_vector(weight: Tensor) -> Tensor:
 
 
 def majority_fraction(projection: Tensor) -> Tensor:
-    """Share of the tokens with the more frequent sign, (..., tokens) -> (...), in [0.5, 1]; a zero counts half."""
-    return (1 + projection.sign().mean(-1).abs()) / 2
+    """Share of the tokens with the more frequent sign, (..., tokens) -> (...), in [0.5, 1]; a zero counts half.
+
+    NaN or Inf among them gives NaN.
+    """
+    fraction = (1 + projection.sign().mean(-1).abs()) / 2
+    return torch.where(projection.isfinite().all(-1), fraction, torch.nan)  # a NaN has no sign: it would count half
 
 
 class SpectralAlignment:
@@ -47,7 +51,7 @@ class SpectralAlignment:
     x: the layer's inputs, one a token; v_1: the top right singular vector of the weight that they met. When the signs
     lose their diversity, every token pushes the weight's strongest direction the same way and its spectral norm grows
     (Qiu et al., arXiv:2510.04202). Suffixes as in ``LAYERS``; a model with experts has no ``mlp_*``. A zero weight has
-    no direction: masked. NaN in weight or inputs gives NaN.
+    no direction: masked. NaN or Inf in weight or inputs gives NaN.
     """
 
     lookbacks = ()
@@ -69,6 +73,6 @@ class SpectralAlignment:
             weight = torch.stack([tap.weight for tap in taps])
             inputs = at_least_fp32(torch.stack([tap.inputs[0].flatten(0, -2) for tap in taps]))
             projection = (inputs @ top_right_singular_vector(weight)[..., None]).squeeze(-1)
-            undefined = (weight == 0).all(-1).all(-1)
+            undefined = (weight == 0).all(-1).all(-1) & inputs.isfinite().all(-1).all(-1)
             readings[f"spectral_alignment.{suffix}"] = Masked(majority_fraction(projection), undefined)
         return readings

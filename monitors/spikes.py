@@ -71,7 +71,9 @@ class SpikeScore:
         if judged:
             pasts = [torch.std_mean(values[:, max(0, i - self.window) : i], dim=1, correction=0) for i in judged]
             deviation, mean = (torch.stack(part, 1) for part in zip(*pasts, strict=True))
-            spikes = ~((values[:, judged.start :] - mean).abs() <= SIGMAS * deviation)  # so that NaN is one
+            resolution = self.window * torch.finfo(values.dtype).eps * mean.abs()  # of the mean of equal values
+            usual = SIGMAS * deviation + resolution
+            spikes = ~((values[:, judged.start :] - mean).abs() <= usual)  # so that NaN is one
             self._spikes = spikes if self._spikes is None else torch.cat((self._spikes, spikes), 1)
             self._spikes = self._spikes[:, -self.window :]
         self._values, self._waiting = values[:, -self.window :], []

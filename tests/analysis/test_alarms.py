@@ -268,7 +268,9 @@ def test_wrong_parameters_are_named(chart, parameters, message):
 
 
 def test_whitening_needs_something_that_varies():
-    with pytest.raises(ValueError, match="vary"):
-        ShiryaevRoberts((1.0,)).calibrate([np.zeros(10)])
+    for value in (0.0, 0.1, 0.3, 1 / 3, 5.545):
+        with pytest.raises(ValueError, match="vary"):
+            ShiryaevRoberts((1.0,)).calibrate([np.full(10, value), np.full(21, value)])
+    assert ShiryaevRoberts((1.0,)).calibrate([1 + 1e-9 * np.random.default_rng(0).normal(size=50)]).sigma < 2e-9
     with pytest.raises(ValueError, match="at least 3"):
         ShiryaevRoberts((1.0,)).calibrate([np.zeros(2)])

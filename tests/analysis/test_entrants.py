@@ -1,15 +1,24 @@
 """Detectors and alarms that were not made here: what enters the board, and what is declined or refused."""
 
+import os
+import re
+import time
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import entrants
+from analysis import entrants, score
 from analysis.alarms import make_rule
+from analysis.entrants import BadEntrant, entrant_of
 from analysis.experiment import load
 from analysis.found import conf
+from analysis.isolation import Limits
+from analysis.replay import main
 from tests.analysis.made_up_board import EARLY, scored
 
+ROOT = Path(__file__).resolve().parents[2]
 RISE = np.concatenate((np.zeros(60), np.full(60, 8.0)))
 
 
@@ -68,6 +77,168 @@ def test_anyones_detector_enters_and_a_bad_one_is_flagged(folder, tmp_path):
     assert "not finite in calibration run" in declined["lost"]
     assert "looks ahead" in declined["peeper"] and "looks ahead" in declined["husher"]
     assert "SystemExit" in declined["quitter"]
+
+
+HOSTILE = {
+    "leaver": ("import os\ndef statistic(x):\n    os._exit(3)\n", "ended itself with exit code 3"),
+    "crasher": ("import os, signal\ndef statistic(x):\n    os.kill(os.getpid(), signal.SIGSEGV)\n", "by signal 11"),
+    "hog": ("import numpy as np\ndef statistic(x):\n    return np.ones((1 << 30,)) + x[0]\n", "used more than 1 GiB"),
+    "complex": ("def statistic(x):\n    return x + 1j\n", "dtype complex128: real numbers are needed"),
+    "objects": (
+        "import numpy as np\ndef statistic(x):\n    return np.array([[1]] * len(x) + [0], object)[:-1]\n",
+        "dtype",
+    ),
+    "words": ("def statistic(x):\n    return ['high'] * len(x)\n", "dtype <U4: real numbers are needed"),
+    "large": ("import numpy as np\ndef statistic(x):\n    return np.zeros(10 * len(x))\n", "one value a sample"),
+    "nothing": ("def statistic(x):\n    pass\n", "shape ()"),
+    "infinite": ("import numpy as np\ndef statistic(x):\n    return np.full(len(x), np.inf)\n", "not finite in"),
+    "flat": (
+        "def calibrate(healthy):\n    return 5\ndef statistic(x):\n    return x\n",
+        "calibrate returned something",
+    ),
+    "raiser": (
+        "def calibrate(healthy):\n    raise KeyError('a\\x1b[31m\\nb')\ndef statistic(x):\n    return x\n",
+        "KeyError",
+    ),
+    "liar": (
+        "import __main__ as m\ndef statistic(x):\n    m.Link.give = lambda self, *a: self._socket.sendall(b'z' * 99)\n"
+        "    return x\n",
+        "something else than numbers",
+    ),
+}
+"""Detectors that break what they can, and what their row says."""
+
+MEDDLERS = {
+    "patcher": "import sys\nsys.path.append({root!r})\nimport analysis.score, analysis.contest\n"
+    "analysis.score.score = analysis.contest.score = lambda **what: 1 / 0\n",
+    "mover": "import os\nos.chdir('/')\nos.environ.clear()\n",
+    "printer": "import os, sys\nprint('hello')\nos.write(2, b'hello')\nsys.stdin.read()\n",
+    "looker": "import gc, sys\nseen = [o for o in gc.get_objects() if type(o).__module__.startswith('analysis')]\n"
+    "assert not seen and not any(m.startswith(('analysis', 'experiments')) for m in sys.modules)\n"
+    "import os\nassert not any(word in repr((sys.argv[:4], os.environ)) for word in ('attention', 'calibration'))\n",
+}
+"""Detectors that reach for what is not theirs, and then do as the chart ``same``."""
+
+
+def test_a_hostile_detector_has_a_reason_and_changes_no_other_row(folder, tmp_path, capfd):
+    codes = {name: code for name, (code, _) in HOSTILE.items()}
+    codes |= {name: code.format(root=str(ROOT)) + ENTRANTS["same"] for name, code in MEDDLERS.items()}
+    paths = []
+    for name, code in codes.items():
+        paths.append(tmp_path / f"{name}.py")
+        paths[-1].write_text(f"signals = [{EARLY!r}]\n{code}")
+    here, before = os.getcwd(), score.score
+    alone = scored(folder, tmp_path / "alone", tracks=("reference",))
+    limits = Limits(memory_gib=1.0)
+    with_them = scored(folder, tmp_path / "out", tracks=("reference",), detectors=tuple(paths), limits=limits)
+    assert os.getcwd() == here and score.score is before
+    assert "hello" not in "".join(capfd.readouterr())
+    rows = with_them.loc[("reference", "all")]
+    for name, (_, reason) in HOSTILE.items():
+        assert reason in rows.loc[name, "declined"], name
+        assert rows.loc[name, "declined"].isprintable()
+    for name in MEDDLERS:
+        assert pd.isna(rows.loc[name, "declined"]), rows.loc[name, "declined"]
+        assert rows.loc[name, "rmlt_steps"] == pytest.approx(rows.loc["early", "rmlt_steps"])
+    # Ranks, and p-values adjusted for how many compete, are of all rows; each row's own numbers are its own.
+    own = [
+        "threshold",
+        "healthy_alarms",
+        "detected",
+        "rmlt_steps",
+        "rmlt_low",
+        "rmlt_high",
+        "normalised_lead",
+        "delay_steps",
+    ]
+    pd.testing.assert_frame_equal(with_them.loc[alone.index, own], alone[own], check_exact=True, check_dtype=False)
+
+
+def test_rows_that_are_declined_leave_every_byte_of_the_others(folder, tmp_path):
+    path = tmp_path / "leaver.py"
+    path.write_text(HOSTILE["leaver"][0])
+    scored(folder, tmp_path / "alone", tracks=("reference",))
+    scored(folder, tmp_path / "out", tracks=("reference",), detectors=(path,))
+    for file in sorted((tmp_path / "alone").glob("*.csv")):
+        before, after = (pd.read_csv(tmp_path / place / file.name, dtype=str) for place in ("alone", "out"))
+        if "detector" in after:
+            after = after[after["detector"] != "leaver"].reset_index(drop=True)
+        pd.testing.assert_frame_equal(after[before.columns], before)
+
+
+@pytest.mark.parametrize("work", ["while True: pass", "time.sleep(1000)", "signal.pause()"])
+@pytest.mark.parametrize("function", ["statistic", "calibrate"])
+def test_a_detector_that_never_returns_is_ended_and_the_reason_says_the_limit(tmp_path, work, function):
+    path = tmp_path / "endless.py"
+    path.write_text(f"import signal, time\ndef {function}(x):\n    {work}\n")
+    if function == "calibrate":
+        path.write_text(path.read_text() + "def statistic(x):\n    return x\n")
+    with entrant_of(path, Limits(time_s=60.0)) as entrant:
+        entrant.rule.worker._left_s = 0.3  # of the 60, so that the test need not wait
+        with pytest.raises(BadEntrant, match=r"did not return within 60 s \(time_limit_s\)"):
+            entrant.rule.calibrate([RISE]).statistic(RISE)
+        with pytest.raises(BadEntrant):  # it stays ended
+            entrant.rule.statistic(RISE)
+
+
+def test_the_limit_is_on_all_answers_together(tmp_path):
+    path = tmp_path / "slow.py"
+    path.write_text("import time\ndef statistic(x):\n    time.sleep(0.1)\n    return x\n")
+    with entrant_of(path, Limits(time_s=60.0)) as entrant:
+        entrant.rule.worker._left_s = 5.0
+        with pytest.raises(BadEntrant, match="did not return within"):
+            for _ in range(60):
+                entrant.rule.statistic(RISE)
+
+
+def test_nothing_outlives_a_detector(folder, tmp_path):
+    """Neither its process, nor what it started, nor its folder."""
+    path, trace = tmp_path / "parent.py", tmp_path / "left.txt"
+    path.write_text(
+        f"import os, subprocess\nchild = subprocess.Popen(['sleep', '1000'])\nopen({str(trace)!r}, 'a').write("
+        "f'{os.getpid()} {child.pid} {os.getcwd()}\\n')\ndef statistic(x):\n    return x\n"
+    )
+    with entrant_of(path) as entrant:
+        assert entrant.rule.statistic(RISE).tolist() == RISE.tolist()
+        own, child, place = trace.read_text().split()
+        assert os.path.isdir(place) and not os.listdir(place) and os.getpid() != int(own)
+    assert not os.path.exists(place)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(own), 0)
+    state, patience = Path(f"/proc/{child}/stat"), time.monotonic() + 20
+    while state.exists() and state.read_text().split()[2] != "Z" and time.monotonic() < patience:
+        time.sleep(0.05)  # it is ended, and the system takes its time
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("statistic = 5\n", "it has no function statistic"),
+        ("signals = 5\ndef statistic(x):\n    return x\n", "signals=5 is not allowed: a list of signal names"),
+        ("signals = 'loss'\ndef statistic(x):\n    return x\n", "signals='loss' is not allowed"),
+        ("1 / 0\n", "ZeroDivisionError"),
+        ("import os\nos._exit(0)\n", "ended itself with exit code 0"),
+        ("while True:\n    pass\n", "did not return within 1 s"),
+        ("def statistic(x\n", "SyntaxError"),
+    ],
+)
+def test_a_file_that_is_no_detector_is_refused_in_one_line(tmp_path, code, reason):
+    path, limits = tmp_path / "mine.py", Limits(1.0 if "within 1 s" in reason else 60.0)
+    path.write_text(code)
+    with pytest.raises(ValueError, match=re.escape(reason)) as error, entrant_of(path, limits):
+        pass
+    assert str(error.value).startswith(f"detector={path} cannot be loaded: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["time_limit_s=0"], ["memory_limit_gib=-1"], ["time_limit_s=soon"], ["time_limit_s=inf"]]
+)
+def test_a_limit_is_a_number_above_0(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(["runs=nowhere", "out=nowhere", *arguments])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {arguments[0].split('=')[0]}=") and "is not allowed" in said
 
 
 def test_anyones_alarms_enter_as_a_table(folder, tmp_path):

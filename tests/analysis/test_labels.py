@@ -113,6 +113,11 @@ def noisy_loss(seed: int = 0) -> np.ndarray:
     return 2.0 + 0.1 * np.random.default_rng(seed).normal(size=len(TRAINING_STEPS))
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 5.545])
+def test_olmos_rule_sees_nothing_in_a_constant(value):
+    assert rolling_sigma_step(np.full(len(TRAINING_STEPS), value), steps=TRAINING_STEPS) is None
+
+
 def test_olmos_rule_needs_seven_sigma_above_the_steps_before():
     loss = noisy_loss()
     assert rolling_sigma_step(loss, steps=TRAINING_STEPS) is None

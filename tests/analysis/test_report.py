@@ -185,6 +185,28 @@ def test_the_report_is_whole_and_self_contained(experiment_folders, capsys):
     assert "does not hold" in page
 
 
+def test_names_out_of_a_file_are_text_and_no_markup(experiment_folders, capsys):
+    """Title, labels, detectors, panels and claims that are HTML, console markup or a table's border."""
+    report, runs = experiment_folders
+    bad = "<script>alert(1)</script> [/bold] [red] | x"
+    index = json.loads((report / "experiment.json").read_text())
+    experiment = index["experiment"]
+    experiment["title"] = experiment["faults"]["broken"]["label"] = bad
+    experiment["detectors"][bad] = experiment["detectors"].pop("late warning")
+    experiment["baseline"] = bad
+    experiment["figure"] = {bad: experiment["figure"]["held-out loss"]}
+    experiment["claims"] = [{**CLAIMS[0], "says": bad}]
+    (report / "experiment.json").write_text(json.dumps(index))
+    make_report(report, runs)
+    assert "[/bold]" in capsys.readouterr().out
+    page = (report / "index.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    receipts = [path.read_text() for path in (report / "receipts").glob("*.md")]
+    assert receipts and not any("<script" in text for text in receipts)
+    rows = [line for line in receipts[0].splitlines() if line.startswith("| ")]
+    assert {line.replace("\\|", "").count("|") for line in rows} == {8}
+
+
 def test_positions_in_tokens_are_steps_times_tokens_where_all_batches_are_equal(experiment_folders):
     """The same runs on the other axis: every position scales, nothing else changes."""
     report, runs = experiment_folders

@@ -50,6 +50,20 @@ def test_a_signal_that_never_varied_is_silent_until_it_moves():
     assert z_of(-x)[12] == -UNHEARD_OF
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 5.545, 0.7e-30, 1e30])
+@pytest.mark.parametrize("window", [3, 7, 10, 50])
+def test_a_constant_has_no_spread_whatever_its_last_bits(value, window):
+    x = np.full(3 * window, value)
+    assert (z_of(x, window=window)[2 * window :] == 0).all()
+    x[-1] *= 1 + 1e-9
+    assert z_of(x, window=window)[-1] == UNHEARD_OF
+
+
+def test_a_spread_that_a_mean_resolves_is_a_spread():
+    x = 1 + 1e-12 * np.random.default_rng(0).normal(size=20)
+    assert 0 < np.abs(z_of(x)[6:]).max() < 100
+
+
 def test_missing_samples_are_missing_and_do_not_spoil_the_window():
     x, undefined = np.random.default_rng(2).normal(size=20), np.zeros(20, bool)
     x[10], undefined[10] = np.nan, True

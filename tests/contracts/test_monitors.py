@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -12,11 +14,12 @@ import pytest
 import torch
 
 from experiments import trace
-from experiments.build import ROOT
+from experiments.build import ROOT, Run
 from experiments.loop import train
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from models.objective import objective_at
 from models.taps import Taps
+from models.transformer import Transformer
 from monitors.base import Masked, Monitor, StepView, tapped
 
 MONITORS = sorted(path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml"))
@@ -36,6 +39,8 @@ MODEL = ("model=moe_nano", *EXPERTS, *VARIANT)
 DENSE = ("model=mha_nano", *VARIANT)
 """What a model with experts lacks: an MLP. Between the two every signal has something to see."""
 
+
+READS_ROUTINGS = ("expert_load", "routing_probability")
 
 GROUPED = ("model=gqa_nano", "model.n_heads=4", "model.n_kv_heads=2", "model.window=8")
 """Two query heads to a key-value head, and a window: half the context."""
@@ -121,25 +126,31 @@ def test_its_signals_are_named_after_the_catalogue(make_run, name):
     assert {signal.name.split(".")[0] for signal in monitor.signals} <= CATALOGUE
 
 
-@pytest.fixture
-def tenth_step(make_run, name) -> tuple[Monitor, StepView]:
-    """A monitor that has seen nothing yet, and what it sees at step 10."""
-    run = make_run(*MODEL)
+def tenth_step_of(run: Run, name: str, plant: Callable[[Transformer], None] | None = None) -> tuple[Monitor, StepView]:
+    """A monitor that has seen nothing yet, and what it sees at step 10. plant: done to the model before that step."""
     monitor, model, history = run.monitors[name], run.new_model(), run.new_history()
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(11):
         history.record(step, model)
         if step < 10:
+            if step == 9 and plant is not None:
+                plant(model)
             batch = torch.from_numpy(run.corpus.batch(0, step, 4))
             optimizer.zero_grad()
             with Taps(model, tapped([monitor])) as taps:
                 loss, auxiliary, routings = model.objective(batch)
                 (loss + auxiliary).backward()
+            norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters())
             optimizer.step()
     objective = partial(objective_at, model, batch, HEALTHY, (), 1.0)
     return monitor, StepView(
-        10, 640, loss.detach(), torch.ones(()), model, history, routings, taps, optimizer, HEALTHY, objective
+        10, 640, loss.detach(), norm, model, history, routings, taps, optimizer, HEALTHY, objective
     )
+
+
+@pytest.fixture
+def tenth_step(make_run, name) -> tuple[Monitor, StepView]:
+    return tenth_step_of(make_run(*MODEL), name)
 
 
 def test_observing_changes_nothing(tenth_step):
@@ -154,6 +165,61 @@ def test_observing_changes_nothing(tenth_step):
     )
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@torch.no_grad()
+def nan_in_every_weight(model: Transformer) -> None:
+    for parameter in model.parameters():
+        parameter.view(-1)[0] = math.nan
+
+
+def with_nan_activations(view: StepView, places: Iterable[str]) -> StepView:
+    """The first number of every token in every tap and routing is NaN; weights and loss are healthy."""
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((torch.full_like(x[..., :1], math.nan), x[..., 1:]), -1).detach()
+
+    for place in places:
+        for tap in view.taps.at(place).values():
+            tap.inputs = tuple(broken(x) for x in tap.inputs)
+            tap.output, tap.output_grad = broken(tap.output), broken(tap.output_grad)
+            tap.input_grads = {index: broken(x) for index, x in tap.input_grads.items()}
+            tap.weight_grad = None if tap.weight_grad is None else torch.full_like(tap.weight_grad, math.nan)
+    routings = tuple(
+        replace(routing, logits_NE=broken(routing.logits_NE), probabilities_NE=broken(routing.probabilities_NE))
+        for routing in view.routings
+    )
+    return replace(view, routings=routings)
+
+
+def check_nothing_looks_healthy(monitor: Monitor, view: StepView) -> None:
+    """Every reading is a NaN or an Inf that is not declared missing; a counter has counted."""
+    counters = {signal.name for signal in monitor.signals if signal.constant_when_healthy}
+    readings = monitor.observe(view)
+    assert readings
+    for name, reading in readings.items():
+        value, undefined = (reading.value, reading.undefined) if isinstance(reading, Masked) else (reading, None)
+        if name in counters:
+            assert (value > 0).all(), name
+        else:
+            assert not value.isfinite().any() and (undefined is None or not undefined.any()), name
+
+
+@pytest.mark.parametrize("chosen", [MODEL, DENSE], ids=["experts", "dense"])
+def test_nan_in_the_weights_never_looks_healthy(make_run, name, chosen):
+    run = make_run(*chosen)
+    if name in run.monitors:
+        check_nothing_looks_healthy(*tenth_step_of(run, name, nan_in_every_weight))
+
+
+@pytest.mark.parametrize("chosen", [MODEL, DENSE], ids=["experts", "dense"])
+def test_nan_in_what_a_monitor_taps_never_looks_healthy(make_run, name, chosen):
+    run = make_run(*chosen)
+    if name not in run.monitors:
+        return
+    monitor, view = tenth_step_of(run, name)
+    if name in READS_ROUTINGS or tapped([monitor]):
+        check_nothing_looks_healthy(monitor, with_nan_activations(view, tapped([monitor])))
 
 
 def test_only_an_oracle_reads_what_the_fault_is(tenth_step):

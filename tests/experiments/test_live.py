@@ -33,6 +33,18 @@ def test_a_jump_in_the_bad_direction_of_one_head_is_named(signal, jump, raised):
     assert (signal.name in live.raised()) == raised
 
 
+@pytest.mark.parametrize("signal", [UP, DOWN])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_reading_that_is_not_finite_is_named_in_any_direction(signal, value):
+    generator, live = torch.Generator().manual_seed(0), LiveAlarms([signal])
+    for _ in range(22):
+        live.add({signal.name: noise(generator, 2, 2)})
+    broken = noise(generator, 2, 2)
+    broken[1, 0] = value
+    live.add({signal.name: broken})
+    assert signal.name in live.raised()
+
+
 def test_missing_samples_raise_nothing():
     live = LiveAlarms([DOWN])
     for _ in range(25):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from analysis.entrants import check_causal, load_entrant
+from analysis.entrants import check_causal, entrant_of
 from experiments.build import construct
 from faults.base import Fault, LearningRateScale, Sites
 
@@ -40,8 +40,8 @@ def test_the_example_fault_is_a_fault(example):
 
 def test_the_example_detector_is_a_detector(tmp_path):
     (tmp_path / "mine.py").write_text(python_block(1))
-    entrant = load_entrant(tmp_path / "mine.py")
-    assert entrant.signals == ("grad_global_norm",)
     x = np.array([2.0, np.nan, 3.0, -9.0, 1.5])
-    assert entrant.rule.statistic(x).tolist() == [1.0, 0.0, 2.0, 0.0, 0.5]
-    check_causal(entrant.rule, x)
+    with entrant_of(tmp_path / "mine.py") as entrant:
+        assert entrant.signals == ("grad_global_norm",)
+        assert entrant.rule.statistic(x).tolist() == [1.0, 0.0, 2.0, 0.0, 0.5]
+        check_causal(entrant.rule, x)

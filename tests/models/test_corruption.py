@@ -39,6 +39,29 @@ def test_a_wrong_weight_gradient_is_wrong_alone():
     assert torch.equal(faulty, truncate(healthy.bfloat16(), 3).float())
 
 
+def test_a_tied_head_s_wrong_weight_gradient_spares_the_embedding_s_share():
+    """The tied gradient is the sum of two kernels' shares, which an untied twin of the same weights keeps apart."""
+    torch.manual_seed(0)
+    untied = Transformer(TransformerConfig(**CONFIG)).initialise(torch.Generator().manual_seed(0))
+    tied = Transformer(TransformerConfig(**CONFIG | {"tie_embeddings": True}))
+    tied.load_state_dict(untied.state_dict() | {"head.weight": untied.tokens.weight})
+    untied.head.load_state_dict({"weight": untied.tokens.weight})
+    untied.loss(TOKENS).backward()
+    head, embedding = untied.head.weight.grad, untied.tokens.weight.grad
+    with Corrupted(tied, [fault("head", bits=7)]):
+        tied.loss(TOKENS).backward()
+    assert torch.equal(tied.head.weight.grad, truncate(head.bfloat16(), 7).float() + embedding)
+    assert not torch.equal(tied.head.weight.grad, truncate((head + embedding).bfloat16(), 7).float())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_forward_that_fails_leaves_the_weight_as_it_was(tied):
+    model = Transformer(TransformerConfig(**CONFIG | {"tie_embeddings": tied}))
+    with pytest.raises(RuntimeError), Corrupted(model, [fault("head")]):
+        model.head(torch.zeros(2, 3))
+    assert model.head.weight is model.get_parameter("head.weight" if not tied else "tokens.weight")
+
+
 def test_a_wrong_output_is_what_everyone_after_it_reads():
     loss, _, taps = run(fault(site="y"))
     clean, _, clean_taps = run()

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from monitors.attention_scores import causal_scores
-from monitors.fragility import AttentionFragility, score_condition, softmax_condition, softmax_jacobian_norm
+from monitors.fragility import (
+    AttentionFragility,
+    score_condition,
+    softmax_condition,
+    softmax_jacobian_norm,
+    value_condition,
+)
 
 
 def draw(*shape, seed=0):
@@ -54,6 +60,62 @@ def test_score_condition_is_the_ratio_of_spectral_norms(tokens):
     norm = torch.linalg.matrix_norm
     torch.testing.assert_close(score_condition(q, k), norm(q, 2) * norm(k, 2) / norm(q @ k.mT, 2), rtol=1e-7, atol=0)
     torch.testing.assert_close(score_condition(q, q), torch.ones(5).double(), rtol=1e-7, atol=0)
+
+
+def with_singular_values(values, tokens, seed):
+    left, right = (torch.linalg.qr(draw(n, n, seed=2 * seed + i)).Q for i, n in enumerate((tokens, len(values))))
+    return left[:, : len(values)] @ torch.diag(torch.tensor(values).double()) @ right
+
+
+@pytest.mark.parametrize("kappa", [1.0, 1e3, 1e9, 1e12])
+def test_a_full_rank_condition_is_right_however_large(kappa):
+    v = torch.stack([with_singular_values([kappa, 3.0, 2.0, 1.0], 9, seed) for seed in range(20)])
+    torch.testing.assert_close(value_condition(v), torch.full((20,), max(kappa, 3.0)).double(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 9, 64])
+def test_a_rank_deficient_condition_is_that_of_its_rank_every_time(tokens):
+    """Equal rows, columns that add up, or a rank-one product: never Inf, never a number that rounding made."""
+    for seed in range(20):
+        base = draw(tokens, 4, seed=seed)
+        equal = base[:3].repeat(3, 1)
+        summed = torch.cat((base, base[:, :1] + base[:, 1:2]), 1)
+        rank_one = base[:, :1] @ base[:1]
+        for v, expected in ((equal, None), (summed, None), (rank_one, 1.0)):
+            values = torch.linalg.svdvals(v)
+            kept = values[values > 1e-10 * values[0]]
+            assert len(kept) < min(v.shape) or min(v.shape) == tokens
+            assert value_condition(v).item() == pytest.approx(expected or float(kept[0] / kept[-1]), rel=1e-6)
+
+
+def test_orthogonal_queries_and_keys_read_as_the_largest_ratio_that_is_resolved():
+    largest = 1 / math.sqrt(9 * torch.finfo(torch.float64).eps)
+    for seed in range(20):
+        q, k = draw(9, 4, seed=seed), draw(9, 4, seed=seed + 20)
+        basis = torch.linalg.qr(draw(4, 4, seed=seed + 40)).Q
+        q, k = q @ basis[:, :2] @ basis[:, :2].mT, k @ basis[:, 2:] @ basis[:, 2:].mT
+        assert score_condition(q, k).item() == pytest.approx(largest)
+
+
+def test_healthy_rope_and_a_context_of_one_token_have_finite_readings(trained_steps):
+    for changes in ({"positions": "rope", "norm": "rmsnorm", "context_length": 32}, {"context_length": 1}):
+        monitor = AttentionFragility(1, 0)
+        run = trained_steps(monitor, init_std=0.3, **changes)
+        for _ in range(5):
+            got = monitor.observe(run.next())
+            assert got["attn_fragility"].value.isfinite().all() and not got["attn_fragility"].undefined.any()
+            assert ((got["attn_fragility"].value == 0) == (changes["context_length"] == 1)).all()
+
+
+def test_a_nan_in_one_row_is_not_hidden_by_the_zeros_of_another(trained_steps):
+    monitor = AttentionFragility(1, 0)
+    run = trained_steps(monitor, init_std=0.3)
+    view = run.next()
+    for tap in view.taps.at("dot_product").values():
+        tap.inputs[2][0] = 0.0
+        tap.inputs[2][1, 1, 0, 0] = math.nan
+    got = monitor.observe(view)["attn_fragility"]
+    assert got.undefined[:, 0].all() and not got.undefined[:, 1].any() and got.value[:, 1].isnan().all()
 
 
 def test_the_reading_is_the_product_of_its_factors(trained_steps):

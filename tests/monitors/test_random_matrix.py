@@ -121,6 +121,16 @@ def _readings(make_run, change, *model):
     return RandomMatrix(every_steps=5, window=10, flips=3).observe(view)
 
 
+def test_an_update_of_low_rank_has_no_noise_every_time():
+    """Its median singular value is zero, and what rounding leaves of it is no noise."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        low = torch.randn(8, 2, generator=generator).double() @ torch.randn(2, 30, generator=generator).double()
+        assert noise_variance(singular_values(low), 8, 30) == 0
+        full = torch.randn(8, 30, generator=generator).double()
+        assert noise_variance(singular_values(full), 8, 30).item() == pytest.approx(1.0, abs=0.7)
+
+
 def test_a_zero_update_is_missing_and_a_broken_one_is_not(make_run):
     readings = _readings(make_run, lambda name, p: None)
     assert len(readings) == 8 and all(r.undefined.all() for r in readings.values())

@@ -34,6 +34,12 @@ def test_fractions_of_known_signs(projection, fraction):
     assert majority_fraction(torch.tensor(projection)).item() == fraction
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_token_that_is_not_finite_has_no_sign(value):
+    fractions = majority_fraction(torch.tensor([[value, 1.0, 1.0, -1.0], [-2.0, 1.0, 1.0, 1.0]]))
+    assert fractions[0].isnan() and fractions[1] == 0.75
+
+
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 def test_each_reading_counts_the_signs_of_its_layer_s_inputs(trained_steps, mlp):
     monitor = SpectralAlignment(1)

@@ -51,6 +51,15 @@ def test_the_scores_are_those_of_each_value_s_window(tiny_run, every_steps):
             assert readings["loss_spike_score.grad_norm"] == pytest.approx(naive(norms, step), abs=1e-4)
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 5.545, 1e-30])
+def test_a_constant_has_no_spike_and_leaves_rest_with_one(tiny_run, value):
+    losses = np.full(60, value, np.float32)
+    losses[50] = 1.001 * losses[50]
+    read = feed(monitor(1), tiny_run(), losses, losses)
+    assert all(read[step]["loss_spike_score"] == 0 for step in range(MINIMUM + 1, 51))
+    assert read[51]["loss_spike_score"] > 0
+
+
 def test_one_spike_is_seen_and_forgotten_a_window_later(tiny_run):
     losses = series(spikes=(60,))
     read = feed(monitor(1), tiny_run(), losses, losses)
