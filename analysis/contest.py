@@ -109,8 +109,10 @@ def _scorable(one: Contest, detector: Detector, run: ScoredRun) -> bool:
 
     Who has no cadence, a control or a table of alarms, is scored on the runs of the first baseline that has one.
     """
+    if one.track != "self":
+        return True
     watched = next(d for d in (detector, *map(one.detectors.get, one.baselines)) if d.charts)
-    return one.track != "self" or own_past_is_healthy(run, watched, SELF_WINDOW)
+    return own_past_is_healthy(run, watched, SELF_WINDOW)
 
 
 def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None) -> pd.DataFrame:

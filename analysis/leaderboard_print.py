@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -39,14 +40,16 @@ def _grid(title: str, overall: pd.DataFrame, by_fault: dict[str, pd.DataFrame]) 
     diverging = _diverging(by_fault)
     ranked = len(diverging) >= MIN_FAULTS
     shown = {} if ranked else by_fault
-    grid = Table(title=title, title_justify="left")
-    grid.add_column("detector")
-    headings = ["false alarms"]
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    grid.add_column("\n\ndetector")
+    headings = ["\nfalse\nalarms"]
     for fault in shown:
-        headings += [f"{fault}: lead", "over best baseline"] if fault in diverging else [f"{fault}: alarms"]
-    headings += ["share of possible lead", *(["rank"] if ranked else []), "cost of a step"]
+        headings += (
+            [f"{fault}\nlead\n(steps)", "over\nbest\nbaseline"] if fault in diverging else [f"{fault}\n\nalarms"]
+        )
+    headings += ["share of\npossible\nlead", *(["\n\nrank"] if ranked else []), "cost\nof a\nstep"]
     for heading in headings:
-        grid.add_column(heading, justify="right")
+        grid.add_column(heading, justify="right", no_wrap=True)
     for detector, row in overall.sort_values("share_of_possible_lead", ascending=False, kind="stable").iterrows():
         kind = "" if row["kind"] == "detector" else f" [{row['kind']}]"
         cells = [f"{row['healthy_alarms']:.0f}/{row['healthy_runs']:.0f}"]
@@ -78,7 +81,7 @@ def _cells(rows: pd.DataFrame, detector: str, diverges: bool) -> list[str]:
 def _with_interval(value: float, low: float, high: float, form: str) -> str:
     if pd.isna(value):
         return "–"
-    return f"{value:{form}}" + ("" if pd.isna(low) else f" ({low:{form}} to {high:{form}})")
+    return f"{value:{form}}" + ("" if pd.isna(low) else f" ({low:{form}}–{high:{form}})")
 
 
 def _legend(overall: pd.DataFrame, by_fault: dict[str, pd.DataFrame]) -> list[str]:
@@ -89,22 +92,25 @@ def _legend(overall: pd.DataFrame, by_fault: dict[str, pd.DataFrame]) -> list[st
     ]
     diverging = _diverging(by_fault)
     best = {fault: by_fault[fault]["baseline"].dropna().unique() for fault in diverging}
+    best = {fault: names[0] for fault, names in best.items() if len(names)}
+    if best:
+        said.append(
+            "Over best baseline: how many steps earlier the alarm is than that baseline's, "
+            + ", ".join(f"under {fault} {name}" for fault, name in best.items())
+            + f"; a run without alarm counts to its end. *: the lead is larger by max-T, p < {SURE}."
+        )
     said += [
-        "Over best baseline: how many steps earlier the alarm is than that of "
-        + ", ".join(f"{names[0]} ({fault})" for fault, names in best.items() if len(names))
-        + f"; *: leads it by max-T, p < {SURE}."
-    ]
-    said += [
-        f"Share of possible lead: lead / (divergence - onset), faults weighted equally in families of faults; "
-        f"{len(diverging)} faults diverge, and an overall rank or interval needs {MIN_FAULTS}."
+        f"Share of possible lead: lead / (divergence - onset), faults weighted equally within and between families; "
+        f"an overall rank or interval needs {MIN_FAULTS} faults that diverge, here are {len(diverging)}."
         if len(diverging) < MIN_FAULTS
         else f"Share of possible lead and rank: over {len(diverging)} faults, 95 % intervals over faults and seeds."
     ]
     for fault in diverging:
         size = by_fault[fault]["size_over_threshold"].where(by_fault[fault]["kind"].isin(("detector", "baseline")))
         if size.notna().any():
+            largest = f"{size.max():,.0f}" if size.max() >= 10 else f"{size.max():.1f}"
             said.append(
-                f"Size of {fault}: {size.max():,.3g} times the threshold of {size.idxmax()}, which it exceeds most "
+                f"Size of {fault}: {largest} times the threshold of {size.idxmax()}, which it exceeds most "
                 "(largest reading before divergence, median over runs)."
             )
     if overall["exploratory"].any():

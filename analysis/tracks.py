@@ -96,19 +96,26 @@ def _median(values: np.ndarray) -> np.ndarray:
     return np.nanmedian(values, axis=-1) if np.isnan(values).any() else np.median(values, axis=-1)
 
 
+def _pooled_median(residual: np.ndarray) -> np.ndarray:
+    """(T, layers): median of (T, layers, n) over n and the +-10 samples that there are, NaN left out."""
+    first, last = POOL_SAMPLES, max(POOL_SAMPLES, len(residual) - POOL_SAMPLES)
+    found = np.full(residual.shape[:2], np.nan)
+    if last > first:
+        windows = np.lib.stride_tricks.sliding_window_view(residual, 2 * POOL_SAMPLES + 1, axis=0)
+        found[first:last] = _median(windows.reshape(*windows.shape[:2], -1))
+    for t in (*range(min(first, len(residual))), *range(last, len(residual))):
+        near = np.moveaxis(residual[max(0, t - POOL_SAMPLES) : t + POOL_SAMPLES + 1], 0, -1)
+        found[t] = _median(near.reshape(len(near), -1))
+    return found
+
+
 def _centre_and_scale(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Median, and 1.4826 MAD pooled over +-10 samples, (T, layers), of (T, layers, runs and heads); NaN is missing."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a sample that no run has is NaN
         centre = _median(values)
         residual = np.abs(values - centre[..., None])
-        edge = np.full((POOL_SAMPLES, *residual.shape[1:]), np.nan)
-        windows = np.lib.stride_tricks.sliding_window_view(
-            np.concatenate((edge, residual, edge)), 2 * POOL_SAMPLES + 1, axis=0
-        )
-        pooled = windows.reshape(*windows.shape[:2], -1)
-        first, middle, last = np.split(pooled, [POOL_SAMPLES, max(POOL_SAMPLES, len(pooled) - POOL_SAMPLES)])
-        scale = MAD_TO_SIGMA * np.concatenate([_median(part) for part in (first, middle, last)])
+        scale = MAD_TO_SIGMA * _pooled_median(residual)
     return centre, scale
 
 
