@@ -89,12 +89,13 @@ def leaderboard_figure(one: Contest, rows: pd.DataFrame, path: Path) -> str:
     first.set_yticks(range(len(names)), [pretty(name) for name in names], fontsize=9.5)
     first.set_ylim(-0.7, len(names) - 0.3)
     for label, name in zip(first.get_yticklabels(), names, strict=True):
-        label.set_color(ALARM if overall.loc[name, "kind"] in ("detector", "baseline") else "0.45")
+        label.set_color("0.45" if COLOUR_OF_KIND[overall.loc[name, "kind"]] == ASIDE else ALARM)
     for axis in axes[0]:
         axis.set_axisbelow(True)
         axis.grid(axis="y", color="0.93", linewidth=0.8)
+        axis.tick_params(axis="y", length=0)
     height = figure.get_figheight()
-    title = f"{one.experiment.index['experiment']['title']}: which detector alarms first?"
+    title = f"{one.experiment.index['experiment']['title']}: which detector alarms first under which fault?"
     figure.text(0.01, 0.88 + 1.3 / height, title, fontsize=14, weight="bold")
     declined = rows.loc[rows["declined"].notna(), "detector"]
     said = f"{one.track} track at {one.alpha:.0%} false alarms per run"
@@ -103,7 +104,7 @@ def leaderboard_figure(one: Contest, rows: pd.DataFrame, path: Path) -> str:
     figure.legend(
         handles=_legend(set(overall["kind"]), bool(np.isfinite(alpha)), alpha),
         loc="upper center",
-        bbox_to_anchor=(0.45, 0.11 - 0.62 / height),
+        bbox_to_anchor=(0.45, 0.11 - 0.75 / height),
         ncol=3,
         frameon=False,
         fontsize=10,
@@ -147,7 +148,7 @@ def _leads(axis: plt.Axes, rows: pd.DataFrame, names: list[str]) -> None:
     axis.set_xlim(left=0)
     axis.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))  # the last label would meet the next panel's first
     axis.xaxis.set_major_formatter(THOUSANDS)
-    axis.set_xlabel("mean lead before divergence\n(optimizer steps)")
+    axis.set_xlabel("mean lead\n(optimizer steps)")
 
 
 def _points(axis: plt.Axes, rows: pd.DataFrame, names: list[str], columns: tuple[str, str, str]) -> None:
