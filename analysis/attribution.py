@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from sklearn.model_selection import LeaveOneGroupOut
 
-from analysis.score import OUTCOMES
+from analysis.score import IN_TIME, OUTCOMES
 
 HEALTHY = "healthy"
 PEAK_POWER = 0.20
@@ -189,7 +189,7 @@ def _named(
 
 def _in_time(outcomes: pd.DataFrame) -> pd.Series:
     healthy = outcomes["fault"] == HEALTHY
-    return outcomes["outcome"].isin(["lead", "benign_alarm"]).mask(healthy, outcomes["outcome"] == "false_alarm")
+    return outcomes["outcome"].isin(IN_TIME).mask(healthy, outcomes["outcome"] == "false_alarm")
 
 
 def _faults(names: pd.Series | NDArray[np.object_]) -> list[str]:

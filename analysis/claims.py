@@ -22,6 +22,7 @@ from scipy.stats import binom, mannwhitneyu
 
 from analysis.experiment import Experiment
 from analysis.readings import at_end, common_end
+from analysis.score import IN_TIME
 
 CHANCE = 0.05
 
@@ -75,7 +76,7 @@ def _alarms(experiment: Experiment, claim: Mapping[str, Any]) -> tuple[str, bool
         return f"declined: {detector.declined}", None
     runs = experiment.of("faulty", fault=fault)
     should = claim["alarms"]["should"]
-    counted = ("lead", "benign_alarm") if should else ("lead", "benign_alarm", "late")  # silence is silence to the end
+    counted = IN_TIME if should else (*IN_TIME, "late")  # silence is silence to the end
     count = sum(experiment.score(detector, run).outcome in counted for run in runs)
     chance = float(binom.sf(count - 1, len(runs), experiment.alpha))
     said = (

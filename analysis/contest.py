@@ -7,7 +7,7 @@ fill the first table can enter; ``analysis.leaderboard`` draws the conclusions o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,8 @@ from analysis.controls import CONTROLS
 from analysis.detection import Detection, Detector, own_past_is_healthy
 from analysis.entrants import Entrant
 from analysis.experiment import Experiment, ScoredRun
-from analysis.score import score
+from analysis.overall import fault_weights
+from analysis.score import IN_TIME, score
 from analysis.tracks import SELF_WINDOW, family
 
 ALL_FAULTS = "all"
@@ -32,7 +33,7 @@ class Contest:
     alpha: float
     detectors: Mapping[str, Detector]
     kinds: Mapping[str, str]
-    baseline: str = field(default="")
+    baselines: tuple[str, ...] = ()
 
     @property
     def scored(self) -> list[ScoredRun]:
@@ -68,23 +69,24 @@ def contest(
 
     rule, alpha: the experiment's own by default; external: by name, alarms by run id; singles: every signal by
     itself too; maximum: the largest of all calibration runs is the threshold, whatever alpha that is; detection: one
-    whose z-scores are there already. Raises ValueError where calibration runs are too few for alpha or the baseline
-    cannot be judged.
+    whose z-scores are there already. An entrant without signals watches those of the first baseline. Raises ValueError
+    where calibration runs are too few for alpha, or a baseline cannot be judged (on the self track: none can).
     """
     rule = make_rule(**experiment.index["rule"]) if rule is None else rule
     alpha = experiment.alpha if alpha is None else alpha
     alpha = 1 / (len(experiment.of("calibration")) + 1) if maximum else alpha
-    detection, baseline = detection or Detection(experiment, track), experiment.index["experiment"]["baseline"]
+    detection, baselines = detection or Detection(experiment, track), experiment.baselines
     chosen = experiment.named_detectors | (experiment.single_signals if singles else {})
     detectors = {name: detection.detect(name, signals, rule, alpha) for name, signals in chosen.items()}
     kinds = dict.fromkeys(chosen, "detector")
     if track == "published":  # a number of random-matrix theory is no rule that a source proposes for monitoring
         kinds |= {name: "theory" for name, signals in chosen.items() if family(signals[0]) == "random_matrix"}
+    kinds |= dict.fromkeys(baselines, "baseline")
     kinds |= {name: "oracle" for name, signals in chosen.items() if family(signals[0]) == "oracle"}
     for entrant in entrants:
         if entrant.name in detectors or entrant.name in CONTROLS:
             raise ValueError(f"detector {entrant.name!r} is on the board already: give it a name of its own")
-        signals = entrant.signals or experiment.named_detectors[baseline]
+        signals = entrant.signals or experiment.named_detectors[baselines[0]]
         detectors[entrant.name] = detection.detect(entrant.name, signals, entrant.rule, alpha)
         kinds[entrant.name] = "entrant"
     for name, alarms in (external or {}).items():
@@ -92,22 +94,25 @@ def contest(
             raise ValueError(f"monitor {name!r} is on the board already: give it a name of its own")
         if alarms:
             detectors[name], kinds[name] = Detector(name, (), alarms=alarms), "external"
-    one = Contest(experiment, track, alpha, detectors, kinds, baseline)
+    one = Contest(experiment, track, alpha, detectors, kinds, baselines)
     for name, control in CONTROLS.items():
         alarms = {run.trace.run_id: control(run, experiment, alpha) for run in one.scored}
         detectors[name], kinds[name] = Detector(name, (), alarms=alarms), "control"
-    if track in ("reference", "self") and detectors[baseline].declined:
-        raise ValueError(f"the baseline {baseline!r} cannot be judged: {detectors[baseline].declined}")
+    declined = [name for name in baselines if detectors[name].declined]
+    if (track == "reference" and declined) or (track == "self" and len(declined) == len(baselines)):
+        raise ValueError(f"the baseline {declined[0]!r} cannot be judged: {detectors[declined[0]].declined}")
     return one
 
 
 def _scorable(one: Contest, detector: Detector, run: ScoredRun) -> bool:
     """On the self track a run counts where its past was healthy for long enough, for the detector's cadence.
 
-    Who has no cadence, a control or a table of alarms, is scored on the baseline's runs.
+    Who has no cadence, a control or a table of alarms, is scored on the runs of the first baseline that has one.
     """
-    watched = detector if detector.charts else one.detectors[one.baseline]
-    return one.track != "self" or own_past_is_healthy(run, watched, SELF_WINDOW)
+    if one.track != "self":
+        return True
+    watched = next(d for d in (detector, *map(one.detectors.get, one.baselines)) if d.charts)
+    return own_past_is_healthy(run, watched, SELF_WINDOW)
 
 
 def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None) -> pd.DataFrame:
@@ -115,8 +120,9 @@ def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None
 
     Columns: experiment, model, track, detector, kind, fault (or ``healthy``), seed, run_id, alarm, onset,
     divergence, reach (where the run's scoring ends), outcome, lead (restricted; NaN unless it diverges),
-    normalised_lead (of onset to divergence), delay (alarm - onset, or what was waited in vain), detected (an alarm at
-    or after onset), degraded (never diverges, ends worse than every calibration run).
+    share_of_possible_lead (of onset to divergence), detected (in time: ``analysis.score.IN_TIME``), alarmed (at or
+    after onset, however late), delay (alarm - onset, or what was waited in vain), degraded (never diverges, ends worse
+    than every calibration run).
     divergences: by run id, another label than the primary. Declined detectors have no rows.
     """
     rows, keys, scored, horizon = [], one.keys, one.scored, one.experiment.horizon
@@ -131,7 +137,7 @@ def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None
             alarm = detector.alarms[run_id]
             result = score(alarm=alarm, onset=run.onset, divergence=divergence, horizon=horizon)
             lead = np.nan if result.restricted_lead_steps is None else float(result.restricted_lead_steps)
-            detected = run.onset is not None and alarm is not None and alarm >= run.onset
+            alarmed = run.onset is not None and alarm is not None and alarm >= run.onset
             rows.append(
                 {
                     **keys,
@@ -146,9 +152,10 @@ def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None
                     "reach": run.horizon,
                     "outcome": result.outcome,
                     "lead": lead,
-                    "normalised_lead": lead / (divergence - run.onset) if lead > 0 else lead,
-                    "delay": (alarm if detected else _last(run, one)) - run.onset if run.onset is not None else np.nan,
-                    "detected": detected,
+                    "share_of_possible_lead": lead / (divergence - run.onset) if lead > 0 else lead,
+                    "detected": result.outcome in IN_TIME,
+                    "alarmed": alarmed,
+                    "delay": (alarm if alarmed else _last(run, one)) - run.onset if run.onset is not None else np.nan,
                     "degraded": run.degraded,
                 }
             )
@@ -167,3 +174,11 @@ def _last(run: ScoredRun, one: Contest) -> int:
 def mean_leads(scores: pd.DataFrame) -> pd.Series:
     """RMLT of each detector over all of its faulty runs that diverge; NaN if none does."""
     return scores[scores["fault"] != "healthy"].groupby("detector", sort=False)["lead"].mean()
+
+
+def mean_shares(one: Contest, scores: pd.DataFrame) -> pd.Series:
+    """Share of the possible lead of each detector, faults weighted as boards do; NaN where it lacks a fault's runs."""
+    by_fault = scores.groupby(["detector", "fault"], sort=False)["share_of_possible_lead"].mean().unstack()
+    by_fault = by_fault.dropna(axis=1, how="all")
+    weights = fault_weights([one.experiment.fault_families[fault] for fault in by_fault.columns])
+    return (by_fault * weights).sum(axis=1, skipna=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,13 @@ import numpy as np
 from analysis.alarms import AlarmRule, chart_statistics, conformal_threshold, first_alarm, fitted, oriented, worst
 from analysis.align import Aligned, hold, positions, thin
 from analysis.entrants import BadEntrant, FromFile, check_causal
+from analysis.joint import Scale, member_scales
 from analysis.tracks import (
     DeclinedSignal,
     check_has_say,
     finite_or_inf,
     fit_band,
+    left_out_z,
     published_rule,
     universal_threshold,
 )
@@ -33,8 +35,9 @@ Chart = tuple[np.ndarray, np.ndarray]
 class Detector:
     """Some signals that share one threshold: an alarm is raised when any of their charts is above it.
 
-    alarms: by run id, positions on the experiment's axis; charts: by run id, one for each signal;
-    maxima: the largest statistic of each calibration run; declined: why the track cannot judge it, or None.
+    alarms: by run id, positions on the experiment's axis; charts: by run id, one for each signal, as charted; scales:
+    of each signal, where several share a threshold (``analysis.joint``); maxima: the largest statistic of each
+    calibration run, on that scale as the threshold is; declined: why the track cannot judge it, or None.
     """
 
     name: str
@@ -44,14 +47,21 @@ class Detector:
     declined: str | None = None
     charts: Mapping[str, Sequence[Chart]] = field(default_factory=dict, repr=False)
     maxima: Mapping[str, float] = field(default_factory=dict, repr=False)
+    scales: tuple[Scale, ...] = ()
+
+    def limits(self, threshold: float | None = None) -> tuple[float, ...]:
+        """What each signal's chart must pass for an alarm, at the detector's threshold or another."""
+        threshold = self.threshold if threshold is None else threshold
+        return tuple(scale.undone(threshold) for scale in self.scales or (Scale(),) * len(self.signals))
 
     def alarms_at(self, threshold: float) -> dict[str, int | None]:
         """The alarms that another threshold would have given, by run id."""
-        return {run: _earliest(charts, threshold) for run, charts in self.charts.items()}
+        limits = self.limits(threshold)
+        return {run: _earliest(charts, limits) for run, charts in self.charts.items()}
 
 
-def _earliest(charts: Sequence[Chart], threshold: float) -> int | None:
-    found = [first_alarm(statistic, where, threshold) for where, statistic in charts]
+def _earliest(charts: Sequence[Chart], limits: Sequence[float]) -> int | None:
+    found = [first_alarm(statistic, where, limit) for (where, statistic), limit in zip(charts, limits, strict=True)]
     return min((alarm for alarm in found if alarm is not None), default=None)
 
 
@@ -71,6 +81,14 @@ class Detection:
     track: str = "reference"
 
     @cached_property
+    def _reference(self) -> dict[str, list[Aligned]]:
+        return {}
+
+    @cached_property
+    def _left_out_sides(self) -> dict[str, list[tuple[np.ndarray, ...]]]:
+        return {}
+
+    @cached_property
     def _sides(self) -> dict[str, Mapping[str, Sides] | DeclinedSignal]:
         return {}
 
@@ -85,6 +103,21 @@ class Detection:
         if isinstance(found, DeclinedSignal):
             raise found
         return found
+
+    def left_out(self, signal: str) -> list[tuple[np.ndarray, ...]]:
+        """Of each reference run its one-sided worst series, judged without its own part in the band.
+
+        Only the reference track's band is made of reference runs; elsewhere these are the runs' ``sides``.
+        """
+        if signal not in self._left_out_sides:
+            sides = self.sides(signal)
+            if self.track == "reference":
+                bad = self.experiment.signals[signal]["bad"]
+                found = [tuple(oriented(z, bad)) for z in left_out_z(self._reference[signal])]
+            else:
+                found = [sides[run].series for run in self._runs("reference")]
+            self._left_out_sides[signal] = found
+        return self._left_out_sides[signal]
 
     def aligned(self, signal: str) -> dict[str, Aligned]:
         """By run id, the signal on the positions of the reference runs."""
@@ -103,8 +136,8 @@ class Detection:
     def _judge(self, signal: str) -> dict[str, Sides]:
         check_has_say(self.track, signal)
         aligned = self.aligned(signal)
-        reference = [aligned[run.trace.run_id] for run in self.experiment.of("reference")]
-        band = fit_band(self.track, signal, reference)
+        self._reference[signal] = [aligned[run.trace.run_id] for run in self.experiment.of("reference")]
+        band = fit_band(self.track, signal, self._reference[signal])
         bad, judged = self.experiment.signals[signal]["bad"], {}
         for runs, together in _side_by_side(aligned):
             z = np.stack(np.split(band.z(together), len(runs), axis=2))
@@ -123,12 +156,14 @@ class Detection:
         if self.track == "universal":
             return self._universal(name, signals, alpha)
         try:
-            charts = self._charts(signals, rule)
+            rules = {signal: self._rules(signal, rule) for signal in signals}
+            charts = self._charts(rules)
+            scales = self._scales(rules)
         except (DeclinedSignal, BadEntrant) as reason:
             return Detector(name, tuple(signals), declined=str(reason))
         maxima = {}
         for run in self._runs("calibration"):
-            values = np.concatenate([statistic for _, statistic in charts[run]])
+            values = np.concatenate([scale.of(chart) for scale, (_, chart) in zip(scales, charts[run], strict=True)])
             if np.isnan(values).all():
                 return Detector(name, tuple(signals), declined=f"{name}: too few samples for the {self.track} track")
             maxima[run] = float(np.nanmax(values))
@@ -136,44 +171,63 @@ class Detection:
                 return Detector(name, tuple(signals), declined=f"{name}: not finite in calibration run {run}")
         threshold = conformal_threshold(list(maxima.values()), alpha)
         scored = {run: charts[run] for run in self._runs("test", "faulty")}
-        alarms = {run: _earliest(found, threshold) for run, found in scored.items()}
+        found = Detector(name, tuple(signals), threshold, charts=scored, maxima=maxima, scales=scales)
         if isinstance(rule, FromFile):
             try:
-                self._check_causal(signals, rule, threshold)
+                self._check_causal(rules, found.limits())
             except BadEntrant as reason:
                 return Detector(name, tuple(signals), declined=str(reason))
-        return Detector(name, tuple(signals), threshold, alarms, None, scored, maxima)
+        return replace(found, alarms=found.alarms_at(threshold))
 
-    def _check_causal(self, signals: Sequence[str], rule: AlarmRule, threshold: float) -> None:
+    def _check_causal(self, rules: Mapping[str, Sequence[AlarmRule]], limits: Sequence[float]) -> None:
         """Looks for a statistic that knows the future in every run, above all where it decides something."""
-        for signal in signals:
+        for (signal, of_sides), limit in zip(rules.items(), limits, strict=True):
             sides = self.sides(signal)
-            rules = fitted(rule, [sides[run].series for run in self._runs("reference")])
             for run in self._runs("calibration", "test", "faulty"):
-                for one, x in zip(rules, sides[run].series, strict=True):
+                for one, x in zip(of_sides, sides[run].series, strict=True):
                     statistic = one.statistic(x)
-                    alarm = np.flatnonzero(statistic > threshold)[:1]
+                    alarm = np.flatnonzero(statistic > limit)[:1]
                     largest = np.flatnonzero(statistic == np.nanmax(statistic, initial=-np.inf))[:1]
                     check_causal(one, x, [*alarm, *largest])
 
     def _runs(self, *roles: str) -> list[str]:
         return [run.trace.run_id for run in self.experiment.of(*roles)]
 
-    def _charts(self, signals: Sequence[str], rule: AlarmRule) -> dict[str, list[Chart]]:
+    def _rules(self, signal: str, rule: AlarmRule) -> list[AlarmRule]:
+        """The rule for each side of a signal, calibrated on the reference runs."""
+        sides = self.sides(signal)
+        try:
+            return fitted(rule, [sides[run].series for run in self._runs("reference")])
+        except BadEntrant:
+            raise
+        except ValueError as error:
+            raise DeclinedSignal(f"{signal}: {error}") from None
+
+    def _charts(self, rules: Mapping[str, Sequence[AlarmRule]]) -> dict[str, list[Chart]]:
         """By run id, one chart a signal; ``both`` is the larger of two one-sided ones."""
         charts: dict[str, list[Chart]] = {run: [] for run in self._runs("calibration", "test", "faulty")}
-        for signal in signals:
+        for signal, of_sides in rules.items():
             sides = self.sides(signal)
-            try:
-                rules = fitted(rule, [sides[run].series for run in self._runs("reference")])
-            except BadEntrant:
-                raise
-            except ValueError as error:
-                raise DeclinedSignal(f"{signal}: {error}") from None
-            charted = chart_statistics([sides[run].series for run in charts], rules)
+            charted = chart_statistics([sides[run].series for run in charts], of_sides)
             for (run, found), statistic in zip(charts.items(), charted, strict=True):
                 found.append((sides[run].positions, statistic))
         return charts
+
+    def _scales(self, rules: Mapping[str, Sequence[AlarmRule]]) -> tuple[Scale, ...]:
+        """The members' scales; one signal by itself needs none."""
+        if len(rules) < 2:
+            return (Scale(),) * len(rules)
+        if len(self._runs("reference")) < 2:
+            raise DeclinedSignal(f"{', '.join(rules)}: one reference run, a joint detector needs at least 2")
+        maxima = []
+        for signal, of_sides in rules.items():
+            charted = chart_statistics(self.left_out(signal), of_sides)
+            if any(np.isnan(chart).all() for chart in charted):
+                raise DeclinedSignal(f"{signal}: too few samples for the {self.track} track")
+            maxima.append([np.nanmax(chart) for chart in charted])
+            if not np.isfinite(maxima[-1]).all():
+                raise DeclinedSignal(f"{signal}: not finite in a reference run")
+        return member_scales(maxima)
 
     def _published(self, name: str, signals: Sequence[str]) -> Detector:
         """The sources' own numbers on raw readings: no calibration, whatever false-alarm rate that has."""
@@ -186,8 +240,8 @@ class Detection:
             run: [(aligned[s][run].positions, rules[s].broken_at(aligned[s][run]).astype(float)) for s in signals]
             for run in self._runs("test", "faulty")
         }
-        alarms = {run: _earliest(found, 0.5) for run, found in charts.items()}
-        return Detector(name, tuple(signals), float("nan"), alarms, None, charts, {})
+        broken = Detector(name, tuple(signals), charts=charts).alarms_at(0.5)
+        return Detector(name, tuple(signals), alarms=broken, charts=charts)
 
     def _universal(self, name: str, signals: Sequence[str], alpha: float) -> Detector:
         """Raw ratios, each by itself, at the number that their prediction gives: calibration runs are healthy tests."""
@@ -203,8 +257,8 @@ class Detection:
             run: [(found[run].positions, worst(finite_or_inf(found[run]))) for found in aligned.values()]
             for run in self._runs("calibration", "test", "faulty")
         }
-        alarms = {run: _earliest(found, threshold) for run, found in charts.items()}
-        return Detector(name, tuple(signals), threshold, alarms, None, charts, {})
+        found = Detector(name, tuple(signals), threshold, charts=charts)
+        return replace(found, alarms=found.alarms_at(threshold))
 
 
 def _side_by_side(aligned: Mapping[str, Aligned]) -> Iterator[tuple[list[str], Aligned]]:

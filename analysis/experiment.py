@@ -102,6 +102,28 @@ class Experiment:
         return {name: signals for name, signals in named.items() if signals}
 
     @cached_property
+    def baselines(self) -> tuple[str, ...]:
+        """The named detectors that others are read against, without those that this model does not have.
+
+        Raises ValueError where the index names one that is no detector, or none that these runs have.
+        """
+        given, detectors = self.index["experiment"]["baseline"], self.index["experiment"]["detectors"]
+        names = (given,) if isinstance(given, str) else tuple(given)
+        unknown = [name for name in names if name not in detectors]
+        if unknown:
+            raise ValueError(f"experiment.baseline={unknown[0]!r} is not allowed: of {', '.join(detectors)}")
+        recorded = tuple(name for name in names if name in self.named_detectors)
+        if not recorded:
+            raise ValueError(f"experiment.baseline={', '.join(names)}: no run of {self.model} has their signals")
+        return recorded
+
+    @cached_property
+    def fault_families(self) -> dict[str, str]:
+        """By fault its family: the class of what was injected, which its runs' configurations name."""
+        designs = {run.fault: run.trace.manifest["config"].get("fault") or {} for run in self.of("faulty")}
+        return {fault: str(designs.get(fault, {}).get("_target_", fault)) for fault in self.faults}
+
+    @cached_property
     def panels(self) -> dict[str, Mapping[str, Any]]:
         """The figure's panels, without those whose signals this model does not have."""
         panels = self.index["experiment"]["figure"]

@@ -40,7 +40,7 @@ def _per_seed(totals: ArrayLike, counts: ArrayLike, ndim: int) -> tuple[np.ndarr
     return totals, counts
 
 
-def _pooled(totals: np.ndarray, counts: np.ndarray, empty: ArrayLike = np.nan) -> np.ndarray:
+def pooled(totals: np.ndarray, counts: np.ndarray, empty: ArrayLike = np.nan) -> np.ndarray:
     """totals / counts, and ``empty`` (broadcast) where there are no runs."""
     return np.where(counts > 0, totals / np.where(counts > 0, counts, 1.0), empty)
 
@@ -52,7 +52,7 @@ def seed_mean(totals_S: ArrayLike, counts_S: ArrayLike) -> float:
     their number. Raises ValueError on differing shapes, values that are not finite, and impossible counts.
     """
     totals_S, counts_S = _per_seed(totals_S, counts_S, 1)
-    return float(_pooled(totals_S.sum(), counts_S.sum()))
+    return float(pooled(totals_S.sum(), counts_S.sum()))
 
 
 def bca_interval(
@@ -84,7 +84,7 @@ def bca_interval(
         return point, point  # scipy divides by the spread of the jackknife, which is 0 here
 
     def mean(totals: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
-        return _pooled(totals.sum(axis=axis), counts.sum(axis=axis), empty=point)
+        return pooled(totals.sum(axis=axis), counts.sum(axis=axis), empty=point)
 
     result = stats.bootstrap(
         (totals_S, counts_S),
@@ -93,14 +93,14 @@ def bca_interval(
         batch=CHUNK,
         vectorized=True,
         paired=True,
-        confidence_level=_expanded(confidence, len(totals_S)),
+        confidence_level=expanded(confidence, len(totals_S)),
         method="BCa",
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def _expanded(confidence: float, n: int) -> float:
+def expanded(confidence: float, n: int) -> float:
     """The confidence at which a normal percentile is as wide as the t interval of n samples."""
     return 1 - 2 * float(stats.norm.sf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1)))
 
@@ -147,7 +147,7 @@ def false_alarm_bound(n: int, alpha: float) -> float:
     return float(stats.beta.ppf(CONFIDENCE, n + 1 - k, k))
 
 
-def _ranks(means: np.ndarray) -> np.ndarray:
+def ranks(means: np.ndarray) -> np.ndarray:
     """Ranks along the last axis, 1 for the largest, ties averaged; (..., D) -> (..., D)."""
     scale = np.abs(means).max(axis=-1, keepdims=True)
     return stats.rankdata(-np.round(means / np.where(scale > 0, scale, 1.0) / TIE_TOLERANCE), axis=-1)
@@ -175,8 +175,8 @@ def rank_intervals(
     if not ranked.any():
         return out
     totals_SD, counts_SD = totals_SD[:, ranked], counts_SD[:, ranked]
-    point_D = _pooled(totals_SD.sum(axis=0), counts_SD.sum(axis=0))
-    out[ranked, 0] = _ranks(point_D)
+    point_D = pooled(totals_SD.sum(axis=0), counts_SD.sum(axis=0))
+    out[ranked, 0] = ranks(point_D)
     S = len(totals_SD)
     if np.count_nonzero(counts_SD.any(axis=1)) < MIN_SEEDS:
         return out
@@ -184,7 +184,7 @@ def rank_intervals(
     rank_BD = np.empty((resamples, len(point_D)), np.float32)  # halves of small integers: exact
     for start in range(0, resamples, CHUNK):
         weights = generator.multinomial(S, np.full(S, 1 / S), size=min(CHUNK, resamples - start)).astype(float)
-        rank_BD[start : start + CHUNK] = _ranks(_pooled(weights @ totals_SD, weights @ counts_SD, empty=point_D))
+        rank_BD[start : start + CHUNK] = ranks(pooled(weights @ totals_SD, weights @ counts_SD, empty=point_D))
     tails = (1 - confidence) / 2, (1 + confidence) / 2
     # inverted_cdf returns ranks that were attained, never a value between two
     out[ranked, 1:] = np.quantile(rank_BD, tails, axis=0, method="inverted_cdf").T

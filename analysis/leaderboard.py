@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,61 +13,45 @@ from analysis.costs import detector_cost
 from analysis.detection import Detector
 from analysis.inference import (
     MIN_SEEDS,
-    bca_interval,
     clopper_pearson_interval,
-    confidence_set,
     false_alarm_bound,
     false_alarm_law,
     iqm,
-    max_t_test,
-    rank_intervals,
     restricted_mean_time,
-    seed_mean,
     wilson_interval,
 )
+from analysis.score import relative_lead
+from analysis.verdict import over_faults, under_one_fault
 
-RANKED = ("detector", "entrant", "external")
+RANKED = ("detector", "baseline", "entrant", "external")
 """Kinds that compete; controls, and oracles that are told the fault, stand beside them."""
-IN_TIME = ("lead", "benign_alarm")
 
 
-def _by_seed(scores: pd.DataFrame, names: Sequence[str], column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and counts of a column by seed, both (S, D); runs without a value count nothing."""
-    table = scores[scores[column].notna()].pivot_table(
-        index="seed", columns="detector", values=column, aggfunc=["sum", "count"], fill_value=0.0
-    )
-    seeds = sorted(scores["seed"].unique())
-    return tuple(
-        (table[what] if what in table else pd.DataFrame())
-        .reindex(index=seeds, columns=names, fill_value=0.0)
-        .to_numpy(float)
-        for what in ("sum", "count")
-    )
-
-
-def _relative(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Adds ``relative``: baseline's alarm minus the detector's, both at most the run's reach; NaN unless it diverges.
-
-    An alarm before the onset counts as none, on either side. A run that was stopped because it diverged reaches to the
-    horizon. Under a fault that does no harm there is nothing to be early for.
-    """
-    alarm = scores["alarm"].astype(float).where(scores["outcome"] != "false_alarm")
-    restricted = alarm.fillna(np.inf).clip(upper=scores["reach"].astype(float))
-    table = scores.assign(restricted=restricted)
-    reference = table[table["detector"] == baseline].set_index("run_id")
-    joined = table["run_id"].map(reference["restricted"])
-    return table.assign(relative=(joined - restricted).where(table["lead"].notna()))
+def _with_relative(scores: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
+    """Adds ``relative``, ``analysis.score.relative_lead`` over a baseline; NaN throughout where there is none."""
+    alarms = scores[scores["detector"] == baseline].set_index("run_id")["alarm"]
+    found = np.full(len(scores), np.nan)
+    for i, row in enumerate(scores.itertuples()):
+        if row.run_id in alarms.index:
+            alarm, other, divergence = (
+                None if pd.isna(at) else int(at) for at in (row.alarm, alarms[row.run_id], row.divergence)
+            )
+            lead = relative_lead(alarm, other, onset=row.onset, divergence=divergence, reach=row.reach)
+            found[i] = np.nan if lead is None else lead
+    return scores.assign(relative=found)
 
 
 def board(one: Contest, scores: pd.DataFrame, costs: Mapping[str, tuple[str, float]] | None = None) -> pd.DataFrame:
     """The leaderboard of one contest: a row for each detector and fault, and one for all faults together.
 
-    costs: by signal, its monitor and the share of a step that it takes. Intervals are over seeds, jointly across
-    faults, and conditional on the threshold; ``false_alarm_law`` is what its own luck adds. NaN under 10 seeds.
+    costs: by signal, its monitor and the share of a step that it takes. The rows of a fault rank detectors by their
+    mean lead in steps, with intervals over seeds. Those of all faults rank them by the share of the possible lead, with
+    intervals over faults and seeds, where ``analysis.overall.MIN_FAULTS`` faults diverge, and not at all where fewer
+    do. Intervals are conditional on the threshold; ``false_alarm_law`` is what its own luck adds. NaN under 10 seeds.
+    ``baseline``: the best of the row's fault; ``relative_lead_steps`` and ``p_beats_baseline`` are against it.
     """
     rows = [_declined_row(one, detector) for detector in one.detectors.values() if detector.declined]
     if len(scores):
-        scores = _relative(scores, one.baseline)
         healthy = _by_detector(scores[scores["fault"] == "healthy"])
         faulty = scores[scores["fault"] != "healthy"]
         for fault in (ALL_FAULTS, *one.experiment.faults):
@@ -101,20 +85,13 @@ def _fault_rows(
     names = [name for name in one.detectors if name in of_detector]
     if not names:
         return []
-    totals_SD, counts_SD = _by_seed(scores, names, "lead")
-    ranked = [i for i, name in enumerate(names) if one.kinds[name] in RANKED]
-    # Who was not scored on all of these runs, or alarms in healthy ones more often than allowed, cannot be compared.
-    whole = counts_SD.sum(0).max(initial=0.0)
-    ranked = [i for i in ranked if counts_SD[:, i].sum() == whole > 0 and _keeps_rate(one, names[i], healthy)]
-    ranks = dict(zip(ranked, rank_intervals(totals_SD[:, ranked], counts_SD[:, ranked]), strict=True)) if ranked else {}
-    best = _possibly_best(totals_SD, counts_SD, ranked)
-    p_values, smallest_p = _against_baseline(one, names, totals_SD, counts_SD, ranked)
+    ranked = [i for i, name in enumerate(names) if one.kinds[name] in RANKED and _keeps_rate(one, name, healthy)]
+    verdict = (over_faults if fault == ALL_FAULTS else under_one_fault)(one, scores, names, ranked)
+    of_detector = _by_detector(_with_relative(scores, verdict.baseline))
     rows = []
     for i, name in enumerate(names):
         mine = of_detector[name]
-        rank, low, high = ranks.get(i, (np.nan,) * 3)
-        rmlt_low, rmlt_high = bca_interval(totals_SD[:, i], counts_SD[:, i])
-        detected = int(mine["outcome"].isin(IN_TIME).sum())
+        detected = int(mine["detected"].sum())
         detected_low, detected_high = wilson_interval(detected, len(mine))
         waited = mine[mine["outcome"] != "false_alarm"]
         outcomes = mine["outcome"].value_counts()
@@ -132,19 +109,23 @@ def _fault_rows(
                 "detected": detected / len(mine),
                 "detected_low": detected_low,
                 "detected_high": detected_high,
-                "rmlt_steps": seed_mean(totals_SD[:, i], counts_SD[:, i]),
-                "rmlt_low": rmlt_low,
-                "rmlt_high": rmlt_high,
+                "rmlt_steps": mine["lead"].mean(),
+                "rmlt_low": verdict.lead_D2[i, 0],
+                "rmlt_high": verdict.lead_D2[i, 1],
                 "iqm_lead_steps": iqm(mine["lead"].dropna()),
-                "normalised_lead": mine["normalised_lead"].mean(),
+                "share_of_possible_lead": verdict.share_D3[i, 0],
+                "share_low": verdict.share_D3[i, 1],
+                "share_high": verdict.share_D3[i, 2],
+                "baseline": verdict.baseline,
                 "relative_lead_steps": mine["relative"].mean(),
-                "p_beats_baseline": p_values.get(i, np.nan),
-                "smallest_p": smallest_p if i in p_values else np.nan,
+                "p_beats_baseline": verdict.p_D[i],
+                "smallest_p": verdict.smallest_p if np.isfinite(verdict.p_D[i]) else np.nan,
+                "size_over_threshold": np.nan if fault == ALL_FAULTS else _size(one, name, mine),
                 "delay_steps": np.nan if fault == ALL_FAULTS else _delay(waited, one.experiment.horizon),
-                "rank": rank,
-                "rank_low": low,
-                "rank_high": high,
-                "possibly_best": i in best if i in ranks else None,
+                "rank": verdict.rank_D3[i, 0],
+                "rank_low": verdict.rank_D3[i, 1],
+                "rank_high": verdict.rank_D3[i, 2],
+                "possibly_best": i in verdict.best if np.isfinite(verdict.rank_D3[i, 0]) else None,
                 **{outcome: int(outcomes.get(outcome, 0)) for outcome in ("late", "missed", "false_alarm")},
                 "cost_share_of_step": detector_cost(one.detectors[name].signals, costs),
                 "exploratory": mine["seed"].nunique() < MIN_SEEDS or not healthy,
@@ -171,7 +152,7 @@ def _keeps_rate(one: Contest, name: str, healthy: Mapping[str, pd.DataFrame]) ->
 def _delay(scores: pd.DataFrame, horizon: int) -> float:
     """Mean time from onset to alarm, restricted to what is left of the horizon; NaN without runs."""
     left = (horizon - scores["onset"].astype(float)).min()
-    return restricted_mean_time(scores["delay"], scores["detected"], left) if len(scores) and left > 0 else np.nan
+    return restricted_mean_time(scores["delay"], scores["alarmed"], left) if len(scores) and left > 0 else np.nan
 
 
 def _healthy_columns(one: Contest, name: str, healthy: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
@@ -194,26 +175,22 @@ def _healthy_columns(one: Contest, name: str, healthy: Mapping[str, pd.DataFrame
     }
 
 
-def _possibly_best(totals_SD: np.ndarray, counts_SD: np.ndarray, ranked: Sequence[int]) -> set[int]:
-    """The model confidence set over seeds' mean leads, of the ranked detectors."""
-    if len(ranked) < 2:
-        return set(ranked)
-    some = counts_SD[:, ranked[0]] > 0
-    losses = -totals_SD[some][:, ranked] / counts_SD[some][:, ranked]
-    return {ranked[i] for i in confidence_set(losses)}
+def _size(one: Contest, name: str, scores: pd.DataFrame) -> float:
+    """How far a fault stands above a detector's threshold: the largest reading in time over it, median over runs.
 
-
-def _against_baseline(
-    one: Contest, names: Sequence[str], totals_SD: np.ndarray, counts_SD: np.ndarray, ranked: Sequence[int]
-) -> tuple[dict[int, float], float]:
-    """By column, max-T adjusted p that a restricted lead is larger than the baseline's; the smallest there is."""
-    others = [i for i in ranked if names[i] != one.baseline]
-    if one.baseline not in names or names.index(one.baseline) not in ranked or not others:
-        return {}, np.nan
-    base = names.index(one.baseline)
-    some = counts_SD[:, base] > 0
-    if some.sum() < 2:
-        return {}, np.nan
-    means = totals_SD[some] / np.maximum(counts_SD[some], 1)
-    test = max_t_test(means[:, others] - means[:, [base]])
-    return dict(zip(others, test.p_adjusted_D.tolist(), strict=True)), test.smallest_p
+    In time is from onset to divergence, or to the run's end. NaN without charts, and where a threshold is not above 0.
+    """
+    detector = one.detectors[name]
+    limits = detector.limits()
+    if not detector.charts or not all(limit > 0 for limit in limits):
+        return np.nan
+    sizes = []
+    for row in scores.itertuples():
+        end = np.inf if pd.isna(row.divergence) else row.divergence
+        largest = [-np.inf]
+        for (where, statistic), limit in zip(detector.charts[row.run_id], limits, strict=True):
+            of_fault = statistic[(where >= row.onset) & (where < end)]
+            largest.append(np.max(of_fault, initial=-np.inf, where=~np.isnan(of_fault)) / limit)
+        sizes.append(max(largest))
+    size = float(np.median(sizes)) if sizes else np.nan
+    return size if size > -np.inf else np.nan

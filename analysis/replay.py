@@ -15,7 +15,6 @@ allow_mixed=true    accept runs of different sources, data or torch, and say so
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,22 +23,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from analysis.alarms import AlarmRule, anytime_threshold, make_rule
 from analysis.attribution import HEALTHY, alarm_probabilities, cross_talk, diagnose, selectivity
-from analysis.contest import ALL_FAULTS, Contest, contest, mean_leads, run_scores
+from analysis.contest import Contest, contest, mean_leads, mean_shares, run_scores
 from analysis.costs import monitor_costs
 from analysis.detection import Detection, Detector
 from analysis.entrants import RIVER, Entrant, entrant_of
-from analysis.experiment import Experiment
+from analysis.experiment import LABEL_SIGNAL, Experiment
 from analysis.external import read_alarms
 from analysis.found import conf, find
 from analysis.inference import clopper_pearson_interval, performance_profile
 from analysis.isolation import DEFAULT_LIMITS, Limits
-from analysis.leaderboard import IN_TIME, RANKED, board
+from analysis.leaderboard import RANKED, board
 from analysis.leaderboard_figure import leaderboard_figure
+from analysis.leaderboard_print import print_board
 from analysis.sensitivity import halves, label_sensitivity
 from analysis.tracks import TRACKS, catalogue, family
 from experiments.trace import TraceError
@@ -87,12 +85,11 @@ class Tables:
 
 
 def entrants(request: Request, experiment: Experiment, track: str) -> Iterator[Entrant]:
-    """river's detectors on the baseline's first signal, and the files that were given, on tracks with charts."""
-    experiment_index = experiment.index["experiment"]
-    watched = experiment_index["detectors"][experiment_index["baseline"]][:1]
+    """river's detectors on the first baseline's first signal, and the files that were given, on tracks with charts."""
+    watched = experiment.named_detectors[experiment.baselines[0]][:1]
     if track == "reference":
         for name in RIVER:
-            yield Entrant(f"river {name}", tuple(watched), make_rule(**conf("rule", name)))
+            yield Entrant(f"river {name}", watched, make_rule(**conf("rule", name)))
     if track in ("reference", "self"):
         for path in request.detectors:
             with entrant_of(path, request.limits) as entrant:
@@ -155,7 +152,8 @@ def _score(one: Contest, tables: Tables) -> None:
         "selectivity",
         matrix.assign(selectivity=selectivity(matrix)).rename_axis("detector").reset_index().assign(**keys),
     )
-    families = {n: family(d.signals[0]) for n, d in one.detectors.items() if one.kinds[n] == "detector"}
+    ours = {n: d.signals[0] for n, d in one.detectors.items() if one.kinds[n] in ("detector", "baseline")}
+    families = {name: family(signal) for name, signal in ours.items() if signal != LABEL_SIGNAL}
     tables.add("cross_talk", cross_talk(matrix, families, designed_for(one)).assign(**keys))
     faulty = competing[competing["fault"] != HEALTHY]
     if one.track == "reference" and competing["fault"].nunique() > 1 and faulty["seed"].nunique() > 1:
@@ -193,9 +191,9 @@ def designed_for(one: Contest) -> dict[str, set[str]]:
 def profiles(one: Contest, scores: pd.DataFrame) -> pd.DataFrame:
     """Performance profiles: the share of diverging runs with at least so much of onset to divergence as lead."""
     parts = []
-    for name, mine in scores[scores["normalised_lead"].notna()].groupby("detector", sort=False):
-        share = performance_profile(mine["normalised_lead"], PROFILE_SHARES)
-        parts.append(pd.DataFrame({"detector": name, "normalised_lead": PROFILE_SHARES, "share_of_runs": share}))
+    for name, mine in scores[scores["share_of_possible_lead"].notna()].groupby("detector", sort=False):
+        share = performance_profile(mine["share_of_possible_lead"], PROFILE_SHARES)
+        parts.append(pd.DataFrame({"detector": name, "share_of_possible_lead": PROFILE_SHARES, "share_of_runs": share}))
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     return table.assign(**one.keys) if parts else table
 
@@ -235,65 +233,16 @@ def _chart_rows(one: Contest, chart: str) -> pd.DataFrame:
     table = pd.DataFrame(
         {
             "rmlt_steps": mean_leads(scores),
-            "detected": faulty["outcome"].agg(lambda outcomes: outcomes.isin(IN_TIME).mean()),
+            "share_of_possible_lead": mean_shares(one, scores),
+            "detected": faulty["detected"].mean(),
             "healthy_alarms": healthy["outcome"].agg(lambda outcomes: (outcomes == "false_alarm").sum()),
             "healthy_runs": healthy.size(),
         }
     )
     rates = zip(table["healthy_alarms"].fillna(0), table["healthy_runs"].fillna(0), strict=True)
     too_often = [clopper_pearson_interval(int(alarms), int(runs))[0] > one.alpha for alarms, runs in rates]
-    table.loc[too_often, "rmlt_steps"] = np.nan
+    table.loc[too_often, ["rmlt_steps", "share_of_possible_lead"]] = np.nan
     return table.rename_axis("detector").reset_index().assign(**one.keys, chart=chart)
-
-
-COLUMNS = {
-    "detector": "detector",
-    "runs": "runs",
-    "healthy": "false alarms",
-    "detected": "detected",
-    "rmlt": "mean lead (steps)",
-    "relative": "over baseline",
-    "rank": "rank",
-    "cost": "cost",
-}
-
-
-def print_board(tables: Tables, console: Console) -> None:
-    """Each model and track: the rows over all faults, best first; then what was declined."""
-    leaderboard = tables.get("leaderboard")
-    overall = leaderboard[leaderboard["fault"] == ALL_FAULTS]
-    for (name, model, track), rows in overall.groupby(["experiment", "model", "track"], sort=False):
-        grid = Table(title=escape(f"{name}: {model}, {track} track, all faults"), title_justify="left")
-        for column, heading in COLUMNS.items():
-            grid.add_column(heading, justify="left" if column == "detector" else "right")
-        known = rows[rows["declined"].isna()] if "declined" in rows else rows
-        for row in known.sort_values(["rank", "rmlt_steps"], ascending=[True, False]).itertuples():
-            grid.add_row(*_cells(row))
-        console.print(grid)
-        declined = rows[rows["declined"].notna()]
-        if len(declined):
-            without_signal = (re.sub(r"^[\w.]+: ", "", reason) for reason in declined["declined"])
-            said = "; ".join(dict.fromkeys(without_signal))
-            names = ", ".join(declined["detector"])
-            console.print(f"not on this track: {names} ({said})\n", highlight=False, markup=False)
-
-
-def _interval(low: float, high: float) -> str:
-    return "" if pd.isna(low) else f" ({low:,.0f} to {high:,.0f})"
-
-
-def _cells(row) -> list[str]:
-    kind = "" if row.kind == "detector" else f" [{row.kind}]"
-    return [
-        escape(f"{row.detector}{kind}"),
-        f"{row.runs:.0f}{'*' if row.exploratory else ''}",
-        f"{row.healthy_alarms:.0f}/{row.healthy_runs:.0f}",
-        f"{row.detected:.0%}",
-        "–" if pd.isna(row.rmlt_steps) else f"{row.rmlt_steps:,.0f}{_interval(row.rmlt_low, row.rmlt_high)}",
-        "–" if pd.isna(row.relative_lead_steps) else f"{row.relative_lead_steps:+,.0f}",
-        "–" if pd.isna(row.rank) else f"{row.rank:g}{_interval(row.rank_low, row.rank_high)}",
-        "–" if pd.isna(row.cost_share_of_step) else f"{row.cost_share_of_step:.2%}",
-    ]
 
 
 def _number(key: str, given: str | float) -> float:
@@ -357,6 +306,6 @@ def main(arguments: Sequence[str]) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    print_board(tables, console)
+    print_board(tables.get("leaderboard"), console)
     written = ", ".join(f"{name}.csv" for name in tables.parts)
     console.print(f"{request.out}: {written}", highlight=False, markup=False)

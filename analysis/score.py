@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 OUTCOMES = ("lead", "late", "missed", "false_alarm", "benign_alarm", "quiet")
+IN_TIME = ("lead", "benign_alarm")
+"""Outcomes of a faulty run in which its fault is detected: an alarm from onset on, before divergence or the end."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,26 @@ def restricted_mean_lead(scores: Sequence[Score]) -> float:
     """RMLT: the mean restricted lead over the runs that diverge, misses included as 0; NaN if none diverges."""
     leads = [s.restricted_lead_steps for s in scores if s.restricted_lead_steps is not None]
     return float(np.mean(leads)) if leads else float("nan")
+
+
+def relative_lead(
+    alarm: int | None, baseline: int | None, *, onset: int | None, divergence: int | None, reach: int
+) -> int | None:
+    """How much earlier a run's alarm is than the baseline's, both at most its reach; None where it does not diverge.
+
+    alarm, baseline: where they are raised, None for never. reach: where the scoring of the run ends. An alarm before
+    the onset counts as none, on either side. Under a fault that does no harm there is nothing to be early for.
+    """
+    if onset is None or divergence is None:
+        return None
+    at, other = (reach if one is None or one < onset else min(one, reach) for one in (alarm, baseline))
+    return other - at
+
+
+def best_baseline(leads: Mapping[str, float]) -> str | None:
+    """The baseline of the largest mean lead, the first of several; None where none has one (NaN)."""
+    known = {name: lead for name, lead in leads.items() if not math.isnan(lead)}
+    return max(known, key=known.__getitem__) if known else None
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
 from analysis.alarms import conformal_threshold
-from analysis.contest import Contest, mean_leads, run_scores
+from analysis.contest import Contest, mean_leads, mean_shares, run_scores
 from analysis.experiment import LABEL_SIGNAL, Experiment
 from analysis.inference import rank_agreement
 from analysis.labels import OTHER_LABELS, sensitivity_labels
@@ -17,23 +16,24 @@ from experiments.trace import TraceError
 def halves(one: Contest) -> tuple[pd.DataFrame, float]:
     """How much of the ranking is the luck of its thresholds: made again on disjoint halves of the calibration runs.
 
-    Returns a row a detector with its mean restricted lead under each half, and Kendall's tau of the two rankings. The
-    rate is alpha, or the smallest that half of the runs support.
+    Returns a row a detector with its mean restricted lead and its share of the possible lead under each half, and
+    Kendall's tau of the two rankings by that share. The rate is alpha, or the smallest that half of the runs support.
     """
     order = {
         run.trace.run_id: i for i, run in enumerate(sorted(one.experiment.of("calibration"), key=lambda r: r.seed))
     }
     judged = {name: d for name, d in one.detectors.items() if not d.declined and d.maxima}
     columns = {}
-    for half, column in enumerate(("rmlt_half_a", "rmlt_half_b")):
+    for half, name_of_half in enumerate("ab"):
         alarms = {}
         for name, detector in judged.items():
             maxima = [value for run, value in detector.maxima.items() if order[run] % 2 == half]
             alarms[name] = detector.alarms_at(conformal_threshold(maxima, max(one.alpha, 1 / (len(maxima) + 1))))
-        columns[column] = mean_leads(run_scores(one.with_alarms(alarms)))
+        scores = run_scores(one.with_alarms(alarms))
+        columns[f"rmlt_half_{name_of_half}"] = mean_leads(scores)
+        columns[f"share_half_{name_of_half}"] = mean_shares(one, scores)
     table = pd.DataFrame(columns).rename_axis("detector")
-    known = table.dropna()
-    return table.reset_index(), rank_agreement(-known["rmlt_half_a"], -known["rmlt_half_b"])
+    return table.reset_index(), rank_agreement(-table["share_half_a"], -table["share_half_b"])
 
 
 def other_labels(experiment: Experiment) -> dict[str, dict[str, int | None]]:
@@ -59,9 +59,10 @@ def other_labels(experiment: Experiment) -> dict[str, dict[str, int | None]]:
 
 
 def label_sensitivity(one: Contest) -> pd.DataFrame:
-    """The ranking under every other label: label, detector, diverged, rmlt_steps, rank, and tau against the primary's.
+    """Leads under every other label: label, detector, diverged, rmlt_steps, share_of_possible_lead, tau_to_primary.
 
-    Empty on the token axis, where the other labels are not defined.
+    tau_to_primary: Kendall's tau of the orders by share under this label and the primary one. Empty on the token axis,
+    where the other labels are not defined.
     """
     if one.experiment.axis != "steps":
         return pd.DataFrame()
@@ -72,10 +73,8 @@ def label_sensitivity(one: Contest) -> pd.DataFrame:
     for label in ("primary", *OTHER_LABELS):
         scores = run_scores(one, None if label == "primary" else {run: found[label] for run, found in labels.items()})
         scores = scores[scores["detector"].isin(names) & (scores["fault"] != "healthy")]
-        mean = mean_leads(scores).reindex(names)
-        primary = mean if primary is None else primary
-        known = mean.notna() & primary.notna()
-        agreement = rank_agreement(-mean[known], -primary[known]) if known.sum() > 1 else np.nan
+        share = mean_shares(one, scores).reindex(names)
+        primary = share if primary is None else primary
         diverged = scores.drop_duplicates("run_id")["divergence"].notna().sum()
         parts.append(
             pd.DataFrame(
@@ -83,10 +82,10 @@ def label_sensitivity(one: Contest) -> pd.DataFrame:
                     **one.keys,
                     "label": label,
                     "diverged": diverged,
-                    "tau_to_primary": agreement,
+                    "tau_to_primary": rank_agreement(-share, -primary),
                     "detector": names,
-                    "rmlt_steps": mean.to_numpy(),
-                    "rank": mean.rank(ascending=False).to_numpy(),
+                    "rmlt_steps": mean_leads(scores).reindex(names).to_numpy(),
+                    "share_of_possible_lead": share.to_numpy(),
                 }
             )
         )

@@ -7,8 +7,9 @@ import re
 import numpy as np
 import pandas as pd
 
+from analysis.detection import Detector
 from analysis.experiment import Experiment, ScoredRun
-from analysis.score import OUTCOMES, restricted_mean_lead
+from analysis.score import IN_TIME, OUTCOMES, best_baseline, relative_lead, restricted_mean_lead
 
 
 def median_step(steps: list[int | None]) -> float:
@@ -52,9 +53,12 @@ def run_table(experiment: Experiment) -> pd.DataFrame:
     return table
 
 
-def _restricted(alarm: int | None, run: ScoredRun) -> int:
-    """An alarm's position, at most the run's horizon, which also stands for "never"."""
-    return run.horizon if alarm is None else min(alarm, run.horizon)
+def _relative(detector: Detector, baseline: Detector | None, run: ScoredRun) -> float:
+    if baseline is None:
+        return np.nan
+    alarm, other = detector.alarms[run.trace.run_id], baseline.alarms[run.trace.run_id]
+    lead = relative_lead(alarm, other, onset=run.onset, divergence=run.divergence, reach=run.horizon)
+    return np.nan if lead is None else lead
 
 
 def lead_table(experiment: Experiment) -> pd.DataFrame:
@@ -62,18 +66,21 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
 
     threshold: of the chart, at false-alarm rate ``alpha``; median_alarm_step, median_divergence_step: NaN
     where the median run has none; rmlt_steps: mean restricted lead over diverging runs, a miss counting
-    0; relative_lead_steps: mean of baseline alarm minus alarm, both at most the run's horizon; detected: share
-    of runs with an alarm from onset and before divergence (or the horizon); healthy_test_alarms: alarms
-    in healthy test runs, of how many; the outcome columns count runs. Columns named after steps hold
-    positions on the experiment's axis; ``in_unit`` names them after it.
+    0; relative_lead_steps: over the best ``baseline`` of the fault, mean over diverging runs
+    (``analysis.score.relative_lead``); detected: share of runs with an alarm in time (``analysis.score.IN_TIME``);
+    healthy_test_alarms: alarms in healthy test runs, of how many; the outcome columns count runs. Columns named after
+    steps hold positions on the experiment's axis; ``in_unit`` names them after it.
     """
-    baseline = experiment.detectors[experiment.index["experiment"]["baseline"]]
-    if baseline.declined:
-        raise ValueError(f"the baseline detector {baseline.name!r} cannot be judged: {baseline.declined}")
+    baselines = [experiment.detectors[name] for name in experiment.baselines]
+    declined = next((baseline for baseline in baselines if baseline.declined), None)
+    if declined:
+        raise ValueError(f"the baseline {declined.name!r} cannot be judged: {declined.declined}")
     named = set(experiment.named_detectors)
     rows = []
     for fault in experiment.faults:
         runs = experiment.of("faulty", fault=fault)
+        leads = {b.name: restricted_mean_lead([experiment.score(b, run) for run in runs]) for b in baselines}
+        best = best_baseline(leads)
         for detector in experiment.detectors.values():
             row = {
                 "model": experiment.model,
@@ -87,11 +94,8 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
             scores = [experiment.score(detector, run) for run in runs]
             alarms = [detector.alarms[run.trace.run_id] for run in runs]
             healthy = [detector.alarms[run.trace.run_id] for run in experiment.of("test")]
-            relative = [
-                _restricted(baseline.alarms[run.trace.run_id], run) - _restricted(alarm, run)
-                for run, alarm in zip(runs, alarms, strict=True)
-            ]
-            detected = [s.outcome in ("lead", "benign_alarm") for s in scores]
+            relative = [_relative(detector, experiment.detectors.get(best), run) for run in runs]
+            detected = [s.outcome in IN_TIME for s in scores]
             rows.append(
                 row
                 | {
@@ -99,7 +103,8 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
                     "median_alarm_step": median_step(alarms),
                     "median_divergence_step": median_step([run.divergence for run in runs]),
                     "rmlt_steps": restricted_mean_lead(scores),
-                    "relative_lead_steps": float(np.mean(relative)),
+                    "baseline": best,
+                    "relative_lead_steps": float(pd.Series(relative, dtype=float).mean()),
                     "detected": float(np.mean(detected)),
                     **{outcome: sum(s.outcome == outcome for s in scores) for outcome in OUTCOMES},
                     "healthy_test_alarms": sum(alarm is not None for alarm in healthy),

@@ -10,6 +10,7 @@ The first three give z-scores, (T samples, layers, heads), which charts and a co
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,14 +76,7 @@ class ReferenceBand:
             raise DeclinedSignal(f"{name}: a reference run is not finite")
         if np.isnan(values).all(axis=2).any():
             raise DeclinedSignal(f"{name}: some sample is defined in no reference run")
-        with np.errstate(all="ignore"):
-            centre = np.nanmedian(values, axis=2)
-            residual = np.abs(values - centre[..., None])
-            edge = np.full((POOL_SAMPLES, *residual.shape[1:]), np.nan)
-            windows = np.lib.stride_tricks.sliding_window_view(
-                np.concatenate((edge, residual, edge)), 2 * POOL_SAMPLES + 1, axis=0
-            )
-            scale = MAD_TO_SIGMA * np.nanmedian(windows.reshape(*windows.shape[:2], -1), axis=2)
+        centre, scale = _centre_and_scale(values)
         if np.any(scale == 0):
             raise DeclinedSignal(f"{name}: zero spread in the reference runs")
         return cls(positions, centre, scale)
@@ -96,6 +90,47 @@ class ReferenceBand:
         if np.any(index >= len(self.positions)) or np.any(self.positions[index] != series.positions):
             raise ValueError("a run has samples at positions that the reference runs do not have")
         return (finite_or_inf(series) - self.centre[index][..., None]) / self.scale[index][..., None]
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    """Median over the last axis, NaN left out; NaN where all are."""
+    return np.nanmedian(values, axis=-1) if np.isnan(values).any() else np.median(values, axis=-1)
+
+
+def _pooled_median(residual: np.ndarray) -> np.ndarray:
+    """(T, layers): median of (T, layers, n) over n and the +-10 samples that there are, NaN left out."""
+    first, last = POOL_SAMPLES, max(POOL_SAMPLES, len(residual) - POOL_SAMPLES)
+    found = np.full(residual.shape[:2], np.nan)
+    if last > first:
+        windows = np.lib.stride_tricks.sliding_window_view(residual, 2 * POOL_SAMPLES + 1, axis=0)
+        found[first:last] = _median(windows.reshape(*windows.shape[:2], -1))
+    for t in (*range(min(first, len(residual))), *range(last, len(residual))):
+        near = np.moveaxis(residual[max(0, t - POOL_SAMPLES) : t + POOL_SAMPLES + 1], 0, -1)
+        found[t] = _median(near.reshape(len(near), -1))
+    return found
+
+
+def _centre_and_scale(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Median, and 1.4826 MAD pooled over +-10 samples, (T, layers), of (T, layers, runs and heads); NaN is missing."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a sample that no run has is NaN
+        centre = _median(values)
+        residual = np.abs(values - centre[..., None])
+        scale = MAD_TO_SIGMA * _pooled_median(residual)
+    return centre, scale
+
+
+def left_out_z(reference: Sequence[Aligned]) -> list[np.ndarray]:
+    """Of each reference run its (T, layers, heads) z-scores against the band of the others: what a new run would have.
+
+    NaN where a sample is missing, or where the others have none or no spread; Inf kept.
+    """
+    values = [finite_or_inf(series) for series in reference]
+    found = []
+    for i, own in enumerate(values):
+        centre, scale = _centre_and_scale(np.concatenate(values[:i] + values[i + 1 :], axis=2))
+        found.append((own - centre[..., None]) / np.where(scale > 0, scale, np.nan)[..., None])
+    return found
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def test_every_cell_composes_and_builds(experiment, scale, text):
     panels = [*experiment["figure"].values(), *(c["panel"] for c in experiment.get("claims", []) if "panel" in c)]
     used = [*experiment["detectors"].values(), *(panel["signals"] for panel in panels)]
     assert {name for names in used for name in names} <= known | {"held_out_loss"}
-    assert experiment["baseline"] in experiment["detectors"]
+    baseline = experiment["baseline"]
+    assert {*([baseline] if isinstance(baseline, str) else baseline)} <= set(experiment["detectors"])
     assert experiment["draw"] in DRAWINGS
     with torch.device("meta"):
         Transformer(runs[0].model_config)
