@@ -49,7 +49,7 @@ from experiments.stacked_loop import train_stack
 from experiments.stacking import stacks, why_single
 from experiments.stopping import asked, check_in, end_if_orphaned, end_with_parent, launching
 from experiments.train import describe, run_one, train_shown
-from experiments.validation import check_mapping
+from experiments.validation import check_mapping, check_named
 
 CONFIG_NAME = "reproduce"
 
@@ -251,18 +251,37 @@ def _check_has_effect(line: str, experiment: Mapping[str, Any]) -> None:
 
 
 def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
-    """The composed experiment, its ``align`` replaced by a top-level one.
+    """The composed experiment, its ``align`` replaced by a top-level one, its ``monitors`` an override of every run.
 
-    Raises ValueError on an unknown axis, and on an override that every run would undo.
+    Raises ValueError on an unknown axis or monitor, and on an override that every run would undo.
     """
     check_mapping(settings["experiment"], "experiment")
+    experiment = settings["experiment"]
     for line in given:
-        _check_has_effect(line, settings["experiment"])
+        _check_has_effect(line, experiment)
+    if experiment.get("monitors") is not None:
+        experiment = {
+            **experiment,
+            "overrides": [*(experiment.get("overrides") or ()), _chosen(experiment["monitors"], given)],
+        }
     if settings["align"] is None:
-        return settings["experiment"]
+        return experiment
     if settings["align"] not in AXES:
         raise ValueError(f"align={settings['align']} is not allowed: {' or '.join(AXES)}")
-    return {**settings["experiment"], "align": [settings["align"]]}
+    return {**experiment, "align": [settings["align"]]}
+
+
+def _chosen(monitors: Sequence[str], given: Sequence[str]) -> str:
+    """The override that lets these monitors watch. Raises ValueError on an unknown one, and where another is asked for."""
+    check_named(monitors, sorted(path.stem for path in (Path(CONF) / "monitor").glob("*.yaml")), "experiment.monitors")
+    for line in given:
+        root, *rest = line.lstrip("+~").split("=")[0].split(".")
+        if root == "monitor" and not set(rest[:1]) & set(monitors):
+            raise ValueError(
+                f"{line} has no effect on this experiment, whose runs are watched by {', '.join(monitors)}: "
+                "set experiment.monitors=[...], or null for all"
+            )
+    return f"monitor=[{','.join(monitors)}]"
 
 
 def planned_runs(experiment: Mapping[str, Any], scale: Mapping[str, Any]) -> list[PlannedRun]:
