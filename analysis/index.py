@@ -105,7 +105,7 @@ class Settings(Node):
     claims: list[Claim] = Field(default_factory=list)
     seeds: Seeds | None = None
     monitors: Names | None = None
-    headline: Names = []
+    headline: Names = Field(default_factory=list)
     score_every: int = Field(default=1, ge=1)
     family: str | None = None
     groups: Names = Field(default_factory=list)

@@ -42,13 +42,13 @@ from experiments.data import load_once
 from experiments.files import sealed, write_whole
 from experiments.pieces import Unfinished, in_pieces
 from experiments.plan import PlannedRun, plan, plan_cases
-from experiments.progress import StackProgress, SweepProgress
+from experiments.progress import RunInSweep, StackProgress, SweepProgress
 from experiments.scoring import check_runs, check_settings
 from experiments.settings import ReproduceCommand, check_command
 from experiments.stacked_loop import train_stack
 from experiments.stacking import stacks, why_single
 from experiments.stopping import asked, check_in, end_if_orphaned, end_with_parent, launching
-from experiments.train import describe, run_one, train_shown
+from experiments.train import describe, run_one, signals_of, train_shown
 from experiments.validation import check_mapping, check_named
 
 CONFIG_NAME = "reproduce"
@@ -78,7 +78,7 @@ def run_together(members: Sequence[Sequence[str]], out: Path) -> list[dict[str, 
     runs = build_all(members)  # launchers hand Hydra's state on to their workers, so that it composes there
     if why_single(runs[0]) is not None:
         return [train_shown(runs[0], out, show=False)]
-    with StackProgress() as progress:
+    with StackProgress(signals_of(runs[0])) as progress:
         return train_stack(runs, out, progress)
 
 
@@ -189,7 +189,11 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
     started, spent_s = time.monotonic(), sum(_cpu_s(out / run.run_id) for _, run in pending)
     config = with_launcher(given)
     processes, piece_s = min(at_once(config.hydra.launcher), len(jobs)), pending[0][1].train.piece_s
-    with SweepProgress({out / run.run_id: run.train.steps for run in runs}), launching() as folder:
+    shown = {
+        out / run.run_id: RunInSweep(f"{cell.fault or 'healthy'} {cell.seed}", run.train.steps)
+        for cell, run in zip(planned, runs, strict=True)
+    }
+    with SweepProgress(shown, processes * max(map(len, jobs))), launching() as folder:
         start_workers(config.hydra.launcher, folder)
 
         def launched(some: Sequence[Sequence[tuple[PlannedRun, Run]]], *more: str) -> list[list[dict[str, Any]]]:
@@ -272,7 +276,7 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
 
 
 def _chosen(monitors: Sequence[str], given: Sequence[str]) -> str:
-    """The override that lets these monitors watch. Raises ValueError on an unknown one, and where another is asked for."""
+    """The override that lets these monitors watch. Raises ValueError on an unknown one, or where another is asked for."""
     check_named(monitors, sorted(path.stem for path in (Path(CONF) / "monitor").glob("*.yaml")), "experiment.monitors")
     for line in given:
         root, *rest = line.lstrip("+~").split("=")[0].split(".")
