@@ -62,6 +62,8 @@ def drawn_curve(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]
 def value_label(experiment: Experiment, name: str, panel: Mapping[str, Any]) -> str:
     signal = experiment.signals[panel["signals"][0]]
     unit = "" if signal["unit"] == "1" else f"\n({signal['unit']})"
+    if all(name.endswith(".over_noise") for name in panel["signals"]):
+        unit = "\n(ratio to rounding)"
     name = textwrap.fill(pretty(name), 22)
     if panel.get("reduce") == "mean":
         return f"{name}\nlayer mean{unit}"

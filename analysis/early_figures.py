@@ -1,4 +1,4 @@
-"""The pictures of early warning: what a detector costs and how soon it alarms, and how small a fault it feels."""
+"""The pictures of early warning: what a detector costs and how soon it alarms, and how small a fault it detects."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 def cost_figure(experiment: Experiment, path: Path) -> str:
     """One point a detector: the cost of its monitors against the median delay of its alarm. Returns a caption."""
     style()
-    chosen, costs, told = cost_faults(experiment), monitor_costs(experiment.model), oracles(experiment)
+    chosen, costs, bounds = cost_faults(experiment), monitor_costs(experiment.model), oracles(experiment)
     found = delays(experiment)
     found = found[found["fault"].isin(chosen)]
     rows = pd.DataFrame({"delay": found.groupby("detector", sort=False)["delay_steps"].apply(median_delay)})
@@ -56,8 +56,8 @@ def cost_figure(experiment: Experiment, path: Path) -> str:
     figure, axis = plt.subplots(figsize=(9.5, 5.6))
     never = _delay_axis(axis, experiment.horizon, rows["delay"].min())
     points = list(zip(rows["cost"], rows["delay"].fillna(never), strict=True))
-    rivals = [point if name not in told else (np.inf, np.inf) for name, point in zip(rows.index, points, strict=True)]
-    front = [i for i in pareto_front(rivals) if points[i][1] < never and rows.index[i] not in told]
+    rivals = [point if name not in bounds else (np.inf, np.inf) for name, point in zip(rows.index, points, strict=True)]
+    front = [i for i in pareto_front(rivals) if points[i][1] < never and rows.index[i] not in bounds]
     axis.set_xscale("log")
     if len(rows):
         axis.set_xlim(rows["cost"].min() / 1.7, rows["cost"].max() * 5)
@@ -69,8 +69,8 @@ def cost_figure(experiment: Experiment, path: Path) -> str:
         axis.step(
             [*x, axis.get_xlim()[1]], [*y, y[-1]], where="post", color=HEALTHY, linewidth=1.5, alpha=0.6, zorder=1
         )
-    felt = rows["delay"].notna().to_numpy()
-    for chosen_points, colour in ((felt, HEALTHY), (~felt, "0.55")):
+    alarmed = rows["delay"].notna().to_numpy()
+    for chosen_points, colour in ((alarmed, HEALTHY), (~alarmed, "0.55")):
         here = [point for point, good in zip(points, chosen_points, strict=True) if good]
         if here:
             axis.scatter(*zip(*here, strict=True), color=colour, s=42, zorder=3)
@@ -81,15 +81,14 @@ def cost_figure(experiment: Experiment, path: Path) -> str:
     if together:
         labels = ["\n".join(names) for names in together.values()]
         label_points(axis, list(together), labels, lines=lines, fontsize=9.5)
-    felt_names = {pretty(name) for name in rows.index[felt]}
+    alarmed_names = {pretty(name) for name in rows.index[alarmed]}
     for label in axis.texts:
-        label.set_color(HEALTHY if label.get_text().split("\n")[0] in felt_names else "0.35")
+        label.set_color(HEALTHY if label.get_text().split("\n")[0] in alarmed_names else "0.35")
     axis.set_xlabel("cost of its monitors, share of a training step")
     axis.set_ylabel("median steps from onset to first alarm")
     runs = found["run_id"].nunique()
     axis.set_title(
-        f"{experiment.index['experiment']['title']}: sooner is lower, cheaper is left", loc="left",
-        fontsize=13, weight="bold", pad=12,
+        "Sooner is lower, cheaper is left", loc="left", fontsize=13, weight="bold", pad=12
     )  # fmt: skip
     said = f"{len(chosen)} faults, {runs} runs, at {experiment.alpha:.0%} false alarms per run; line: Pareto front"
     said += f"; cost not measured: {', '.join(pretty(name) for name in unmeasured)}" if len(unmeasured) else ""
@@ -173,7 +172,7 @@ def size_figure(experiment: Experiment, path: Path) -> str:
     silent = [pretty(name) for name in names if name not in ever]
     figure.legend(handles=handles, loc="center left", bbox_to_anchor=(0.91, 0.5), frameon=False, fontsize=9.5)
     figure.suptitle(
-        f"{experiment.index['experiment']['title']}: how small a fault is felt, and how soon",
+        "How small a fault raises an alarm, and how soon",
         x=0.07, ha="left", fontsize=13, weight="bold", y=0.9 + 0.5 / figure.get_figheight(),
     )  # fmt: skip
     save(figure, path)

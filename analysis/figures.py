@@ -27,17 +27,20 @@ from analysis.drawing import (
     value_label,
 )
 from analysis.experiment import HEALTHY_ROLES, Experiment, ScoredRun
+from analysis.score import restricted_mean_lead
 from analysis.table import median_step
+
+PANEL_INCHES = 1.95
 
 
 def central_figure(experiment: Experiment, path: Path) -> str:
     """The paper's figure: signals against step, healthy band, faulty runs, alarms, divergence. Returns a caption."""
     style()
-    panels = experiment.panels
+    panels, where = experiment.panels, "step" if experiment.axis == "steps" else "token"
     healthy = experiment.of(*HEALTHY_ROLES)
     faulty = experiment.of("faulty")
     divergences = [run.divergence for run in faulty if run.divergence is not None]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(9.5, 2.3 * len(panels)), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9.5, PANEL_INCHES * len(panels)), sharex=True, squeeze=False)
     for axis, (name, panel) in zip(axes[:, 0], panels.items(), strict=True):
         band = pd.concat([drawn_curve(experiment, run, panel) for run in healthy], axis=1)
         axis.fill_between(band.index, band.min(axis=1), band.max(axis=1), color=HEALTHY, alpha=0.25, linewidth=0)
@@ -49,26 +52,26 @@ def central_figure(experiment: Experiment, path: Path) -> str:
             axis.plot(curve.index, curve, color=FAULTY, linewidth=1.0, alpha=0.75)
             alarm = alarms.get(run.trace.run_id)
             if alarm is not None:
-                axis.plot(alarm, curve.asof(alarm), "v", color=ALARM, markersize=9, markeredgecolor="white", zorder=5)
+                marker = {"markersize": 9, "markeredgecolor": "white", "zorder": 5, "clip_on": False}
+                axis.plot(alarm, curve.asof(alarm), "v", color=ALARM, **marker)
             if run.divergence is not None:
                 axis.axvline(run.divergence, color=ALARM, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.7)
         if detector is not None and alarms:
             when = median_step([alarms[run.trace.run_id] for run in faulty])
-            said = "median run: no alarm" if np.isnan(when) else f"median alarm: {when:,.0f} {experiment.axis}"
+            said = "median run: no alarm" if np.isnan(when) else f"median alarm: {where} {when:,.0f}"
             axis.set_title(said, loc="right", fontsize=11, color=ALARM, pad=3)
         elif divergences:
             when = median_step([run.divergence for run in faulty])
-            said = (
-                "median run does not diverge" if np.isnan(when) else f"median divergence: {when:,.0f} {experiment.axis}"
-            )
+            said = "median run does not diverge" if np.isnan(when) else f"median divergence: {where} {when:,.0f}"
             axis.set_title(said, loc="right", fontsize=11, color=ALARM, pad=3)
-        if "norm" in name:
+        if panel.get("log", False):
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(PLAIN)
             axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_ylabel(value_label(experiment, name, panel))
     label_positions(axes[-1, 0], experiment)
     figure.align_ylabels()
+    height = figure.get_size_inches()[1]
     handles = [
         Patch(color=HEALTHY, alpha=0.25, label=f"{len(healthy)} healthy runs, range"),
         Line2D([], [], color=HEALTHY, label="healthy median"),
@@ -81,18 +84,17 @@ def central_figure(experiment: Experiment, path: Path) -> str:
         loc="upper center",
         ncol=5,
         frameon=False,
-        bbox_to_anchor=(0.5, 0.945),
+        bbox_to_anchor=(0.5, 1.0),
         fontsize=10,
         columnspacing=1.2,
         handlelength=1.6,
     )
-    title = experiment.index["experiment"]["title"]
-    figure.suptitle(title, y=0.975, fontsize=14, weight="bold")
-    figure.subplots_adjust(top=0.885, hspace=0.28)
+    figure.subplots_adjust(top=1 - 0.6 / height, hspace=0.32)
     save(figure, path)
     return (
-        f"{title}. Lines are single runs; entropies are those of the worst layer and head, training signals a rolling "
-        f"median over {SMOOTHING_SAMPLES} samples. Alarms at {experiment.alpha:.0%} false alarms per run."
+        "Lines are single runs: of the worst layer and head where a signal has them, of signals read at every step "
+        f"a rolling median over {SMOOTHING_SAMPLES} samples. Alarms at {experiment.alpha:.0%} false alarms per run; "
+        "numbers at the right are medians over the faulty runs."
     )
 
 
@@ -106,27 +108,23 @@ def lead_figure(experiment: Experiment, path: Path) -> str:
         for run in faulty:
             alarm = experiment.detectors[name].alarms[run.trace.run_id]
             rows.append((name, None if alarm is None else run.divergence - alarm))
-
-    def typical(name: str) -> float:
-        leads = [-np.inf if lead is None else lead for of, lead in rows if of == name]
-        return float(np.median(leads)) if leads else -np.inf
-
-    names.sort(key=typical)
+    mean = {n: restricted_mean_lead([experiment.score(experiment.detectors[n], run) for run in faulty]) for n in names}
+    names.sort(key=mean.get)
     figure, axis = plt.subplots(figsize=(9.5, 0.52 * len(names) + 1.7))
     found = [lead for _, lead in rows if lead is not None]
     late = max(50.0, *(-lead for lead in found)) if found else 50.0
     never = -late - 0.06 * (max(found, default=0) + late)
     for y, name in enumerate(names):
         leads = [lead for of, lead in rows if of == name]
-        middle = typical(name)
-        colour = HEALTHY if middle > 0 else "0.6"
-        if np.isfinite(middle):
-            axis.barh(y, middle, color=colour, alpha=0.3, height=0.62)
+        colour = HEALTHY if mean[name] > 0 else "0.6"
+        axis.barh(y, mean[name], color=colour, alpha=0.3, height=0.62)
+        axis.annotate(f"{mean[name]:,.0f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=10)
         for offset, lead in zip(np.linspace(-0.18, 0.18, max(len(leads), 1)), leads, strict=False):
             if lead is None:
                 axis.plot(never, y + offset, "x", color="0.45", markersize=6)
             else:
                 axis.plot(lead, y + offset, "o", color=colour, markersize=6, markeredgecolor="white")
+    axis.annotate("mean", (1.01, len(names) - 0.35), xycoords=("axes fraction", "data"), va="bottom", fontsize=10)
     axis.axvline(0, color=ALARM, linewidth=1.2)
     axis.text(0, len(names) - 0.35, "loss diverges", ha="left", va="bottom", fontsize=10, color=ALARM)
     if any(lead is None for _, lead in rows):
@@ -137,7 +135,7 @@ def lead_figure(experiment: Experiment, path: Path) -> str:
     axis.set_xlabel(f"lead time: {unit} between first alarm and divergence")
     axis.xaxis.set_major_formatter(THOUSANDS)
     axis.set_title(
-        f"Who feels it first? {len(faulty)} diverging runs at {experiment.alpha:.0%} false alarms per run",
+        f"Who alarms first? {len(faulty)} diverging runs at {experiment.alpha:.0%} false alarms per run",
         loc="left",
         fontsize=13,
         weight="bold",
@@ -145,8 +143,8 @@ def lead_figure(experiment: Experiment, path: Path) -> str:
     )
     save(figure, path)
     return (
-        "Lead time of each detector: dots are runs, bars their median, a cross is a run without alarm; "
-        "left of the line the alarm came after the loss had diverged."
+        "Lead time of each detector: dots are runs, a cross is a run without alarm; left of the line the alarm came "
+        "after the loss had diverged. Bars and numbers are means, in which a late or missing alarm counts as 0."
     )
 
 
@@ -207,9 +205,8 @@ def fault_figure(experiment: Experiment, path: Path) -> str:
         Line2D([], [], color=ALARM, marker="|", linestyle="", markersize=14, markeredgewidth=3, label="loss diverges")
     )
     axis.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncol=4, frameon=False, fontsize=10)
-    axis.set_title(experiment.index["experiment"]["title"], loc="left", fontsize=13, weight="bold", pad=32)
     save(figure, path)
     return (
-        f"{experiment.index['experiment']['title']}: median over {len(runs(faults[0]))} runs of first alarm and "
-        f"divergence, horizon {experiment.horizon:,} {experiment.axis}, {experiment.alpha:.0%} false alarms per run."
+        f"Median over {len(runs(faults[0]))} runs of first alarm and divergence, horizon {experiment.horizon:,} "
+        f"{experiment.axis}, {experiment.alpha:.0%} false alarms per run."
     )

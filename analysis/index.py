@@ -69,6 +69,7 @@ class Panel(Node):
     signals: Several
     reduce: Literal["worst", "mean"] = "worst"
     log: bool = False
+    above_healthy: bool = False
 
 
 class Alarms(Node):
@@ -104,6 +105,8 @@ class Settings(Node):
     overrides: Names = Field(default_factory=list)
     claims: list[Claim] = Field(default_factory=list)
     seeds: Seeds | None = None
+    monitors: Names | None = None
+    headline: Names = Field(default_factory=list)
     score_every: int = Field(default=1, ge=1)
     family: str | None = None
     groups: Names = Field(default_factory=list)

@@ -61,7 +61,7 @@ def localise_figure(experiment: Experiment, path: Path) -> str:
     )  # fmt: skip
     save(figure, path)
     return (
-        f"{experiment.index['experiment']['title']}: runs by the class of sites where the fault is (row) and where the "
+        "Runs by the class of sites where the fault is (row) and where the "
         "broken conservation laws say that it is (column); framed: right. Sites of one class break the same laws. "
         f"Threshold: one for all laws, layers and heads, at {experiment.alpha:.0%} false alarms per run."
     )

@@ -48,10 +48,6 @@ def paired_figure(experiment: Experiment, path: Path) -> str:
         axis.tick_params(axis="y", length=0)
     axes[0, 0].set_yticks(range(len(faults)), [" ".join(experiment.label(fault).split()) for fault in faults])
     axes[0, 0].set_ylim(len(faults) - 0.4, -0.6)
-    figure.suptitle(
-        experiment.index["experiment"]["title"],
-        x=0.02, ha="left", fontsize=13, weight="bold", y=0.88 + 0.4 / figure.get_figheight(),
-    )  # fmt: skip
     save(figure, path)
     seeds, label = len(experiment.of("faulty", fault=control)), " ".join(experiment.label(control).split())
     return (

@@ -20,8 +20,16 @@ def curve(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]) -> p
     """One run's curve of a panel against position, up to the horizon.
 
     panel: ``signals`` and ``reduce``: ``worst`` of signals, layers and heads (lowest where down is bad, else
-    highest) or their ``mean``. Missing samples are left out of it.
+    highest) or their ``mean``. Missing samples are left out of it. ``above_healthy``: less the healthy runs' median.
     """
+    own = _reduced(experiment, run, panel)
+    if not panel.get("above_healthy", False):
+        return own
+    healthy = pd.concat([_reduced(experiment, other, panel) for other in runs_of(experiment, None)], axis=1)
+    return own - healthy.median(axis=1).reindex(own.index, method="ffill")
+
+
+def _reduced(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]) -> pd.Series:
     signals, reduce = panel["signals"], panel.get("reduce", "worst")
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce={reduce!r} is not allowed: one of {', '.join(REDUCTIONS)}")

@@ -22,6 +22,7 @@ from analysis.delays import blind_table, smallest_table
 from analysis.early_figures import cost_figure, size_figure
 from analysis.experiment import HEALTHY_ROLES, Experiment, has_cases, load, views
 from analysis.figures import central_figure, fault_figure, lead_figure
+from analysis.headline import headline
 from analysis.leaderboard_figure import leads_figure
 from analysis.localise import confusion, localise, sentences, shares_right
 from analysis.localise_figure import localise_figure
@@ -41,12 +42,12 @@ COLUMNS = {
     "median_alarm_step": "median alarm",
     "median_divergence_step": "median divergence",
     "rmlt_steps": "mean lead",
-    "relative_lead_steps": "lead over baseline",
-    "detected": "detected",
+    "relative_lead_steps": "mean lead over baseline",
+    "detected": "runs detected",
     "late": "late",
     "missed": "missed",
     "false_alarm": "false",
-    "healthy": "healthy alarms",
+    "healthy": "healthy runs with an alarm",
 }
 BY_MODEL = {
     "localise": {"figure": localise_figure},
@@ -118,6 +119,9 @@ def print_table(experiment: Experiment, table: pd.DataFrame, console: Console) -
             grid.add_row(*(escape(str(row[column])) for column in COLUMNS))
         console.print(grid)
     console.print(summary(experiment), markup=False)
+    said = headline(experiment, table)
+    if said:
+        console.print(said, style="bold", highlight=False, markup=False)
 
 
 def _picture(caption: str, path: Path) -> str:
@@ -139,14 +143,14 @@ def _tables(experiment: Experiment, table: pd.DataFrame) -> str:
             parts.append(f"<h3>{html.escape(experiment.label(fault))}</h3>" + shown.to_html(index=False))
         return "".join(parts)
 
-    declined = table[table["declined"].notna()].drop_duplicates("detector")
-    said = "".join(f"<li>{html.escape(reason)}</li>" for reason in declined["declined"])
+    reasons = table["declined"].dropna().drop_duplicates()
+    declined = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons)
     return f"""<h2>{html.escape(experiment.model)}, aligned by {experiment.axis}</h2><p>{html.escape(summary(experiment))}</p>
 <h3>Detectors</h3>{grid("detector")}
-<p>Mean lead counts a missed or late alarm as 0. Baseline: {html.escape(experiment.index["experiment"]["baseline"])}, one detector
+<p>Alarm and divergence: medians over runs. Leads: means over runs, in which a missed or late alarm counts as 0. Baseline: {html.escape(experiment.index["experiment"]["baseline"])}, one detector
 calibrated jointly. A dash: the median run raises no alarm, or does not diverge.</p>
 <details><summary><b>Every signal by itself</b></summary>{grid("signal")}</details>
-{f"<h3>Declined</h3><ul>{said}</ul>" if len(declined) else ""}"""
+{f"<details><summary><b>Declined signals</b> ({len(reasons)})</summary><ul>{declined}</ul></details>" if declined else ""}"""
 
 
 def _verdict(holds: bool | None) -> str:
@@ -180,6 +184,7 @@ def _page(
         "runs": ", ".join(runs),
     }
     title = f"{index['experiment']['title']} ({index['scale']['name']})"
+    said_first = [headline(experiment, table) for experiment, table in zip(experiments, tables, strict=True)]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
@@ -187,9 +192,11 @@ img {{ width: 100%; }} figure {{ margin: 2rem 0; }} figcaption {{ color: #555; }
 table {{ border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }}
 th, td {{ border: 0; border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right; }}
 th:first-child, td:first-child, .claims th, .claims td {{ text-align: left; }}
+.headline {{ font-size: 1.25rem; }} summary {{ cursor: pointer; margin: 1rem 0; }}
 dt {{ font-weight: 600; }} dd {{ overflow-wrap: anywhere; }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
+{"".join(f"<p class=headline>{html.escape(said)}</p>" for said in said_first if said)}
 {"".join(_picture(caption, path) for caption, path in figures.items())}
 {_claims(claims)}
 {"".join(_tables(experiment, table) for experiment, table in zip(experiments, tables, strict=True))}

@@ -98,17 +98,13 @@ def dose_figure(experiments: Sequence[Experiment], path: Path) -> str:
         handles.append(Line2D([], [], color="0.4", label="loss diverges", **tick))
     height = figure.get_size_inches()[1]
     figure.align_ylabels(axes[:, 0])
-    figure.subplots_adjust(top=1 - (0.95 if alone else 1.25) / height, hspace=0.2, wspace=0.08)
-    figure.suptitle(settings["title"], y=1 - 0.12 / height, fontsize=14, weight="bold")
+    figure.subplots_adjust(top=1 - (0.55 if alone else 0.85) / height, hspace=0.2, wspace=0.08)
     figure.legend(
         handles=handles, loc="upper center", ncol=len(handles), frameon=False, fontsize=10.5,
-        bbox_to_anchor=(0.5, 1 - 0.42 / height), columnspacing=1.2, handlelength=1.5,
+        bbox_to_anchor=(0.5, 1 - 0.02 / height), columnspacing=1.2, handlelength=1.5,
     )  # fmt: skip
     save(figure, path)
-    return (
-        f"{settings['title']}. Thin lines are single runs, the band is the range of all healthy runs, "
-        "the thick line their median."
-    )
+    return "Thin lines are single runs, the band is the range of all healthy runs, the thick line their median."
 
 
 def grid_figure(experiment: Experiment, path: Path) -> str:
@@ -142,17 +138,10 @@ def grid_figure(experiment: Experiment, path: Path) -> str:
         axis.set_xlabel("learning rate")
         axis.set_ylabel("" if index else "batch")
         axis.tick_params(axis="y", rotation=0)
-    title = (
-        f"{settings['title']}, after {end / 1e6:.2f} million tokens"
-        if experiment.axis == "tokens"
-        else settings["title"]
-    )
-    figure.suptitle(title, fontsize=13, weight="bold", y=1.04)
     save(figure, path)
     counts = sorted(len(runs_of(experiment, fault)) for fault in cells.values())
     return (
-        f"{title}. Each cell is the median of {counts[0]} runs, the healthy one of {counts[-1]}, "
-        f"at {end:,} {experiment.axis}."
+        f"Each cell is the median of {counts[0]} runs, the healthy one of {counts[-1]}, at {end:,} {experiment.axis}."
     )
 
 
@@ -186,11 +175,9 @@ def selectivity_figure(experiment: Experiment, path: Path) -> str:
     axis.tick_params(length=0)
     for rows in experiment.index["experiment"].get("groups", []):
         axis.axhline(list(matrix.index).index(rows), color=ALARM, linewidth=1.5)
-    title = f"{experiment.index['experiment']['title']}, at {experiment.alpha:.0%} false alarms per run"
-    axis.set_title(title, fontsize=13, weight="bold", pad=16, loc="left", x=-0.25)
     save(figure, path)
     return (
-        f"{experiment.index['experiment']['title']}: share of runs in which each detector (row) alarms from the "
+        f"Share of runs in which each detector (row) alarms from the "
         f"onset on and before divergence, or the run's end, under each fault (column), at {experiment.alpha:.0%} "
         "false alarms per run."
         + (f" Declined, for want of spread in healthy runs: {', '.join(declined)}." if declined else "")

@@ -22,9 +22,13 @@ MAD_TO_SIGMA = 1.4826
 
 
 class LiveAlarms:
-    """Keeps the last 2W + 1 readings of every signal on the device; computes only when asked."""
+    """Keeps the last 2W + 1 readings of every signal on the device; computes only when asked.
 
-    def __init__(self, signals: Iterable[Signal]) -> None:
+    stacked: every reading has an axis of runs in front, and each run is judged by itself.
+    """
+
+    def __init__(self, signals: Iterable[Signal], stacked: bool = False) -> None:
+        self._stacked = stacked
         self._signals = {signal.name: signal for signal in signals if not signal.constant_when_healthy}
         self._recent: dict[str, deque[Tensor]] = {name: deque(maxlen=2 * WINDOW_SAMPLES + 1) for name in self._signals}
 
@@ -35,11 +39,15 @@ class LiveAlarms:
                 value = reading.value if masked else reading
                 value = torch.where(value.isfinite(), value, torch.inf)  # broken, which is bad in every direction
                 value = value.masked_fill(reading.undefined, torch.nan) if masked else value
-                self._recent[name].append(value.detach())
+                self._recent[name].append(value.detach() if self._stacked else value.detach()[None])
 
     def raised(self) -> dict[str, float]:
-        """Signals above the limit, with their distance in robust standard deviations, largest first."""
-        found = {}
+        """Signals of the one run above the limit, with their distance in robust standard deviations, largest first."""
+        return self.raised_by_run().get(0, {})
+
+    def raised_by_run(self) -> dict[int, dict[str, float]]:
+        """The same for every run that has such a signal, by its place in the stack."""
+        found: dict[int, dict[str, float]] = {}
         for name, recent in self._recent.items():
             if len(recent) < recent.maxlen:
                 continue
@@ -51,7 +59,8 @@ class LiveAlarms:
             bad = self._signals[name].bad
             oriented = distance.abs() if bad == "both" else distance if bad == "up" else -distance
             oriented = torch.where(values[-1].isposinf(), torch.inf, oriented)
-            worst = float(oriented.nan_to_num(nan=-torch.inf, posinf=torch.inf).max())
-            if worst > LIMIT:
-                found[name] = worst
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+            worst = oriented.nan_to_num(nan=-torch.inf, posinf=torch.inf).reshape(len(oriented), -1).amax(1)
+            for run, distance_of_run in enumerate(worst.tolist()):
+                if distance_of_run > LIMIT:
+                    found.setdefault(run, {})[name] = distance_of_run
+        return {run: dict(sorted(alarms.items(), key=lambda item: -item[1])) for run, alarms in found.items()}

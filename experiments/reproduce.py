@@ -43,14 +43,14 @@ from experiments.files import sealed, write_whole
 from experiments.names import check_name
 from experiments.pieces import Unfinished, in_pieces
 from experiments.plan import PlannedRun, plan, plan_cases
-from experiments.progress import StackProgress, SweepProgress
+from experiments.progress import RunInSweep, StackProgress, SweepProgress
 from experiments.scoring import check_runs, check_settings
 from experiments.settings import ReproduceCommand, check_command
 from experiments.stacked_loop import train_stack
 from experiments.stacking import stacks, why_single
 from experiments.stopping import asked, check_in, end_if_orphaned, end_with_parent, launching
-from experiments.train import describe, run_one, train_shown
-from experiments.validation import check_mapping
+from experiments.train import describe, run_one, signals_of, train_shown
+from experiments.validation import check_mapping, check_named
 
 CONFIG_NAME = "reproduce"
 
@@ -79,7 +79,7 @@ def run_together(members: Sequence[Sequence[str]], out: Path) -> list[dict[str, 
     runs = build_all(members)  # launchers hand Hydra's state on to their workers, so that it composes there
     if why_single(runs[0]) is not None:
         return [train_shown(runs[0], out, show=False)]
-    with StackProgress() as progress:
+    with StackProgress(signals_of(runs[0])) as progress:
         return train_stack(runs, out, progress)
 
 
@@ -190,7 +190,11 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
     started, spent_s = time.monotonic(), sum(_cpu_s(out / run.run_id) for _, run in pending)
     config = with_launcher(given)
     processes, piece_s = min(at_once(config.hydra.launcher), len(jobs)), pending[0][1].train.piece_s
-    with SweepProgress({out / run.run_id: run.train.steps for run in runs}), launching() as folder:
+    shown = {
+        out / run.run_id: RunInSweep(f"{cell.fault or 'healthy'} {cell.seed}", run.train.steps)
+        for cell, run in zip(planned, runs, strict=True)
+    }
+    with SweepProgress(shown, processes * max(map(len, jobs))), launching() as folder:
         start_workers(config.hydra.launcher, folder)
 
         def launched(some: Sequence[Sequence[tuple[PlannedRun, Run]]], *more: str) -> list[list[dict[str, Any]]]:
@@ -252,20 +256,39 @@ def _check_has_effect(line: str, experiment: Mapping[str, Any]) -> None:
 
 
 def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
-    """The composed experiment, its ``align`` replaced by a top-level one.
+    """The composed experiment, its ``align`` replaced by a top-level one, its ``monitors`` an override of every run.
 
-    Raises ValueError on an unknown axis, and on an override that every run would undo.
+    Raises ValueError on an unknown axis or monitor, and on an override that every run would undo.
     """
     check_mapping(settings["experiment"], "experiment")
+    experiment = settings["experiment"]
     for line in given:
-        _check_has_effect(line, settings["experiment"])
+        _check_has_effect(line, experiment)
     for field in ("experiment", "scale"):
         check_name(settings[field]["name"], f"{field}.name")
+    if experiment.get("monitors") is not None:
+        experiment = {
+            **experiment,
+            "overrides": [*(experiment.get("overrides") or ()), _chosen(experiment["monitors"], given)],
+        }
     if settings["align"] is None:
-        return settings["experiment"]
+        return experiment
     if settings["align"] not in AXES:
         raise ValueError(f"align={settings['align']} is not allowed: {' or '.join(AXES)}")
-    return {**settings["experiment"], "align": [settings["align"]]}
+    return {**experiment, "align": [settings["align"]]}
+
+
+def _chosen(monitors: Sequence[str], given: Sequence[str]) -> str:
+    """The override that lets these monitors watch. Raises ValueError on an unknown one, or where another is set."""
+    check_named(monitors, sorted(path.stem for path in (Path(CONF) / "monitor").glob("*.yaml")), "experiment.monitors")
+    for line in given:
+        root, *rest = line.lstrip("+~").split("=")[0].split(".")
+        if root == "monitor" and not set(rest[:1]) & set(monitors):
+            raise ValueError(
+                f"{line} has no effect on this experiment, whose runs are watched by {', '.join(monitors)}: "
+                "set experiment.monitors=[...], or null for all"
+            )
+    return f"monitor=[{','.join(monitors)}]"
 
 
 def planned_runs(experiment: Mapping[str, Any], scale: Mapping[str, Any]) -> list[PlannedRun]:

@@ -92,6 +92,7 @@ def _check_names(experiment: Mapping[str, Any], given: Sequence[str]) -> None:
     faults = {*experiment["faults"], *_dropped(given, "experiment.faults")}
     ignored, claims = experiment.get("should_ignore", {}), experiment.get("claims", [])
     check_named(experiment.get("groups", []), sorted(detectors), "experiment.groups")
+    check_named(experiment.get("headline", []), sorted(detectors), "experiment.headline")
     check_named(ignored, sorted(detectors), "experiment.should_ignore")
     for family, names in ignored.items():
         check_named(names, sorted(faults), f"experiment.should_ignore.{family}")

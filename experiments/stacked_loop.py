@@ -46,10 +46,11 @@ from faults.base import Fault, Sites
 from models.objective import objective_at
 from models.stacked import StackedNumerics, StackedTransformer
 from models.taps import Taps
-from monitors.base import StepView, tapped
+from monitors.base import Reading, StepView, tapped
 
-StackProgress = Callable[[int, dict[Path, Tensor]], None]
-"""Called after every update with the step and, by run folder, the loss (0-dim) of every run that still records."""
+StackProgress = Callable[[int, dict[Path, int], Tensor, dict[str, Reading]], None]
+"""Called after every update with the step; by run folder, the place in the stack of every run that still records; the
+losses (N,); and the step's readings of the monitors that watch the stack in one call, a run axis in front."""
 
 
 def train_stack(runs: Sequence[Run], out: Path, progress: StackProgress | None = None) -> list[dict[str, Any]]:
@@ -192,7 +193,8 @@ def _train_together(
         finite_N = finite_N & torch.isfinite(losses_N)
         objective = partial(objective_at, model, batch, numerics, (), 1.0)
         view = StepView(now, tokens, losses_N, grad_norms_N, model, history, (), taps, optimizer, numerics, objective)
-        for name, reading in together.observe(observed, view).items():
+        readings = together.observe(observed, view)
+        for name, reading in readings.items():
             record.add(now, tokens, name, reading)
         by_themselves = [name for name in observed if name not in together.names]
         for index in recording if by_themselves else ():
@@ -202,8 +204,7 @@ def _train_together(
             )
         del taps, view, objective  # as large as the step's activations: the next step is to find that memory free
         if progress is not None:
-            losses = losses_N.unbind()
-            progress(now, {folders[index]: losses[index] for index in recording})
+            progress(now, {folders[index]: index for index in recording}, losses_N, readings)
 
         if now % config.held_out_every_steps == 0:
             held_out_N = label(now, tokens, sites)

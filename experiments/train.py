@@ -19,6 +19,7 @@ from experiments.progress import RunProgress
 from experiments.settings import TrainCommand, check_command
 from experiments.stopping import asked
 from models.transformer import Transformer
+from monitors.base import Signal
 
 
 def describe(run: Run) -> str:
@@ -35,12 +36,16 @@ def describe(run: Run) -> str:
     )
 
 
+def signals_of(run: Run) -> list[Signal]:
+    """What all monitors of a run record."""
+    return [signal for monitor in run.monitors.values() for signal in monitor.signals]
+
+
 def train_shown(run: Run, out: Path, show: bool) -> dict[str, Any]:
     """Train a run with its progress in its folder and, if asked, on a bar; returns its manifest."""
     folder = out / run.run_id
     folder.mkdir(parents=True, exist_ok=True)
-    signals = [signal for monitor in run.monitors.values() for signal in monitor.signals]
-    with RunProgress(folder, run.train.steps, signals, show=show) as progress:
+    with RunProgress(folder, run.train.steps, signals_of(run), show=show) as progress:
         return train(run, out, progress)
 
 
