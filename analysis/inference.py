@@ -140,15 +140,6 @@ def false_alarm_law(n: int, alpha: float) -> tuple[float, float, float]:
     return float(law.mean()), float(low), float(high)
 
 
-def false_alarm_bound(n: int, alpha: float) -> float:
-    """The false-alarm rate that the conformal threshold of n runs keeps with 95 % confidence over calibrations.
-
-    The 95 % quantile of ``false_alarm_law``'s Beta; the largest of 59 (alpha = 1/60) keeps 5 %.
-    """
-    k = conformal_rank(n, alpha)
-    return float(stats.beta.ppf(CONFIDENCE, n + 1 - k, k))
-
-
 def chance_of_alarms(alarms: int, runs: int, n: int, alpha: float) -> float:
     """The chance that at least so many of these healthy runs rise above one conformal threshold of n other runs.
 
@@ -172,6 +163,15 @@ def keeps_rate(alarms: int, runs: int, n: int, alpha: float) -> bool:
     if n:
         return chance_of_alarms(alarms, runs, n, alpha) > tail
     return float(stats.binom.sf(alarms - 1, runs, alpha)) > tail
+
+
+def false_alarm_bound(n: int, alpha: float) -> float:
+    """The false-alarm rate that the conformal threshold of n runs keeps with 95 % confidence over calibrations.
+
+    The 95 % quantile of ``false_alarm_law``'s Beta; the largest of 59 (alpha = 1/60) keeps 5 %.
+    """
+    k = conformal_rank(n, alpha)
+    return float(stats.beta.ppf(CONFIDENCE, n + 1 - k, k))
 
 
 def _ranks(means: np.ndarray) -> np.ndarray:
