@@ -5,8 +5,9 @@ A claim is a node of an experiment's YAML: ``says``, in words, and one of two te
 value of its runs at the common end must change in that sense from each to the next, each step with an exact one-sided
 Mann-Whitney p of at most 5 % (three runs against three can just reach it).
 ``alarms``: a fault and a detector, and whether it ``should``. It should where more runs alarm than chance explains, and
-should not where no more do: a binomial tail of 5 % at the false-alarm rate of the threshold. A single run can never
-show an alarm by that test, and few runs cannot show silence beyond it. A declined detector leaves ``holds`` empty.
+should not where no more do: chance is what healthy runs that share the threshold do, at 5 %
+(``inference.chance_of_alarms``). A single run can show no alarm where alpha is 5 % or more, and few runs cannot show
+silence beyond that test. A declined detector leaves ``holds`` empty.
 ``align`` (steps or tokens) and ``model`` confine a claim to one view.
 """
 
@@ -18,13 +19,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binom, mannwhitneyu
+from scipy.stats import mannwhitneyu
 
 from analysis.experiment import Experiment
+from analysis.inference import CHANCE, chance_of_alarms
 from analysis.readings import at_end, common_end
 from analysis.score import IN_TIME
-
-CHANCE = 0.05
 
 
 def check_claims(experiment: Experiment) -> pd.DataFrame:
@@ -78,7 +78,7 @@ def _alarms(experiment: Experiment, claim: Mapping[str, Any]) -> tuple[str, bool
     should = claim["alarms"]["should"]
     counted = IN_TIME if should else (*IN_TIME, "late")  # silence is silence to the end
     count = sum(experiment.score(detector, run).outcome in counted for run in runs)
-    chance = float(binom.sf(count - 1, len(runs), experiment.alpha))
+    chance = chance_of_alarms(count, len(runs), len(detector.maxima), experiment.alpha)
     said = (
         f"{detector.name} alarms {'in time ' if should else ''}in {count} of {len(runs)} runs of "
         f"{experiment.label(fault)} at {experiment.alpha:.0%} false alarms (by chance {chance:.2g})"

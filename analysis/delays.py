@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.experiment import Experiment
 from analysis.fault_truth import OTHER, truth_of
-from analysis.inference import false_alarm_law
+from analysis.inference import CHANCE, chance_of_alarms
 from analysis.table import median_step
 from analysis.tracks import family as track_family
 
@@ -138,23 +138,23 @@ def smallest_table(experiment: Experiment) -> pd.DataFrame:
 
 
 def blind_table(experiment: Experiment) -> pd.DataFrame:
-    """One row a fault that the experiment's ``family`` does not feel: it alarms no more often than chance may.
+    """One row a fault for which the experiment's ``family`` alarms no more often than chance explains, at 5 %.
 
     What the experiment lists as ``controls`` is no fault, and left out.
 
-    limit: the upper end of what the family's false-alarm rate may be, given its calibration runs (95 %); soonest: the
-    other detector of the smallest median delay, empty where none alarms in most runs.
+    by_chance: how likely so many alarms are in healthy runs that share the threshold (``chance_of_alarms``); soonest:
+    the other detector of the smallest median delay, empty where none alarms in most runs.
     """
     family = experiment.index["experiment"]["family"]
     if family not in experiment.named_detectors or experiment.detectors[family].declined:
         raise ValueError(f"experiment.family={family!r} is not allowed: a detector that can be judged")
-    limit = false_alarm_law(len(experiment.of("calibration")), experiment.alpha)[2]
-    rows = []
+    calibration, rows = len(experiment.of("calibration")), []
     for fault, runs in delays(experiment).groupby("fault", sort=False):
         if fault in experiment.index["experiment"].get("controls", ()):
             continue
-        felt = float(runs.loc[runs["detector"] == family, "delay_steps"].notna().mean())
-        if felt > limit:
+        alarmed = runs.loc[runs["detector"] == family, "delay_steps"].notna()
+        by_chance = chance_of_alarms(int(alarmed.sum()), len(alarmed), calibration, experiment.alpha)
+        if by_chance < CHANCE:
             continue
         others = runs[~runs["detector"].isin({family, *oracles(experiment)})].groupby("detector", sort=False)[
             "delay_steps"
@@ -166,12 +166,12 @@ def blind_table(experiment: Experiment) -> pd.DataFrame:
                 "fault": fault,
                 "label": " ".join(experiment.label(fault).split()),
                 "runs": len(experiment.of("faulty", fault=fault)),
-                "family_alarms": felt,
-                "limit": limit,
+                "family_alarms": float(alarmed.mean()),
+                "by_chance": by_chance,
                 "soonest": soonest,
                 "median_delay_steps": np.nan if soonest is None else medians[soonest],
                 "alarms": np.nan if soonest is None else float(others.get_group(soonest).notna().mean()),
             }
         )
-    columns = ["fault", "label", "runs", "family_alarms", "limit", "soonest", "median_delay_steps", "alarms"]
+    columns = ["fault", "label", "runs", "family_alarms", "by_chance", "soonest", "median_delay_steps", "alarms"]
     return pd.DataFrame(rows, columns=columns)

@@ -22,6 +22,8 @@ from analysis.alarms import conformal_rank
 
 MIN_SEEDS = 10
 CONFIDENCE = 0.95
+CHANCE = 0.05
+"""More alarms than healthy runs give with this probability are no chance."""
 RESAMPLES = 10_000
 CODED_SEEDS = 62  # up to so many, a sign pattern is the bits of an int64
 CHUNK = 1_000  # replicates held in memory at once
@@ -136,6 +138,31 @@ def false_alarm_law(n: int, alpha: float) -> tuple[float, float, float]:
     law = stats.beta(n + 1 - k, k)
     low, high = law.interval(0.95)
     return float(law.mean()), float(low), float(high)
+
+
+def chance_of_alarms(alarms: int, runs: int, n: int, alpha: float) -> float:
+    """The chance that at least so many of these healthy runs rise above one conformal threshold of n other runs.
+
+    Runs that share a threshold share its luck, so their number is not binomial at alpha: integrated over the law of
+    the threshold, Beta(n + 1 - k, k) (``false_alarm_law``), it is beta-binomial. All of m runs above the largest of n:
+    1 / C(n + m, m). Raises ValueError for alarms outside 0..runs, and where n cannot support alpha.
+    """
+    if not 0 <= alarms <= runs:
+        raise ValueError(f"alarms={alarms} is not allowed: 0 to runs={runs}")
+    k = conformal_rank(n, alpha)
+    return float(stats.betabinom.sf(alarms - 1, runs, n + 1 - k, k))
+
+
+def keeps_rate(alarms: int, runs: int, n: int, alpha: float) -> bool:
+    """Whether so many alarms in healthy runs leave it possible that a detector alarms in no more than alpha of them.
+
+    One-sided at 2.5 %. n: calibration runs behind its conformal threshold (``chance_of_alarms``); 0 for a threshold
+    that promises alpha by itself, without calibration: binomial.
+    """
+    tail = (1 - CONFIDENCE) / 2
+    if n:
+        return chance_of_alarms(alarms, runs, n, alpha) > tail
+    return float(stats.binom.sf(alarms - 1, runs, alpha)) > tail
 
 
 def false_alarm_bound(n: int, alpha: float) -> float:

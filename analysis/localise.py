@@ -18,7 +18,7 @@ from analysis.alarms import conformal_threshold
 from analysis.detection import Detection
 from analysis.experiment import Experiment, ScoredRun
 from analysis.fault_truth import HEALTHY, OTHER, Truth, truth_of
-from analysis.inference import clopper_pearson_interval, wilson_interval
+from analysis.inference import clopper_pearson_interval
 from analysis.laws import CLASSES, INPUTS, law_of
 from analysis.place import NO_ALARM, Levels, Verdict, name_place, rolling_rms
 from analysis.tracks import DeclinedSignal
@@ -151,13 +151,28 @@ def confusion(table: pd.DataFrame) -> pd.DataFrame:
     return counts.reindex(index=rows, columns=columns, fill_value=0).rename_axis(index="true", columns="named")
 
 
+def faults_right(runs: pd.DataFrame, what: str) -> tuple[int, int]:
+    """In how many faults ``what`` (class, part, layer, head) is right in every run, and of how many; healthy runs each.
+
+    The seeds of one fault share its place and size, so they are right or wrong together: the fault is the unit.
+    """
+    known = runs[runs[f"{what}_right"].notna()]
+    unit = known["fault"].where(known["true_class"] != HEALTHY, known["run_id"])
+    right = known[f"{what}_right"].astype(bool).groupby(unit).all()
+    return int(right.sum()), len(right)
+
+
 def shares_right(table: pd.DataFrame) -> pd.DataFrame:
-    """By true class: runs, class right with 95 % Clopper-Pearson interval, and of how many part, layer, head are."""
+    """By true class: runs, and in how many class, part, layer and head are right.
+
+    faults_right of faults: the class is right in all their runs, with 95 % Clopper-Pearson interval (``faults_right``).
+    """
     rows = []
     for site_class, runs in table.groupby("true_class", sort=False):
-        right = int(runs["class_right"].sum())
-        low, high = clopper_pearson_interval(right, len(runs))
-        row = {"true_class": site_class, "runs": len(runs), "class_right": right, "low": low, "high": high}
+        right, faults = faults_right(runs, "class")
+        low, high = clopper_pearson_interval(right, faults)
+        row = {"true_class": site_class, "runs": len(runs), "class_right": int(runs["class_right"].sum())}
+        row |= {"faults": faults, "faults_right": right, "low": low, "high": high}
         for what in ("part", "layer", "head"):
             known = runs[f"{what}_right"].dropna()
             row |= {f"{what}_right": int(known.sum()), f"{what}_runs": len(known)}
@@ -171,17 +186,19 @@ def sentences(found: Localisation) -> str:
     unknown = int(found.table["true_class"].isna().sum())
     sound = found.table[found.table["true_class"].isin((HEALTHY, OTHER))]
 
-    def share(runs: pd.DataFrame, what: str) -> str:
-        known = runs[f"{what}_right"].dropna()
-        low, high = wilson_interval(int(known.sum()), len(known))
-        return f"{known.sum()} of {len(known)}" + (f" ({low:.0%} to {high:.0%})" if len(known) else "")
+    def share(what: str) -> str:
+        known = broken[f"{what}_right"].dropna()
+        right, faults = faults_right(broken, what)
+        low, high = clopper_pearson_interval(right, faults)
+        by_fault = f" (every run of {right} of {faults} faults, {low:.0%} to {high:.0%})" if faults else ""
+        return f"{known.sum()} of {len(known)}{by_fault}"
 
     false = int((~sound["class_right"]).sum())
     low, high = clopper_pearson_interval(false, len(sound))
     wrongly = f" ({low:.0%} to {high:.0%})" if len(sound) else ""
     return (
-        f"The broken laws name the class of the site in {share(broken, 'class')} runs with a broken kernel, its layer "
-        f"in {share(broken, 'layer')} and its head in {share(broken, 'head')} where not all were hit; "
+        f"The broken laws name the class of the site in {share('class')} runs with a broken kernel, its layer "
+        f"in {share('layer')} and its head in {share('head')} where not all were hit; "
         f"{int(broken['inexact'].sum())} patterns were inexact. They name a place in {false} of {len(sound)} runs "
         f"without one{wrongly}."
         + (f" {unknown} runs of faults whose laws no derivation gives are not judged." if unknown else "")

@@ -16,7 +16,7 @@ allow_mixed=true    accept runs of different sources, data or torch, and say so
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from analysis.entrants import RIVER, Entrant, entrant_of
 from analysis.experiment import LABEL_SIGNAL, Experiment
 from analysis.external import read_alarms
 from analysis.found import conf, find
-from analysis.inference import clopper_pearson_interval, performance_profile
+from analysis.inference import keeps_rate, performance_profile
 from analysis.isolation import DEFAULT_LIMITS, Limits
 from analysis.leaderboard import RANKED, board
 from analysis.leaderboard_figure import leaderboard_figure
@@ -213,10 +213,11 @@ def charts(detection: Detection, primary: Contest, own_rule: AlarmRule) -> pd.Da
         else:
             one = contest(detection.experiment, detection.track, rule=rule, alpha=primary.alpha, detection=detection)
         own = {n: one.detectors[n] for n in detection.experiment.named_detectors if not one.detectors[n].declined}
-        parts.append(_chart_rows(one.with_alarms({n: d.alarms for n, d in own.items()}), name))
+        calibration = {n: len(d.maxima) for n, d in own.items()}
+        parts.append(_chart_rows(one.with_alarms({n: d.alarms for n, d in own.items()}), name, calibration))
         if name == "shiryaev_roberts":
             anytime = {n: _anytime_alarms(d, detection, primary.alpha) for n, d in own.items()}
-            parts.append(_chart_rows(one.with_alarms(anytime), "shiryaev_roberts, anytime threshold"))
+            parts.append(_chart_rows(one.with_alarms(anytime), "shiryaev_roberts, anytime threshold", {}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -227,7 +228,8 @@ def _anytime_alarms(detector: Detector, detection: Detection, alpha: float) -> d
     return detector.alarms_at(anytime_threshold(samples, alpha / sides))
 
 
-def _chart_rows(one: Contest, chart: str) -> pd.DataFrame:
+def _chart_rows(one: Contest, chart: str, calibration: Mapping[str, int]) -> pd.DataFrame:
+    """calibration: by detector, the runs that set its threshold; none where a theory does."""
     scores = run_scores(one)
     faulty, healthy = (scores[(scores["fault"] == HEALTHY) == chosen].groupby("detector") for chosen in (False, True))
     table = pd.DataFrame(
@@ -239,8 +241,8 @@ def _chart_rows(one: Contest, chart: str) -> pd.DataFrame:
             "healthy_runs": healthy.size(),
         }
     )
-    rates = zip(table["healthy_alarms"].fillna(0), table["healthy_runs"].fillna(0), strict=True)
-    too_often = [clopper_pearson_interval(int(alarms), int(runs))[0] > one.alpha for alarms, runs in rates]
+    rates = table[["healthy_alarms", "healthy_runs"]].fillna(0).astype(int).itertuples()
+    too_often = [not keeps_rate(alarms, runs, calibration.get(n, 0), one.alpha) for n, alarms, runs in rates]
     table.loc[too_often, ["rmlt_steps", "share_of_possible_lead"]] = np.nan
     return table.rename_axis("detector").reset_index().assign(**one.keys, chart=chart)
 

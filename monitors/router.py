@@ -157,10 +157,12 @@ class RoutingProbability:
 class ExpertLoad:
     """Where the batch's slots went. See the functions of this file.
 
-    At every step, bad: up: ``moe_drop_rate``, % of the slots over capacity (absent without a capacity), and
-    ``moe_load_balance_loss``, Switch's E sum_e f_e P_e. Every ``every_steps``, from the last ``window`` steps' counts:
-    ``moe_util_entropy`` as a fraction of ln E (bad: down), its ``.cv`` and ``.max_vio`` (up). A router whose logits are
-    not finite has chosen nothing: NaN, as long as the step is in the window.
+    At every step: ``moe_drop_rate``, % of the slots over capacity (bad: up; absent without a capacity), and
+    ``moe_load_balance_loss``, Switch's E sum_e f_e P_e (both). Every ``every_steps``, from the last ``window`` steps'
+    counts: ``moe_util_entropy`` as a fraction of ln E, its ``.cv`` and ``.max_vio`` (both). A load is bad on either
+    side: experts that fall silent make it uneven, a balance loss that outweighs the task makes it more even than the
+    text is. A drop is bad on one: nothing is lost by fewer. A router whose logits are not finite has chosen nothing:
+    NaN, as long as the step is in the window.
     """
 
     needs_experts = True
@@ -173,10 +175,10 @@ class ExpertLoad:
         self._counts: list[Tensor] = []
         self.signals = (
             Signal("moe_drop_rate", "%", "up", PER_LAYER),
-            Signal("moe_load_balance_loss", "1", "up", PER_LAYER),
-            Signal("moe_util_entropy", "1", "down", PER_LAYER, every_steps),
-            Signal("moe_util_entropy.cv", "1", "up", PER_LAYER, every_steps),
-            Signal("moe_util_entropy.max_vio", "1", "up", PER_LAYER, every_steps),
+            Signal("moe_load_balance_loss", "1", "both", PER_LAYER),
+            Signal("moe_util_entropy", "1", "both", PER_LAYER, every_steps),
+            Signal("moe_util_entropy.cv", "1", "both", PER_LAYER, every_steps),
+            Signal("moe_util_entropy.max_vio", "1", "both", PER_LAYER, every_steps),
         )
 
     @torch.no_grad()

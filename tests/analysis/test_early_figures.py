@@ -15,6 +15,7 @@ from analysis.contest import contest, run_scores
 from analysis.delays import Size, blind_table, broken_kernels, delays, oracles, size, smallest_table
 from analysis.early_figures import cost_faults, cost_figure, pareto_front, size_figure
 from analysis.experiment import load
+from analysis.inference import chance_of_alarms
 from analysis.labelling import label_points
 from analysis.leaderboard import board
 from analysis.report import make_report
@@ -72,7 +73,8 @@ def test_what_the_family_does_not_feel(folder):
     table = blind_table(load(folder, folder)).set_index("fault")
     assert list(table.index) == ["lr"]
     assert table.loc["lr", "soonest"] == "gradient norm" and table.loc["lr", "median_delay_steps"] == pytest.approx(9)
-    assert table.loc["lr", "limit"] == pytest.approx(1 - 0.025 ** (1 / 9))  # the largest of nine: Beta(1, 9)
+    alarms = round(table.loc["lr", "family_alarms"] * table.loc["lr", "runs"])
+    assert table.loc["lr", "by_chance"] == chance_of_alarms(alarms, table.loc["lr", "runs"], 9, 0.1)
 
 
 def test_a_control_is_no_blind_spot(folder):

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 from analysis import entrants, score
-from analysis.alarms import make_rule
+from analysis.alarms import conformal_threshold, make_rule
 from analysis.entrants import BadEntrant, entrant_of
 from analysis.experiment import load
-from analysis.found import conf
+from analysis.found import CONF, conf
 from analysis.isolation import Limits
 from analysis.replay import main
 from tests.analysis.made_up_board import EARLY, scored
@@ -29,6 +29,23 @@ def test_rivers_detectors_count_the_drifts_they_have_reported(name):
     assert (np.diff(drifts) >= 0).all()
     assert drifts[1, 59] == 0 < drifts[1, -1]
     assert not drifts[[0, 2]].any()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "rule").glob("*.yaml")))
+@pytest.mark.parametrize(("samples", "onset"), [(60, 30), (120, 60)])
+def test_every_rule_can_fire_at_the_length_of_a_run(name, samples, onset):
+    """A shift of 6 sigma is found within 60 samples in 20 of 20 runs, at the threshold that 59 healthy ones set."""
+
+    def noise(first, count):
+        return [np.random.default_rng(seed).normal(size=samples) for seed in range(first, first + count)]
+
+    reference = noise(1000, 10)
+    rule = make_rule(**conf("rule", name)).calibrate(reference)
+    threshold = conformal_threshold([rule.statistic(x).max() for x in noise(2000, 59)], 0.05)
+    assert sum((rule.statistic(x) > threshold).any() for x in noise(3000, 60)) <= 10  # 5 % and the threshold's luck
+    for x in noise(0, 20):
+        statistic = rule.statistic(x + 6.0 * (np.arange(samples) >= onset))
+        assert (statistic[onset : onset + 60] > max(threshold, statistic[:onset].max())).any()
 
 
 def test_kswin_counts_the_same_on_all_cores(monkeypatch):

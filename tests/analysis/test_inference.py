@@ -7,11 +7,13 @@ from scipy import stats
 
 from analysis.inference import (
     bca_interval,
+    chance_of_alarms,
     clopper_pearson_interval,
     confidence_set,
     false_alarm_bound,
     false_alarm_law,
     iqm,
+    keeps_rate,
     max_t_test,
     performance_profile,
     rank_agreement,
@@ -134,6 +136,42 @@ def test_false_alarm_law_against_simulated_calibrations():
     simulated = (rate.mean(), *np.quantile(rate, [0.025, 0.975]))
     assert false_alarm_law(59, 0.05) == pytest.approx(simulated, abs=0.002)
     assert simulated[0] == pytest.approx(0.05, abs=0.001)
+
+
+@pytest.mark.parametrize(("n", "alpha"), [(9, 0.10), (19, 0.05), (59, 1 / 60)])
+@pytest.mark.parametrize("runs", [1, 3, 5, 30])
+def test_all_runs_above_the_largest_calibration_run(n, alpha, runs):
+    """Closed form: the largest m of n + m exchangeable maxima are the m others, 1 / C(n + m, m)."""
+    assert chance_of_alarms(runs, runs, n, alpha) == pytest.approx(1 / math.comb(n + runs, runs), rel=1e-9)
+    assert chance_of_alarms(1, runs, n, alpha) == pytest.approx(runs / (n + runs), rel=1e-9)  # someone else is largest
+    assert chance_of_alarms(0, runs, n, alpha) == 1
+
+
+def test_alarms_by_chance_against_simulated_calibrations():
+    """60,000 sets of 59 calibration and 30 other runs, exchangeable: far heavier a tail than the binomial's."""
+    generator = np.random.default_rng(0)
+    maxima = generator.standard_t(3, (60_000, 89))
+    threshold = np.sort(maxima[:, :59], axis=1)[:, 57 - 1]
+    alarms = (maxima[:, 59:] > threshold[:, None]).sum(axis=1)
+    for count in range(9):
+        share = (alarms >= count).mean()
+        assert chance_of_alarms(count, 30, 59, 0.05) == pytest.approx(share, abs=4 * np.sqrt(share / 60_000) + 1e-9)
+    assert chance_of_alarms(6, 30, 59, 0.05) > 4 * stats.binom.sf(5, 30, 0.05)
+
+
+def test_alarms_that_cannot_be():
+    for alarms, runs in ((3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match=f"alarms={alarms} is not allowed"):
+            chance_of_alarms(alarms, runs, 19, 0.05)
+    with pytest.raises(ValueError, match=r"9 calibration runs cannot support alpha=0\.05"):
+        chance_of_alarms(1, 2, 9, 0.05)
+
+
+def test_a_detector_is_ranked_while_its_false_alarms_may_be_luck():
+    """Five of 30 happen to one calibrated threshold in 24 and to a promise of 5 % in 64."""
+    assert keeps_rate(5, 30, 59, 0.05) and not keeps_rate(6, 30, 59, 0.05)
+    assert keeps_rate(4, 30, 0, 0.05) and not keeps_rate(5, 30, 0, 0.05)
+    assert keeps_rate(0, 0, 59, 0.05) and keeps_rate(0, 0, 0, 0.05)
 
 
 def test_ranks_by_hand_with_ties_and_a_detector_without_runs():

@@ -10,6 +10,7 @@ import pytest
 
 from analysis.align import Aligned
 from analysis.experiment import load
+from analysis.inference import clopper_pearson_interval
 from analysis.laws import ATTENTION, DK, DQ, DV, KEY_SHIFT, QK_GAUGE, RECOMPUTED, VALUE_SHIFT, VO_GAUGE, Law, law_of
 from analysis.localise import confusion, localise, shares_right
 from analysis.place import NO_ALARM, WINDOW, Levels, name_place, nearest_class, rolling_rms
@@ -82,8 +83,23 @@ def test_the_matrix_counts_every_run_once(folder):
     assert counts.columns[-1] == NO_ALARM and counts.index[-1] == "healthy"
     shares = shares_right(table)
     assert shares.loc["o delta dp ds v", ["runs", "class_right", "head_right", "head_runs"]].tolist() == [2] * 4
-    assert shares.loc["o delta dp ds v", "low"] == pytest.approx(0.025 ** (1 / 2))  # Clopper-Pearson of 2 of 2
-    assert shares.loc["dk", "class_right"] == 0
+    assert shares.loc["o delta dp ds v", ["faults", "faults_right"]].tolist() == [1, 1]
+    assert shares.loc["o delta dp ds v", "low"] == pytest.approx(0.025)  # of 1 of 1: one fault
+    assert shares.loc["dk", ["class_right", "faults", "faults_right"]].tolist() == [0, 1, 0]
+    assert shares.loc["healthy", "faults"] == 4  # a healthy run is its own unit
+
+
+def test_seeds_of_one_fault_are_right_or_wrong_together():
+    """Ten faults of 2 or of 20 seeds, one of which is wrong: the interval is that of ten faults."""
+    for seeds in (2, 20):
+        rows = [("dk", f"dk{fault}", f"{fault}-{seed}", fault > 0) for fault in range(10) for seed in range(seeds)]
+        table = pd.DataFrame(rows, columns=["true_class", "fault", "run_id", "class_right"])
+        table = table.assign(**dict.fromkeys(("part_right", "layer_right", "head_right"), pd.NA))
+        shares = shares_right(table).loc["dk"]
+        assert shares[["runs", "class_right", "faults", "faults_right"]].tolist() == [10 * seeds, 9 * seeds, 10, 9]
+        assert (shares["low"], shares["high"]) == clopper_pearson_interval(9, 10)
+        table.loc[table["run_id"] == "5-1", "class_right"] = False  # right in some seeds is not right
+        assert shares_right(table).loc["dk", "faults_right"] == 8
 
 
 def test_an_alarm_before_onset_is_not_right(made):

@@ -23,7 +23,7 @@ from models.transformer import Transformer
 from monitors.base import Masked, Monitor, StepView, tapped
 
 MONITORS = sorted(path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml"))
-CATALOGUE = set(pd.read_csv(ROOT / "monitors" / "catalogue.csv")["id"])
+CATALOGUE = pd.read_csv(ROOT / "monitors" / "catalogue.csv").set_index("id")
 AXES = {(): (1, 1), ("layer",): (2, 1), ("layer", "head"): (2, 2)}
 
 
@@ -123,7 +123,12 @@ def test_readings_do_not_depend_on_what_comes_later(signals_of):
 def test_its_signals_are_named_after_the_catalogue(make_run, name):
     monitor = make_run(*MODEL).monitors[name]
     assert isinstance(monitor, Monitor)
-    assert {signal.name.split(".")[0] for signal in monitor.signals} <= CATALOGUE
+    assert {signal.name.split(".")[0] for signal in monitor.signals} <= set(CATALOGUE.index)
+
+
+def test_harm_lies_where_the_catalogue_says(make_run, name):
+    for signal in make_run(*MODEL).monitors[name].signals:
+        assert signal.bad in CATALOGUE.loc[signal.name.split(".")[0], "bad_direction"].split(";"), signal.name
 
 
 def tenth_step_of(run: Run, name: str, plant: Callable[[Transformer], None] | None = None) -> tuple[Monitor, StepView]:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from analysis.alarms import oriented
 from models.moe import MoEConfig, Routing
 from monitors.base import Masked
 from monitors.router import (
@@ -173,6 +174,19 @@ def test_the_routing_monitor_reads_every_layers_logits(tiny_run):
         assert float(seen["routing_entropy.fraction"][layer]) == pytest.approx(entropy / math.log(4))
         margin = float(topk_margin(routing.probabilities_NE, 2))
         assert float(seen["router_topk_margin"][layer]) == pytest.approx(margin)
+
+
+def test_a_load_that_is_too_even_alarms_as_one_that_is_uneven():
+    """Counts of eight experts against healthy ones: levelled by a balance loss, and two fallen silent."""
+    names = ("moe_util_entropy", "moe_util_entropy.cv", "moe_util_entropy.max_vio")
+    bad = {signal.name: signal.bad for signal in ExpertLoad(10, 10).signals}
+    generator = torch.Generator().manual_seed(0)
+    shape = torch.tensor([1.6, 1.3, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6])
+    healthy = load_statistics(1000 * shape * (1 + 0.05 * torch.randn(200, 8, generator=generator)))
+    for counts in (1000 + 50 * (shape - 1), 1000 * shape * (torch.arange(8) < 6)):
+        for name, reading, band in zip(names, load_statistics(counts), healthy, strict=True):
+            z = ((reading - band.mean()) / band.std()).reshape(1, 1, 1).numpy()
+            assert max(side[0] for side in oriented(z, bad[name])) > 4, name
 
 
 def test_the_load_monitor_counts_a_window_and_survives_a_checkpoint(tiny_run):

@@ -1,0 +1,95 @@
+"""Which of two detectors alarms first? Seed by seed, in a table of runs that scoring has written.
+
+    python -m analysis.order table=results/paper_attention-desk/runs.csv "detector=Delta2 entropy"
+    python -m analysis.order table=report/leaderboard/runs.csv "detector=Delta W entropy" "against=Delta2 entropy"
+
+table=FILE.csv      ``runs.csv`` of a report or of ``analysis.score``
+detector=NAME       whose leads are compared
+against=A,B         with those of these; of every other detector by default
+fault=NAME          ``attention`` by default
+model=, track=      where the table has several; the first, ``reference``
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference import bca_interval, max_t_test
+
+DEFAULTS = {"fault": "attention", "track": "reference"}
+CONTROLS = ("control", "oracle")
+"""Kinds of rows that know the fault or nothing at all."""
+
+
+def leads(table: pd.DataFrame, fault: str, model: str | None = None, track: str = "reference") -> pd.DataFrame:
+    """(seeds, detectors): restricted leads in steps of the diverging runs of a fault. Raises ValueError for none."""
+    lead = "lead" if "lead" in table and "kind" in table else "restricted_lead_steps"
+    if not {"detector", "seed", "fault", lead} <= {*table.columns}:
+        raise ValueError(f"table has no column {lead!r}, detector, seed or fault: a runs.csv is needed")
+    chosen = {"fault": fault, "track": track, "model": model}
+    for column, value in chosen.items():
+        if column in table:
+            value = table[column].iloc[0] if value is None else value
+            if value not in set(table[column]):
+                known = ", ".join(map(str, table[column].unique()))
+                raise ValueError(f"{column}={value!r} is not allowed: one of {known}")
+            table = table[table[column] == value]
+    if "kind" in table:
+        table = table[~table["kind"].isin(CONTROLS)]
+    table = table[table[lead].notna()]
+    if table.empty:
+        raise ValueError(f"fault={fault!r} is not allowed: none of its runs diverges")
+    return table.pivot(index="seed", columns="detector", values=lead).astype(float)
+
+
+def order_table(leads_SD: pd.DataFrame, detector: str, against: Sequence[str] = ()) -> pd.DataFrame:
+    """One row a rival: how the detector's restricted lead compares with its, paired by seed.
+
+    earlier, tied, later: seeds in which the detector leads by more, as much, less; mean_steps: mean difference;
+    low, high: its 95 % BCa interval over seeds, NaN under 10; p: one-sided sign-flip test that the detector leads
+    (``inference.max_t_test``, each pair by itself), at least smallest_p. Raises ValueError for an unknown detector.
+    """
+    for name in (detector, *against):
+        if name not in leads_SD:
+            near = get_close_matches(name, leads_SD.columns, n=1) or sorted(leads_SD.columns)
+            raise ValueError(f"detector {name!r} is not in the table: did you mean {near[0]!r}?")
+    rows = []
+    for rival in against or leads_SD.columns.drop(detector):
+        difference = (leads_SD[detector] - leads_SD[rival]).dropna().to_numpy()
+        low, high = bca_interval(difference, np.ones(len(difference)))
+        test = max_t_test(difference[:, None])
+        earlier, later = int((difference > 0).sum()), int((difference < 0).sum())
+        counts = {"seeds": len(difference), "earlier": earlier, "tied": len(difference) - earlier - later}
+        sizes = {"later": later, "mean_steps": difference.mean(), "low": low, "high": high}
+        rows.append(
+            {"against": rival, **counts, **sizes, "p": float(test.p_adjusted_D[0]), "smallest_p": test.smallest_p}
+        )
+    return pd.DataFrame(rows).sort_values("mean_steps", ignore_index=True)
+
+
+def main(arguments: list[str]) -> None:
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    known = {"table", "detector", "against", "fault", "model", "track"}
+    if not {"table", "detector"} <= set(given) <= known or len(given) != len(arguments):
+        sys.exit(
+            f"error: {' '.join(arguments) or 'nothing'}: table=FILE.csv and detector=NAME are needed, {known} known"
+        )
+    chosen = DEFAULTS | given
+    try:
+        table = leads(pd.read_csv(Path(given["table"])), chosen["fault"], chosen.get("model"), chosen["track"])
+        found = order_table(table, given["detector"], tuple(filter(None, given.get("against", "").split(","))))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{given['detector']} against others, {chosen['fault']}: paired differences of restricted leads")
+    print(found.to_string(index=False, float_format="{:.4g}".format))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
