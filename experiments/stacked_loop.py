@@ -188,7 +188,7 @@ def _train_together(
 
         history.record(now, model)
         finite_N = finite_N & torch.isfinite(losses_N)
-        objective = partial(objective_at, model, batch, numerics, (), 1.0)
+        objective = partial(objective_at, model, batch, 1.0)
         view = StepView(now, tokens, losses_N, grad_norms_N, model, history, (), taps, optimizer, numerics, objective)
         for name, reading in together.observe(observed, view).items():
             record.add(now, tokens, name, reading)

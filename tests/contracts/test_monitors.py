@@ -136,7 +136,7 @@ def tenth_step(make_run, name) -> tuple[Monitor, StepView]:
                 loss, auxiliary, routings = model.objective(batch)
                 (loss + auxiliary).backward()
             optimizer.step()
-    objective = partial(objective_at, model, batch, HEALTHY, (), 1.0)
+    objective = partial(objective_at, model, batch, 1.0)
     return monitor, StepView(
         10, 640, loss.detach(), torch.ones(()), model, history, routings, taps, optimizer, HEALTHY, objective
     )

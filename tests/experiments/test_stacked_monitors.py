@@ -65,7 +65,7 @@ def views(runs: Sequence[Run], break_one: bool) -> Iterator[tuple[StepView, list
         optimizer.step(now - 1, [site.lr_scale for site in sites])
         history.record(now, model)
         if now in READINGS:
-            objective = partial(objective_at, model, batch, numerics, (), 1.0)
+            objective = partial(objective_at, model, batch, 1.0)
             view = StepView(
                 now, 0, losses_N.detach(), norms_N, model, history, (), taps, optimizer, numerics, objective
             )
