@@ -43,9 +43,7 @@ def _unrounded(model: Transformer) -> Iterator[None]:
             kernel.backend = backend
 
 
-def objective_at(
-    model: Transformer, tokens_BT1: Tensor, balance_scale: float, weights: Mapping[str, Tensor]
-) -> Tensor:
+def objective_at(model: Transformer, tokens_BT1: Tensor, balance_scale: float, weights: Mapping[str, Tensor]) -> Tensor:
     """What training minimises on this batch, NLL plus auxiliary losses in nats, at other weights, without rounding.
 
     A kernel that rounds to BF16 is a staircase in the weights, and a fault in it is none of the objective's: both are
