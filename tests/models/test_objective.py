@@ -9,6 +9,8 @@ from models.objective import objective_at
 from models.transformer import Transformer, TransformerConfig
 from tests.rounding_bounds import BF16
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32, "context_length": 8, "vocab_size": 11}
 MODELS = {
     "tied": {},

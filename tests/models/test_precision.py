@@ -11,6 +11,8 @@ from models.taps import Taps
 from models.transformer import Transformer, TransformerConfig
 from tests.models.attention_in_triton import ONE_TILE, in_the_interpreter
 
+pytestmark = pytest.mark.numeric
+
 MOE = MoEConfig(n_experts=4, top_k=2, aux_coef=0.01)
 
 

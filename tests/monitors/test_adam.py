@@ -8,6 +8,8 @@ import torch
 from monitors.adam import AdamState, AdamUpdateRMS, _debias
 from tests.rounding_bounds import FP32, gamma
 
+pytestmark = pytest.mark.numeric
+
 
 def test_the_state_is_what_the_update_was_made_of(trained_steps):
     """theta_t = (1 - eta decay) theta_(t-1) - eta m_hat / root, with m_hat from beta1 and its debias."""

@@ -9,6 +9,8 @@ from monitors.attention_laws import LAWS
 from monitors.attention_recomputed import PARTS, AttentionRecomputed, recompute
 from monitors.rounding import DotProductStep
 
+pytestmark = pytest.mark.numeric
+
 
 def step(sharpness: float, *faults: SiteFault, shared: int = 1, window: int | None = None) -> DotProductStep:
     """Forward and backward of the reference kernel on random tensors; sharpness: spread of the scores, 0: all tie.

@@ -13,6 +13,8 @@ from monitors.adam import AdamState
 from monitors.curvature import GradientCurvature, hessian_vector_product
 from tests.rounding_bounds import FP32, FP64, gamma, likely
 
+pytestmark = pytest.mark.numeric
+
 IN_FP64 = {"dtype": torch.float64, "backend": "sdpa", "d_model": 4, "d_ff": 4, "n_heads": 2, "n_layers": 1}
 CHAIN = 600
 """Roundings on the longest way through IN_FP64: 48 tokens' sums, 7 logits, 5 products of 4 or 16, norms; thrice for a

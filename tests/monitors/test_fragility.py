@@ -8,6 +8,8 @@ import torch
 from monitors.attention_scores import causal_scores
 from monitors.fragility import AttentionFragility, score_condition, softmax_condition, softmax_jacobian_norm
 
+pytestmark = pytest.mark.numeric
+
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()

@@ -11,6 +11,8 @@ from monitors import rounding
 from monitors.attention_laws import LAWS
 from monitors.rounding import DotProductStep
 
+pytestmark = pytest.mark.numeric
+
 PREDICTION = {  # of the root mean square over 64 rows; a trace is one number a row, a vector or matrix many
     "key_shift_residual": 0.15,
     "value_shift_residual": 0.15,
