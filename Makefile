@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 ROUTER_EXPERIMENTS := paper_router_lr paper_router_batch paper_aux_loss paper_combined paper_router_grid paper_selectivity paper_router_ramp
 
-.PHONY: setup reproduce routers reference-set leaderboard test bench gpu-check gpu-gpt2 clean
+.PHONY: setup reproduce routers reference-set leaderboard test test-cpus bench gpu-check gpu-gpt2 clean
 
 setup: $(VENV)/.locked
 
@@ -40,6 +40,10 @@ leaderboard: setup
 # On all cores, four at most: ARGS="tests/models -n 0" for a few in one process.
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# The numeric tests as six processors would run them, one line each: other vector widths and kernels, by environment.
+test-cpus: setup
+	$(BIN)/python -m tests.six_cpus -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 # Ratios measured in one run, written to report/bench.json.
 bench: setup

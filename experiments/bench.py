@@ -73,7 +73,7 @@ def _step_of(run: Run, places: Collection[str] = ()) -> Callable[[int], StepView
             done = backward(model, parts, sites, places, model.objective)
         norm = update(parameters, optimizer, run.train, index, sites.lr_scale)
         model.update_balance(done.routings, sites.balance_scale)
-        objective = partial(objective_at, model, done.watched, sites.numerics, sites.modules, sites.balance_scale)
+        objective = partial(objective_at, model, done.watched, sites.balance_scale)
         return StepView(
             index + 1,
             index + 1,

@@ -74,7 +74,7 @@ def single(config: TrainConfig, monitors: Mapping[str, Monitor]) -> Step:
     history.record(0, model)
     tokens_BT1 = torch.randint(NANO.vocab_size, (BATCH_SIZE, NANO.context_length + 1), device=config.device)
 
-    objective = partial(objective_at, model, tokens_BT1, FAULTY, (), 1.0)
+    objective = partial(objective_at, model, tokens_BT1, 1.0)
 
     def step(index: int) -> None:
         now = index + 1
@@ -105,7 +105,7 @@ def stacked(config: TrainConfig, size: int, monitors: Sequence[Mapping[str, Moni
     tokens_NBT1 = torch.randint(NANO.vocab_size, (size, BATCH_SIZE, NANO.context_length + 1), device=config.device)
     history, together, record = _history(monitors[0]), StackedMonitors(monitors), Recorder()
     history.record(0, model)
-    objective = partial(objective_at, model, tokens_NBT1, numerics, (), 1.0)
+    objective = partial(objective_at, model, tokens_NBT1, 1.0)
     slices = [(SliceHistory(history, index), Recorder(record, index)) for index in range(size)]
 
     def step(index: int) -> None:

@@ -81,7 +81,7 @@ class Training:
         done, grad_norm = self.step(now - 1, places)
         history.record(now, self.model)
         sites = self.sites
-        objective = partial(objective_at, self.model, done.watched, sites.numerics, sites.modules, sites.balance_scale)
+        objective = partial(objective_at, self.model, done.watched, sites.balance_scale)
         return StepView(
             now,
             now * self.tokens_a_step,

@@ -122,7 +122,7 @@ def _train(run: Run, folder: Path, manifest: dict[str, Any], progress: Progress 
 
         history.record(now, model)
         ledger.finite = ledger.finite & torch.isfinite(done.loss)
-        objective = partial(objective_at, model, done.watched, sites.numerics, sites.modules, sites.balance_scale)
+        objective = partial(objective_at, model, done.watched, sites.balance_scale)
         view = StepView(
             now,
             ledger.tokens,

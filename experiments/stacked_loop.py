@@ -14,8 +14,8 @@ A monitor sees a slice: a plain transformer, taps, history and optimizer that ar
 run at every step takes an operation of torch. A run that ends early writes its last files and records no more; its
 rows are still computed, and reach no other's.
 
-Sums round differently in a stacked LayerNorm and, by shape and device, in a stacked matrix product, so ``train.stack``
-is part of a run's identity. On a CPU and with RMSNorm, a nano run's weights come out with the bits of a single run.
+Sums round differently in a stacked LayerNorm and, by shape, processor and device, in a stacked matrix product, so
+``train.stack`` is part of a run's identity. A stack that is stopped and goes on with the same runs keeps its bits.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _train_together(
 
         history.record(now, model)
         finite_N = finite_N & torch.isfinite(losses_N)
-        objective = partial(objective_at, model, batch, numerics, (), 1.0)
+        objective = partial(objective_at, model, batch, 1.0)
         view = StepView(now, tokens, losses_N, grad_norms_N, model, history, (), taps, optimizer, numerics, objective)
         readings = together.observe(observed, view)
         for name, reading in readings.items():

@@ -46,7 +46,7 @@ def slice_view(
         taps=SliceTaps(stack.taps, stack.model, index),
         optimizer=stack.optimizer.slices[index],
         numerics=numerics,
-        objective_at=partial(objective_at, model, tokens_BT1, numerics, (), 1.0),
+        objective_at=partial(objective_at, model, tokens_BT1, 1.0),
     )
 
 

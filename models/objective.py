@@ -1,15 +1,16 @@
-"""The training objective as a function of the weights, for those who ask what it would be elsewhere."""
+"""The training objective as a smooth function of the weights, for those who ask how it bends."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.corruption import Corrupted, ModuleFault
-from models.numerics import AttentionNumerics
+from models.attention import DotProduct
 from models.transformer import Transformer
 
 
@@ -20,27 +21,37 @@ class _Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens_BT1: Tensor, numerics: AttentionNumerics, balance_scale: float) -> Tensor:
-        loss, auxiliary, _ = self.model.objective(tokens_BT1, numerics, balance_scale)
+    def forward(self, tokens_BT1: Tensor, balance_scale: float) -> Tensor:
+        loss, auxiliary, _ = self.model.objective(tokens_BT1, balance_scale=balance_scale)
         return loss + auxiliary
 
 
-def objective_at(
-    model: Transformer,
-    tokens_BT1: Tensor,
-    numerics: AttentionNumerics,
-    modules: Collection[ModuleFault],
-    balance_scale: float,
-    weights: Mapping[str, Tensor],
-) -> Tensor:
-    """What training minimises on this batch and kernel, NLL plus auxiliary losses in nats, at other weights.
+@contextmanager
+def _unrounded(model: Transformer) -> Iterator[None]:
+    """While it is open, the model stores nothing in BF16, and attention is the plain formula, twice differentiable."""
+    precision, kernels = model.precision, [module for module in model.modules() if isinstance(module, DotProduct)]
+    backends = [kernel.backend for kernel in kernels]
+    model.precision = "fp32"
+    for kernel in kernels:
+        kernel.backend = "sdpa"
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        model.precision = precision
+        for kernel, backend in zip(kernels, backends, strict=True):
+            kernel.backend = backend
 
-    weights: by the model's parameter names, all of them; tied ones once. numerics, modules: the step's faults; one on
-    the gradient of a weight is left out. The model keeps its parameters, their ``grad`` and its buffers: the counters
-    that a faulty kernel adds to are copies. Returns a 0-dim tensor, differentiable in ``weights`` as often as the
-    attention backend is.
+
+def objective_at(model: Transformer, tokens_BT1: Tensor, balance_scale: float, weights: Mapping[str, Tensor]) -> Tensor:
+    """What training minimises on this batch, NLL plus auxiliary losses in nats, at other weights, without rounding.
+
+    A kernel that rounds to BF16 is a staircase in the weights, and a fault in it is none of the objective's: both are
+    left out, so that derivatives exist and are exact to the weights' dtype. Its attention keeps (B, H, T, T) tensors.
+    weights: by the model's parameter names, all of them; tied ones once. The model keeps its parameters, their ``grad``
+    and its buffers. Returns a 0-dim tensor, of a stack one number a run, differentiable in ``weights`` without end.
     """
     tensors = {f"model.{name}": weight for name, weight in weights.items()}
-    tensors |= {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
-    with Corrupted(model, [fault for fault in modules if fault.site != "dw"]):
-        return torch.func.functional_call(_Objective(model), tensors, (tokens_BT1, numerics, balance_scale))
+    tensors |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+    with _unrounded(model):
+        return torch.func.functional_call(_Objective(model), tensors, (tokens_BT1, balance_scale))

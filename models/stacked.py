@@ -23,7 +23,7 @@ from torch import Tensor
 
 from models.attention import DotProduct
 from models.moe import Routing
-from models.numerics import AttentionNumerics, LayerNumerics, at_least_fp32
+from models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
 from models.transformer import RMSNorm, Transformer, parameter_group
 
 
@@ -188,9 +188,11 @@ class StackedTransformer(Transformer):
                 parameter.grad = None
 
     def objective(
-        self, tokens_NBT1: Tensor, numerics: StackedNumerics, balance_scale: float = 1.0
+        self, tokens_NBT1: Tensor, numerics: StackedNumerics | None = None, balance_scale: float = 1.0
     ) -> tuple[Tensor, Tensor, tuple[Routing, ...]]:
-        """As of a transformer, the two terms one a slice, (N,); backpropagate their sum."""
+        """As of a transformer, the two terms one a slice, (N,); backpropagate their sum. No numerics: all healthy."""
+        if numerics is None:
+            numerics = StackedNumerics((HEALTHY,) * len(tokens_NBT1))
         logits_NBTV, _ = self._run(tokens_NBT1[..., :-1], numerics)
         targets = tokens_NBT1[..., 1:]
         nll = F.cross_entropy(at_least_fp32(logits_NBTV.flatten(0, -2)), targets.flatten(), reduction="none")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from monitors.base import Reading, Signal, StepView
+
+
+def _debias(beta: float, steps: Tensor) -> Tensor:
+    """1 - beta^t to FP32's last digits, which a difference of two numbers near 1 loses."""
+    return -torch.expm1(steps * (math.log(beta) if beta else -math.inf))
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class AdamState:
         state = view.optimizer.state
         steps = state[first]["step"].to(first.device)
         root = torch._foreach_sqrt([state[parameter]["exp_avg_sq"] for parameter in weight.values()])
-        torch._foreach_div_(root, (1 - beta2**steps).sqrt())
+        torch._foreach_div_(root, _debias(beta2, steps).sqrt())
         torch._foreach_add_(root, eps)
         return cls(
             {name: parameter.detach() for name, parameter in weight.items()},
@@ -46,7 +52,7 @@ class AdamState:
             root,
             [groups[parameter]["lr"] for parameter in weight.values()],
             beta1,
-            1 - beta1**steps,
+            _debias(beta1, steps),
         )
 
 

@@ -115,7 +115,7 @@ class StepView:
     ``train.micro_batch`` or ``train.watched_sequences`` routings, taps and objective_at are of the batch's last
     sequences alone. optimizer: after the update, each ``grad`` still as it took it, clipped; numerics: what this step's
     attention was made to do, for oracles alone; objective_at: this step's training objective, NLL plus auxiliary losses
-    on its batch and kernel, as a differentiable function of all weights by name (``models.objective``).
+    on its batch without rounding or faults, as a smooth function of all weights by name (``models.objective``).
     """
 
     step: int

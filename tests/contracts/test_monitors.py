@@ -147,7 +147,7 @@ def tenth_step_of(run: Run, name: str, plant: Callable[[Transformer], None] | No
                 (loss + auxiliary).backward()
             norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters())
             optimizer.step()
-    objective = partial(objective_at, model, batch, HEALTHY, (), 1.0)
+    objective = partial(objective_at, model, batch, 1.0)
     return monitor, StepView(
         10, 640, loss.detach(), norm, model, history, routings, taps, optimizer, HEALTHY, objective
     )

@@ -7,6 +7,8 @@ from experiments import trace
 from experiments.loop import train
 from experiments.manifest import new_manifest
 
+pytestmark = pytest.mark.numeric
+
 TRITON = ["model.backend=triton", "model.n_layers=1", "model.d_model=32", "model.context_length=16", "train.steps=6"]
 SMALL = "{queries:16,keys:16,warps:4,stages:1}"
 OTHER_HEAD_FLIPPED = [

@@ -8,6 +8,8 @@ import torch
 from experiments.gradients import backward, micro_batches
 from faults.base import Sites
 
+pytestmark = pytest.mark.numeric
+
 SITES = Sites(batch_size=8)
 
 

@@ -20,6 +20,8 @@ from models.arithmetic import ORDINARY, Arithmetic
 from models.attention import flash_attention
 from models.numerics import LayerNumerics
 
+pytestmark = pytest.mark.numeric
+
 SHARES = ("tied_rows", "one_sign", "exposed")
 
 

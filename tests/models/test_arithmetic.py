@@ -10,6 +10,8 @@ from models.attention import flash_attention
 from models.numerics import HEALTHY, HEALTHY_LAYER, AttentionNumerics, LayerNumerics, SiteFault
 from tests.models.attention_in_fp64 import NAMES, allowed, distance, exact, inputs, layer, run
 
+pytestmark = pytest.mark.numeric
+
 CURES = {
     "stored O": Arithmetic("bf16", 1, stored_o="fp32"),
     "delta": Arithmetic("bf16", 1, delta="p"),

@@ -14,6 +14,8 @@ from models.bits import ROUNDINGS, round_half_up, truncate
 from models.numerics import FORWARD_SITES, HEALTHY_LAYER, SITES, AttentionNumerics, SiteFault
 from tests.models.attention_in_fp64 import NAMES, REACH, distance, emulate, exact, inputs, layer, run
 
+pytestmark = pytest.mark.numeric
+
 U = 2.0**-8
 
 DIRECT = {("o", "forward"): "o", ("dq", "backward"): "dq", ("dk", "backward"): "dk", ("dv", "backward"): "dv"}

@@ -12,6 +12,8 @@ from models.moe import MoEConfig
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from models.transformer import Transformer, TransformerConfig
 
+pytestmark = pytest.mark.numeric
+
 TRUNCATED = AttentionNumerics((SiteFault("o", "backward", "truncate", 7),))
 INDUCTOR = pytest.param(
     "inductor", 1e-2, marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

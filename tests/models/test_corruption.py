@@ -9,6 +9,8 @@ from models.moe import MoEConfig
 from models.taps import Taps
 from models.transformer import Transformer, TransformerConfig
 
+pytestmark = pytest.mark.numeric
+
 CONFIG = dict(d_model=16, n_layers=2, n_heads=2, d_ff=32, context_length=8, vocab_size=11, tie_embeddings=False)
 TOKENS = torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(0))
 LINEAR, NORM = "blocks.1.mlp.input", "blocks.1.mlp_norm"

@@ -9,6 +9,8 @@ from models.numerics import HEALTHY_LAYER, KEY_VALUE_SITES
 from models.visibility import visible_keys
 from tests.models.attention_in_fp64 import NAMES, REACH, allowed, distance, emulate, exact, inputs, layer, run, shared
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = [  # query heads, key-value heads, window, tokens: every pair of values of any two occurs
     (4, 4, None, 33),
     (4, 2, 7, 33),

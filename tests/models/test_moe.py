@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from models.moe import MoE, MoEConfig, auxiliary_loss
 from models.transformer import PARAMETER_GROUPS, Transformer, TransformerConfig, parameter_group
 
+pytestmark = pytest.mark.numeric
+
 M, FF, B, T = 16, 24, 3, 7
 BASE = MoEConfig(n_experts=6, top_k=2)
 VARIANTS = {

@@ -1,4 +1,6 @@
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from models.stacked_taps import SliceTaps
 from models.taps import PLACES, Taps
 from models.transformer import Transformer, TransformerConfig
 from tests.models.attention_in_triton import ONE_TILE, in_the_interpreter
+from tests.other_order import OtherBatchedOrder
+from tests.rounding_bounds import FP32, gamma, once_stored_in_bf16
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
 
 NANO = TransformerConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, context_length=8, vocab_size=19)
 SWIGLU = replace(NANO, norm="rmsnorm", positions="rope", mlp="swiglu", qk_norm=True, tie_embeddings=False)
@@ -19,6 +23,8 @@ IN_TRITON = pytest.param(replace(NANO, d_model=32, backend="triton", tiles=ONE_T
 FAULTY = AttentionNumerics(tuple(SiteFault(site, "backward", "truncate", 6) for site in ("o", "do")))
 ONE_HEAD = AttentionNumerics((SiteFault("q", "both", "truncate", 7, layers=(1,), heads=(0,)),))
 NUMERICS = (HEALTHY, FAULTY, FAULTY, ONE_HEAD)
+ROUNDINGS = 300
+"""On the longest way: 24 tokens, 19 logits, two layers with products of 16, 16, 8, 16 and 32 terms, norms."""
 
 
 def models(config: TransformerConfig) -> list[Transformer]:
@@ -42,35 +48,51 @@ def gradients_of(stack: StackedTransformer) -> torch.Tensor:
     return torch.cat(stack.gradients, dim=1)
 
 
+def near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """In the norm, as two orders of sums leave tensors that are made of what attention stores in BF16."""
+    return bool((one - other).norm() <= once_stored_in_bf16(ROUNDINGS) * other.norm())
+
+
+@pytest.mark.parametrize("order", [nullcontext, OtherBatchedOrder], ids=["own_order", "other_order"])
 @pytest.mark.parametrize("config", [NANO, SWIGLU, IN_TRITON], ids=["layernorm", "rmsnorm", "triton"])
-def test_each_slice_has_the_loss_the_gradient_and_the_taps_of_its_own_model(config, tokens_NBT1):
+def test_each_slice_has_the_loss_the_gradient_and_the_taps_of_its_own_model(config, tokens_NBT1, order):
     stack = StackedTransformer(models(config))
-    with Taps(stack, PLACES) as stacked_taps:
+    with order(), Taps(stack, PLACES) as stacked_taps:
         losses_N = backward(stack, tokens_NBT1)
     for index, (model, numerics) in enumerate(zip(models(config), NUMERICS, strict=True)):
         with Taps(model, PLACES) as taps:
             loss, _, _ = model.objective(tokens_NBT1[index], numerics)
             loss.backward()
-        torch.testing.assert_close(losses_N[index], loss.detach())
+        torch.testing.assert_close(losses_N[index], loss.detach(), rtol=2 * gamma(ROUNDINGS, FP32), atol=0)
         mine = dict(stack.slices[index].named_parameters())
         assert mine.keys() == dict(model.named_parameters()).keys()
         for name, parameter in model.named_parameters():
             assert torch.equal(mine[name], parameter), name
-            # the gain and bias of a LayerNorm sum over tokens in another order; all else is bit for bit
-            exact = config.norm == "rmsnorm" or "norm" not in name
-            torch.testing.assert_close(
-                mine[name].grad, parameter.grad, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-7, msg=name
-            )
+            assert near(mine[name].grad, parameter.grad), name
         sliced = SliceTaps(stacked_taps, stack, index)
         for place in PLACES:
             assert sliced.at(place).keys() == taps.at(place).keys()
             for name, tap in taps.at(place).items():
                 part = sliced.at(place)[name]
                 assert part.module is stack.slices[index].get_submodule(name)
-                assert all(torch.equal(a, b) for a, b in zip(part.inputs, tap.inputs, strict=True))
-                assert torch.equal(part.output, tap.output) and torch.equal(part.output_grad, tap.output_grad)
+                assert all(map(near, part.inputs, tap.inputs)), name
+                assert near(part.output, tap.output) and near(part.output_grad, tap.output_grad), name
                 assert part.input_grads.keys() == tap.input_grads.keys()
                 assert (part.weight_grad is None) == (tap.weight_grad is None)
+
+
+def test_a_fault_of_one_bit_is_further_off_than_another_order_of_sums(tokens_NBT1):
+    """Wherever it reaches a gradient: what is called near above tells it apart."""
+    for site, reached in (("o", "qk"), ("do", "qkv")):
+        one_bit = AttentionNumerics((SiteFault(site, "backward", "truncate", 1),))
+        gradients = []
+        for numerics in (HEALTHY, one_bit):
+            model = models(NANO)[0]
+            model.objective(tokens_NBT1[0], numerics)[0].backward()
+            gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        for layer, part in product(range(2), reached):
+            name = f"blocks.{layer}.attention.{part}.weight"
+            assert not near(gradients[1][name], gradients[0][name]), (site, name)
 
 
 def test_a_fault_reaches_its_own_slices_alone(tokens_NBT1):
@@ -104,14 +126,16 @@ def test_a_slice_is_a_transformer_in_the_stack_s_memory(tokens_NBT1):
     stack.slices[0].load_state_dict(changed.state_dict())
     losses_N, _, _ = stack.objective(tokens_NBT1[:1].expand(4, -1, -1), StackedNumerics((HEALTHY,) * 4))
     assert losses_N[0] == losses_N[3] != losses_N[1]
-    torch.testing.assert_close(stack.slices[0].loss(tokens_NBT1[0]), losses_N[0])
+    torch.testing.assert_close(
+        stack.slices[0].loss(tokens_NBT1[0]), losses_N[0], rtol=2 * gamma(ROUNDINGS, FP32), atol=0
+    )
 
 
 def test_the_sdpa_backend_stacks_too(tokens_NBT1):
     config, healthy = replace(NANO, backend="sdpa"), (HEALTHY,) * len(NUMERICS)
     losses_N = backward(StackedTransformer(models(config)), tokens_NBT1, healthy)
     for loss, model, tokens in zip(losses_N, models(config), tokens_NBT1, strict=True):
-        torch.testing.assert_close(loss, model.loss(tokens).detach())
+        torch.testing.assert_close(loss, model.loss(tokens).detach(), rtol=2 * gamma(ROUNDINGS, FP32), atol=0)
 
 
 def test_models_of_different_shapes_and_experts_do_not_stack():

@@ -7,6 +7,8 @@ from models.moe import MoEConfig
 from models.taps import PLACES, Taps
 from models.transformer import Transformer, TransformerConfig
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "context_length": 16, "vocab_size": 20}
 MODELS = {
     "dense": {},

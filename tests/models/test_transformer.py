@@ -13,6 +13,8 @@ from models.moe import MoEConfig
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from models.transformer import Rotary, Transformer, TransformerConfig
 
+pytestmark = pytest.mark.numeric
+
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48, "context_length": 12, "vocab_size": 19}
 VARIANTS = [

@@ -103,7 +103,7 @@ class TrainedSteps:
             taps,
             self.optimizer,
             self.numerics,
-            partial(objective_at, self.model, tokens, self.numerics, (), 1.0),
+            partial(objective_at, self.model, tokens, 1.0),
         )
 
 

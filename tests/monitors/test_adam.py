@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from monitors.adam import AdamState, AdamUpdateRMS
+from monitors.adam import AdamState, AdamUpdateRMS, _debias
+from tests.rounding_bounds import FP32, gamma
+
+pytestmark = pytest.mark.numeric
 
 
 def test_the_state_is_what_the_update_was_made_of(trained_steps):
@@ -23,6 +26,14 @@ def test_the_state_is_what_the_update_was_made_of(trained_steps):
         expected = (1 - 1e-2 * group["weight_decay"]) * old - 1e-2 * momentum / root
         torch.testing.assert_close(adam.weight[name], expected, rtol=1e-5, atol=1e-7)
         assert torch.equal(g, new.grad)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999, 0.9999])
+def test_the_debias_keeps_fp32_s_digits(beta):
+    """Four roundings: of ln beta to FP32, of the step count's product with it, of expm1, and of the result."""
+    for steps in (1, 2, 100, 30_000):
+        got = _debias(beta, torch.tensor(float(steps))).item()
+        assert got == pytest.approx(1 - beta**steps, rel=gamma(4, FP32)), steps
 
 
 def test_the_first_update_has_size_one(trained_steps):

@@ -7,6 +7,8 @@ from experiments import trace
 from experiments.loop import train
 from monitors.attention_laws import LAWS, AttentionLaws
 
+pytestmark = pytest.mark.numeric
+
 RATIOS = [f"{law}.over_noise" for law in LAWS]
 EVERY_STEP = ["monitor.attention_laws.every_steps=1", "monitor.attention_laws.rows=0", "train.steps=30"]
 

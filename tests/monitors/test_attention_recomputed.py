@@ -11,6 +11,8 @@ from monitors.attention_twin import twin_of
 from monitors.dot_product import DotProductStep
 from monitors.kernel_rounding import REFERENCE
 
+pytestmark = pytest.mark.numeric
+
 
 def step(sharpness: float, *faults: SiteFault, shared: int = 1, window: int | None = None) -> DotProductStep:
     """Forward and backward of the reference kernel on random tensors; sharpness: spread of the scores, 0: all tie.

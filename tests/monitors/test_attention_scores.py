@@ -7,6 +7,8 @@ import torch
 
 from monitors.attention_scores import AttentionScores, causal_scores
 
+pytestmark = pytest.mark.numeric
+
 
 def naive(q, k) -> tuple[float, float]:
     """Largest causal score, and mean entropy in nats, of one head of some rows: (rows, T, D)."""

@@ -9,6 +9,8 @@ import torch
 from monitors.attention_update import AttentionWeight, DeltaW, QKIncrement, is_attention_matrix
 from monitors.base import Masked
 
+pytestmark = pytest.mark.numeric
+
 LAYERS, HEADS, D = 2, 2, 8
 MATRICES = "qkvo"
 

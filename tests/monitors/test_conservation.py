@@ -9,6 +9,8 @@ from models.taps import PLACES, Tap, Taps
 from models.transformer import Transformer, TransformerConfig
 from monitors import conservation as law
 
+pytestmark = pytest.mark.numeric
+
 ROUNDING = 1e-12
 EXPERTS = MoEConfig(4, 2, aux_coef=0.01, z_coef=0.01, capacity_factor=1.0)
 VARIANTS = [

@@ -11,6 +11,8 @@ from models.bits import truncate
 from models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
 from monitors.delta_bias import DeltaBiasOracle
 
+pytestmark = pytest.mark.numeric
+
 HEALTHY = AttentionNumerics()
 
 

@@ -10,6 +10,8 @@ from monitors.fragility import score_condition
 from monitors.spectra import singular_values
 from monitors.spectral_alignment import top_right_singular_vector
 
+pytestmark = pytest.mark.numeric
+
 
 def symmetric(*shape):
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

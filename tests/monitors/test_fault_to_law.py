@@ -12,6 +12,8 @@ from monitors.linear_laws import LinearLaws
 from monitors.norm_laws import NormLaws
 from monitors.softmax_laws import LogitLaws, RouterLaws
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "context_length": 32, "vocab_size": 40}
 MODELS = {
     "dense": {"tie_embeddings": False, "mlp": "swiglu"},

@@ -13,6 +13,8 @@ from monitors.linear_laws import LinearLaws
 from monitors.norm_laws import NormLaws
 from monitors.softmax_laws import LogitLaws, RouterLaws
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "context_length": 32, "vocab_size": 40}
 EXPERTS = MoEConfig(4, 2, aux_coef=0.01, z_coef=0.01, capacity_factor=1.0, shared_d_ff=16)
 VARIANTS = {

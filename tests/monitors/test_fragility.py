@@ -14,6 +14,8 @@ from monitors.fragility import (
     value_condition,
 )
 
+pytestmark = pytest.mark.numeric
+
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()

@@ -7,6 +7,8 @@ import torch
 
 from monitors.optimization import GradientNorm, Loss, UpdateToWeight
 
+pytestmark = pytest.mark.numeric
+
 
 def series(monitor, run, losses):
     return [{name: r.item() for name, r in monitor.observe(run.view(loss=loss)).items()} for loss in losses]

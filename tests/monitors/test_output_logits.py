@@ -7,6 +7,8 @@ import torch
 
 from monitors.output_logits import OutputLogZ
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize(("rows", "chosen"), [(0, slice(None)), (1, slice(1, 2))])
 @pytest.mark.parametrize("tied", [True, False])

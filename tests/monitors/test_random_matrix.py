@@ -21,6 +21,8 @@ from monitors.random_matrix import (
 )
 from monitors.spectra import increment_singular_values, singular_values
 
+pytestmark = pytest.mark.numeric
+
 M, N = 32, 64
 
 

@@ -12,6 +12,8 @@ from monitors.attention_twin import twin_of
 from monitors.dot_product import DotProductStep
 from monitors.kernel_rounding import REFERENCE
 
+pytestmark = pytest.mark.numeric
+
 PREDICTION = {  # of the root mean square over 64 rows; a trace is one number a row, a vector or matrix many
     "key_shift_residual": 0.15,
     "value_shift_residual": 0.15,

@@ -20,6 +20,8 @@ from monitors.router import (
     weight_similarity,
 )
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = [(4, 9), (9, 4), (6, 6), (2, 1), (64, 3)]
 
 

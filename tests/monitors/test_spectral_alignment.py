@@ -7,6 +7,8 @@ import torch
 
 from monitors.spectral_alignment import LAYERS, SpectralAlignment, majority_fraction, top_right_singular_vector
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("shape", [(8, 8), (20, 6), (6, 20), (1, 5), (5, 1)])
 def test_the_vector_is_the_svd_s_up_to_its_sign(shape):

@@ -2,9 +2,12 @@
 
 import math
 
+import pytest
 import torch
 
 from monitors.spectral_norm import SpectralNorm
+
+pytestmark = pytest.mark.numeric
 
 
 def test_each_head_has_its_largest_singular_value(tiny_run):

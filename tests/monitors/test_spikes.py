@@ -8,6 +8,8 @@ import torch
 
 from monitors.spikes import SpikeScore
 
+pytestmark = pytest.mark.numeric
+
 WINDOW, MINIMUM = 30, 8
 
 
