@@ -279,7 +279,7 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
 
 
 def _chosen(monitors: Sequence[str], given: Sequence[str]) -> str:
-    """The override that lets these monitors watch. Raises ValueError on an unknown one, or where another is set."""
+    """The override that lets these monitors watch. Raises ValueError on an unknown one, or if another is asked for."""
     check_named(monitors, sorted(path.stem for path in (Path(CONF) / "monitor").glob("*.yaml")), "experiment.monitors")
     for line in given:
         root, *rest = line.lstrip("+~").split("=")[0].split(".")
