@@ -6,6 +6,7 @@ import pytest
 from experiments import trace
 from experiments.loop import train
 from experiments.manifest import new_manifest
+from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric
 
@@ -79,4 +80,6 @@ def test_every_monitor_and_a_corrupted_module_are_those_of_the_reference(make_ru
     assert set(kernel) == set(reference)
     for name, signal in reference.items():
         assert np.array_equal(np.isfinite(kernel[name].values), np.isfinite(signal.values)), name
-    np.testing.assert_allclose(kernel["train_loss_raw"].values, reference["train_loss_raw"].values, rtol=1e-5)
+    np.testing.assert_allclose(
+        kernel["train_loss_raw"].values, reference["train_loss_raw"].values, rtol=2 * gamma(500, FP32)
+    )

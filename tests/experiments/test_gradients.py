@@ -7,6 +7,7 @@ import torch
 
 from experiments.gradients import backward, micro_batches
 from faults.base import Sites
+from tests.rounding_bounds import FP32, gamma, once_stored_in_bf16
 
 pytestmark = pytest.mark.numeric
 
@@ -17,6 +18,17 @@ SITES = Sites(batch_size=8)
 def model_and_batch(make_run):
     run = make_run("model.backend=sdpa", "model.tie_embeddings=false")
     return run.new_model(), torch.from_numpy(run.corpus.batch(0, 0, 8))
+
+
+ROUNDINGS = 500
+"""On the longest way: 128 tokens, 41 logits, two layers with products of 16, 8, 16, 16 and 32 terms and their norms."""
+
+
+def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Gradients of one batch in other pieces: other shapes of products, whose sums have orders of their own."""
+    assert one.keys() == other.keys()
+    for name, gradient in one.items():
+        assert (gradient - other[name]).norm() <= once_stored_in_bf16(ROUNDINGS) * other[name].norm(), name
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -52,8 +64,8 @@ def test_micro_batches_add_up_to_the_batch(model_and_batch, micro_batch, watched
     whole = backward(model, [batch], SITES, (), model.objective)
     of_batch = gradients(model)
     parts = backward(model, micro_batches(batch, micro_batch, watched), SITES, (), model.objective)
-    torch.testing.assert_close(parts.loss, whole.loss)
-    torch.testing.assert_close(gradients(model), of_batch)
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=2 * gamma(ROUNDINGS, FP32), atol=0)
+    assert_near(gradients(model), of_batch)
 
 
 def test_auxiliary_losses_weigh_as_much_as_the_sequences_they_are_of(make_run):
@@ -67,8 +79,8 @@ def test_auxiliary_losses_weigh_as_much_as_the_sequences_they_are_of(make_run):
         of_part, auxiliary, _ = model.objective(part)
         (len(part) / 8 * (of_part + auxiliary)).backward()
         nll += len(part) / 8 * of_part.item()
-    assert loss.item() == pytest.approx(nll)
-    torch.testing.assert_close(found, gradients(model))
+    assert loss.item() == pytest.approx(nll, rel=2 * gamma(ROUNDINGS, FP32))
+    assert_near(found, gradients(model))
 
 
 def test_a_batch_that_fits_is_one_piece_bit_for_bit(model_and_batch):

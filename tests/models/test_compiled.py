@@ -11,12 +11,15 @@ from models.compiled import CompiledObjective
 from models.moe import MoEConfig
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from models.transformer import Transformer, TransformerConfig
+from tests.rounding_bounds import BF16
 
 pytestmark = pytest.mark.numeric
 
 TRUNCATED = AttentionNumerics((SiteFault("o", "backward", "truncate", 7),))
-INDUCTOR = pytest.param(
-    "inductor", 1e-2, marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+INDUCTOR = pytest.param(  # fuses, and so leaves out roundings to BF16: two of them
+    "inductor",
+    2.5 * BF16,
+    marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler"),
 )
 
 
@@ -38,13 +41,14 @@ def step(model: Transformer, objective, numerics: AttentionNumerics) -> tuple[to
 
 @pytest.mark.parametrize(("backend", "tolerance"), [("aot_eager", 0.0), INDUCTOR])
 def test_losses_and_gradients_agree_with_and_without_a_fault(backend, tolerance):
+    """``aot_eager`` calls the kernels of the eager model on the same shapes: bit for bit."""
     model = model_of(2, "bf16")
     compiled = CompiledObjective(model, backend)
     found = {}
     for numerics in (HEALTHY, TRUNCATED):
         loss, gradient = step(model, compiled, numerics)
         again, eager = found[numerics] = step(model, model.objective, numerics)
-        torch.testing.assert_close(loss, again, rtol=tolerance / 100, atol=0)
+        torch.testing.assert_close(loss, again, rtol=tolerance / 64, atol=0)  # of a mean over 64 tokens
         for name, g in gradient.items():
             assert (g - eager[name]).norm() <= tolerance * eager[name].norm(), name
     healthy, faulty = (gradient["blocks.0.attention.q.weight"] for _, gradient in found.values())

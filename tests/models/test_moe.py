@@ -9,10 +9,13 @@ import torch.nn.functional as F
 
 from models.moe import MoE, MoEConfig, auxiliary_loss
 from models.transformer import PARAMETER_GROUPS, Transformer, TransformerConfig, parameter_group
+from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric
 
 M, FF, B, T = 16, 24, 3, 7
+ROUNDINGS = 200
+"""On the longest way: forward and backward of products of 16, 24 and 6 terms, sums over 21 tokens and two places."""
 BASE = MoEConfig(n_experts=6, top_k=2)
 VARIANTS = {
     "plain": BASE,
@@ -86,11 +89,10 @@ def test_forward_and_gradients_are_those_of_every_expert_in_fp64(variant, kind):
     w64 = {name: tensor.detach().double().requires_grad_() for name, tensor in moe.state_dict().items()}
     y64 = dense_reference(moe, x64, w64)
     (y64 * direction.double()).sum().backward()
-    close = {"rtol": 2e-5, "atol": 2e-5}
-    torch.testing.assert_close(y.double(), y64, **close)
-    torch.testing.assert_close(x.grad.double(), x64.grad, **close)
-    for name, parameter in moe.named_parameters():
-        torch.testing.assert_close(parameter.grad.double(), w64[name].grad, **close, msg=lambda m, n=name: f"{n}: {m}")
+    got = {"y": y, "x": x.grad} | {name: parameter.grad for name, parameter in moe.named_parameters()}
+    right = {"y": y64, "x": x64.grad} | {name: w64[name].grad for name in got if name in w64}
+    for name, exact in right.items():
+        assert (got[name] - exact).norm() <= gamma(ROUNDINGS, FP32) * exact.norm(), name
 
 
 def test_counts_and_drops_are_those_of_a_hand_count():
@@ -120,7 +122,7 @@ def test_a_tokens_fate_never_depends_on_later_tokens_of_its_sequence():
     moe = layer(dataclasses.replace(BASE, capacity_factor=0.5))
     x, changed = tokens(B=1), tokens(B=1)
     changed[0, 4:] = tokens(seed=9, B=1)[0, 4:]
-    torch.testing.assert_close(moe(x)[0][0, :4], moe(changed)[0][0, :4], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moe(x)[0][0, :4], moe(changed)[0][0, :4], rtol=0, atol=2 * gamma(ROUNDINGS, FP32))
 
 
 @pytest.mark.parametrize("config", [BASE, dataclasses.replace(BASE, capacity_factor=0.7)])
@@ -161,7 +163,7 @@ def test_the_auxiliary_loss_is_the_sum_over_layers_with_its_coefficients():
         for scale in expected:
             expected[scale] += float(scale * 0.02 * balance + 0.003 * z)
     for scale, value in expected.items():
-        assert float(auxiliary_loss(routings, config, scale)) == pytest.approx(value, rel=1e-5)
+        assert float(auxiliary_loss(routings, config, scale)) == pytest.approx(value, rel=gamma(ROUNDINGS, FP32))
 
 
 def test_the_bias_chooses_and_does_not_weigh_and_follows_the_load():
@@ -232,7 +234,7 @@ def test_the_objective_adds_the_routers_losses_to_the_same_nll():
     nll, auxiliary, routings = net.objective(batch())
     assert torch.equal(nll, net.loss(batch()))
     assert len(routings) == 2
-    assert float(auxiliary) == pytest.approx(sum(0.1 * float(r.load_balance) for r in routings), rel=1e-6)
+    assert float(auxiliary) == pytest.approx(sum(0.1 * float(r.load_balance) for r in routings), rel=gamma(4, FP32))
     assert float(net.objective(batch(), balance_scale=0.0)[1]) == 0.0
 
 

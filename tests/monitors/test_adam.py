@@ -20,11 +20,12 @@ def test_the_state_is_what_the_update_was_made_of(trained_steps):
     adam = AdamState.of(view)
     group = run.optimizer.param_groups[0]
     assert adam.learning_rate == [1e-2] * len(before) and adam.beta1 == 0.9
-    assert adam.beta1_debias.item() == pytest.approx(1 - 0.9**2)
+    assert adam.beta1_debias.item() == pytest.approx(1 - 0.9**2, rel=gamma(4, FP32))
     for old, (name, new), root, g in zip(before, run.model.named_parameters(), adam.root, adam.gradient, strict=True):
         momentum = run.optimizer.state[new]["exp_avg"] / adam.beta1_debias
         expected = (1 - 1e-2 * group["weight_decay"]) * old - 1e-2 * momentum / root
-        torch.testing.assert_close(adam.weight[name], expected, rtol=1e-5, atol=1e-7)
+        size = (old.abs() + 1e-2 * (momentum / root).abs()).max()
+        torch.testing.assert_close(adam.weight[name], expected, rtol=0, atol=2 * float(gamma(20, FP32) * size))
         assert torch.equal(g, new.grad)
 
 
@@ -55,9 +56,9 @@ def test_each_layer_reports_its_largest_tensor(trained_steps, changes):
         rms[name] = float((p.grad.double() ** 2 / (v.sqrt() + 1e-8) ** 2).mean().sqrt())
     for layer in range(2):
         expected = max(value for name, value in rms.items() if name.startswith(f"blocks.{layer}."))
-        assert got["adam_update_rms"][layer].item() == pytest.approx(expected, rel=1e-5)
+        assert got["adam_update_rms"][layer].item() == pytest.approx(expected, rel=gamma(200, FP32))
     outside = [value for name, value in rms.items() if name.startswith(("tokens", "positions", "head"))]
-    assert got["adam_update_rms.embedding"].item() == pytest.approx(max(outside), rel=1e-5)
+    assert got["adam_update_rms.embedding"].item() == pytest.approx(max(outside), rel=gamma(300, FP32))
 
 
 def test_a_gradient_that_grows_out_of_an_old_second_moment_is_above_the_published_number(trained_steps):

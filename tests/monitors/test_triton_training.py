@@ -8,6 +8,7 @@ from models.tiles import Tile, Tiles
 from monitors.attention_laws import AttentionLaws
 from tests.models.attention_in_fp64 import distance
 from tests.models.attention_in_triton import in_the_interpreter
+from tests.rounding_bounds import FP32, gamma
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
@@ -36,7 +37,7 @@ def watched(trained_steps, backend, numerics, model, steps=3):
 def test_training_is_that_of_the_reference_up_to_rounding(trained_steps, numerics, model):
     both = (watched(trained_steps, backend, numerics, model) for backend in ("triton", "reference"))
     for (loss, gradients, laws), (right_loss, right_gradients, right_laws) in zip(*both, strict=True):
-        assert loss == pytest.approx(right_loss, rel=1e-6)
+        assert loss == pytest.approx(right_loss, rel=2 * gamma(300, FP32))
         assert all(distance(gradients[name], right) < 1e-3 for name, right in right_gradients.items())
         for name, right in right_laws.items():
             torch.testing.assert_close(laws[name], right, rtol=0.1, atol=0.0, msg=name)
