@@ -31,16 +31,23 @@ TINY = [
     "train.steps=40",
     "train.checkpoint_every_steps=10",
 ]
+
+
+def rarely_read(every_steps: int) -> list[str]:
+    """The monitors of conf/config.yaml whose own cadence is longer than this, whichever there are."""
+    groups = OmegaConf.load(CONF / "config.yaml").defaults
+    names = next(list(group.monitor) for group in groups if OmegaConf.is_dict(group) and "monitor" in group)
+    cadence = {name: OmegaConf.load(CONF / "monitor" / f"{name}.yaml").get("every_steps", 1) for name in names}
+    return [name for name in names if cadence[name] > every_steps]
+
+
 SHORT_WINDOWS = [
-    *(f"monitor.{name}.every_steps=5" for name in ("attention_weight", "delta_w", "qk_increment", "update_to_weight")),
+    *(f"monitor.{name}.every_steps=5" for name in rarely_read(30)),
     *(f"monitor.{name}.every_steps=5" for name in ("expert_load", "router_weight", "routing_probability")),
     "monitor.delta_w.windows=[2,10]",
     "monitor.qk_increment.windows=[2,10]",
-    "monitor.random_matrix.every_steps=5",
     "monitor.random_matrix.window=10",
-    *(f"monitor.{name}.every_steps=5" for name in ("attention_scores", "attn_fragility", "delta_bias_oracle")),
-    *(f"monitor.{name}.every_steps=5" for name in ("adam_update_rms", "output_log_z", "spectral_alignment")),
-    "monitor.spectral_norm.every_steps=5",
+    *(f"monitor.{name}.every_steps=5" for name in ("adam_update_rms", "attention_scores", "output_log_z")),
     "monitor.gradient_curvature.every_steps=10",
     "monitor.spike_score.window=20",
     "monitor.spike_score.minimum=10",

