@@ -42,6 +42,8 @@ def test_a_reading_that_is_not_finite_is_named_in_any_direction(signal, value):
     broken[1, 0] = value
     live.add({signal.name: broken})
     assert signal.name in live.raised()
+
+
 def test_each_run_of_a_stack_is_judged_by_itself():
     """The second of three runs jumps in one head; as single runs, the same alarms."""
     generator, live = torch.Generator().manual_seed(0), LiveAlarms([UP, DOWN], stacked=True)
