@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.contest import ALL_FAULTS, Contest
-from analysis.costs import detector_cost
+from analysis.costs import MonitorCost, detector_cost
 from analysis.detection import Detector
 from analysis.inference import (
     MIN_SEEDS,
@@ -17,6 +17,7 @@ from analysis.inference import (
     false_alarm_bound,
     false_alarm_law,
     iqm,
+    keeps_rate,
     restricted_mean_time,
     wilson_interval,
 )
@@ -41,7 +42,7 @@ def _with_relative(scores: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     return scores.assign(relative=found)
 
 
-def board(one: Contest, scores: pd.DataFrame, costs: Mapping[str, tuple[str, float]] | None = None) -> pd.DataFrame:
+def board(one: Contest, scores: pd.DataFrame, costs: Mapping[str, MonitorCost] | None = None) -> pd.DataFrame:
     """The leaderboard of one contest: a row for each detector and fault, and one for all faults together.
 
     costs: by signal, its monitor and the share of a step that it takes. The rows of a fault rank detectors by their
@@ -79,7 +80,7 @@ def _fault_rows(
     fault: str,
     scores: pd.DataFrame,
     healthy: Mapping[str, pd.DataFrame],
-    costs: Mapping[str, tuple[str, float]],
+    costs: Mapping[str, MonitorCost],
 ) -> list[dict[str, Any]]:
     of_detector = _by_detector(scores)
     names = [name for name in one.detectors if name in of_detector]
@@ -146,7 +147,7 @@ def _keeps_rate(one: Contest, name: str, healthy: Mapping[str, pd.DataFrame]) ->
     alarms, runs = _healthy_alarms(name, healthy)
     if not runs:  # nothing was seen; a conformal threshold still promises it, nobody else does
         return one.kinds[name] != "external" and one.track != "published"
-    return clopper_pearson_interval(alarms, runs)[0] <= one.alpha
+    return keeps_rate(alarms, runs, len(one.detectors[name].maxima), one.alpha)
 
 
 def _delay(scores: pd.DataFrame, horizon: int) -> float:

@@ -1,7 +1,8 @@
 """Costs as ratios measured in one run: ``make bench`` or ``python -m experiments.bench [out=FILE]``.
 
 Every ratio comes from alternating measurements in one process, so that the machine's noise meets both
-sides alike; medians throughout. Absolute times are printed for orientation only.
+sides alike; medians throughout. Absolute times are printed for orientation only. ``parts=steps,monitors`` measures
+these parts alone and keeps the rest of the file.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from analysis.costs import MonitorCost, costs_of, detector_cost, taps_share
 from analysis.simulated import simulate_experiment
 from experiments.build import ROOT, Run, build_run
 from experiments.cli import CONF
 from experiments.gradients import backward, micro_batches
+from experiments.monitor_costs import cadences
 from experiments.optimizer import adamw, update
 from experiments.trace import write_whole
 from experiments.usage import fail, show_help
 from models.corruption import Corrupted
 from models.objective import objective_at
-from monitors.base import StepView, tapped
+from monitors.base import Monitor, StepView, WeightHistory, tapped
 from monitors.spectra import qk_increment
 
 STEPS = {"mha_nano": 120, "mha_small": 24}
@@ -50,7 +53,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:
-    """Processor time of one thread's work: a few per mille drown in what other processes do to the time on the wall."""
+    """Processor time of this process: a few per mille drown in what other processes do to the time on the wall."""
     started = time.process_time()
     call()
     return time.process_time() - started
@@ -97,39 +100,71 @@ def _watched(run: Run) -> StepView:
 
 
 def _alternate(steps: dict[str, Callable[[int], StepView]], count: int) -> dict[str, float]:
-    """The median time of each step, measured in turns; the first five are warm-up."""
+    """The median processor time of each step, measured in turns; the first five are warm-up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(count + 5):
         for name, step in steps.items():
-            times[name].append(_seconds(lambda step=step, index=index: step(index)))
+            times[name].append(_cpu_seconds(lambda step=step, index=index: step(index)))
     return {name: median(values[5:]) for name, values in times.items()}
 
 
-def _monitor_seconds(run: Run, view: StepView, names: Iterable[str]) -> float:
-    """Time a step of these monitors and of the snapshots they need, over 500 steps with every window full.
+def _monitor_seconds(view: StepView, groups: Mapping[str, Mapping[str, Monitor]]) -> dict[str, float]:
+    """By group of monitors, their processor time a step, over 500 steps with every window full.
 
-    It does not depend on what training does, so the weights are nudged, not trained.
+    A group shares its copies of weights, which are in it; taps are not (``tap_shares``). It does not depend on what
+    training does, so the weights are nudged, not trained.
     """
-    history, spent, windows = run.new_history(), 0.0, 500
+    histories = {
+        group: WeightHistory(lookback for monitor in monitors.values() for lookback in monitor.lookbacks)
+        for group, monitors in groups.items()
+    }
+    spent, windows = dict.fromkeys(groups, 0.0), 500
+    nudges = [3e-5 * torch.randn_like(parameter) for parameter in view.model.parameters()]
     for now in range(2 * windows + 1):
         if now:
             with torch.no_grad():
-                for parameter in view.model.parameters():
-                    parameter.add_(torch.randn_like(parameter), alpha=1e-3)
-        cost = _seconds(lambda now=now: history.record(now, view.model))
-        seen = replace(view, step=now, tokens=now, history=history)
-        for name in names if now else ():
-            monitor = run.monitors[name]
-            if any(now % signal.every_steps == 0 for signal in monitor.signals):
-                cost += _seconds(lambda monitor=monitor, seen=seen: monitor.observe(seen))
-        spent += cost if now > windows else 0.0
-    return spent / windows
+                for parameter, nudge in zip(view.model.parameters(), nudges, strict=True):
+                    parameter.add_(nudge)
+        for group, monitors in groups.items():
+            history = histories[group]
+            cost = _cpu_seconds(lambda now=now, history=history: history.record(now, view.model))
+            seen = replace(view, step=now, tokens=now, history=history)
+            for monitor in monitors.values() if now else ():
+                if any(now % every == 0 for every in cadences(monitor)):
+                    cost += _cpu_seconds(lambda monitor=monitor, seen=seen: monitor.observe(seen))
+            spent[group] += cost if now > windows else 0.0
+    return {group: seconds / windows for group, seconds in spent.items()}
+
+
+def tap_shares(run: Run, count: int) -> dict[str, float]:
+    """By place that a monitor taps, what tapping it adds to the step that is tapped, as a share of that step.
+
+    0 where noise makes it less than nothing: a tap cannot save time.
+    """
+    plain, bare = _step_of(run), []
+    watched = {place: _step_of(run, (place,)) for place in sorted(tapped(run.monitors.values()))}
+    extra: dict[str, list[float]] = {place: [] for place in watched}
+    for index in range(count + 5):
+        bare.append(_cpu_seconds(lambda index=index: plain(index)))
+        for place, step in watched.items():
+            extra[place].append(_cpu_seconds(lambda step=step, index=index: step(index)) - bare[-1])
+    return {place: max(0.0, median(seconds[5:])) / median(bare[5:]) for place, seconds in extra.items()}
+
+
+def _taps(monitors: Mapping[str, Monitor], places: Mapping[str, float]) -> float:
+    """What the taps of these monitors add to a step of a period, a place that several read at one step once."""
+    return taps_share([MonitorCost(name, 0.0, cadences(m), taps_of(m, places)) for name, m in monitors.items()])
+
+
+def taps_of(monitor: Monitor, places: Mapping[str, float]) -> dict[str, float]:
+    """The places that a monitor taps, with what each costs the step that is tapped."""
+    return {place: places[place] for place in sorted(tapped([monitor]))}
 
 
 def step_costs(model: str) -> dict[str, float]:
     """Fault sites present but idle against a bare SDPA loop, taps and all monitors against the step.
 
-    The share of the monitors is that of what they compute; a tapped step is paid at their cadence on top.
+    The share of the monitors is what they compute and, at the steps at which they read, what their taps cost.
     """
     torch.set_num_threads(1)
     runs = {
@@ -138,14 +173,16 @@ def step_costs(model: str) -> dict[str, float]:
     }
     steps = {name: _step_of(run) for name, run in runs.items()}
     steps["tapped"] = _step_of(runs["reference"], tapped(runs["reference"].monitors.values()))
-    typical = _alternate(steps, STEPS[model])
-    monitors = _monitor_seconds(runs["reference"], _watched(runs["reference"]), runs["reference"].monitors)
+    typical, watched = _alternate(steps, STEPS[model]), runs["reference"]
+    readings = _monitor_seconds(_watched(watched), {"all": watched.monitors})["all"] / typical["reference"]
+    taps = _taps(watched.monitors, tap_shares(watched, STEPS[model]))
     return {
         "step_ms": 1e3 * typical["reference"],
         "bare_sdpa_step_ms": 1e3 * typical["sdpa"],
         "step_over_bare_sdpa": typical["reference"] / typical["sdpa"],
         "tapped_step_over_step": typical["tapped"] / typical["reference"],
-        "monitors_share_of_step": monitors / typical["reference"],
+        "monitors_share_of_step": readings + taps,
+        "of these, taps": taps,
     }
 
 
@@ -157,25 +194,34 @@ def expert_costs(model: str, dense: str) -> dict[str, float]:
     typical = _alternate(steps, STEPS[dense])
     router = [name for name, monitor in runs[model].monitors.items() if getattr(monitor, "needs_experts", False)]
     alone = replace(runs[model], monitors={name: runs[model].monitors[name] for name in router})
+    readings = _monitor_seconds(_watched(alone), {"router": alone.monitors})["router"] / typical[model]
     return {
         "step_ms": 1e3 * typical[model],
         "step_over_dense": typical[model] / typical[dense],
-        "router_monitors_share_of_step": _monitor_seconds(alone, _watched(alone), router) / typical[model],
+        "router_monitors_share_of_step": readings + _taps(alone.monitors, tap_shares(alone, STEPS[dense])),
     }
 
 
 def monitor_shares(model: str) -> dict[str, Any]:
-    """Each monitor by itself, its share of the step and its signals: the cost column of the leaderboard."""
+    """Each monitor by itself: the cost column of the leaderboard, read by ``analysis.costs``.
+
+    share_of_step: what it computes, and its copies of weights; signals; every_steps: its cadences; taps: by place that
+    it taps, what tapping adds to a step at which it reads.
+    """
     torch.set_num_threads(1)
-    run = build_run(compose("config", overrides=[f"model={model}"]))
-    step = _step_of(run)
-    typical = _alternate({model: step}, STEPS[DENSE_TWIN.get(model, model)])[model]
-    view, shares = _watched(run), {}
-    for name, monitor in run.monitors.items():
-        alone = replace(run, monitors={name: monitor})
-        share = _monitor_seconds(alone, view, [name]) / typical
-        shares[name] = {"share_of_step": share, "signals": [signal.name for signal in monitor.signals]}
-    return shares
+    run, count = build_run(compose("config", overrides=[f"model={model}"])), STEPS[DENSE_TWIN.get(model, model)]
+    typical = _alternate({model: _step_of(run)}, count)[model]
+    places = tap_shares(run, 2 * count)
+    spent = _monitor_seconds(_watched(run), {name: {name: monitor} for name, monitor in run.monitors.items()})
+    return {
+        name: {
+            "share_of_step": spent[name] / typical,
+            "signals": [signal.name for signal in monitor.signals],
+            "every_steps": cadences(monitor),
+            "taps": taps_of(monitor, places),
+        }
+        for name, monitor in run.monitors.items()
+    }
 
 
 def due_together(cadence: Mapping[str, int]) -> list[frozenset[str]]:
@@ -264,19 +310,37 @@ def scoring_cost(signals: int = 100) -> dict[str, float]:
     return {"scoring_wall_s": wall, "scoring_peak_gib": peak / 2**20}
 
 
-def measure() -> dict[str, Any]:
+def _of_config(measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     with initialize_config_dir(CONF, version_base="1.3"):
-        results: dict[str, Any] = {model: step_costs(model) for model in STEPS}
-        results |= {model: expert_costs(model, dense) for model, dense in DENSE_TWIN.items()}
-        results["conservation laws, mha_small"] = conservation_costs("mha_small")
-        results["monitors"] = {model: monitor_shares(model) for model in (*STEPS, *DENSE_TWIN)}
-    results["qk core, d=768, 12 heads of 64"] = qk_core_speedup(768, 12, 64)
-    results["qk core, d=2048, 4 heads of 64"] = qk_core_speedup(2048, 4, 64)
-    results["scoring, 500 runs x 100 signals x 250 samples"] = scoring_cost()
-    if LAPTOP_SWEEP.exists() and (sweep := json.loads(LAPTOP_SWEEP.read_text())["sweep"]):
-        results["laptop sweep"] = {"busy_share_of_cores": sweep["busy"], "wall_s": sweep["wall_s"]}
-    results["torch"] = torch.__version__
-    return results
+        return measured()
+
+
+def _sweep() -> dict[str, Any]:
+    sweep = json.loads(LAPTOP_SWEEP.read_text())["sweep"] if LAPTOP_SWEEP.exists() else None
+    return {"laptop sweep": {"busy_share_of_cores": sweep["busy"], "wall_s": sweep["wall_s"]}} if sweep else {}
+
+
+PARTS: Mapping[str, Callable[[], dict[str, Any]]] = {
+    "steps": lambda: _of_config(
+        lambda: {m: step_costs(m) for m in STEPS} | {m: expert_costs(m, dense) for m, dense in DENSE_TWIN.items()}
+    ),
+    "conservation": lambda: _of_config(lambda: {"conservation laws, mha_small": conservation_costs("mha_small")}),
+    "monitors": lambda: _of_config(lambda: {"monitors": {m: monitor_shares(m) for m in (*STEPS, *DENSE_TWIN)}}),
+    "qk_core": lambda: {
+        "qk core, d=768, 12 heads of 64": qk_core_speedup(768, 12, 64),
+        "qk core, d=2048, 4 heads of 64": qk_core_speedup(2048, 4, 64),
+    },
+    "scoring": lambda: {"scoring, 500 runs x 100 signals x 250 samples": scoring_cost()},
+    "sweep": _sweep,
+}
+"""What can be measured by itself."""
+
+
+def measure(parts: Iterable[str] = tuple(PARTS)) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for part in parts:
+        results |= PARTS[part]()
+    return results | {"torch": torch.__version__}
 
 
 GOALS = {
@@ -295,18 +359,23 @@ GOALS = {
 def main(arguments: list[str]) -> None:
     show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if set(given) - {"out"} or len(given) != len(arguments):
-        sys.exit("usage: python -m experiments.bench [out=FILE]")
+    if set(given) - {"out", "parts"} or len(given) != len(arguments):
+        sys.exit("usage: python -m experiments.bench [out=FILE] [parts=A,B]")
     if not given.get("out", "bench.json").strip():
         fail("out='' is not allowed: a file")
+    parts = tuple(given["parts"].split(",")) if "parts" in given else tuple(PARTS)
+    if unknown := [part for part in parts if part not in PARTS]:
+        fail(f"parts={unknown[0]} is not allowed: of {', '.join(PARTS)}")
     out = Path(given.get("out", ROOT / "report" / "bench.json"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    results = measure()
+    kept = json.loads(out.read_text()) if "parts" in given and out.exists() else {}
+    results = kept | measure(parts)
     write_whole(out, json.dumps(results, indent=1).encode() + b"\n")
     table = Table("what", "measure", "value", "goal")
     shares = {
-        f"{model}, monitor {name}": {"share_of_step": one["share_of_step"]}
-        for model, monitors in results["monitors"].items()
+        f"{model}, monitor {name}": {"share_of_step": detector_cost(one["signals"], costs)}
+        for model, monitors in results.get("monitors", {}).items()
+        for costs in [costs_of(monitors)]
         for name, one in monitors.items()
     }
     ratios = {what: values for what, values in results.items() if isinstance(values, dict) and what != "monitors"}
