@@ -39,7 +39,7 @@ def why_single(run: Run) -> str | None:
 
 
 def stacks(runs: Sequence[Run]) -> list[list[int]]:
-    """The runs' indices, in stacks of up to ``train.stack``, alike but for what each has for itself.
+    """The runs' indices, in stacks of up to ``train.stack``, alike but for what each has for itself, in their order.
 
     A run that cannot be stacked stands by itself.
     """
@@ -49,8 +49,9 @@ def stacks(runs: Sequence[Run]) -> list[list[int]]:
         common: dict[str, Any] = {key: value for key, value in run.config.items() if key not in OWN_NODES}
         common |= {"train": train, "single": None if why_single(run) is None else index}
         alike.setdefault(json.dumps(common, sort_keys=True), []).append(index)
-    return [
+    found = [
         group[first : first + runs[group[0]].train.stack]
         for group in alike.values()
         for first in range(0, len(group), runs[group[0]].train.stack)
     ]
+    return sorted(found)
