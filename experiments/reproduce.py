@@ -262,7 +262,7 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
     """
     check_mapping(settings["experiment"], "experiment")
     experiment = settings["experiment"]
-    for line in given:
+    for line in {line.split("=")[0]: line for line in given}.values():  # the last of each key
         _check_has_effect(line, experiment)
     for field in ("experiment", "scale"):
         check_name(settings[field]["name"], f"{field}.name")

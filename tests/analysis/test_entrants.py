@@ -13,6 +13,7 @@ from analysis import entrants, score
 from analysis.alarms import conformal_threshold, make_rule
 from analysis.entrants import BadEntrant, entrant_of
 from analysis.experiment import load
+from analysis.external import read_alarms
 from analysis.found import CONF, conf
 from analysis.isolation import Limits
 from analysis.replay import main
@@ -280,6 +281,15 @@ def test_who_alarms_in_healthy_runs_more_often_than_allowed_is_shown_and_not_ran
     assert table.loc["early", "rank"] > 0
 
 
+@pytest.mark.parametrize("content", [bytes(range(256)), "run_id,monitor,step\n".encode("utf-16"), b"a,b\n\0\xff"])
+def test_a_table_of_alarms_that_is_no_text_is_named(tmp_path, content):
+    path = tmp_path / "mine.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"alarms=.*mine\.csv (is no CSV|has no column)") as error:
+        read_alarms([path], [])
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -293,6 +303,10 @@ def test_who_alarms_in_healthy_runs_more_often_than_allowed_is_shown_and_not_ran
         ("run_id,monitor,step\nattention3000,mine,-5\n", "line 2: step=-5"),
         ("run_id,monitor,step\nattention3000,mine,2.5\n", "line 2: step=2.5"),
         ("run_id,monitor,step\nattention3000,early,5\n", "'early' is on the board already"),
+        ("run_id,monitor,step\nattention3000,never,5\n", "line 2: monitor='never' is a control's name"),
+        ("run_id,monitor,step\nreference0,mine,5\n", "mine.csv lists no run that is scored"),
+        ("", "mine.csv is empty"),
+        ('run_id,monitor,step\n"attention3000,mine,5\n', "mine.csv is no CSV"),
     ],
 )
 def test_a_bad_table_of_alarms_is_refused_by_line(folder, tmp_path, lines, message):

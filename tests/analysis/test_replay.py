@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -168,6 +169,8 @@ def test_too_few_calibration_runs_name_the_alpha_that_they_support(folder, tmp_p
         (["runs=x", "out=x", "detctor=a.py"], "detctor is not an option"),
         (["runs=x", "out=x", "alpha=often"], "alpha=often is not allowed"),
         (["runs=x", "out=x", "tracks=floot"], "tracks=floot is not allowed: of reference, self, floor, published"),
+        (["runs=x", "out=x", "tracks=reference,reference"], "tracks=reference,reference is not allowed"),
+        (["runs=x", "out=x", "alpha=1.5"], "alpha=1.5 is not allowed: between 0 and 1"),
         (["runs=x", "out=x", "rule=emwa"], "rule=emwa is not allowed: one of adwin, cusum, ewma"),
         (["runs=x", "out=x", "runs=y"], "runs is given 2 times"),
     ],
@@ -178,6 +181,30 @@ def test_a_wrong_command_line_ends_in_one_line(arguments, message, capsys):
     said = capsys.readouterr().err
     assert end.value.code == 2
     assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "it=[] is not allowed: keys with values"),
+        ("null", "it=None is not allowed"),
+        ("{", "is no index of an experiment"),
+        ("{}", "experiment=None is not allowed: keys with values"),
+    ],
+)
+def test_an_index_that_is_none_is_named(folder, tmp_path, content, message):
+    (folder / "experiment.json").write_text(content)
+    with pytest.raises(trace.TraceError, match=re.escape(message)) as error:
+        scored(folder, tmp_path / "out")
+    assert str(folder / "experiment.json") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_index_names_the_key_that_is_not_allowed(folder, tmp_path):
+    index = json.loads((folder / "experiment.json").read_text())
+    index["runs"][0]["seed"] = 10**29
+    (folder / "experiment.json").write_text(json.dumps(index))
+    with pytest.raises(trace.TraceError, match=r"runs\.0\.seed=10+ is not allowed"):
+        scored(folder, tmp_path / "out")
 
 
 def test_the_command_is_that_of_the_readme():

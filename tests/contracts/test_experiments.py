@@ -18,6 +18,7 @@ from experiments.build import ROOT, build_run
 from experiments.loop import train
 from experiments.plan import FIRST_CASE_SEED, FIRST_SEED, plan
 from experiments.reproduce import build_all, chosen_experiment, planned_runs
+from experiments.scoring import check_runs, check_settings
 from experiments.train import describe
 from models.transformer import Transformer
 
@@ -30,7 +31,7 @@ SHORT = [
     "scale.batch_steps={half: 60, quarter: 60, eighth: 60}",
     "scale.grid_steps={quarter: 60, eighth: 60}",
     *(f"scale.{name}={{steps: 60, onset: 30}}" for name in ("early_warning", "smallest_fault")),
-    "scale.localise={steps: 40, onset: 20, every_steps: 1, rows: 0}",
+    "scale.localise={steps: 60, onset: 20, every_steps: 1, rows: 0}",
     "scale.natural_bf16={steps: 60}",
     "scale.reference_set={steps: 60, ramp: {onset: 10, ramp_steps: 40}}",
 ]
@@ -49,6 +50,7 @@ def test_every_cell_composes_and_builds(experiment, scale, text):
             given += ["data.held_out=0.3"]
         settings = OmegaConf.to_container(compose("reproduce", given), resolve=True)
         experiment = chosen_experiment(settings, given)
+        check_settings(settings, experiment, given)
         seeds = experiment.get("seeds", settings["scale"]["seeds"])
         cells = plan(seeds, experiment["faults"], experiment["models"], experiment.get("overrides", ()))
         one_of_each = list({(cell.model, cell.fault, cell.role): cell for cell in cells}.values())
@@ -56,6 +58,8 @@ def test_every_cell_composes_and_builds(experiment, scale, text):
             faulty = [cell for cell in one_of_each if cell.fault is not None]
             one_of_each = list(dict.fromkeys([faulty[0], faulty[-1], one_of_each[-1]]))
         runs = build_all([[*given, *cell.overrides] for cell in one_of_each])
+    if scale == "laptop":
+        check_runs(settings, experiment, one_of_each, runs)
     for cell, run in zip(one_of_each, runs, strict=True):
         assert run.seed == cell.seed
         assert (run.fault.onset is None) == (cell.fault is None)
@@ -194,7 +198,7 @@ def test_cases_run_in_fast_mode_from_training_to_report(experiment, text, tiny, 
     kept = [*list(cases)[:2], list(cases)[-1]]
     arguments = [
         f"experiment={experiment}", "data=text", f"data.path={text}", *tiny,
-        f"scale.{experiment}={{seeds: 1, fault_seeds: 1, steps: 20}}", "at_once=1",
+        f"scale.{experiment}={{seeds: 1, fault_seeds: 1, steps: 40}}", "at_once=1",
         *(f"~experiment.cases.{name}" for name in cases if name not in kept),
         f"out={tmp_path / 'runs'}", f"report={tmp_path / 'report'}",
     ]  # fmt: skip

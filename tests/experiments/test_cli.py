@@ -21,7 +21,13 @@ SEEDS = {"reference": 2, "calibration": 3, "test": 1, "faulty": 2}
         (["train.stepz=3"], r"train.stepz is not a key of the configuration \(did you mean 'steps'\?"),
         (["fault=bf16_shift", "fault.bit=3"], r"fault.bit is not a key .* \(did you mean 'bits'\?"),
         (["fault=bf16_shift,bf16shift", "-m"], "fault=bf16shift is not an option"),
-        (["fault=[unclosed"], "mismatched|missing|unclosed"),
+        (["fault=[unclosed"], r"fault=\[unclosed cannot be read"),
+        (["fault=bf16_shift,none"], "fault=bf16_shift,none lists several values: add -m"),
+        (["train.steps"], "'train.steps' is not allowed: key=value"),
+        (["--multi"], r"--multi is not a flag of this command \(did you mean '--multirun'"),
+        (["--cfg", "nope"], "--cfg nope is not allowed: job or hydra or all"),
+        (["hydra/launcher=nope"], "Could not find 'hydra/launcher/nope' Available options"),
+        (["hydra.job.chdir=maybe"], "Error merging override hydra.job.chdir=maybe: Value 'maybe' is not a valid bool"),
     ],
 )
 def test_a_wrong_override_is_one_line_with_the_nearest_match(arguments, message):

@@ -10,7 +10,7 @@ def test_an_experiment_stacks_its_runs_and_trains_the_others_one_by_one(text, ti
     """The real command with its launcher: the attention fault and an LR ramp stack, a smaller batch does not."""
     arguments = [
         "experiment=reference_set_dense", "data=text", f"data.path={text}", *tiny, "train.steps=30", "train.stack=4",
-        "scale.reference_set={steps: 30, ramp: {onset: 10, ramp_steps: 10}}", "scale.alpha=0.5",
+        "scale.reference_set={steps: 30, ramp: {onset: 10, ramp_steps: 10}}", "scale.alpha=0.5", "label.consecutive=3",
         "scale.seeds={reference: 4, calibration: 1, test: 1, faulty: 2}",
         f"out={tmp_path / 'runs'}", f"report={tmp_path / 'report'}",
     ]  # fmt: skip

@@ -1,0 +1,31 @@
+import importlib
+
+import pytest
+
+from experiments import bench_stack
+
+COMMANDS = (
+    "analysis.reduced", "analysis.replay", "analysis.report", "experiments.bench", "experiments.bench_gpt2",
+    "experiments.bench_stack", "experiments.gpu_check", "experiments.gpu_tiles", "experiments.natural_rounding",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_a_command_is_for(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        importlib.import_module(command).main(["--help"])
+    assert done.value.code == 0
+    said = capsys.readouterr().out
+    assert ("python" in said and "DIR" in said) or "make" in said or "=" in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("device=cuda", "device='cuda' is not allowed here"), ("device=tpu", "cpu or cuda"), ("sizes=0", "from 1 to")],
+)
+def test_a_benchmark_that_cannot_run_is_one_line(argument, message, monkeypatch, capsys):
+    monkeypatch.setattr(bench_stack.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as done:
+        bench_stack.main([argument])
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and message in said and len(said.splitlines()) == 1
