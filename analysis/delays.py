@@ -1,4 +1,4 @@
-"""How soon each detector feels each fault, by the fault's size: the tables of the early-warning experiment."""
+"""How soon each detector alarms under each fault, by the fault's size: the tables of the early-warning experiment."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def delays(experiment: Experiment) -> pd.DataFrame:
 
 
 def oracles(experiment: Experiment) -> list[str]:
-    """The detectors that are told the fault: they bound what a monitor could know, and compete with none."""
+    """The detectors that read the fault itself: they bound what a monitor could know, and compete with none."""
     named = experiment.named_detectors.items()
     return [name for name, signals in named if any(track_family(signal) == "oracle" for signal in signals)]
 
@@ -111,7 +111,7 @@ def smallest_table(experiment: Experiment) -> pd.DataFrame:
     """One row a detector and fault of known size: the share of runs alarming within so many steps, and the median.
 
     reads_every_steps: the detector's cadence; smallest: whether it is the fewest bits of its kind, else alike, that
-    most runs feel within ``LATER`` steps.
+    most runs alarm within ``LATER`` steps.
     """
     found, known = delays(experiment), sizes(experiment)
     rows = []
@@ -133,8 +133,10 @@ def smallest_table(experiment: Experiment) -> pd.DataFrame:
         return pd.DataFrame()
     table = pd.DataFrame(rows)
     alike = ["detector", "sites", "phase", "rounding", "share", "layers", "heads", "onset"]
-    felt = table["bits"].where(table[f"within_{LATER}"] > 0.5)
-    return table.assign(smallest=felt.notna() & (felt == felt.groupby([table[key] for key in alike]).transform("min")))
+    detected = table["bits"].where(table[f"within_{LATER}"] > 0.5)
+    return table.assign(
+        smallest=detected.notna() & (detected == detected.groupby([table[key] for key in alike]).transform("min"))
+    )
 
 
 def blind_table(experiment: Experiment) -> pd.DataFrame:

@@ -86,7 +86,7 @@ def _of_modules(fault: Mapping[str, Any], experts: bool) -> Truth:
 
 
 def _of_module(name: str, site: str, experts: bool) -> tuple[str | None, str | None]:
-    """Class and part, (None, None) where no law feels that tensor: most gains' gradients, some inputs' gradients.
+    """Class and part, (None, None) where no law detects that tensor: most gains' gradients, some inputs' gradients.
 
     The gradient that a module is given is the product of the one after it: of the head the loss, of the router the
     softmax; elsewhere it is another module's.
@@ -99,8 +99,8 @@ def _of_module(name: str, site: str, experts: bool) -> tuple[str | None, str | N
     if name == "head" and site == "dy":
         return LOSS, LOSS
     part = f"shared_{last}" if ".shared." in name else last
-    felt = site in ("y", "dw") or (site == "dx" and part in ("o", "head", *INPUTS["qkv"], *_dense(experts)))
-    return (LINEAR, part) if part in LINEAR_PARTS and felt else (None, None)
+    detected = site in ("y", "dw") or (site == "dx" and part in ("o", "head", *INPUTS["qkv"], *_dense(experts)))
+    return (LINEAR, part) if part in LINEAR_PARTS and detected else (None, None)
 
 
 def _dense(experts: bool) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from analysis.score import relative_lead
 from analysis.verdict import over_faults, under_one_fault
 
 RANKED = ("detector", "baseline", "entrant", "external")
-"""Kinds that compete; controls, and oracles that are told the fault, stand beside them."""
+"""Kinds that compete; controls, and oracles that read the fault itself, stand beside them."""
 
 
 def _with_relative(scores: pd.DataFrame, baseline: str | None) -> pd.DataFrame:

@@ -115,7 +115,7 @@ def leaderboard_figure(one: Contest, rows: pd.DataFrame, path: Path) -> str:
         "of the possible lead with faults weighted equally, alarms under faults that do not diverge, and false alarms "
         "in healthy test runs against the rate aimed at (dotted). Strong bars are possibly the best of their fault (95 "
         "% model confidence set). Orange: baselines; grey: controls, from one that never alarms to one that knows the "
-        "onset, and oracles that are told the fault."
+        "onset, and oracles that read the fault itself."
     )
 
 

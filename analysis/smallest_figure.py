@@ -1,4 +1,4 @@
-"""How small a fault a detector feels, as a table in colour: bits against the share of elements hit."""
+"""How small a fault a detector still detects, as a table in colour: bits against the share of elements hit."""
 
 from __future__ import annotations
 

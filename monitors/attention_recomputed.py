@@ -1,6 +1,6 @@
 """Attention's dot product computed again in FP32 for a few batch rows, and held against what the kernel returned.
 
-Not a law but a second opinion: it costs a forward and a backward of those rows, feels errors that keep every law (a
+Not a law but a second opinion: it costs a forward and a backward of those rows, detects errors that keep every law (a
 wrong forward whose backward agrees with it), and tells dQ, dK and dV apart where two laws of one class differ in
 strength.
 """

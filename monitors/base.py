@@ -144,10 +144,11 @@ class Monitor(Protocol):
     device: no ``.item()``. A signal that has no reading yet is left out.
     A monitor with memory also has ``state_dict`` and ``load_state_dict``; one that reads routers says so
     by a class attribute ``needs_experts = True``; one that reads activations or their gradients names the places
-    (``models.taps.PLACES``) in an attribute ``taps``; one that is told the fault, a bound and no rival, says so by
-    ``oracle = True``; one that may watch stacked runs in one call, by ``stackable = True``: ``torch.vmap`` then runs
-    ``observe`` over them, so that it branches on no tensor's value, keeps its memory in ``state_dict`` alone, takes a
-    learning rate for a tensor, and asks for the objective by a function ``on_trailing_axes`` (``monitors.trailing``).
+    (``models.taps.PLACES``) in an attribute ``taps``; an oracle, which reads what the fault does and is a bound and no
+    rival, says so by ``oracle = True``; one that may watch stacked runs in one call, by ``stackable = True``:
+    ``torch.vmap`` then runs ``observe`` over them, so that it branches on no tensor's value, keeps its memory in
+    ``state_dict`` alone, takes a learning rate for a tensor, and asks for the objective by a function
+    ``on_trailing_axes`` (``monitors.trailing``).
     Any other monitor watches them run by run.
     """
 

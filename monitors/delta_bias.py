@@ -13,7 +13,7 @@ from monitors.batch_rows import check_rows, in_turn
 class DeltaBiasOracle:
     """``delta_bias_oracle``: sum over tokens of delta_faulty - delta_FP32, per layer and query head. Bad: both.
 
-    An ORACLE: it is told which operations this step's fault does to ``o``, ``do`` and ``delta`` in the backward, and
+    An ORACLE: it reads which operations this step's fault does to ``o``, ``do`` and ``delta`` in the backward, and
     does them again, so it bounds what a monitor could know and is no rival. delta = rowsum(dO * O) enters dS, and its
     errors of one sign do not cancel over tokens and steps (Qiu & Yao, arXiv:2510.04212). delta_FP32 comes from a shadow
     O = softmax(S) V in FP32 and the unrounded dO; so a healthy BF16 kernel reads its natural rounding, and not 0.
@@ -24,7 +24,7 @@ class DeltaBiasOracle:
 
     rows: how many rows of the batch are looked at, in turn, 0 for all; the sum over the whole batch is estimated from
     them. In nats. The saved O is taken to be the forward's output: a forward fault on ``o``, which a kernel does
-    not save, would show here though the backward does not feel it. NaN and Inf propagate.
+    not save, would show here though it does not reach the backward. NaN and Inf propagate.
     """
 
     lookbacks = ()

@@ -41,7 +41,7 @@ def conditioning_ratio(W: Tensor) -> Tensor:
 
 
 def centered_norm(W: Tensor) -> Tensor:
-    """||W - 1 wbar^T||_F^2, the part of the router that softmax can feel. (..., E, M) -> (...), 0 or more.
+    """||W - 1 wbar^T||_F^2, the part of the router that changes the softmax. (..., E, M) -> (...), 0 or more.
 
     Source: authors' design notes. Divided by 2E it is the leading fall of routing entropy below ln E, in nats,
     for inputs of unit covariance: H = ln E - Var_e(logit)/2 + ...

@@ -1,4 +1,4 @@
-"""A leaderboard with a known answer: which detector feels which fault when."""
+"""A leaderboard with a known answer: which detector alarms under which fault when."""
 
 from __future__ import annotations
 

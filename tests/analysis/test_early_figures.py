@@ -69,7 +69,7 @@ def test_the_smallest_fault_that_is_felt(folder):
     assert not table.loc["weight norm", "smallest"].any()
 
 
-def test_what_the_family_does_not_feel(folder):
+def test_what_the_family_does_not_detect(folder):
     table = blind_table(load(folder, folder)).set_index("fault")
     assert list(table.index) == ["lr"]
     assert table.loc["lr", "soonest"] == "gradient norm" and table.loc["lr", "median_delay_steps"] == pytest.approx(9)

@@ -1,17 +1,23 @@
-"""The README's examples, a new fault and a new detector, work as printed."""
+"""The README's examples, a new fault, a new monitor and a new detector, work as printed."""
 
+import csv
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from analysis.entrants import check_causal, entrant_of
-from experiments.build import construct
+from experiments import trace
+from experiments.build import ROOT, construct
+from experiments.loop import train
 from faults.base import Fault, LearningRateScale, Sites
+from monitors.base import Monitor, StepView, due_readings
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -20,12 +26,26 @@ def python_block(index: int) -> str:
     return re.findall(r"```python\n(.*?)```", README, re.DOTALL)[index]
 
 
+def yaml_block(index: int) -> str:
+    return re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[index]
+
+
+def module_of(name: str, block: int, monkeypatch) -> None:
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(python_block(block), module.__dict__)
+
+
 @pytest.fixture
 def example(monkeypatch):
-    module = types.ModuleType("faults.lr_flicker")
-    monkeypatch.setitem(sys.modules, "faults.lr_flicker", module)
-    exec(python_block(0), module.__dict__)
-    return construct(yaml.safe_load(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1)), "fault")
+    module_of("faults.lr_flicker", 0, monkeypatch)
+    return construct(yaml.safe_load(yaml_block(0)), "fault")
+
+
+@pytest.fixture
+def trend(monkeypatch):
+    module_of("monitors.loss_trend", 1, monkeypatch)
+    return lambda: construct(yaml.safe_load(yaml_block(1)), "monitor.loss_trend")
 
 
 def test_the_example_fault_is_a_fault(example):
@@ -38,8 +58,53 @@ def test_the_example_fault_is_a_fault(example):
     assert example.sites(600, healthy) is healthy
 
 
+def losses(*values: float) -> list[StepView]:
+    """Views that differ in step and loss alone."""
+    return [
+        StepView(10 * i, 0, torch.tensor(value), torch.ones(()), None, None) for i, value in enumerate(values, start=1)
+    ]
+
+
+def test_the_example_monitor_is_a_monitor(trend):
+    monitor = trend()
+    assert isinstance(monitor, Monitor)
+    assert [due_readings(monitor, view.step, monitor.observe(view)) for view in losses(4.0, 3.0, 5.0)] == [
+        {},
+        {"loss_trend": pytest.approx(-1.0)},
+        {"loss_trend": pytest.approx(5.0 - 3.9)},
+    ]
+
+
+def test_the_example_monitor_reads_on_after_a_resume(trend):
+    views, whole, first, resumed = losses(4.0, 3.0, 5.0, 2.0), trend(), trend(), trend()
+    expected = [whole.observe(view) for view in views]
+    for view in views[:2]:
+        first.observe(view)
+    resumed.load_state_dict(first.state_dict())
+    assert [resumed.observe(view) for view in views[2:]] == expected[2:]
+
+
+def test_the_example_monitor_watches_a_run(trend, make_run, tmp_path):
+    """Its list entry in conf/config.yaml stands for its node: the run, its trace and a resume have the monitor."""
+    run = make_run("train.steps=40")
+    run = replace(run, monitors={**run.monitors, "loss_trend": trend()})
+    train(run, tmp_path)
+    series = trace.read(tmp_path / run.run_id).signals["loss_trend"]
+    assert series.steps.tolist() == [20, 30, 40] and np.isfinite(series.values).all()
+
+
+def test_the_example_monitor_s_places_are_where_the_readme_says(trend):
+    assert yaml_block(1).startswith("# @package monitor.loss_trend\n")
+    row = next(csv.reader([re.search(r"`(loss_trend,.*?)`", README, re.DOTALL).group(1)]))
+    header = next(csv.reader((ROOT / "monitors" / "catalogue.csv").open()))
+    assert len(row) == len(header) and row[0] == trend().signals[0].name
+    assert (row[3], row[4]) == (trend().signals[0].unit, trend().signals[0].bad)
+    assert yaml.safe_load(re.search(r"`(loss trend: .*?)`", README).group(1)) == {"loss trend": ["loss_trend"]}
+    assert "attention_monitors" in (ROOT / "conf" / "scale" / "laptop.yaml").read_text()
+
+
 def test_the_example_detector_is_a_detector(tmp_path):
-    (tmp_path / "mine.py").write_text(python_block(1))
+    (tmp_path / "mine.py").write_text(python_block(2))
     x = np.array([2.0, np.nan, 3.0, -9.0, 1.5])
     with entrant_of(tmp_path / "mine.py") as entrant:
         assert entrant.signals == ("grad_global_norm",)

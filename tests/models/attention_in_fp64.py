@@ -18,7 +18,7 @@ REACH = {
     ("q", "forward"): "o dq dk dv",
     ("k", "forward"): "o dq dk dv",
     ("s", "forward"): "o dq dk dv",
-    ("p", "forward"): "o dq dk",  # L is clean, so P is: only delta feels the saved O
+    ("p", "forward"): "o dq dk",  # L is clean, so P is: only delta reads the saved O
     ("v", "forward"): "o dq dk",
     ("o", "forward"): "o",  # the saved copy is clean
     # backward
