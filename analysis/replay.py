@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -222,10 +222,10 @@ def charts(detection: Detection, primary: Contest, own_rule: AlarmRule) -> pd.Da
 
 
 def _anytime_alarms(detector: Detector, detection: Detection, alpha: float) -> dict[str, int | None]:
-    """A union over the signals of a family and the sides of each shares alpha."""
+    """A union over the signals of a family and the sides of each shares alpha; the theory is of charts as they are."""
     samples = max(len(where) for charts in detector.charts.values() for where, _ in charts)
     sides = sum(2 if detection.experiment.signals[s]["bad"] == "both" else 1 for s in detector.signals)
-    return detector.alarms_at(anytime_threshold(samples, alpha / sides))
+    return replace(detector, scales=()).alarms_at(anytime_threshold(samples, alpha / sides))
 
 
 def _chart_rows(one: Contest, chart: str, calibration: Mapping[str, int]) -> pd.DataFrame:

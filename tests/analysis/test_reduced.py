@@ -24,7 +24,11 @@ def test_a_reduced_folder_scores_as_its_runs_do(folder, tmp_path):
     assert size < 0.2 * sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     whole, again = (scored(one, tmp_path / "out", tracks=("reference",)) for one in (folder, small))
     own = whole["kind"] != "entrant"  # a count of drifts may jump with the last bit
-    pd.testing.assert_frame_equal(whole[own], again[own], rtol=0.02)
+    measured = ["threshold", "size_over_threshold"]
+    pd.testing.assert_frame_equal(whole[own].drop(columns=measured), again[own].drop(columns=measured), rtol=0.02)
+    # a joint threshold is in spreads of path maxima, about 0.3 z here, and each maximum moves by up to 1/32 z
+    slack = {"rtol": 0.04, "atol": 2 / 32 / 0.3}
+    pd.testing.assert_frame_equal(whole.loc[own, measured], again.loc[own, measured], **slack)
     a, b = (label_sensitivity(contest(load(one, one), "reference")) for one in (folder, small))
     pd.testing.assert_frame_equal(a, b, rtol=0.02)
 

@@ -50,7 +50,7 @@ def test_controls_earn_what_they_know(folder, tmp_path):
     table = board.loc[("reference", "all")]
     assert table.loc["never", "rmlt_steps"] == table.loc["step counter", "rmlt_steps"] == 0
     assert table.loc["onset oracle", "rmlt_steps"] == pytest.approx(((800 - 301) + (700 - 301)) / 2)
-    assert table.loc["onset oracle", "normalised_lead"] == 1
+    assert table.loc["onset oracle", "share_of_possible_lead"] == 1
     ramp = board.loc[("reference", "ramp"), "delay_steps"]
     assert ramp["onset oracle"] == 0 and ramp["never"] == 1000 - 301
     assert table.loc["never", "detected"] == 0 and table.loc["onset oracle", "detected"] == 1
