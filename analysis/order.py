@@ -21,7 +21,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference import bca_interval, max_t_test
+from experiments.usage import fail, show_help
 
+OPTIONS = {"table", "detector", "against", "fault", "model", "track"}
 DEFAULTS = {"fault": "attention", "track": "reference"}
 CONTROLS = ("control", "oracle")
 """Kinds of rows that know the fault or nothing at all."""
@@ -74,19 +76,18 @@ def order_table(leads_SD: pd.DataFrame, detector: str, against: Sequence[str] = 
 
 
 def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    known = {"table", "detector", "against", "fault", "model", "track"}
-    if not {"table", "detector"} <= set(given) <= known or len(given) != len(arguments):
+    if not {"table", "detector"} <= set(given) <= OPTIONS or len(given) != len(arguments):
         sys.exit(
-            f"error: {' '.join(arguments) or 'nothing'}: table=FILE.csv and detector=NAME are needed, {known} known"
+            "usage: python -m analysis.order table=FILE.csv detector=NAME [against=A,B] [fault=] [model=] [track=]"
         )
     chosen = DEFAULTS | given
     try:
         table = leads(pd.read_csv(Path(given["table"])), chosen["fault"], chosen.get("model"), chosen["track"])
         found = order_table(table, given["detector"], tuple(filter(None, given.get("against", "").split(","))))
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     print(f"{given['detector']} against others, {chosen['fault']}: paired differences of restricted leads")
     print(found.to_string(index=False, float_format="{:.4g}".format))
 

@@ -23,6 +23,7 @@ from analysis.score import score
 from analysis.table import median_step
 from analysis.tracks import DeclinedSignal
 from experiments.trace import TraceError
+from experiments.usage import fail, show_help
 
 
 def charts(experiment: Experiment, signal: str) -> dict[str, Chart]:
@@ -89,6 +90,7 @@ def threshold_source(experiment: Experiment, signal: str, fault: str) -> tuple[p
 
 
 def main(arguments: list[str]) -> None:
+    show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != {"runs", "signal", "fault"} or len(given) != len(arguments):
         sys.exit("usage: python -m analysis.threshold_source runs=DIR signal=NAME fault=NAME")
@@ -96,8 +98,7 @@ def main(arguments: list[str]) -> None:
     try:
         whole, rows = threshold_source(load(folder, folder), given["signal"], given["fault"])
     except (ValueError, OSError, DeclinedSignal, TraceError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     print(f"{given['signal']}: where calibration runs reach their largest statistic")
     print(whole.to_string(index=False, float_format="{:.2f}".format))
     print(f"\n{given['fault']}: alarms")
