@@ -166,7 +166,7 @@ def test_a_hostile_detector_has_a_reason_and_changes_no_other_row(folder, tmp_pa
         "rmlt_steps",
         "rmlt_low",
         "rmlt_high",
-        "normalised_lead",
+        "share_of_possible_lead",
         "delay_steps",
     ]
     pd.testing.assert_frame_equal(with_them.loc[alone.index, own], alone[own], check_exact=True, check_dtype=False)
@@ -275,8 +275,7 @@ def test_who_alarms_in_healthy_runs_more_often_than_allowed_is_shown_and_not_ran
     rows = [(run.trace.run_id, "trigger-happy", 1) for run in experiment.of("faulty", "test")]
     path = tmp_path / "mine.csv"
     pd.DataFrame(rows, columns=["run_id", "monitor", "step"]).to_csv(path, index=False)
-    table = scored(folder, tmp_path / "out", alarms=(path,), tracks=("reference",))
-    table = table.loc[("reference", "attention")]
+    table = scored(folder, tmp_path / "out", alarms=(path,), tracks=("reference",)).loc[("reference", "attention")]
     row = table.loc["trigger-happy"]
     assert row["healthy_alarms"] == 6 and row["false_alarm_low"] > 0.1 and np.isnan(row["rank"])
     assert table.loc["early", "rank"] > 0
