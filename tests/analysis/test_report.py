@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Annotation
 
-from analysis.experiment import load
+from analysis import figures
+from analysis.experiment import HEALTHY_ROLES, load
+from analysis.readings import curve
 from analysis.report import make_report
 from analysis.selectivity import alarm_matrix, off_diagonal
 from analysis.table import lead_table, median_step, run_table
@@ -125,8 +128,10 @@ def experiment_folders(tmp_path) -> tuple[Path, Path]:
                         "of another model": ["absent"],
                     },
                     "baseline": "late warning",
+                    "headline": ["early warning", "late warning"],
                     "figure": {
                         "held-out loss": {"signals": ["held_out_loss"]},
+                        "loss above healthy": {"signals": ["held_out_loss"], "above_healthy": True},
                         "early warning": {"signals": ["early"], "reduce": "mean"},
                         "of another model": {"signals": ["absent"]},
                     },
@@ -205,6 +210,55 @@ def test_names_out_of_a_file_are_text_and_no_markup(experiment_folders, capsys):
     assert receipts and not any("<script" in text for text in receipts)
     rows = [line for line in receipts[0].splitlines() if line.startswith("| ")]
     assert {line.replace("\\|", "").count("|") for line in rows} == {8}
+
+
+def test_the_page_says_what_came_out_before_it_shows_it(experiment_folders, capsys):
+    report, runs = experiment_folders
+    make_report(report, runs)
+    page, shown = (report / "index.html").read_text(), " ".join(capsys.readouterr().out.split())
+    table = pd.read_csv(report / "leadtime.csv").set_index("detector")
+    early, late, diverged = (
+        f"{table.loc[name, column]:,.0f}"
+        for name, column in (
+            ("early warning", "median_alarm_step"),
+            ("late warning", "median_alarm_step"),
+            ("early warning", "median_divergence_step"),
+        )
+    )
+    said = f"First alarms: early warning at step {early} and late warning at {late}, before the loss diverges at "
+    said += diverged
+    assert said in shown
+    assert page.count(said) == 1 and page.index(said) < page.index("<img")
+    assert page.split("</head>")[1].count("A made-up fault") == 1  # the title
+    assert "<details><summary><b>Declined signals</b> (1)</summary>" in page
+    assert "mean lead (steps)" in page and "median alarm (steps)" in page
+
+
+def test_the_lead_that_is_drawn_is_the_lead_of_the_table(experiment_folders, monkeypatch, tmp_path):
+    experiment = load(*experiment_folders)
+    table = lead_table(experiment).set_index("detector")["rmlt_steps"]
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    drawn: list = []
+    figures.lead_figure(experiment, tmp_path / "x.png")
+    (axis,) = drawn[0].axes
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    bars = {name: bar.get_width() for name, bar in zip(names, axis.patches, strict=True)}
+    written = {text.xy[1]: text.get_text() for text in axis.texts if isinstance(text, Annotation)}
+    assert set(names) == {"early warning", "late warning", "either", "blind"}
+    for y, name in enumerate(names):
+        assert bars[name] == pytest.approx(table[name])
+        assert written[y] == f"{table[name]:,.0f}"
+
+
+def test_the_loss_above_healthy_is_the_loss_less_the_healthy_median(experiment_folders):
+    experiment = load(*experiment_folders)
+    raw, above = (experiment.panels[name] for name in ("held-out loss", "loss above healthy"))
+    for run in (experiment.of("faulty")[0], experiment.of("reference")[0]):
+        healthy = pd.concat([curve(experiment, one, raw) for one in experiment.of(*HEALTHY_ROLES)], axis=1)
+        expected = curve(experiment, run, raw) - healthy.median(axis=1)
+        pd.testing.assert_series_equal(curve(experiment, run, above), expected, check_names=False)
+    faulty = curve(experiment, experiment.of("faulty")[0], above)
+    assert faulty[faulty.index >= DIVERGES].min() == pytest.approx(2.0)
 
 
 def test_positions_in_tokens_are_steps_times_tokens_where_all_batches_are_equal(experiment_folders):

@@ -24,6 +24,7 @@ from models.transformer import Transformer
 
 CONF = ROOT / "conf"
 SHORT = [
+    "scale.attention_steps=60",
     "scale.router_steps=60",
     "scale.combined_steps=60",
     "scale.ramp={steps: 60, onset: 10, ramp_steps: 40}",
@@ -97,17 +98,18 @@ def test_every_name_that_a_claim_uses_exists(experiment):
 
 
 def test_experiments_of_a_scale_share_their_healthy_runs(text):
-    """The seven router experiments train one set of healthy runs at laptop scale, the dense ones another."""
+    """At laptop scale router experiments have one set of healthy runs, dense ones another, paper_attention its own."""
     healthy: dict[str, set[str]] = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for name in EXPERIMENTS:
             given = [f"experiment={name}", "data=text", f"data.path={text}"]
             settings = OmegaConf.to_container(compose("reproduce", given), resolve=True)
-            for model in settings["experiment"]["models"]:
-                overrides = [f"model={model}", *settings["experiment"].get("overrides", ()), "fault=none", "seed=0"]
+            experiment = chosen_experiment(settings, given[1:])
+            for model in experiment["models"]:
+                overrides = [f"model={model}", *experiment.get("overrides", ()), "fault=none", "seed=0"]
                 run = build_run(compose("reproduce", [*given, *overrides]))
                 healthy.setdefault(model, set()).add(run.run_id)
-    assert {model: len(ids) for model, ids in healthy.items()} == {"mha_nano": 1, "moe_nano": 1, "moe_untied": 1}
+    assert {model: len(ids) for model, ids in healthy.items()} == {"mha_nano": 2, "moe_nano": 1, "moe_untied": 1}
 
 
 def train_healthy(members, out):
