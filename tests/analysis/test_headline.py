@@ -34,19 +34,20 @@ def table(alarms, divergence=1430.0, healthy=(0, 0, 0), healthy_runs=3, fault="a
         ),
         (  # sorted by alarm; one too late, one never
             table([np.nan, 1430.0, 800.0]),
-            "First alarms: Δ₂ entropy at step 800, before the loss diverges at 1,430; after it, ΔW entropy at step 1,430"
-            "; none in the median run: conservation laws (medians over 3 runs; 0 of 3 healthy runs alarm).",
+            "First alarms: Δ₂ entropy at step 800, before the loss diverges at 1,430; after it, ΔW entropy at step "
+            "1,430; none in the median run: conservation laws (medians over 3 runs; 0 of 3 healthy runs alarm).",
         ),
         (
             table([np.nan, 1450.0, np.nan], healthy=(1, 1, 1)),
-            "The loss diverges at step 1,430, and no alarm comes before; after it, ΔW entropy at step 1,450; none in "
-            "the median run: conservation laws and Δ₂ entropy (medians over 3 runs; each alarms in 1 of 3 healthy runs).",
+            "The loss diverges at step 1,430, and no alarm comes before; after it, ΔW entropy at step 1,450; none "
+            "in the median run: conservation laws and Δ₂ entropy (medians over 3 runs; each alarms in 1 of 3 healthy "
+            "runs).",
         ),
         (
             table([10.0, 750.0, 800.0], divergence=np.nan, healthy=(0, 1, 0)),
             "First alarms: conservation laws at step 10, ΔW entropy at 750 and Δ₂ entropy at 800; the loss of the "
-            "median run does not diverge within 1,500 steps (medians over 3 runs; alarms in 3 healthy runs: conservation "
-            "laws 0, ΔW entropy 1 and Δ₂ entropy 0).",
+            "median run does not diverge within 1,500 steps (medians over 3 runs; alarms in 3 healthy runs: "
+            "conservation laws 0, ΔW entropy 1 and Δ₂ entropy 0).",
         ),
         (
             table([np.nan] * 3, divergence=np.nan, healthy_runs=0),
