@@ -105,7 +105,7 @@ class Settings(Node):
     overrides: Names = Field(default_factory=list)
     claims: list[Claim] = Field(default_factory=list)
     seeds: Seeds | None = None
-    monitors: Names | None = None
+    monitors: Several | None = None
     headline: Names = Field(default_factory=list)
     score_every: int = Field(default=1, ge=1)
     family: str | None = None

@@ -33,6 +33,7 @@ from joblib import Parallel, delayed, effective_n_jobs
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from analysis.align import AXES
+from analysis.index import check_parts
 from analysis.report import make_report
 from experiments import trace
 from experiments.build import Run, build_run
@@ -50,7 +51,7 @@ from experiments.stacked_loop import train_stack
 from experiments.stacking import stacks, why_single
 from experiments.stopping import asked, check_in, end_if_orphaned, end_with_parent, launching
 from experiments.train import describe, run_one, signals_of, train_shown
-from experiments.validation import check_mapping, check_named
+from experiments.validation import check_named
 
 CONFIG_NAME = "reproduce"
 
@@ -258,9 +259,9 @@ def _check_has_effect(line: str, experiment: Mapping[str, Any]) -> None:
 def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
     """The composed experiment, its ``align`` replaced by a top-level one, its ``monitors`` an override of every run.
 
-    Raises ValueError on an unknown axis or monitor, and on an override that every run would undo.
+    Raises ValueError on a value that is not allowed, and on an override that every run would undo.
     """
-    check_mapping(settings["experiment"], "experiment")
+    check_parts(settings)
     experiment = settings["experiment"]
     for line in {line.split("=")[0]: line for line in given}.values():  # the last of each key
         _check_has_effect(line, experiment)
@@ -269,7 +270,7 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
     if experiment.get("monitors") is not None:
         experiment = {
             **experiment,
-            "overrides": [*(experiment.get("overrides") or ()), _chosen(experiment["monitors"], given)],
+            "overrides": [*experiment.get("overrides", ()), _chosen(experiment["monitors"], given)],
         }
     if settings["align"] is None:
         return experiment

@@ -11,7 +11,7 @@ from analysis.attribution import HEALTHY
 from analysis.contest import ALL_FAULTS
 from analysis.controls import CONTROLS
 from analysis.experiment import check_alike
-from analysis.index import Seeds, check_parts
+from analysis.index import Seeds
 from analysis.laws import law_of
 from analysis.report import DRAWINGS
 from analysis.tracks import MIN_REFERENCE_RUNS
@@ -38,7 +38,6 @@ def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], g
     settings: the whole composed configuration; experiment: its experiment as chosen; given: the command line's
     overrides. Raises ValueError, in one line that names the key.
     """
-    check_parts({**settings, "experiment": experiment})
     make_rule(**settings["rule"])
     if "cases" in experiment:
         return
@@ -91,7 +90,8 @@ def _check_names(experiment: Mapping[str, Any], given: Sequence[str]) -> None:
     detectors = {*experiment["detectors"], *_dropped(given, "experiment.detectors")}
     faults = {*experiment["faults"], *_dropped(given, "experiment.faults")}
     ignored, claims = experiment.get("should_ignore", {}), experiment.get("claims", [])
-    check_named(experiment.get("groups", []), sorted(detectors), "experiment.groups")
+    for key in ("groups", "headline"):
+        check_named(experiment.get(key, []), sorted(detectors), f"experiment.{key}")
     check_named(experiment.get("headline", []), sorted(detectors), "experiment.headline")
     check_named(ignored, sorted(detectors), "experiment.should_ignore")
     for family, names in ignored.items():

@@ -73,6 +73,8 @@ class Sizes(Node):
     dense: Model
     moe: Model
     untied: Model
+    attention_steps: Steps
+    attention_monitors: Annotated[list[str], Field(min_length=1)] | None
     attention_bits: Annotated[int, Field(ge=0, le=8)]
     router_steps: Steps
     combined_steps: Steps

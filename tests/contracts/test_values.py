@@ -20,7 +20,14 @@ from experiments.trace import TraceError
 
 BAD = (None, "", -1, 0, float("nan"), float("inf"), 1e300, "x", [], [1], 10**29, {"a": 1})
 RUN_GROUPS = ("data", "fault", "model", "train")
-EXPERIMENTS = ("early_warning", "natural_bf16", "paper_router_batch", "paper_router_grid", "reference_set_dense")
+EXPERIMENTS = (
+    "early_warning",
+    "natural_bf16",
+    "paper_attention",
+    "paper_router_batch",
+    "paper_router_grid",
+    "reference_set_dense",
+)
 """Between them they have every key of an experiment that is scored."""
 
 
@@ -121,6 +128,8 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "experiment.overrides": (EMPTY, "nothing that all runs have"),
     "experiment.controls": (EMPTY, "no controls"),
     "experiment.cost_faults": (EMPTY, "no choice"),
+    "experiment.headline": (EMPTY, "no sentence"),
+    "experiment.monitors": (NONE, "all monitors"),
     "experiment.groups": (EMPTY, "no lines"),
     "experiment.should_ignore.*": (EMPTY, "nothing to ignore"),
     "experiment.claims": (EMPTY, "no claims"),
@@ -133,6 +142,7 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "scale.dense": (TEXT, "a model: Hydra tells whether there is one"),
     "scale.moe": (TEXT, "a model: Hydra tells whether there is one"),
     "scale.untied": (TEXT, "a model: Hydra tells whether there is one"),
+    "scale.attention_monitors": (NONE, "all monitors"),
     "scale.attention_bits": (ZERO, "the healthy control"),
     "scale.*.onset": (ZERO, "the first update"),
     "scale.*.ramp_steps": (ZERO, "at once"),

@@ -4,11 +4,14 @@ import copy
 import json
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from analysis.experiment import label_runs, load
 from analysis.found import conf, find
 from analysis.report import make_report
 from experiments.build import ROOT
+from experiments.cli import CONF
 from experiments.names import check_index_names, check_name
 from experiments.reproduce import chosen_experiment
 from experiments.trace import TraceError
@@ -65,8 +68,9 @@ def test_an_index_is_refused_before_anything_is_read_or_written(field, tmp_path)
 
 @pytest.mark.parametrize("field", ["experiment", "scale"])
 def test_an_experiment_that_would_report_elsewhere_is_refused(field):
-    settings = {"experiment": {"name": "mine", "align": ["steps"]}, "scale": {"name": "laptop"}, "align": None}
-    assert chosen_experiment(settings, [])["name"] == "mine"
+    with initialize_config_dir(CONF, version_base="1.3"):
+        settings = OmegaConf.to_container(compose("reproduce"), resolve=True)
+    assert chosen_experiment(settings, [])["name"] == "paper_attention"
     settings[field]["name"] = "../../x"
     with pytest.raises((ValueError, TraceError), match=f"{field}.name='../../x' is not allowed"):
         chosen_experiment(settings, [])

@@ -41,9 +41,8 @@ def settings_of(*given):
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_scored_is_one_line_by_name(given, message):
-    settings, experiment = settings_of(*given)
     with pytest.raises(ValueError, match=message) as error:
-        check_settings(settings, experiment, given)
+        check_settings(*settings_of(*given), given)
     assert "\n" not in str(error.value)
 
 
