@@ -7,7 +7,6 @@ healthy run sets it, so none of the cases needs another.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rich.table import Table
 from analysis.align import hold
 from analysis.cases_figure import cases_figure
 from analysis.experiment import read_runs
+from analysis.index import read_index
 from analysis.tracks import finite_or_inf, universal_threshold
 from experiments.trace import Trace
 
@@ -132,7 +132,7 @@ def make_case_report(report: Path, runs: Path) -> pd.DataFrame:
 
     Prints a line a case, and returns the table.
     """
-    index = json.loads((report / "experiment.json").read_text())
+    index = read_index(report)
     table = case_table(index, runs)
     table.to_csv(report / "zoo.csv", index=False, float_format="%.6g")
     cases_figure(table, report / "figure.png")

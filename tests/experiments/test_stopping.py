@@ -41,9 +41,10 @@ def alive(pid: int) -> bool:
 def test_workers_end_with_their_parent_and_the_same_command_resumes_to_the_same_bits(tiny, text, tmp_path):
     """SIGTERM, then SIGKILL, of an experiment with two workers; the third time it is left alone."""
     out = tmp_path / "runs"
+    small = [line for line in tiny if not line.startswith("train.steps=")]
     command = [
-        sys.executable, "-m", "experiments.reproduce", "data=text", f"data.path={text}", *tiny, "train.steps=200",
-        "scale.seeds={reference: 4, calibration: 1, test: 0, faulty: 1}", "scale.alpha=0.5", "at_once=2",
+        sys.executable, "-m", "experiments.reproduce", "data=text", f"data.path={text}", *small,
+        "scale.attention_steps=200", "scale.seeds={reference: 4, calibration: 1, test: 0, faulty: 1}", "scale.alpha=0.5", "at_once=2",
         "monitor.qk_increment.every_steps=10", "monitor.delta_w.every_steps=10",
         f"out={out}", f"report={tmp_path / 'report'}",
     ]  # fmt: skip
@@ -139,7 +140,8 @@ def test_training_in_a_thread_leaves_signals_alone(make_run, tmp_path):
 def test_a_stopped_experiment_in_one_process_launches_no_further_run(make_config, tiny, text, tmp_path, monkeypatch):
     """A stack of two is asked after some steps; both are saved, and the healthy runs do not begin."""
     arguments = [
-        "data=text", f"data.path={text}", *tiny, "train.stack=2", "scale.alpha=0.5", "at_once=1",
+        "data=text", f"data.path={text}", *tiny, "scale.attention_steps=40", "train.stack=2",
+        "scale.alpha=0.5", "at_once=1",
         "scale.seeds={reference: 4, calibration: 1, test: 0, faulty: 2}",
         "monitor.qk_increment.every_steps=10", "monitor.delta_w.every_steps=10",
         f"out={tmp_path / 'runs'}", f"report={tmp_path / 'report'}",
@@ -147,10 +149,10 @@ def test_a_stopped_experiment_in_one_process_launches_no_further_run(make_config
     usual = reproduce.train_stack
 
     def asked_at_7(runs, out, progress):
-        def shown(step, losses):
+        def shown(step, *rest):
             if step == 7:
                 signal.raise_signal(signal.SIGTERM)
-            progress(step, losses)
+            progress(step, *rest)
 
         return usual(runs, out, shown)
 
