@@ -147,8 +147,8 @@ def _tables(experiment: Experiment, table: pd.DataFrame) -> str:
     declined = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons)
     return f"""<h2>{html.escape(experiment.model)}, aligned by {experiment.axis}</h2><p>{html.escape(summary(experiment))}</p>
 <h3>Detectors</h3>{grid("detector")}
-<p>Alarm and divergence: medians over runs. Leads: means over runs, in which a missed or late alarm counts as 0. Baseline: {html.escape(experiment.index["experiment"]["baseline"])}, one detector
-calibrated jointly. A dash: the median run raises no alarm, or does not diverge.</p>
+<p>Alarm and divergence: medians over runs. Leads: means over runs, in which a missed or late alarm counts as 0. Baseline: the best of {html.escape(", ".join(experiment.baselines))}.
+A dash: the median run raises no alarm, or does not diverge.</p>
 <details><summary><b>Every signal by itself</b></summary>{grid("signal")}</details>
 {f"<details><summary><b>Declined signals</b> ({len(reasons)})</summary><ul>{declined}</ul></details>" if declined else ""}"""
 
