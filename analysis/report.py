@@ -38,7 +38,7 @@ COLUMNS = {
     "median_alarm_step": "median alarm",
     "median_divergence_step": "median divergence",
     "rmlt_steps": "mean lead",
-    "relative_lead_steps": "lead over baseline",
+    "relative_lead_steps": "lead over best baseline",
     "detected": "detected",
     "late": "late",
     "missed": "missed",
@@ -137,8 +137,9 @@ def _tables(experiment: Experiment, table: pd.DataFrame) -> str:
     said = "".join(f"<li>{html.escape(reason)}</li>" for reason in declined["declined"])
     return f"""<h2>{html.escape(experiment.model)}, aligned by {experiment.axis}</h2><p>{html.escape(summary(experiment))}</p>
 <h3>Detectors</h3>{grid("detector")}
-<p>Mean lead counts a missed or late alarm as 0. Baseline: {html.escape(experiment.index["experiment"]["baseline"])}, one detector
-calibrated jointly. A dash: the median run raises no alarm, or does not diverge.</p>
+<p>Mean lead counts a missed or late alarm as 0. Baselines: {html.escape(", ".join(experiment.baselines))}; the lead over
+them is over the one that leads most under the fault, in runs that diverge. A dash: the median run raises no alarm, or does
+not diverge.</p>
 <details><summary><b>Every signal by itself</b></summary>{grid("signal")}</details>
 {f"<h3>Declined</h3><ul>{said}</ul>" if len(declined) else ""}"""
 
