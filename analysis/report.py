@@ -42,7 +42,7 @@ COLUMNS = {
     "median_alarm_step": "median alarm",
     "median_divergence_step": "median divergence",
     "rmlt_steps": "mean lead",
-    "relative_lead_steps": "mean lead over baseline",
+    "relative_lead_steps": "mean lead over best baseline",
     "detected": "runs detected",
     "late": "late",
     "missed": "missed",
@@ -147,8 +147,9 @@ def _tables(experiment: Experiment, table: pd.DataFrame) -> str:
     declined = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons)
     return f"""<h2>{html.escape(experiment.model)}, aligned by {experiment.axis}</h2><p>{html.escape(summary(experiment))}</p>
 <h3>Detectors</h3>{grid("detector")}
-<p>Alarm and divergence: medians over runs. Leads: means over runs, in which a missed or late alarm counts as 0. Baseline: the best of {html.escape(", ".join(experiment.baselines))}.
-A dash: the median run raises no alarm, or does not diverge.</p>
+<p>Alarm and divergence: medians over runs. Leads: means over runs, in which a missed or late alarm counts as 0. Baselines:
+{html.escape(", ".join(experiment.baselines))}; the lead over them is over the one that leads most under the fault, in runs
+that diverge. A dash: the median run raises no alarm, or does not diverge.</p>
 <details><summary><b>Every signal by itself</b></summary>{grid("signal")}</details>
 {f"<details><summary><b>Declined signals</b> ({len(reasons)})</summary><ul>{declined}</ul></details>" if declined else ""}"""
 

@@ -8,10 +8,12 @@ from analysis.tracks import (
     DeclinedSignal,
     Floor,
     PublishedRule,
+    ReferenceBand,
     SelfBand,
     catalogue,
     family,
     fit_band,
+    left_out_z,
     published_rule,
 )
 
@@ -117,6 +119,19 @@ def test_the_catalogue_is_whole():
     assert known.loc[limits.index, "published_rule"].notna().all()  # a number needs the words that it comes from
     assert family("qk_delta2_spectrum.entropy.w50") == "attention_update"
     assert family("mine.q") == "unknown"
+
+
+def test_a_left_out_run_is_judged_by_the_band_of_the_others():
+    generator = np.random.default_rng(0)
+    runs = [aligned(generator.normal(size=60)) for _ in range(5)]
+    for i, z in enumerate(left_out_z(runs)):
+        band = ReferenceBand.fit("s", runs[:i] + runs[i + 1 :])
+        assert np.array_equal(z, band.z(runs[i]))
+
+
+def test_a_left_out_run_has_no_score_where_the_others_have_no_spread():
+    runs = [aligned(np.ones(30)), aligned(np.ones(30)), aligned(np.arange(30.0))]
+    assert np.isnan(left_out_z(runs)[2]).all() and np.isfinite(left_out_z(runs)[0]).any()
 
 
 def test_an_unknown_track_is_an_error():
