@@ -118,7 +118,7 @@ def experiment_folders(tmp_path) -> tuple[Path, Path]:
                     "models": ["mha_nano"],
                     "align": ["steps"],
                     "draw": "central",
-                    "faults": {"broken": {"label": "broken kernel", "overrides": []}},
+                    "faults": {"broken": {"label": "broken kernel", "overrides": ["fault=bf16_shift"]}},
                     "detectors": {
                         "early warning": ["early"],
                         "late warning": ["late"],
