@@ -263,7 +263,7 @@ def test_an_alarm_before_the_onset_earns_nothing_over_the_baseline(folder, tmp_p
 
 def test_a_track_on_which_nobody_has_a_say_lists_who_declined(folder, tmp_path):
     table = scored(folder, tmp_path / "out", tracks=("floor",))
-    assert set(table.loc["floor"]["kind"]) == {"detector", "control"}
+    assert set(table.loc["floor"]["kind"]) == {"detector", "baseline", "control"}
 
 
 def test_a_run_that_ended_before_its_first_sample_is_scored_with_the_others(folder, tmp_path):
