@@ -43,7 +43,8 @@ def _sentence(experiment: Experiment, rows: pd.DataFrame) -> str:
         said += f"; after it, {_alarms(rows[late], where)}"
     if silent.any():
         said += f"; none in the median run: {_listed([pretty(name) for name in rows.loc[silent, 'detector']])}"
-    said += f" (medians over {runs:.0f} runs; {_healthy(rows)})."
+    of = "one run" if runs == 1 else f"medians over {runs:.0f} runs"
+    said += f" ({of}; {_healthy(rows)})."
     return said[0].upper() + said[1:]
 
 

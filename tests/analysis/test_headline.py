@@ -69,6 +69,12 @@ def test_each_fault_has_its_sentence_and_a_declined_detector_none():
     assert "ΔW" not in said
 
 
+def test_one_run_has_no_median():
+    assert headline(experiment(), table([10.0, 750.0, 800.0]).assign(runs=1)).endswith(
+        "(one run; 0 of 3 healthy runs alarm)."
+    )
+
+
 def test_tokens_are_not_called_steps():
     said = headline(experiment(axis="tokens", horizon=96000), table([640.0, 750.0, 800.0]))
     assert said.startswith("First alarms: conservation laws at token 640,")

@@ -131,7 +131,7 @@ def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, on
     ]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = OmegaConf.to_container(compose("reproduce", [f"experiment={experiment}", *small]), resolve=True)
-    settings, scale = settings["experiment"], settings["scale"]
+    settings, scale = chosen_experiment(settings, small), settings["scale"]
     faults, models = list(settings["faults"]), settings["models"]
     arguments = [
         f"experiment={experiment}", *small, "scale.alpha=0.5", *(f"~experiment.faults.{name}" for name in faults[3:]),

@@ -10,7 +10,14 @@ from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric
 
-TRITON = ["model.backend=triton", "model.n_layers=1", "model.d_model=32", "model.context_length=16", "train.steps=6"]
+TRITON = [
+    "model.backend=triton",
+    "model.n_layers=1",
+    "model.d_model=32",
+    "model.context_length=16",
+    "train.steps=6",
+    "train.held_out_every_steps=6",
+]
 SMALL = "{queries:16,keys:16,warps:4,stages:1}"
 OTHER_HEAD_FLIPPED = [
     "+fault@fault.faults.other=bf16_shift",

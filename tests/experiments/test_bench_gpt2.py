@@ -89,7 +89,12 @@ def test_operations_are_those_of_gpt2():
 def test_a_step_is_the_loop_s(make_run, tmp_path, monkeypatch):
     """The same weights after three updates, bit for bit."""
     run = make_run(
-        "train.micro_batch=2", "train.watched_sequences=1", "train.steps=3", "train.warmup_steps=2", "fault=bf16_shift"
+        "train.micro_batch=2",
+        "train.watched_sequences=1",
+        "train.steps=3",
+        "train.held_out_every_steps=3",
+        "train.warmup_steps=2",
+        "fault=bf16_shift",
     )
     numerics = run.fault.sites(0, run.healthy_sites()).numerics
     training = Training(run.model_config, replace(run.train, device="cpu"), numerics, "inductor")

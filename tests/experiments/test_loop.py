@@ -45,7 +45,7 @@ def test_monitors_do_not_change_a_bit_of_training(make_run, tmp_path, overrides)
 
 def test_split_products_are_added_up_in_fp32(make_run, tmp_path):
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
-    train(make_run("train.steps=1", "train.warmup_steps=1"), tmp_path)
+    train(make_run("train.steps=1", "train.warmup_steps=1", "train.held_out_every_steps=1"), tmp_path)
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
@@ -102,8 +102,8 @@ def test_a_non_finite_loss_ends_the_run_as_data(make_run, tmp_path):
 
 
 def test_a_loss_that_breaks_after_the_last_evaluation_is_still_non_finite(make_run, tmp_path):
-    broken = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.clip=null"]
-    assert train(make_run(*broken, "train.steps=9"), tmp_path)["end_reason"] == "non_finite"
+    broken = ["fault=lr_scale", "fault.factor=1e30", "fault.onset=10", "train.clip=null"]
+    assert train(make_run(*broken, "train.steps=19"), tmp_path)["end_reason"] == "non_finite"
 
 
 def test_a_run_may_end_as_diverged(make_run, tmp_path):
@@ -154,7 +154,7 @@ def test_tokens_are_counted_as_they_were_trained_on(make_run, tmp_path):
 def test_a_shrunk_batch_is_the_head_of_the_healthy_one(make_run, tmp_path, monkeypatch):
     seen = {}
     for name in ("fault=none", "fault=batch_shrink"):
-        run = make_run(name, "train.steps=3")
+        run = make_run(name, "train.steps=3", "train.held_out_every_steps=3")
         original, batches = run.corpus.batch, []
         monkeypatch.setattr(
             run.corpus,
@@ -168,7 +168,7 @@ def test_a_shrunk_batch_is_the_head_of_the_healthy_one(make_run, tmp_path, monke
 
 
 def test_a_batch_smaller_than_what_is_watched_is_watched_whole(make_run, tmp_path):
-    pieces = ("train.micro_batch=4", "train.watched_sequences=3", "train.steps=8")
+    pieces = ("train.micro_batch=4", "train.watched_sequences=3", "train.steps=8", "train.held_out_every_steps=8")
     run = make_run("fault=batch_shrink", "fault.factor=null", "fault.batch_size=2", "fault.onset=6", *pieces)
     assert train(run, tmp_path)["tokens_done"] == (6 * 8 + 2 * 2) * 16
 
@@ -184,17 +184,30 @@ def test_a_zero_learning_rate_factor_would_freeze_only_its_group(make_run, tmp_p
 
 
 def test_without_its_auxiliary_loss_only_the_gradient_of_the_nll_is_left(make_run, tmp_path):
-    off = final_weights(make_run("model=moe_nano", "fault=aux_loss_off", "train.steps=5"), tmp_path / "off")
-    never = final_weights(make_run("model=moe_nano", "model.moe.aux_coef=0.0", "train.steps=5"), tmp_path / "never")
-    healthy = final_weights(make_run("model=moe_nano", "train.steps=5"), tmp_path / "healthy")
+    off = final_weights(
+        make_run("model=moe_nano", "fault=aux_loss_off", "train.steps=5", "train.held_out_every_steps=5"),
+        tmp_path / "off",
+    )
+    never = final_weights(
+        make_run("model=moe_nano", "model.moe.aux_coef=0.0", "train.steps=5", "train.held_out_every_steps=5"),
+        tmp_path / "never",
+    )
+    healthy = final_weights(
+        make_run("model=moe_nano", "train.steps=5", "train.held_out_every_steps=5"), tmp_path / "healthy"
+    )
     assert all(np.array_equal(off[name], never[name]) for name in off)
     assert not np.array_equal(off["blocks.0.mlp.router.weight"], healthy["blocks.0.mlp.router.weight"])
 
 
 def test_a_dense_run_says_which_monitors_it_left_out(make_run, tmp_path):
-    manifest = train(make_run("train.steps=1"), tmp_path)
+    manifest = train(make_run("train.steps=1", "train.held_out_every_steps=1"), tmp_path)
     assert manifest["left_out_monitors"] == ["expert_load", "router_laws", "router_weight", "routing_probability"]
-    assert train(make_run("train.steps=1", "model=moe_nano"), tmp_path)["left_out_monitors"] == []
+    assert (
+        train(make_run("train.steps=1", "train.held_out_every_steps=1", "model=moe_nano"), tmp_path)[
+            "left_out_monitors"
+        ]
+        == []
+    )
 
 
 def test_what_a_step_was_tapped_for_is_gone_before_the_next(make_run, tmp_path, monkeypatch):

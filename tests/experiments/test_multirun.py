@@ -13,7 +13,8 @@ from experiments.pieces import UNFINISHED_CODE
 @pytest.fixture
 def arguments(tiny, text, tmp_path) -> list[str]:
     return [
-        "-m", "data=text", f"data.path={text}", *tiny, "train.steps=2", "quiet=true", "fault=bf16_shift",
+        "-m", "data=text", f"data.path={text}", *tiny, "train.steps=2", "train.held_out_every_steps=2",
+        "quiet=true", "fault=bf16_shift",
         f"out={tmp_path / 'runs'}", f"hydra.sweep.dir={tmp_path}",
     ]  # fmt: skip
 

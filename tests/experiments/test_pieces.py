@@ -31,7 +31,8 @@ def test_jobs_share_the_seconds_of_a_piece(monkeypatch):
 
 
 def test_a_run_that_leaves_off_says_so_in_one_line(tiny, text, tmp_path, monkeypatch, capsys):
-    arguments = ["data=text", f"data.path={text}", *tiny, "train.steps=2", f"out={tmp_path}", "quiet=true"]
+    arguments = ["data=text", f"data.path={text}", *tiny, "train.steps=2", "train.held_out_every_steps=2"]
+    arguments += [f"out={tmp_path}", "quiet=true"]
     monkeypatch.setattr("sys.argv", ["train", *arguments, "train.piece_s=1e-9"])
     with pytest.raises(SystemExit) as left_off:
         train.main()
@@ -45,7 +46,8 @@ def test_a_run_that_leaves_off_says_so_in_one_line(tiny, text, tmp_path, monkeyp
 
 def test_an_experiment_goes_on_piece_by_piece_until_its_report(tiny, text, tmp_path, monkeypatch, capsys):
     arguments = [
-        "data=text", f"data.path={text}", *tiny, "train.steps=60", "scale.alpha=0.5", "train.piece_s=2",
+        "data=text", f"data.path={text}", *tiny, "train.steps=60", "scale.attention_steps=60",
+        "scale.alpha=0.5", "train.piece_s=2",
         "scale.seeds={reference: 4, calibration: 1, test: 0, faulty: 1}", "at_once=1",
         "monitor.qk_increment.every_steps=10", "monitor.delta_w.every_steps=10",
         f"out={tmp_path / 'runs'}", f"report={tmp_path / 'report'}",

@@ -44,7 +44,7 @@ def test_workers_end_with_their_parent_and_the_same_command_resumes_to_the_same_
     small = [line for line in tiny if not line.startswith("train.steps=")]
     command = [
         sys.executable, "-m", "experiments.reproduce", "data=text", f"data.path={text}", *small,
-        "scale.attention_steps=200", "scale.seeds={reference: 4, calibration: 1, test: 0, faulty: 1}",
+        "scale.attention_steps=60", "scale.seeds={reference: 4, calibration: 1, test: 0, faulty: 1}",
         "scale.alpha=0.5", "at_once=2",
         "monitor.qk_increment.every_steps=10", "monitor.delta_w.every_steps=10",
         f"out={out}", f"report={tmp_path / 'report'}",
@@ -132,7 +132,7 @@ def test_an_ignored_hangup_stays_ignored():
 
 
 def test_training_in_a_thread_leaves_signals_alone(make_run, tmp_path):
-    thread = threading.Thread(target=train, args=(make_run("train.steps=2"), tmp_path))
+    thread = threading.Thread(target=train, args=(make_run("train.steps=2", "train.held_out_every_steps=2"), tmp_path))
     thread.start()
     thread.join()
     assert trace.is_done(next(tmp_path.iterdir()))
