@@ -19,6 +19,7 @@ from rich.table import Table
 from analysis.cases import make_case_report
 from analysis.claims import check_claims
 from analysis.delays import blind_table, smallest_table
+from analysis.drawing import pretty
 from analysis.early_figures import cost_figure, size_figure
 from analysis.experiment import HEALTHY_ROLES, Experiment, has_cases, load, views
 from analysis.figures import central_figure, fault_figure, lead_figure
@@ -101,6 +102,7 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
     table["detected"] = table.apply(lambda r: f"{r.detected * r.runs:.0f}/{r.runs:.0f}", axis=1)
     for column in ("median_alarm_step", "median_divergence_step", "rmlt_steps", "relative_lead_steps"):
         table[column] = table[column].map(lambda value: "–" if pd.isna(value) else f"{value:,.0f}")
+    table["detector"] = table["detector"].map(pretty)
     for column in ("late", "missed", "false_alarm"):
         table[column] = table[column].map(lambda value: f"{value:.0f}")
     return table
