@@ -70,6 +70,6 @@ def test_joblib_s_processes_name_their_bad_jobs_too(arguments, tmp_path):
     done = subprocess.run([*command, "hydra.launcher.n_jobs=2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: job 0 (fault.bits=9): fault: bits=9 is not allowed: an integer from 0 to 8"
+        "error: job 0 (fault.bits=9): fault.bits=9 is not allowed: an integer from 0 to 8"
     ]
     assert finished(tmp_path / "runs") == 1
