@@ -186,9 +186,9 @@ def test_a_wrong_command_line_ends_in_one_line(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "it=[] is not allowed: keys with values"),
-        ("null", "it=None is not allowed"),
-        ("{", "is no index of an experiment"),
+        ("[]", "is damaged (is no JSON object): the command that made it writes it again"),
+        ("null", "is damaged (is no JSON object)"),
+        ("{", "is damaged (Expecting property name"),
         ("{}", "experiment=None is not allowed: keys with values"),
     ],
 )

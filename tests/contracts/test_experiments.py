@@ -179,14 +179,14 @@ def test_every_case_composes_and_differs_from_the_others(experiment, scale, text
     assert experiment["draw"] in DRAWINGS
 
 
-def test_the_zoo_has_fifteen_healthy_cases_and_two_faults(text):
+def test_the_zoo_has_sixteen_healthy_cases_and_two_faults(text):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         given = ["experiment=healthy_zoo", "scale=desk", "data=text", f"data.path={text}"]
         settings = OmegaConf.to_container(compose("reproduce", given), resolve=True)
         planned = planned_runs(chosen_experiment(settings, given), settings["scale"])
         runs = build_all([[*given, *cell.overrides] for cell in planned])
     healthy = [(cell, run) for cell, run in zip(planned, runs, strict=True) if run.fault.onset is None]
-    assert Counter(Counter(cell.fault for cell, _ in healthy).values()) == {40: 15}
+    assert Counter(Counter(cell.fault for cell, _ in healthy).values()) == {40: 16}
     assert len(runs) - len(healthy) == 2 * 10
     tokens = {cell.fault: run.train.batch_size * run.model_config.context_length for cell, run in healthy}
     assert {case for case, count in tokens.items() if count != 1024} == {"padding_256"}

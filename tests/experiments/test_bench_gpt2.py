@@ -200,7 +200,7 @@ def test_a_rival_that_cannot_run_is_named(monkeypatch):
         (["device=gpu", "size=tiny"], "error: device='gpu' is not allowed: cpu or cuda\n"),
         (["device=cpu", "size=small"], "error: size='small' is not allowed: gpt2_124m or tiny\n"),
         (["device=cpu", "limit=1"], "error: 'limit=1' is not allowed: device=..., size=..., out=..., limit_s=...\n"),
-        (["device=cpu", "size=tiny", "limit_s=long"], "error: limit_s='long' is not allowed: seconds\n"),
+        (["device=cpu", "size=tiny", "limit_s=long"], "error: limit_s='long' is not allowed: seconds, above 0\n"),
         (
             ["device=cpu"],
             "error: size='gpt2_124m' is not allowed with device='cpu', where it would take hours: size=tiny\n",

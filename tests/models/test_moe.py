@@ -201,7 +201,7 @@ def test_the_bias_balances_the_load_in_time():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_experts": 1}, "model.moe.n_experts=1 is not allowed: at least 2"),
+        ({"n_experts": 1}, "model.moe.n_experts=1 is not allowed: 2 to 4096"),
         ({"top_k": 7}, "model.moe.top_k=7 is not allowed: 1 to n_experts=6"),
         ({"top_k": 0}, "model.moe.top_k=0"),
         ({"top_k": 1}, "model.moe.renormalise=True with model.moe.top_k=1"),
