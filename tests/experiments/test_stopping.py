@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,10 +80,14 @@ def test_a_run_that_is_asked_to_end_saves_first(tiny, text, tmp_path, number, co
     out = tmp_path / "runs"
     command = [sys.executable, "-m", "experiments.train", "data=text", f"data.path={text}", *tiny, f"out={out}"]
     command += ["quiet=true", "train.steps=100000", "train.checkpoint_every_steps=100000"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list(out.glob("*/status.json")), process)
-    process.send_signal(number)
-    said = process.communicate(timeout=PATIENCE_S)[1]
+    heard = partial(signal.signal, number, signal.SIG_DFL)  # a suite under nohup ignores hangups
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    try:
+        wait_for(lambda: list(out.glob("*/status.json")), process)
+        process.send_signal(number)
+        said = process.communicate(timeout=PATIENCE_S)[1]
+    finally:
+        process.kill()
     assert process.returncode == code
     assert said == f"stopped by {number.name}: the same command resumes from the last checkpoints\n"
     (folder,) = out.iterdir()
