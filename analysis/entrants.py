@@ -2,7 +2,7 @@
 
 A detector is a Python file with a function ``statistic(x)``: x is (T,) float, positive is bad, NaN a missing
 sample; it returns (T,), larger is worse, and must be causal: statistic(x[:t]) equals statistic(x)[:t]. Two names are
-optional: ``signals``, a list of signals that share its threshold (default: those of the baseline), and
+optional: ``signals``, a list of signals that share its threshold (default: those of the first baseline), and
 ``calibrate(healthy)``, which may return anything that has a ``statistic`` (healthy: series of reference runs).
 It runs in a process of its own, in an empty folder, within a limit of time and of memory (``analysis.isolation``).
 """

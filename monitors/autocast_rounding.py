@@ -34,7 +34,9 @@ from torch import Tensor
 
 from monitors.conservation import squared_norm, squared_norm_fp64
 from monitors.fp32_rounding import LinearStep
-from monitors.rounding import BF16_U2
+
+BF16_U2 = 2.0**-14 / 24
+"""Mean square of the relative error of one rounding to BF16, over a uniform mantissa."""
 
 
 def linear_euler_noise(t: LinearStep) -> Tensor:

@@ -41,9 +41,6 @@ from monitors.conservation import over_group, per_query_head, relative, size, sq
 OVER_NOISE = "over_noise"
 """Ends the name of a signal that divides what is broken of a law by what rounding alone predicts."""
 
-BF16_U2 = 2.0**-14 / 24
-"""Mean square of the relative error of one rounding to BF16, over a uniform mantissa."""
-
 FP32_U = 2.0**-24
 """Largest relative error of one rounding to FP32."""
 

@@ -126,8 +126,8 @@ def test_pytorchs_flash_kernel_on_a_cpu_has_rounded_running_sums(tokens, spread)
     assert max(ratios.values()) < ALIKE**0.5, ratios
     for name in SHARP if spread is None else ():
         assert 0.8 < ratios[name] < 1.25, ratios
-    dv = [twin_of(t, rounding).step.dv for rounding in (pytorch_cpu_rounding(tokens), REFERENCE)]
-    assert (t.dv == dv[0]).float().mean() > 0.95 > 0.9 > (t.dv == dv[1]).float().mean() or spread is not None
+    running, once = (distance(t.dv, twin_of(t, points).step.dv) for points in (pytorch_cpu_rounding(tokens), REFERENCE))
+    assert running < once / 2
 
 
 SHARP = ("key_shift_residual", "value_shift_residual", "qk_gauge_residual.matrix", "vo_gauge_residual.matrix")
