@@ -41,7 +41,7 @@ leaderboard: setup
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-# The numeric tests as six processors would run them, one line each: other vector widths and kernels, by environment.
+# The numeric tests under six settings of vector instructions, one line each, as older processors would run them.
 test-cpus: setup
 	$(BIN)/python -m tests.six_cpus -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 

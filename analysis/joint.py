@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.rounding import mean_resolution
+
 MIN_RUNS = 10
 """Under so many reference runs, members share one spread: their root mean square."""
 
@@ -35,13 +37,13 @@ class Scale:
 def member_scales(maxima_MR: Sequence[Sequence[float]]) -> tuple[Scale, ...]:
     """The scale of each of M members from its path maxima in R reference runs.
 
-    A member whose maxima are all equal takes the spread that members share; where that is 0 too, spread 1. Raises
+    A member whose maxima are all equal, but for rounding, takes the spread that members share; where that is 0 too, spread 1. Raises
     ValueError for fewer than 2 runs and for maxima that are not finite.
     """
     maxima_MR = np.asarray(maxima_MR, float)
     if maxima_MR.ndim != 2 or maxima_MR.shape[1] < 2 or not np.isfinite(maxima_MR).all():
         raise ValueError(f"maxima has shape {maxima_MR.shape}: (members, runs), at least 2 runs, finite, is needed")
-    spread_M = maxima_MR.std(axis=1, ddof=1)
+    spread_M = np.where(np.ptp(maxima_MR, axis=1) <= mean_resolution(maxima_MR), 0.0, maxima_MR.std(axis=1, ddof=1))
     shared = float(np.sqrt(np.mean(spread_M**2))) or 1.0
     few = maxima_MR.shape[1] < MIN_RUNS
     spreads = [shared if few or spread == 0 else float(spread) for spread in spread_M]

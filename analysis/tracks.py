@@ -27,8 +27,9 @@ TRACKS = ("reference", "self", "floor", "published", "universal")
 OVER_NOISE = ".over_noise"
 """How the name of a signal ends that is a residual over its predicted rounding noise."""
 
-TOKENS_ALIKE = ("linear_euler_residual", "logit_shift_residual.head")
-"""Laws whose prediction takes tokens as independent, which they are not: a scale, and no threshold by itself."""
+OF_ATTENTION = tuple(f"{law}_residual" for law in ("key_shift", "value_shift", "qk_gauge", "vo_gauge")) + ("attention_recomputed",)
+"""Begins the signals whose predicted rounding is a threshold by itself: the kernel's own arithmetic is computed again.
+Of other laws it is a scale: it takes tokens as independent, or one library's order of sums as given."""
 
 CATALOGUE = Path(__file__).resolve().parent.parent / "monitors" / "catalogue.csv"
 MAD_TO_SIGMA = 1.4826
@@ -195,8 +196,8 @@ def check_has_say(track: str, name: str) -> None:
     predicted = {"floor": _is_over_noise(name), "universal": name.endswith(OVER_NOISE)}
     if not predicted.get(track, True):
         raise DeclinedSignal(f"{name}: no ratio to predicted noise, so the {track} track has no say")
-    if track == "universal" and name.startswith(TOKENS_ALIKE):
-        raise DeclinedSignal(f"{name}: its prediction takes tokens as independent, and gives no threshold by itself")
+    if track == "universal" and not name.startswith(OF_ATTENTION):
+        raise DeclinedSignal(f"{name}: its predicted noise is a scale, and gives no threshold by itself")
 
 
 def fit_band(track: str, name: str, reference: Sequence[Aligned]) -> Band:
@@ -250,10 +251,11 @@ def published_rule(signal: str) -> PublishedRule:
 def universal_threshold(looks: int, alpha: float) -> float:
     """The ratio to predicted noise that rounding alone passes in some of so many looks with probability <= alpha.
 
-    z with looks x 2 (1 - Phi(z)) = alpha (Bonferroni, so looks may depend on each other). A residual is a sum of many
-    rounding errors, hence Gaussian; a ratio is the root mean square of at least one of them over what is predicted.
-    One alone, |N(0, 1)|, has the heaviest tail from z = 1.5 on, so z holds for any number of rows. No healthy run is
-    asked: it promises as much as the prediction is right. Raises ValueError for looks < 1 or alpha outside (0, 1), and
+    z with looks x 2 (1 - Phi(z)) = alpha (Bonferroni, so looks may depend on each other). Where tokens differ, a
+    residual is a sum of many rounding errors, hence Gaussian, and a ratio the root mean square of at least one of them
+    over what is predicted. One alone, |N(0, 1)|, has the heaviest tail from z = 1.5 on, so z holds for any number of
+    rows. Where tokens are alike, a healthy ratio lies between 0 and 2 (``monitors.rounding``), below any z here. No
+    healthy run is asked: it promises as much as the prediction is right. Raises ValueError for looks < 1 or alpha outside (0, 1), and
     for an alpha / looks above 0.13, whose z is below 1.5.
     """
     if looks < 1:

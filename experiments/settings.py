@@ -63,6 +63,7 @@ class Length(Node):
 
 class Zoo(Length):
     seeds: Annotated[int, Field(ge=1, le=1000)]
+    slow_seeds: Annotated[int, Field(ge=0, le=1000)]
     fault_seeds: Annotated[int, Field(ge=0, le=1000)]
 
 

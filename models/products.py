@@ -94,7 +94,7 @@ def product_of(module: nn.Module, given: Tensor, seen: Watching) -> Product:
     """The product of a linear layer's forward. given: its input; seen: what was noted meanwhile.
 
     Gradients at operands arrive in the backward. ``unseen`` where the forward made no product that PyTorch shows, or
-    several, or one whose backward is the module's own.
+    several, one whose backward is the module's own, or one of operands that are padded, cut or the other way round.
     """
     if type(module).forward is GroupedLinear.forward:  # a grouped product is shown to nobody; it casts as autocast does
         return Product(multiplied_in(module.weight))
@@ -103,14 +103,16 @@ def product_of(module: nn.Module, given: Tensor, seen: Watching) -> Product:
     call = seen.calls[0]
     if not call.followed:
         return Product(unseen="its product is inside an autograd function of its own")
-    product = Product(call.dtype)
     as_given = partial(torch.reshape, shape=given.shape)
     as_weight = _same if isinstance(module, nn.Linear) == (call.layout == ROWS) else _transposed
+    if call.x.numel() != given.numel() or as_weight(call.w).shape != module.weight.shape:
+        return Product(unseen="its operands are not shaped as its input and weight")
+    product = Product(call.dtype)
     if not isinstance(module.weight, nn.Parameter) or not _is(as_weight(call.w), module.weight, call.dtype):
-        product.w = as_weight(call.w.detach())
+        product.w = as_weight(call.w.detach().to(call.dtype))
         call.w.register_hook(lambda gradient: setattr(product, "dw", as_weight(gradient.detach())))
     if not _is(as_given(call.x), given, call.dtype):
-        product.x = as_given(call.x.detach())
+        product.x = as_given(call.x.detach().to(call.dtype))
         if call.x.requires_grad:
             call.x.register_hook(lambda gradient: setattr(product, "dx", as_given(gradient.detach())))
     return product

@@ -57,8 +57,9 @@ class AttentionLaws:
 
     Signals, each the root mean square over batch rows: the residual of each law, relative as in its source, and
     ``.over_noise``, what is broken over what rounding alone predicts (``monitors.rounding``). On a healthy BF16 kernel
-    the latter is 1, within the luck of a few numbers, at any step of any run: it needs no healthy twin run. A kernel
-    whose rounding is not known (``monitors.kernel_rounding``) has no such prediction: that signal is left out.
+    the root mean square of the latter over a run is about 1, and where tokens are alike a single one lies between 0 and
+    2: it needs no healthy twin run. A kernel whose rounding is not known (``monitors.kernel_rounding``) has no such
+    prediction: that signal is left out.
 
     rows: how many rows of the batch are looked at, taken in turn from step to step; 0 for all. Every row obeys every
     law by itself, so fewer rows cost less and blur more. every_steps: cadence.

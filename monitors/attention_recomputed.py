@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from monitors.attention_laws import over_rows
-from monitors.attention_twin import UNROUNDED, twin_of
+from monitors.attention_twin import twin_of
 from monitors.base import Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 from monitors.conservation import over_group, relative, squared_norm
 from monitors.dot_product import DotProductStep
-from monitors.kernel_rounding import KernelRounding, kernel_rounding
+from monitors.kernel_rounding import UNROUNDED, KernelRounding, kernel_rounding
 from monitors.rounding import FP32_U, OVER_NOISE
 
 NAME = "attention_recomputed"

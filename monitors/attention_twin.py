@@ -26,16 +26,14 @@ from models.visibility import score_mask
 from monitors.attention_scores import masked_scores
 from monitors.conservation import over_group, per_query_head, squared_norm
 from monitors.dot_product import DotProductStep
+from monitors.fast_exp import fast_exp
 from monitors.kernel_rounding import KernelRounding
 
 TILE = 64
 """Queries computed at a time where the kernel does not fix it: keys after the last of them are not read."""
 
 LOG2_E = math.log2(math.e)
-"""Kernels take exp(x) as exp2(x log2 e); so does the twin."""
-
-UNROUNDED = KernelRounding("none")
-"""Nothing is rounded to BF16: attention in FP32, or FP64 where the step is."""
+"""Kernels take exp(x) as exp2(x log2 e); so does the twin, but for a ``fast_exp``."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,8 @@ def twin_of(t: DotProductStep, rounding: KernelRounding, o: Tensor | None = None
 
     NaN and Inf propagate.
     """
-    store = _unrounded if rounding is UNROUNDED else _to_bf16
+    store = _to_bf16 if rounding.rounds else _unrounded
+    exponential = fast_exp if rounding.fast_exp else _exp
     H, T, D = t.q.shape[-3:]
     G, scale = t.k.shape[-3], 1 / math.sqrt(D)
     k, v = (per_query_head(x, H) for x in (t.k, t.v))
@@ -121,8 +120,8 @@ def twin_of(t: DotProductStep, rounding: KernelRounding, o: Tensor | None = None
         j = slice(0 if t.window is None else max(0, first + 1 - t.window), i.stop)
         q_i, do_i, k_j, v_j = t.q[..., i, :], t.do[..., i, :], k[..., j, :], v[..., j, :]
         s = masked_scores(q_i, k_j, mask[:, i, j])
-        o_i, lse = _forward(s, v_j, j.start, rounding.forward_keys, store)
-        p = (s - lse).mul_(LOG2_E).exp2_()
+        o_i, lse = _forward(s, v_j, j.start, rounding.forward_keys, exponential, store)
+        p = _exp(s - lse)
         p_stored = store(p)
         delta = (do_i * (o_i if o is None else o[..., i, :])).sum(-1, keepdim=True)
         ds = store((do_i @ v_j.mT).sub_(delta).mul_(p))
@@ -200,8 +199,16 @@ def _blocks(j: slice, size: int | None) -> Iterator[slice]:
     return (slice(*ends) for ends in pairwise(bounds))
 
 
+def _exp(x: Tensor) -> Tensor:
+    """exp(x), in x's memory."""
+    return x.mul_(LOG2_E).exp2_()
+
+
+Elementwise = Callable[[Tensor], Tensor]
+
+
 def _forward(
-    s: Tensor, v: Tensor, first: int, keys: int | None, store: Callable[[Tensor], Tensor]
+    s: Tensor, v: Tensor, first: int, keys: int | None, exponential: Elementwise, store: Elementwise
 ) -> tuple[Tensor, Tensor]:
     """O and the log-sum-exp of scores S (..., queries, keys), whose first key is the sequence's ``first``.
 
@@ -209,7 +216,7 @@ def _forward(
     """
     top = s.amax(-1, keepdim=True)
     if keys is None or first // keys == (first + s.shape[-1] - 1) // keys:
-        p_bar = (s - top).mul_(LOG2_E).exp2_()
+        p_bar = exponential(s - top)
         total = p_bar.sum(-1, keepdim=True)
         return store(store(p_bar) @ v / total), top + total.log()
     blocks = _blocks(slice(first, first + s.shape[-1]), keys)
@@ -218,7 +225,7 @@ def _forward(
     tops = torch.where(tops == -math.inf, top, tops)  # a tile before the window of a row: all of its Pbar is 0
     total, output = 0.0, 0.0
     for tile, so_far in zip(tiles, tops.split(1, -1), strict=True):
-        p_bar, rescale = (s[..., tile] - so_far).mul_(LOG2_E).exp2_(), (so_far - top).mul_(LOG2_E).exp2_()
+        p_bar, rescale = exponential(s[..., tile] - so_far), _exp(so_far - top)
         total = total + p_bar.sum(-1, keepdim=True) * rescale
         output = output + store(p_bar) @ v[..., tile, :] * rescale
     return store(output / total), top + total.log()

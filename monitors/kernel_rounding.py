@@ -8,10 +8,14 @@ an entry has no prediction: its laws are read as relative residuals only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.taps import Tap
+from monitors.fast_exp import fast_exp
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class KernelRounding:
     sum_keys: the running sum of dQ is rounded to BF16 after so many keys; None: once, at the end.
     two_score_gradients: dQ and dK each multiply a dS of a kernel of their own, whose FP32 sums may differ, so that an
     entry near the middle of two BF16 numbers may be rounded up in one and down in the other.
+    fast_exp: the forward's exponential is ``monitors.fast_exp``; else it is right to FP32.
+    rounds: whether anything is rounded to BF16 at all.
     """
 
     name: str
@@ -31,10 +37,15 @@ class KernelRounding:
     sum_queries: int | None = None
     sum_keys: int | None = None
     two_score_gradients: bool = False
+    fast_exp: bool = False
+    rounds: bool = True
 
+
+UNROUNDED = KernelRounding("none", rounds=False)
+"""Attention in FP32, or FP64 where its tensors are."""
 
 REFERENCE = KernelRounding("reference")
-"""``models.attention``."""
+"""``models.attention`` in health. A fault or a cure that stores other tensors in BF16 is no part of it."""
 
 
 def triton_rounding(forward_keys: int, deterministic: bool) -> KernelRounding:
@@ -42,21 +53,45 @@ def triton_rounding(forward_keys: int, deterministic: bool) -> KernelRounding:
     return KernelRounding("triton", forward_keys=forward_keys, two_score_gradients=deterministic)
 
 
-def pytorch_cpu_rounding(tokens: int) -> KernelRounding:
+def pytorch_cpu_rounding(tokens: int, fast: bool = False) -> KernelRounding:
     """The flash kernel of ``scaled_dot_product_attention`` on a CPU with BF16 tensors, for sequences of so many tokens.
 
     It takes 512 keys at a time, and 256 queries from 768 tokens on, 64 from 192 on, else 32. What each such tile gives
-    is added to dQ, dK and dV in BF16 (PyTorch 2.13, aten/native/cpu/FlashAttentionKernel.cpp).
+    is added to dQ, dK and dV in BF16 (PyTorch 2.13, aten/native/cpu/FlashAttentionKernel.cpp). fast: with vector
+    instructions its forward, not its backward, has an exponential of its own.
     """
     queries = 256 if tokens >= 768 else 64 if tokens >= 192 else 32
-    return KernelRounding("PyTorch's CPU flash", forward_keys=512, sum_queries=queries, sum_keys=512)
+    return KernelRounding("PyTorch's CPU flash", 512, queries, 512, fast_exp=fast)
+
+
+@cache
+def pytorch_cpu_exp_is_fast() -> bool | None:
+    """Which exponential PyTorch's flash kernel has on this CPU, told from what it returns; None: neither.
+
+    Another instruction set or release may have another. Of 4,096 numbers of one O the right one gives all but a few to
+    the bit, the other 96 %.
+    """
+    angles = torch.arange(3 * 64 * 64).square().reshape(3, 1, 1, 64, 64) * 0.7
+    q, k, v = (1.5 * angles.sin()).bfloat16()
+    with torch.autocast("cpu", enabled=False), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    hidden = torch.ones(64, 64, dtype=torch.bool).triu(1)
+    scores = (q.float() @ k.float().mT / 8).masked_fill(hidden, -torch.inf)
+    below_top = scores - scores.amax(-1, keepdim=True)
+    for exponential, fast in ((torch.exp, False), (fast_exp, True)):
+        p = exponential(below_top)
+        o = p.bfloat16().float() @ v.float() / p.sum(-1, keepdim=True)
+        if (o.bfloat16() == found).double().mean() > 0.99:
+            return fast
+    return None
 
 
 def kernel_rounding(tap: Tap) -> KernelRounding | None:
     """The rounding points of the kernel that ran under a tap on a dot product, or None where they are not known.
 
-    Known of ``sdpa``: BF16 on a CPU with its flash kernel allowed, every query head with its own keys, and no window.
-    PyTorch serves all else by kernels that it chooses by device and shape, or sums a group's dK outside of them.
+    Known of ``sdpa``: BF16 on a CPU with its flash kernel allowed as the monitor reads, every query head with its own
+    keys, no window, and a multiple of 16 tokens where its exponential is fast: it takes the rest by another. PyTorch
+    serves all else by kernels that it chooses by device and shape, or sums a group's dK outside of them.
     """
     module, q_BHTD = tap.module, tap.inputs[0]
     if module.backend == "reference":
@@ -65,6 +100,7 @@ def kernel_rounding(tap: Tap) -> KernelRounding | None:
         return triton_rounding(module.tiles.forward.keys, module.tiles.deterministic)
     plain = module.window is None and q_BHTD.shape[-3] == tap.inputs[1].shape[-3]
     on_cpu = q_BHTD.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled()  # the flag is the CPU's as well
-    if q_BHTD.dtype is torch.bfloat16 and on_cpu and plain:
-        return pytorch_cpu_rounding(q_BHTD.shape[-2])
-    return None
+    if q_BHTD.dtype is not torch.bfloat16 or not on_cpu or not plain:
+        return None
+    tokens, fast = q_BHTD.shape[-2], pytorch_cpu_exp_is_fast()
+    return None if fast is None or (fast and tokens % 16) else pytorch_cpu_rounding(tokens, fast)

@@ -42,7 +42,8 @@ class LinearLaws:
     x, W and dW are what was multiplied and the gradient there (``models.products``): BF16 under autocast, quantised
     numbers where a layer quantises. Left out: parts that the model does not have, and parts whose product cannot be
     seen, with a warning; ``linear_euler_residual.head`` of a head tied to the embedding, whose
-    gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts.
+    gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts;
+    the law in x of an input that some of its readers multiply as it is and others quantise.
     token_stride: the law in x and both predictions take one token in so many, in turn, 1 for all; the law in W always
     takes all. every_steps: cadence.
     """

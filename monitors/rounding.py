@@ -45,7 +45,8 @@ FP32_U = 2.0**-24
 """Largest relative error of one rounding to FP32."""
 
 ALIKE = 4.0
-"""A law broken by this times its predicted mean square is held against the twin: two standard deviations of a trace."""
+"""A law broken by this times its predicted mean square, at a ratio of 2, is held against the twin: two standard
+deviations of a trace."""
 
 
 def beyond_rounding(broken: Tensor, by_twin: Tensor, noise: Tensor) -> Tensor:
@@ -56,13 +57,14 @@ def beyond_rounding(broken: Tensor, by_twin: Tensor, noise: Tensor) -> Tensor:
     reads none of what a fault can touch.
 
     broken, by_twin: what a law leaves of the kernel's and of the twin's tensors, (B, G, ...), any trailing axes; noise:
-    the prediction, (B, G). 0 over 0 is 0; NaN and Inf propagate.
+    the prediction, (B, G). 0 over 0 is 0; NaN and Inf propagate, and a prediction that is Inf gives NaN.
     """
     kernel, twin = size(broken), size(by_twin)
     root = noise.sqrt()
     coherent = (kernel > ALIKE**0.5 * root) & (twin > root)
     share = torch.where(coherent, 1 - root / twin, 0.0)
-    return relative(size(broken - share[(..., *[None] * (broken.dim() - 2))] * by_twin), root)
+    beyond = relative(size(broken - share[(..., *[None] * (broken.dim() - 2))] * by_twin), root)
+    return torch.where(root.isinf(), torch.nan, beyond)  # any size is 0 of it
 
 
 def _heads(x_BHT: Tensor, twin: Twin) -> Tensor:

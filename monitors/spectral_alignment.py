@@ -27,6 +27,8 @@ def top_right_singular_vector(weight: Tensor) -> Tensor:
     The top eigenvector of the smaller Gram matrix, which is exact at any gap and, at these widths, no dearer than the
     power iterations that a small gap asks for. Of a wide W that is u_1, and W^T u_1 points along v_1.
     """
+    largest = weight.abs().amax((-2, -1), keepdim=True)
+    weight = weight / torch.where(largest > 0, largest, 1.0)  # so that no square leaves the format
     wide = weight.shape[-2] < weight.shape[-1]
     gram = weight @ weight.mT if wide else weight.mT @ weight
     broken = ~torch.isfinite(gram).all(-1).all(-1)

@@ -19,6 +19,13 @@ def _halves(a: Tensor, b: Tensor, product: Any) -> Tensor:
     return product(a[..., half:], b[..., half:, :]) + product(a[..., :half], b[..., :half, :])
 
 
+def _onto(added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """beta added + alpha a @ b, the second half of the inner sum first."""
+    half, onto = a.shape[-1] // 2, aten.baddbmm.default
+    later = onto(added, a[..., half:], b[..., half:, :], beta=beta, alpha=alpha)
+    return onto(later, a[..., :half], b[..., :half, :], beta=1, alpha=alpha)
+
+
 class OtherBatchedOrder(TorchDispatchMode):
     """While it is open, batched matrix products add up their second half first; products of two matrices do not.
 
@@ -29,4 +36,7 @@ class OtherBatchedOrder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is aten.bmm.default:
             return _halves(*args, aten.bmm.default)
+        if function is aten.baddbmm.default:
+            added, a, b = args
+            return function(added, a, b, **(kwargs or {})) if a.shape[-1] < 2 else _onto(added, a, b, **(kwargs or {}))
         return function(*args, **(kwargs or {}))

@@ -82,3 +82,10 @@ def test_one_threshold_cuts_each_member_at_its_own_height(made):
         crossed = [w[s > limit][:1] for (w, s), limit in zip(charts, limits, strict=True)]
         assert detector.alarms[run] == min((int(at[0]) for at in crossed if len(at)), default=None)
     assert detector.alarms_at(np.inf) == dict.fromkeys(detector.charts)
+
+
+@pytest.mark.parametrize("value", [0.3, 1 / 3, 0.1, 5.545])
+def test_maxima_that_are_equal_but_for_rounding_have_no_spread(value):
+    """The mean of eleven times 0.3 is not 0.3: their standard deviation is 5.8e-17, and no scale."""
+    still, moving = member_scales([[value] * 11, list(range(11))])
+    assert still.spread == pytest.approx(moving.spread / np.sqrt(2))

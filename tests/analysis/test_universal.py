@@ -11,7 +11,12 @@ from analysis.detection import Detection
 from analysis.experiment import load
 from analysis.leaderboard import board
 from analysis.replay import Request, replay
-from analysis.tracks import DeclinedSignal, check_has_say, universal_threshold
+from analysis.tracks import OVER_NOISE, DeclinedSignal, check_has_say, universal_threshold
+from monitors.attention_laws import AttentionLaws
+from monitors.attention_recomputed import AttentionRecomputed
+from monitors.linear_laws import LinearLaws
+from monitors.norm_laws import NormLaws
+from monitors.softmax_laws import LogitLaws, RouterLaws
 
 RATIO, OTHER = "key_shift_residual.over_noise", "qk_gauge_residual.matrix.over_noise"
 META = {"unit": "1", "bad": "up", "axes": ["layer", "head"], "every_steps": 10}
@@ -73,11 +78,21 @@ def test_the_track_counts_its_looks_and_uses_no_calibration(folder):
     assert row["alpha"] == 0.10
 
 
-@pytest.mark.parametrize("law", ["linear_euler_residual.q.over_noise", "logit_shift_residual.head.over_noise"])
-def test_a_prediction_that_is_only_a_scale_is_declined_by_name(law):
-    with pytest.raises(DeclinedSignal, match=f"{law}: its prediction takes tokens as independent"):
-        check_has_say("universal", law)
-    check_has_say("floor", law)
+def test_the_universal_track_judges_attention_alone():
+    """Every ratio to predicted noise has a say on the floor track; outside attention the prediction is a scale."""
+    of_others = [LinearLaws(1, 1), LogitLaws(1, 1), NormLaws(1, 1), RouterLaws(1)]
+    monitors = [AttentionLaws(1, 1), AttentionRecomputed(1, 1), *of_others]
+    names = [signal.name for monitor in monitors for signal in monitor.signals if signal.name.endswith(OVER_NOISE)]
+    judged = set()
+    for name in names:
+        check_has_say("floor", name)
+        try:
+            check_has_say("universal", name)
+            judged.add(name)
+        except DeclinedSignal as error:
+            assert str(error) == f"{name}: its predicted noise is a scale, and gives no threshold by itself"
+    of_attention = [signal.name for monitor in monitors[:2] for signal in monitor.signals]
+    assert judged == {name for name in of_attention if name.endswith(OVER_NOISE)} and len(judged) < len(names)
 
 
 def test_a_reading_that_is_not_finite_is_an_alarm(folder):

@@ -32,7 +32,7 @@ SHORT = [
     "scale.batch_steps={half: 60, quarter: 60, eighth: 60}",
     "scale.grid_steps={quarter: 60, eighth: 60}",
     *(f"scale.{name}={{steps: 60, onset: 30}}" for name in ("early_warning", "smallest_fault")),
-    "scale.localise={steps: 60, onset: 20, every_steps: 1, rows: 0}",
+    "scale.localise={steps: 60, onset: 20, every_steps: 5, rows: 0}",
     "scale.natural_bf16={steps: 60}",
     "scale.reference_set={steps: 60, ramp: {onset: 10, ramp_steps: 40}}",
 ]
@@ -179,14 +179,14 @@ def test_every_case_composes_and_differs_from_the_others(experiment, scale, text
     assert experiment["draw"] in DRAWINGS
 
 
-def test_the_zoo_has_sixteen_healthy_cases_and_two_faults(text):
+def test_the_zoo_has_fifteen_healthy_cases_and_two_slow_ones_and_two_faults(text):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         given = ["experiment=healthy_zoo", "scale=desk", "data=text", f"data.path={text}"]
         settings = OmegaConf.to_container(compose("reproduce", given), resolve=True)
         planned = planned_runs(chosen_experiment(settings, given), settings["scale"])
         runs = build_all([[*given, *cell.overrides] for cell in planned])
     healthy = [(cell, run) for cell, run in zip(planned, runs, strict=True) if run.fault.onset is None]
-    assert Counter(Counter(cell.fault for cell, _ in healthy).values()) == {40: 16}
+    assert Counter(Counter(cell.fault for cell, _ in healthy).values()) == {40: 15, 10: 2}
     assert len(runs) - len(healthy) == 2 * 10
     tokens = {cell.fault: run.train.batch_size * run.model_config.context_length for cell, run in healthy}
     assert {case for case, count in tokens.items() if count != 1024} == {"padding_256"}
@@ -200,7 +200,7 @@ def test_cases_run_in_fast_mode_from_training_to_report(experiment, text, tiny, 
     kept = [*list(cases)[:2], list(cases)[-1]]
     arguments = [
         f"experiment={experiment}", "data=text", f"data.path={text}", *tiny,
-        f"scale.{experiment}={{seeds: 1, fault_seeds: 1, steps: 40}}", "at_once=1",
+        f"scale.{experiment}={{seeds: 1, slow_seeds: 1, fault_seeds: 1, steps: 40}}", "at_once=1",
         *(f"~experiment.cases.{name}" for name in cases if name not in kept),
         f"out={tmp_path / 'runs'}", f"report={tmp_path / 'report'}",
     ]  # fmt: skip

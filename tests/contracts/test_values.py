@@ -147,6 +147,7 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "scale.*.onset": (ZERO, "the first update"),
     "scale.*.ramp_steps": (ZERO, "at once"),
     "scale.localise.rows": (ZERO, "all rows"),
+    "scale.healthy_zoo.slow_seeds": (ZERO, "none of the slow cases"),
     "scale.healthy_zoo.fault_seeds": (ZERO, "healthy cases alone"),
     "rule.drift": (ZERO, "no allowance"),
     "page_hinkley/rule.delta": (ZERO, "no allowance, of Page and Hinkley's test"),

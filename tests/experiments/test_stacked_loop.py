@@ -42,7 +42,8 @@ IS_ROUNDING = ("residual", "attention_recomputed", "delta_bias_oracle")
 ROUNDINGS = 500
 """On the longest way: 128 tokens, 41 logits, two layers with products of 16, 8, 16, 16 and 32 terms and their norms."""
 PARTING = 2 * math.sqrt(math.sqrt(2**5) * once_stored_in_bf16(ROUNDINGS))
-"""How far two orders of sums may part, to what training has moved: an eighth.
+"""How far two orders of sums may part in a step, to what it moves: 0.15. Of 10 to 30 steps, which may part further, it
+is held to the same share of what they moved together, as later gradients keep their signs more often than not.
 
 A gradient errs by e = ``once_stored_in_bf16`` in the norm, sqrt(2^5) times as far where 5 bits are truncated, for a
 number that falls over an edge then jumps 2^5 times as far, and 2^5 times fewer do. AdamW divides by |g|, so that of

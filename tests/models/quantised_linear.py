@@ -1,4 +1,4 @@
-"""Linear layers that multiply FP8 numbers, as training in FP8 does, in PyTorch's FP32 and BF16 products."""
+"""Linear layers that multiply FP8 or INT8 numbers, as quantised training does, in PyTorch's FP32 and BF16 products."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         return gradient
+
+
+class OneScaleARow(torch.autograd.Function):
+    """Each row on 255 whole multiples of its own step, which is no power of 2: BF16 rounds such numbers again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        step = x.abs().amax(-1, keepdim=True) / 127
+        return (x / step).round() * step
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class INT8Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(OneScaleARow.apply(x), OneScaleARow.apply(self.weight))
 
 
 class FP8Linear(nn.Linear):

@@ -9,7 +9,9 @@ from torch.nn.utils import parametrizations
 from models.moe import GroupedLinear
 from models.stacked import StackedLinear
 from models.taps import Taps
-from tests.models.quantised_linear import FP8InBF16, FP8Linear, OwnLinear, StraightThrough
+from tests.models.quantised_linear import FP8InBF16, FP8Linear, INT8Linear, OwnLinear, StraightThrough
+
+pytestmark = pytest.mark.numeric
 
 IN, OUT = 24, 16
 
@@ -37,9 +39,35 @@ class Twice(nn.Linear):
         return F.linear(x, self.weight) + F.linear(x, self.weight)
 
 
+class Padded(nn.Linear):
+    """Inner sums in whole blocks of 32, as FP8 kernels take them."""
+
+    def forward(self, x):
+        wide = (0, -IN % 32)
+        return F.linear(F.pad(x, wide), F.pad(self.weight, wide))
+
+
+class PaddedTokens(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.pad(x, (0, 0, 0, 6)), self.weight)[:, : x.shape[1]]
+
+
+class PartOfTheTokens(nn.Linear):
+    def forward(self, x):
+        return F.pad(F.linear(x[:, 1:], self.weight), (0, 0, 1, 0))
+
+
+class WeightOnTheLeft(nn.Linear):
+    def forward(self, x):
+        return torch.mm(self.weight, x.flatten(0, -2).T).T.view(*x.shape[:-1], -1)
+
+
 class NoProduct(nn.Linear):
     def forward(self, x):
         return (x[..., None, :] * self.weight).sum(-1)
+
+
+OTHERWISE_SHAPED = (Padded, PaddedTokens, PartOfTheTokens, WeightOnTheLeft)
 
 
 def tapped(kind, autocast=False, dtype=torch.float32):
@@ -73,6 +101,7 @@ KINDS = {
     "fp8": (FP8Linear, False, 1.0),
     "fp8 in bf16": (FP8InBF16, False, 1.0),
     "fp8 in autocast": (FP8Linear, True, 1.0),
+    "int8 in autocast": (INT8Linear, True, 1.0),
     "rescaled": (Rescaled, False, 1 / 8),
 }
 
@@ -148,6 +177,7 @@ def test_experts_multiply_what_they_cast_by_hand():
         (Twice, "makes 2 matrix products"),
         (NoProduct, "makes no matrix products"),
         (OwnLinear, "inside an autograd function of its own"),
+        *((kind, "not shaped as its input and weight") for kind in OTHERWISE_SHAPED),
     ],
 )
 def test_a_product_that_cannot_be_seen_says_why(kind, reason):

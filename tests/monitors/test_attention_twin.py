@@ -1,6 +1,7 @@
 """The twin computes what a kernel computes, and its terms add up to what each law leaves."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,15 +10,27 @@ import torch.nn.functional as F
 from models.attention import flash_attention
 from models.flash import flash_attention_triton
 from models.numerics import HEALTHY_LAYER, LayerNumerics, SiteFault, to_bf16_grid
+from models.taps import Tap
 from models.tiles import Tile, Tiles
 from models.visibility import visible_keys
 from monitors import attention_laws
 from monitors.attention_laws import LAWS
-from monitors.attention_twin import UNROUNDED, repeats, twin_of
+from monitors.attention_twin import repeats, twin_of
 from monitors.conservation import over_group
 from monitors.dot_product import DotProductStep
-from monitors.kernel_rounding import REFERENCE, KernelRounding, pytorch_cpu_rounding, triton_rounding
+from monitors.fast_exp import fast_exp
+from monitors.kernel_rounding import (
+    REFERENCE,
+    UNROUNDED,
+    KernelRounding,
+    kernel_rounding,
+    pytorch_cpu_exp_is_fast,
+    pytorch_cpu_rounding,
+    triton_rounding,
+)
 from monitors.rounding import ALIKE
+
+pytestmark = pytest.mark.numeric
 
 B, H, D = 6, 4, 16
 PARTS = ("o", "dq", "dk", "dv")
@@ -117,17 +130,75 @@ def test_it_rounds_as_triton_kernels_do_tile_by_tile(window):
         assert 0.6 < ratio < 1.4, name
 
 
-@pytest.mark.parametrize("tokens", [100, 200, 800])
-@pytest.mark.parametrize("spread", [None, 0.01])
+@pytest.mark.parametrize("tokens", [96, 208, 800])
+@pytest.mark.parametrize("spread", [None, 0.01, 0.001, 0.0])
 def test_pytorchs_flash_kernel_on_a_cpu_has_rounded_running_sums(tokens, spread):
-    tensors = [x[:2, :, :, :].bfloat16() for x in drawn(tokens, spread=spread)]
-    t = returned_by(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), *tensors)
-    ratios = root_mean_square(t, pytorch_cpu_rounding(tokens))
-    assert max(ratios.values()) < ALIKE**0.5, ratios
+    """0.0: two thirds of the tokens are one padding token. What is alike is rounded alike, by the twin as well.
+
+    Of 48 independent ratios one is above 4.5 in 3e-4 of cases; the other exponential makes 5.7 of 800 alike tokens.
+    """
+    tensors = [x[:2].clone() for x in drawn(tokens, spread=spread or None)]
+    if spread == 0.0:
+        for x in tensors:
+            x[..., tokens // 3 :, :] = x[..., -1:, :]
+    t = returned_by(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), *(x.bfloat16() for x in tensors))
+    points = pytorch_cpu_rounding(tokens, pytorch_cpu_exp_is_fast())
+    ratios = attention_laws.over_noise(t, twin_of(t, points))
+    assert max(float(ratio.max()) for ratio in ratios.values()) < 4.5, ratios
     for name in SHARP if spread is None else ():
-        assert 0.8 < ratios[name] < 1.25, ratios
-    running, once = (distance(t.dv, twin_of(t, points).step.dv) for points in (pytorch_cpu_rounding(tokens), REFERENCE))
-    assert running < once / 2
+        assert 0.8 < float(ratios[name].square().mean().sqrt()) < 1.25, ratios
+    running, once = (distance(t.dv, twin_of(t, one).step.dv) for one in (points, REFERENCE))
+    assert running < once / 2 or spread == 0.0
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="its exponential is right to FP32")
+def test_the_exponential_of_pytorchs_flash_kernel_is_known_to_the_bit():
+    """With another one, or none of its own, equal scores err alike and O differs in 4 % of its numbers."""
+    assert pytorch_cpu_exp_is_fast()
+    tensors = [x[:2].bfloat16() for x in drawn(256)]
+    t = returned_by(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), *tensors)
+    same, other = ((twin_of(t, pytorch_cpu_rounding(256, fast)).step.o == t.o).double().mean() for fast in (True, False))
+    assert same > 0.99 > other
+    x = torch.linspace(-80, 0, 100_001)
+    error = fast_exp(x).double() / x.double().exp() - 1
+    assert 1e-5 < error.abs().max() < 1.1e-4 and error.max() > 5e-5 and error.min() < -5e-5
+    assert fast_exp(torch.tensor([-torch.inf, -100.0])).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "window", "groups", "tokens", "flash", "expected"),
+    [
+        ("reference", torch.float32, 5, 2, 30, True, "reference"),
+        ("triton", torch.bfloat16, 5, 2, 30, True, "triton"),
+        ("sdpa", torch.bfloat16, None, 4, 32, True, "PyTorch's CPU flash"),
+        ("sdpa", torch.float32, None, 4, 32, True, None),
+        ("sdpa", torch.bfloat16, 5, 4, 32, True, None),
+        ("sdpa", torch.bfloat16, None, 2, 32, True, None),
+        ("sdpa", torch.bfloat16, None, 4, 32, False, None),
+    ],
+)
+def test_a_kernel_has_a_prediction_only_where_its_rounding_is_known(
+    backend, dtype, window, groups, tokens, flash, expected
+):
+    module = SimpleNamespace(backend=backend, window=window, tiles=TILES)
+    q, kv = torch.zeros(1, 4, tokens, D, dtype=dtype), torch.zeros(1, groups, tokens, D, dtype=dtype)
+    allowed = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(flash)
+    try:
+        found = kernel_rounding(Tap(module, (q, kv, kv)))
+    finally:
+        torch.backends.cuda.enable_flash_sdp(allowed)
+    assert (found and found.name) == expected
+    if backend == "triton":
+        assert (found.forward_keys, found.two_score_gradients) == (TILES.forward.keys, TILES.deterministic)
+
+
+def test_keys_that_a_fast_exponential_leaves_over_are_not_predicted(monkeypatch):
+    q = torch.zeros(1, 4, 40, D, dtype=torch.bfloat16)
+    tap = Tap(SimpleNamespace(backend="sdpa", window=None), (q, q, q))
+    for fast, known in ((True, False), (False, True), (None, False)):
+        monkeypatch.setattr("monitors.kernel_rounding.pytorch_cpu_exp_is_fast", lambda fast=fast: fast)
+        assert (kernel_rounding(tap) is not None) == known
 
 
 SHARP = ("key_shift_residual", "value_shift_residual", "qk_gauge_residual.matrix", "vo_gauge_residual.matrix")

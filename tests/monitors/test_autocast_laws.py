@@ -17,7 +17,8 @@ from monitors.fp32_rounding import LinearStep
 from monitors.linear_laws import LinearLaws
 from monitors.norm_laws import NormLaws
 from monitors.softmax_laws import LogitLaws, RouterLaws
-from tests.rounding_bounds import FP32, gamma, rms_range
+from tests.monitors.ratio_bounds import legal
+from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric
 
@@ -62,27 +63,6 @@ def ratios(view: StepView) -> dict[str, torch.Tensor]:
 
 def overall(values: list[torch.Tensor]) -> float:
     return float(torch.cat([value.reshape(-1) for value in values]).square().mean().sqrt())
-
-
-MODEL = 1.1
-"""What taking u^2 x^2 for the mean square of a rounding is off by: 12 % where significands are not log-uniform."""
-IN_FP32 = ("linear_euler_residual.router", "router_shift_residual", "norm_orthogonality_residual")
-ORDER = 2.0
-"""Of those in FP32, what another library's order of sums may make of a ratio: the sum over 256 tokens, predicted in
-blocks of 128, errs sqrt(85.8 / 22.2) = 1.97 times as far in one piece (``fp32_rounding.accumulation``), a row sum of a
-norm 1.7 times as far without lanes, and both less in smaller blocks.
-"""
-
-
-def legal(law: str, numbers: int) -> tuple[float, float]:
-    """The range of a ratio's root mean square, by its number of independent numbers.
-
-    A law in W is one number a layer and batch; one of each token or row is taken as ``numbers`` too, though it has
-    some 256 times as many.
-    """
-    low, high = rms_range(numbers)
-    other = MODEL * (ORDER if law.startswith(IN_FP32) else 1)
-    return low / other, high * other
 
 
 @pytest.mark.parametrize("name", VARIANTS)
