@@ -10,6 +10,7 @@ from rich.console import Console
 
 from analysis.contest import contest, run_scores
 from analysis.experiment import load
+from analysis.headline import headline
 from analysis.leaderboard import board
 from analysis.leaderboard_print import print_board
 from analysis.overall import MIN_FAULTS
@@ -114,6 +115,19 @@ def test_detectors_are_tested_against_the_best_baseline_which_is_not_tested(thre
         assert 0 < rows.loc["either", "p_beats_baseline"] <= 1
     assert table.loc[("attention", "either"), "relative_lead_steps"] < 60  # the best one is early itself
     assert table.loc[("ramp", "early"), "relative_lead_steps"] < 0
+
+
+def test_an_alarm_before_the_onset_is_no_answer_to_the_fault(three):
+    detector = three.detectors["early"]
+    false = {run.trace.run_id: 10 for run in three.of("faulty", fault="attention")}
+    three.detectors["early"] = replace(detector, alarms={**detector.alarms, **false})
+    table = lead_table(three)
+    rows = table[table["fault"] == "attention"].set_index("detector")
+    assert rows.loc["early", "median_alarm_step"] == 10 and np.isnan(rows.loc["early", "median_alarm_from_onset_step"])
+    assert rows.loc["late", "median_alarm_from_onset_step"] == rows.loc["late", "median_alarm_step"] > 301
+    three.index["experiment"]["headline"] = ["early", "late"]
+    said = headline(three, table[table["fault"] == "attention"])
+    assert "late at step" in said and "early at" not in said and "none in the median run: early" in said
 
 
 @pytest.mark.parametrize("given", ["late", ["late", "elsewhere"]])
