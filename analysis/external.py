@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.controls import CONTROLS
+from analysis.csv_table import read_table
 from analysis.experiment import Experiment, ScoredRun
 
 
@@ -26,10 +26,8 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
     found: list[dict[str, dict[str, int | None]]] = [{} for _ in experiments]
     listed: set[tuple[str, str]] = set()
     for path in paths:
-        table, scored = _table(path), False
-        missing = {"run_id", "monitor", "step"} - set(table.columns)
-        if missing:
-            raise ValueError(f"alarms={path} has no column {sorted(missing)[0]!r}: run_id, monitor, step")
+        table = read_table(path, f"alarms={path}", ("run_id", "monitor", "step"), text=("run_id", "monitor"))
+        scored = False
         for line, row in enumerate(table.itertuples(index=False), start=2):
             where = f"alarms={path}, line {line}"
             if pd.isna(row.monitor):
@@ -50,20 +48,6 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
         if not scored:
             raise ValueError(f"alarms={path} lists no run that is scored: it needs test or faulty ones")
     return found
-
-
-def _table(path: Path) -> pd.DataFrame:
-    """A CSV file. Raises ValueError, in one line that names it, where it is none."""
-    try:
-        return pd.read_csv(path, dtype={"run_id": str, "monitor": str}, encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"alarms={path} does not exist") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"alarms={path} is no CSV in UTF-8: it holds other bytes") from None
-    except pd.errors.EmptyDataError:
-        raise ValueError(f"alarms={path} is empty: a CSV with columns run_id, monitor, step is needed") from None
-    except (ValueError, csv.Error) as error:  # pandas' parser raises a kind of the first
-        raise ValueError(f"alarms={path} is no CSV: {' '.join(str(error).split())}") from None
 
 
 def _step(given: Any, run: ScoredRun, experiment: Experiment, where: str) -> int | None:

@@ -9,6 +9,9 @@ import pandas as pd
 from analysis.drawing import pretty
 from analysis.experiment import Experiment
 
+ALARM = "median_alarm_from_onset_step"
+"""An alarm before the onset is no answer to the fault."""
+
 
 def headline(experiment: Experiment, table: pd.DataFrame) -> str:
     """When the detectors of the experiment's ``headline`` alarm, and when the loss diverges: medians over runs.
@@ -26,10 +29,10 @@ def headline(experiment: Experiment, table: pd.DataFrame) -> str:
 
 
 def _sentence(experiment: Experiment, rows: pd.DataFrame) -> str:
-    rows = rows.sort_values("median_alarm_step", kind="stable")
+    rows = rows.sort_values(ALARM, kind="stable")
     divergence, runs = rows[["median_divergence_step", "runs"]].iloc[0]
-    silent = rows["median_alarm_step"].isna()
-    late = rows["median_alarm_step"] >= divergence
+    silent = rows[ALARM].isna()
+    late = rows[ALARM] >= divergence
     in_time = rows[~silent & ~late]
     where = "step" if experiment.axis == "steps" else "token"
     first = "no alarm" if in_time.empty else f"First alarms: {_alarms(in_time, where)}"
@@ -50,7 +53,7 @@ def _sentence(experiment: Experiment, rows: pd.DataFrame) -> str:
 
 def _alarms(rows: pd.DataFrame, where: str) -> str:
     """``laws at step 10, ΔW at 750 and Δ₂ at 800``."""
-    steps = [f"{step:,.0f}" for step in rows["median_alarm_step"]]
+    steps = [f"{step:,.0f}" for step in rows[ALARM]]
     steps[0] = f"{where} {steps[0]}"
     return _listed([f"{pretty(name)} at {step}" for name, step in zip(rows["detector"], steps, strict=True)])
 

@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from analysis import reduced
 from analysis.align import AXES
 from experiments import trace
 from experiments.files import unsealed
 from experiments.names import check_index_names
-from experiments.validation import Node, check_mapping, check_named, check_node
+from experiments.validation import Distinct, Node, OneOrSeveral, check_mapping, check_named, check_node, distinct
 
 Name = Field(min_length=1)
 Names = list[str]
-Several = Annotated[Names, Field(min_length=1)]
+Several = Annotated[Distinct, Field(min_length=1)]
+Axes = Annotated[list[Literal[AXES]], AfterValidator(distinct), Field(min_length=1)]
 
 
 class Label(Node):
@@ -83,8 +84,8 @@ class Claim(Node):
 
     says: str
     alarms: Alarms | None = None
-    falls: Names | None = None
-    rises: Names | None = None
+    falls: Distinct | None = None
+    rises: Distinct | None = None
     panel: Panel | None = None
     align: Literal[AXES] | None = None
     model: str | None = None
@@ -96,25 +97,25 @@ class Settings(Node):
     name: str = Name
     title: str = Name
     models: Several
-    align: list[Literal[AXES]] = Field(min_length=1)
+    align: Axes
     faults: dict[str, Fault]
     detectors: dict[str, Several] = Field(min_length=1)
-    baseline: str | Several
+    baseline: OneOrSeveral
     figure: dict[str, Panel]
     draw: str | None = None
     overrides: Names = Field(default_factory=list)
     claims: list[Claim] = Field(default_factory=list)
     seeds: Seeds | None = None
     monitors: Several | None = None
-    headline: Names = Field(default_factory=list)
+    headline: Distinct = Field(default_factory=list)
     score_every: int = Field(default=1, ge=1)
     family: str | None = None
-    groups: Names = Field(default_factory=list)
-    should_ignore: dict[str, Names] = Field(default_factory=dict)
-    cost_faults: Names = Field(default_factory=list)
-    controls: Names = Field(default_factory=list)
+    groups: Distinct = Field(default_factory=list)
+    should_ignore: dict[str, Distinct] = Field(default_factory=dict)
+    cost_faults: Distinct = Field(default_factory=list)
+    controls: Distinct = Field(default_factory=list)
     control: str | None = None
-    drift: Names = Field(default_factory=list)
+    drift: Distinct = Field(default_factory=list)
     doses: bool = False
     healthy_cell: list[float] | None = Field(default=None, min_length=2, max_length=2)
 
@@ -133,8 +134,8 @@ class CaseSettings(Node):
 
     name: str = Name
     title: str = Name
-    models: Several
-    align: list[Literal[AXES]] = Field(min_length=1)
+    models: Annotated[Distinct, Field(min_length=1, max_length=1)]  # a case may name another
+    align: Axes
     draw: Literal["cases"]
     overrides: Names = Field(default_factory=list)
     seeds: int = Field(ge=1, le=1000)

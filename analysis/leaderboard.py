@@ -179,11 +179,12 @@ def _healthy_columns(one: Contest, name: str, healthy: Mapping[str, pd.DataFrame
 def _size(one: Contest, name: str, scores: pd.DataFrame) -> float:
     """How far a fault stands above a detector's threshold: the largest reading in time over it, median over runs.
 
-    In time is from onset to divergence, or to the run's end. NaN without charts, and where a threshold is not above 0.
+    In time is from onset to divergence, or to the run's end. NaN without charts, where a threshold is not above 0, and
+    on the self track, whose z-scores have thresholds near 0: a ratio to one says nothing.
     """
     detector = one.detectors[name]
     limits = detector.limits()
-    if not detector.charts or not all(limit > 0 for limit in limits):
+    if one.track == "self" or not detector.charts or not all(limit > 0 for limit in limits):
         return np.nan
     sizes = []
     for row in scores.itertuples():

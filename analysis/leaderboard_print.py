@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 from rich import box
 from rich.console import Console
@@ -12,6 +14,7 @@ from rich.table import Table
 
 from analysis.contest import ALL_FAULTS
 from analysis.overall import MIN_FAULTS
+from analysis.terminal import print_whole
 
 SURE = 0.05
 """A p-value below it is marked."""
@@ -24,7 +27,7 @@ def print_board(leaderboard: pd.DataFrame, console: Console) -> None:
         overall = known[known["fault"] == ALL_FAULTS].set_index("detector")
         by_fault = dict(tuple(known[known["fault"] != ALL_FAULTS].groupby("fault", sort=False)))
         by_fault = {fault: of_fault.set_index("detector") for fault, of_fault in by_fault.items()}
-        console.print(_grid(escape(f"{name}: {model}, {track} track"), overall, by_fault))
+        print_whole(console, *_forms(escape(f"{name}: {model}, {track} track"), overall, by_fault))
         for line in _legend(overall, by_fault):
             console.print(line, highlight=False, markup=False)
         declined = rows[rows["declined"].notna()]
@@ -36,13 +39,23 @@ def print_board(leaderboard: pd.DataFrame, console: Console) -> None:
         console.print()
 
 
-def _grid(title: str, overall: pd.DataFrame, by_fault: dict[str, pd.DataFrame]) -> Table:
-    """Few faults: leads in steps, and how much over the best baseline, a column each; many: overall numbers alone."""
+def _forms(title: str, overall: pd.DataFrame, by_fault: dict[str, pd.DataFrame]) -> list[Callable[[], list[Table]]]:
+    """For narrower and narrower terminals: the whole table, without its intervals, and then a table a fault."""
     diverging = _diverging(by_fault)
+    shown = {} if len(diverging) >= MIN_FAULTS else by_fault
+    plain, plain_shown = _without_intervals(overall), {f: _without_intervals(rows) for f, rows in shown.items()}
+    return [
+        lambda: [_grid(title, overall, shown, diverging)],
+        lambda: [_grid(title, plain, plain_shown, diverging)],
+        lambda: [_grid(title, plain, part, diverging) for part in [{f: plain_shown[f]} for f in plain_shown] or [{}]],
+    ]
+
+
+def _grid(title: str, overall: pd.DataFrame, shown: dict[str, pd.DataFrame], diverging: list[str]) -> Table:
+    """Few faults: leads in steps, and how much over the best baseline, a column each; many: overall numbers alone."""
     ranked = len(diverging) >= MIN_FAULTS
-    shown = {} if ranked else by_fault
     grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    grid.add_column("\n\ndetector")
+    grid.add_column("\n\ndetector", no_wrap=True)
     headings = ["\nfalse\nalarms"]
     for fault in shown:
         headings += (
@@ -62,6 +75,11 @@ def _grid(title: str, overall: pd.DataFrame, by_fault: dict[str, pd.DataFrame]) 
         cells += [share, *rank, "–" if pd.isna(cost) else f"{cost:.2%}"]
         grid.add_row(escape(f"{detector}{kind}"), *cells)
     return grid
+
+
+def _without_intervals(rows: pd.DataFrame) -> pd.DataFrame:
+    """For a terminal that is too narrow for them."""
+    return rows.assign(**dict.fromkeys(("rmlt_low", "share_low", "rank_low"), np.nan))
 
 
 def _diverging(by_fault: dict[str, pd.DataFrame]) -> list[str]:
@@ -98,7 +116,8 @@ def _legend(overall: pd.DataFrame, by_fault: dict[str, pd.DataFrame]) -> list[st
         said.append(
             "Over best baseline: how many steps earlier the alarm is than that baseline's, "
             + ", ".join(f"under {fault} {name}" for fault, name in best.items())
-            + f"; a run without alarm counts to its end. *: the lead is larger by max-T, p < {SURE}."
+            + "; a run without alarm counts to the horizon. *: a difference of leads, the column lead less that of the "
+            f"baseline, is above 0 by max-T, p < {SURE}."
         )
     said += [
         f"Share of possible lead: lead / (divergence - onset), faults weighted equally within and between families; "
@@ -109,11 +128,16 @@ def _legend(overall: pd.DataFrame, by_fault: dict[str, pd.DataFrame]) -> list[st
     for fault in diverging:
         size = by_fault[fault]["size_over_threshold"].where(by_fault[fault]["kind"].isin(("detector", "baseline")))
         if size.notna().any():
-            largest = f"{size.max():,.0f}" if size.max() >= 10 else f"{size.max():.1f}"
-            said.append(
-                f"Size of {fault}: {largest} times the threshold of {size.idxmax()}, which it exceeds most "
-                "(largest reading before divergence, median over runs)."
-            )
+            said.append(f"Size of {fault}: {_size(size)} (largest reading before divergence, median over runs).")
     if overall["exploratory"].any():
         said.append("Exploratory: under 10 faulty seeds, or no healthy test run.")
     return said
+
+
+def _size(size_over_threshold: pd.Series) -> str:
+    """How far a fault stands above a threshold. By detector; some may be NaN."""
+    largest = size_over_threshold.max()
+    if largest <= 1:
+        return "stays below every threshold"
+    times = f"{largest:,.0f}" if largest >= 10 else f"{largest:.1f}"
+    return f"{times} times the threshold of {size_over_threshold.idxmax()}, which it exceeds most"

@@ -30,7 +30,7 @@ from analysis.tracks import DeclinedSignal, ReferenceBand
 from experiments import trace
 from experiments.files import read_checked, sha256, write_whole
 from experiments.trace import Series, Trace, TraceError
-from experiments.usage import show_help
+from experiments.usage import misused, show_help
 
 SHARE_OF_SPREAD = 1 / 32
 INDEX, SIGNALS, RUNS, CHECKSUMS = "experiment.json", "signals.parquet", "runs.json", "checksums.json"
@@ -228,7 +228,7 @@ def main(arguments: list[str]) -> None:
 
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != {"report", "runs", "out"}:
-        sys.exit("usage: python -m analysis.reduced report=DIR runs=DIR out=DIR")
+        misused("python -m analysis.reduced report=DIR runs=DIR out=DIR")
     report, out = Path(given["report"]), Path(given["out"])
     try:
         experiment = load(report, Path(given["runs"]))

@@ -8,6 +8,7 @@ memory_limit_gib=4  what its process may have
 alarms=FILE.csv     one's own alarms: run_id, monitor, step; may be given again
 rule=NAME           a file of conf/rule for every signal, instead of the experiment's own
 alpha=NUMBER        false-alarm rate of a run, instead of the experiment's own
+threshold=maximum   the largest of all calibration runs; without it conformal, at the rate of alpha
 tracks=A,B          of reference, self, floor, published, universal; all by default
 singles=true        every signal by itself too
 allow_mixed=true    accept runs of different sources, data or torch, and say so
@@ -307,7 +308,7 @@ def main(arguments: Sequence[str]) -> None:
     except (ValueError, OSError, TraceError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 150)  # of the lines between its tables
     print_board(tables.get("leaderboard"), console)
     written = ", ".join(f"{name}.csv" for name in tables.parts)
     console.print(f"{request.out}: {written}", highlight=False, markup=False)

@@ -35,8 +35,9 @@ from analysis.router_figures import dose_figure, grid_figure, selectivity_figure
 from analysis.selectivity import alarm_matrix, off_diagonal
 from analysis.smallest_figure import smallest_figure
 from analysis.table import in_unit, lead_table, run_table
+from analysis.terminal import print_whole
 from experiments.trace import TraceError
-from experiments.usage import show_help
+from experiments.usage import misused, show_help
 
 COLUMNS = {
     "detector": "detector",
@@ -116,10 +117,11 @@ def print_table(experiment: Experiment, table: pd.DataFrame, console: Console) -
         title = f"{experiment.index['experiment']['title']}: {view}{experiment.label(fault)}"
         grid = Table(title=escape(title), title_justify="left")
         for column, heading in _headings(experiment.axis).items():
-            grid.add_column(heading, justify="left" if column == "detector" else "right")
+            named = column == "detector"
+            grid.add_column(heading, justify="left" if named else "right", no_wrap=named)
         for _, row in shown.iterrows():
             grid.add_row(*(escape(str(row[column])) for column in COLUMNS))
-        console.print(grid)
+        print_whole(console, lambda grid=grid: [grid])
     console.print(summary(experiment), markup=False)
     said = headline(experiment, table)
     if said:
@@ -320,7 +322,7 @@ def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     mixed, align = given.pop("allow_mixed", "false"), given.pop("align", None)
     if set(given) != {"runs", "report"} or mixed not in ("true", "false"):
-        sys.exit("usage: python -m analysis.report runs=DIR report=DIR [align=steps|tokens] [allow_mixed=true]")
+        misused("python -m analysis.report runs=DIR report=DIR [align=steps|tokens] [allow_mixed=true]")
     try:
         make_report(Path(given["report"]), Path(given["runs"]), allow_mixed=mixed == "true", align=align)
     except (ValueError, OSError, TraceError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,8 +55,9 @@ def relative_lead(
 ) -> int | None:
     """How much earlier a run's alarm is than the baseline's, both at most its reach; None where it does not diverge.
 
-    alarm, baseline: where they are raised, None for never. reach: where the scoring of the run ends. An alarm before
-    the onset counts as none, on either side. Under a fault that does no harm there is nothing to be early for.
+    alarm, baseline: where they are raised, None for never, which counts as the reach. reach: where the scoring of the
+    run ends, its horizon (``analysis.experiment.ScoredRun``), not its divergence. An alarm before the onset counts as
+    none, on either side. Under a fault that does no harm there is nothing to be early for.
     """
     if onset is None or divergence is None:
         return None
@@ -64,9 +65,13 @@ def relative_lead(
     return other - at
 
 
-def best_baseline(leads: Mapping[str, float]) -> str | None:
-    """The baseline of the largest mean lead, the first of several; None where none has one (NaN)."""
+def best_baseline(leads: Mapping[str, float], keeping: Collection[str]) -> str | None:
+    """The baseline of the largest mean lead, the first of several; None where none has one (NaN).
+
+    keeping: who keeps its false-alarm rate. A baseline that does not is best only where no other has a lead.
+    """
     known = {name: lead for name, lead in leads.items() if not math.isnan(lead)}
+    known = {name: lead for name, lead in known.items() if name in keeping} or known
     return max(known, key=known.__getitem__) if known else None
 
 

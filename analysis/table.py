@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis.detection import Detector
 from analysis.experiment import Experiment, ScoredRun
+from analysis.inference import keeps_rate
 from analysis.score import IN_TIME, OUTCOMES, best_baseline, relative_lead, restricted_mean_lead
 
 
@@ -61,12 +62,31 @@ def _relative(detector: Detector, baseline: Detector | None, run: ScoredRun) -> 
     return np.nan if lead is None else lead
 
 
+def _healthy_alarms(experiment: Experiment, detector: Detector) -> tuple[int, int]:
+    """In how many healthy test runs a detector alarms, and of how many."""
+    alarms = [detector.alarms[run.trace.run_id] for run in experiment.of("test")]
+    return sum(alarm is not None for alarm in alarms), len(alarms)
+
+
+def _keeps_rate(experiment: Experiment, detector: Detector) -> bool:
+    alarms, runs = _healthy_alarms(experiment, detector)
+    return not runs or keeps_rate(alarms, runs, len(detector.maxima), experiment.alpha)
+
+
+def from_onset(alarm: int | None, onset: int) -> int | None:
+    """An alarm; None where it is raised before the onset, which no fault can have caused."""
+    return None if alarm is None or alarm < onset else alarm
+
+
 def lead_table(experiment: Experiment) -> pd.DataFrame:
     """One row a fault and detector, in the order of the median first alarm.
 
-    threshold: of the chart, at false-alarm rate ``alpha``; median_alarm_step, median_divergence_step: NaN
-    where the median run has none; rmlt_steps: mean restricted lead over diverging runs, a miss counting
-    0; relative_lead_steps: over the best ``baseline`` of the fault, mean over diverging runs
+    threshold: at false-alarm rate ``alpha``, of the chart where a detector has one signal; of several it is a number on
+    the scale that they share (``analysis.joint``), in standard deviations of a member's largest statistics, and may be
+    below 0; median_alarm_step, median_divergence_step: NaN where the median run has none;
+    median_alarm_from_onset_step: the same of alarms from onset on, one before it counting as none; rmlt_steps: mean
+    restricted lead over diverging runs, a miss counting 0; relative_lead_steps: over the best ``baseline`` of the fault
+    (of those that keep their false-alarm rate, where any does), mean over diverging runs
     (``analysis.score.relative_lead``); detected: share of runs with an alarm in time (``analysis.score.IN_TIME``);
     healthy_test_alarms: alarms in healthy test runs, of how many; the outcome columns count runs. Columns named after
     steps hold positions on the experiment's axis; ``in_unit`` names them after it.
@@ -76,11 +96,12 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
     if declined:
         raise ValueError(f"the baseline {declined.name!r} cannot be judged: {declined.declined}")
     named = set(experiment.named_detectors)
+    keeping = [baseline.name for baseline in baselines if _keeps_rate(experiment, baseline)]
     rows = []
     for fault in experiment.faults:
         runs = experiment.of("faulty", fault=fault)
         leads = {b.name: restricted_mean_lead([experiment.score(b, run) for run in runs]) for b in baselines}
-        best = best_baseline(leads)
+        best = best_baseline(leads, keeping)
         for detector in experiment.detectors.values():
             row = {
                 "model": experiment.model,
@@ -93,7 +114,8 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
                 continue
             scores = [experiment.score(detector, run) for run in runs]
             alarms = [detector.alarms[run.trace.run_id] for run in runs]
-            healthy = [detector.alarms[run.trace.run_id] for run in experiment.of("test")]
+            in_fault = [from_onset(alarm, run.onset) for alarm, run in zip(alarms, runs, strict=True)]
+            healthy_alarms, healthy_runs = _healthy_alarms(experiment, detector)
             relative = [_relative(detector, experiment.detectors.get(best), run) for run in runs]
             detected = [s.outcome in IN_TIME for s in scores]
             rows.append(
@@ -101,14 +123,15 @@ def lead_table(experiment: Experiment) -> pd.DataFrame:
                 | {
                     "runs": len(runs),
                     "median_alarm_step": median_step(alarms),
+                    "median_alarm_from_onset_step": median_step(in_fault),
                     "median_divergence_step": median_step([run.divergence for run in runs]),
                     "rmlt_steps": restricted_mean_lead(scores),
                     "baseline": best,
                     "relative_lead_steps": float(pd.Series(relative, dtype=float).mean()),
                     "detected": float(np.mean(detected)),
                     **{outcome: sum(s.outcome == outcome for s in scores) for outcome in OUTCOMES},
-                    "healthy_test_alarms": sum(alarm is not None for alarm in healthy),
-                    "healthy_test_runs": len(healthy),
+                    "healthy_test_alarms": healthy_alarms,
+                    "healthy_test_runs": healthy_runs,
                     "threshold": detector.threshold,
                     "alpha": experiment.alpha,
                     "declined": None,

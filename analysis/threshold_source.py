@@ -23,7 +23,7 @@ from analysis.score import score
 from analysis.table import median_step
 from analysis.tracks import DeclinedSignal
 from experiments.trace import TraceError
-from experiments.usage import fail, show_help
+from experiments.usage import fail, misused, show_help
 
 
 def charts(experiment: Experiment, signal: str) -> dict[str, Chart]:
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
     show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != {"runs", "signal", "fault"} or len(given) != len(arguments):
-        sys.exit("usage: python -m analysis.threshold_source runs=DIR signal=NAME fault=NAME")
+        misused("python -m analysis.threshold_source runs=DIR signal=NAME fault=NAME")
     folder = Path(given["runs"])
     try:
         whole, rows = threshold_source(load(folder, folder), given["signal"], given["fault"])

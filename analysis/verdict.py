@@ -66,6 +66,12 @@ class Verdict:
         self.p_D[others], self.smallest_p = test.p_adjusted_D, test.smallest_p
 
 
+def _best_of(baselines: Sequence[str], leads: pd.Series, names: Sequence[str], ranked: Sequence[int]) -> str | None:
+    """The best baseline; one that is not ranked has no p, so it is the best only where none is ranked."""
+    known = {name: float(leads[name]) for name in baselines if name in leads}
+    return best_baseline(known, {names[i] for i in ranked})
+
+
 def under_one_fault(one: Contest, scores: pd.DataFrame, names: Sequence[str], ranked: Sequence[int]) -> Verdict:
     """Leads in steps, over seeds."""
     totals_SD, counts_SD = by_seed(scores, names, "lead")
@@ -74,14 +80,14 @@ def under_one_fault(one: Contest, scores: pd.DataFrame, names: Sequence[str], ra
     found.share_D3[:, 0] = scores.groupby("detector")["share_of_possible_lead"].mean().reindex(names)
     # Who was not scored on all of these runs cannot be compared.
     ranked = [i for i in ranked if counts_SD[:, i].sum() == counts_SD.sum(0).max(initial=0.0) > 0]
+    leads = scores.groupby("detector")["lead"].mean()
+    found.baseline = _best_of(one.baselines, leads, names, ranked)
     if not ranked:
         return found
     found.rank_D3[ranked] = rank_intervals(totals_SD[:, ranked], counts_SD[:, ranked])
     means_SD = pooled(totals_SD, counts_SD)
     some = counts_SD[:, ranked[0]] > 0
     found.best = {ranked[i] for i in confidence_set(-means_SD[some][:, ranked])} if len(ranked) > 1 else set(ranked)
-    leads = scores.groupby("detector")["lead"].mean()
-    found.baseline = best_baseline({name: leads[name] for name in one.baselines if name in leads})
     found.test_against(one.baselines, means_SD, names, ranked)
     return found
 
@@ -97,10 +103,9 @@ def over_faults(one: Contest, scores: pd.DataFrame, names: Sequence[str], ranked
     weights = fault_weights([one.experiment.fault_families[fault] for fault in faults])
     shares = Shares(*(np.stack(part) for part in zip(*parts, strict=True)), weights)
     found.share_D3[:, 0] = shares.mean_D()
-    by_name = dict(zip(names, found.share_D3[:, 0].tolist(), strict=True))
-    found.baseline = best_baseline({name: by_name[name] for name in one.baselines if name in by_name})
     counts_D = shares.counts_FSD.sum(axis=(0, 1))
     ranked = [i for i in ranked if counts_D[i] == counts_D.max()]
+    found.baseline = _best_of(one.baselines, pd.Series(found.share_D3[:, 0], names), names, ranked)
     if len(faults) < MIN_FAULTS or not ranked:
         return found
     verdict = overall(Shares(shares.totals_FSD[..., ranked], shares.counts_FSD[..., ranked], weights))

@@ -34,7 +34,7 @@ from experiments.gradients import backward, micro_batches
 from experiments.monitor_costs import cadences
 from experiments.optimizer import adamw, update
 from experiments.trace import write_whole
-from experiments.usage import fail, show_help
+from experiments.usage import fail, misused, show_help
 from models.corruption import Corrupted
 from models.objective import objective_at
 from monitors.base import Monitor, StepView, WeightHistory, tapped
@@ -360,7 +360,7 @@ def main(arguments: list[str]) -> None:
     show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) - {"out", "parts"} or len(given) != len(arguments):
-        sys.exit("usage: python -m experiments.bench [out=FILE] [parts=A,B]")
+        misused("python -m experiments.bench [out=FILE] [parts=A,B]")
     if not given.get("out", "bench.json").strip():
         fail("out='' is not allowed: a file")
     parts = tuple(given["parts"].split(",")) if "parts" in given else tuple(PARTS)

@@ -31,7 +31,7 @@ from experiments.recorder import Recorder
 from experiments.stacked_history import SliceHistory
 from experiments.stacked_monitors import StackedMonitors, slice_view
 from experiments.stacked_optimizer import StackedAdamW
-from experiments.usage import fail, show_help
+from experiments.usage import fail, misused, show_help
 from faults.base import LearningRateScale
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from models.objective import objective_at
@@ -215,7 +215,7 @@ def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     device, sizes = given.pop("device", "cpu"), given.pop("sizes", "8")
     if given or any("=" not in argument for argument in arguments):
-        sys.exit("usage: python -m experiments.bench_stack [device=cpu] [sizes=8,64]")
+        misused("python -m experiments.bench_stack [device=cpu] [sizes=8,64]")
     if device not in ("cpu", "cuda"):
         fail(f"device={device!r} is not allowed: cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():

@@ -23,7 +23,7 @@ from torch import Tensor
 from analysis.index import read_index
 from experiments import trace
 from experiments.build import Run, build_run
-from experiments.usage import fail, show_help
+from experiments.usage import fail, misused, show_help
 from experiments.validation import check_named
 from models.arithmetic import ROUNDS_TO_ONE, Arithmetic
 from models.numerics import HEALTHY, AttentionNumerics, SiteFault, to_bf16_grid
@@ -157,7 +157,7 @@ def main(arguments: list[str]) -> None:
     show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != {"report", "runs", "fault", "out"}:
-        sys.exit("usage: python -m experiments.natural_rounding report=DIR runs=DIR fault=NAME out=FILE.csv")
+        misused("python -m experiments.natural_rounding report=DIR runs=DIR fault=NAME out=FILE.csv")
     try:
         _write(Path(given["report"]), Path(given["runs"]), given["fault"], Path(given["out"]))
     except (ValueError, OSError, trace.TraceError) as error:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from experiments.validation import Node, check_node
+from experiments.validation import Distinct, Node, check_node
 
 
 class TrainCommand(Node):
@@ -75,7 +75,7 @@ class Sizes(Node):
     moe: Model
     untied: Model
     attention_steps: Steps
-    attention_monitors: Annotated[list[str], Field(min_length=1)] | None
+    attention_monitors: Annotated[Distinct, Field(min_length=1)] | None
     attention_bits: Annotated[int, Field(ge=0, le=8)]
     router_steps: Steps
     combined_steps: Steps

@@ -14,6 +14,12 @@ def show_help(arguments: Sequence[str], text: str | None) -> None:
         sys.exit(0)
 
 
+def misused(usage: str) -> NoReturn:
+    """End a command whose arguments are not its own with one line, how it is called, and code 2."""
+    print(f"usage: {usage}", file=sys.stderr)
+    sys.exit(2)
+
+
 def fail(message: str) -> NoReturn:
     """End a command with one line and code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

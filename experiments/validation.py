@@ -8,9 +8,17 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 LARGEST_INT = 2**31 - 1
@@ -83,6 +91,46 @@ def check_named(names: Iterable[Any], known: Iterable[Any], where: str) -> None:
         if name not in known:
             allowed = f"one of {', '.join(map(str, known))}" if known else "there is none"
             raise ValueError(f"{where}={shown(name)} is not allowed: {allowed}{nearest(name, known)}")
+
+
+def repeated(names: Iterable[Any]) -> Any | None:
+    """The first name that stands in a list twice; None where all differ."""
+    seen = []
+    for name in names:
+        if name in seen:
+            return name
+        seen.append(name)
+    return None
+
+
+def check_distinct(names: Sequence[Any], where: str) -> None:
+    """Raises ValueError for a name that stands there twice."""
+    twice = repeated(names)
+    if twice is not None:
+        raise ValueError(f"{where}={','.join(map(str, names))} is not allowed: {twice} stands there twice")
+
+
+def distinct(names: list[Any]) -> list[Any]:
+    """The names of a schema's field. Raises pydantic's error for one that stands there twice."""
+    twice = repeated(names)
+    if twice is not None:
+        raise PydanticCustomError("repeated", "{twice} stands there twice", {"twice": str(twice)})
+    return names
+
+
+Distinct = Annotated[list[str], AfterValidator(distinct)]
+"""Names, each once."""
+
+
+def _one_or_several(names: Any) -> Any:
+    named = [names] if isinstance(names, str) else names
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) and name for name in named):
+        raise PydanticCustomError("one_or_several", "a name or a list of names")
+    return names if isinstance(names, str) else distinct(names)
+
+
+OneOrSeveral = Annotated[Any, BeforeValidator(_one_or_several)]
+"""A name, or a list of names, each once."""
 
 
 class Node(BaseModel):

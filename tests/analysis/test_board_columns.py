@@ -1,6 +1,7 @@
 """What the board's columns mean: one meaning in report and board, the best of three baselines, faults one by one."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,11 +10,13 @@ from rich.console import Console
 
 from analysis.contest import contest, run_scores
 from analysis.experiment import load
+from analysis.headline import headline
 from analysis.leaderboard import board
 from analysis.leaderboard_print import print_board
 from analysis.overall import MIN_FAULTS
 from analysis.score import best_baseline, relative_lead
 from analysis.table import lead_table
+from experiments.build import ROOT
 from tests.analysis.made_up_board import COUNTS, DETECTORS, EARLY, FAULTS, LATE, SIGNALS
 
 THREE = {**DETECTORS, "held out": ["held_out_loss"]}
@@ -72,9 +75,36 @@ def test_there_is_no_relative_lead_without_harm_or_fault():
 
 
 def test_the_best_baseline_has_the_largest_mean_lead():
-    assert best_baseline({"a": 1.0, "b": 3.0, "c": 3.0}) == "b"
-    assert best_baseline({"a": float("nan"), "b": 0.0}) == "b"
-    assert best_baseline({"a": float("nan")}) is None and best_baseline({}) is None
+    assert best_baseline({"a": 1.0, "b": 3.0, "c": 3.0}, "abc") == "b"
+    assert best_baseline({"a": float("nan"), "b": 0.0}, "ab") == "b"
+    assert best_baseline({"a": float("nan")}, "a") is None and best_baseline({}, "") is None
+
+
+def test_a_baseline_that_breaks_its_false_alarm_rate_is_best_only_where_all_do():
+    assert best_baseline({"a": 1.0, "b": 3.0}, "a") == "a"
+    assert best_baseline({"a": 1.0, "b": 3.0}, "") == "b"
+    assert best_baseline({"a": float("nan"), "b": 3.0}, "a") == "b"
+
+
+@pytest.fixture
+def noisy(three):
+    """The best baseline of each fault alarms in every healthy test run as well."""
+    for name in ("early", "late"):
+        detector = three.detectors[name]
+        false = {run.trace.run_id: 10 for run in three.of("test")}
+        three.detectors[name] = replace(detector, alarms={**detector.alarms, **false})
+    return three
+
+
+def test_others_are_tested_against_a_baseline_that_keeps_its_rate(noisy):
+    one = contest(noisy, "reference")
+    alarms = {name: noisy.detectors[name].alarms for name in ("early", "late")}
+    one = replace(one, detectors={**one.detectors, **one.with_alarms(alarms).detectors})
+    table = board(one, run_scores(one)).set_index(["fault", "detector"]).sort_index()
+    assert table.loc["attention", "baseline"].eq("held out").all() and table.loc["all", "baseline"].eq("held out").all()
+    assert table.loc[("attention", "either"), "p_beats_baseline"] <= 1
+    report = lead_table(noisy)
+    assert report.loc[report["fault"] == "attention", "baseline"].dropna().eq("held out").all()
 
 
 def test_detectors_are_tested_against_the_best_baseline_which_is_not_tested(three):
@@ -85,6 +115,19 @@ def test_detectors_are_tested_against_the_best_baseline_which_is_not_tested(thre
         assert 0 < rows.loc["either", "p_beats_baseline"] <= 1
     assert table.loc[("attention", "either"), "relative_lead_steps"] < 60  # the best one is early itself
     assert table.loc[("ramp", "early"), "relative_lead_steps"] < 0
+
+
+def test_an_alarm_before_the_onset_is_no_answer_to_the_fault(three):
+    detector = three.detectors["early"]
+    false = {run.trace.run_id: 10 for run in three.of("faulty", fault="attention")}
+    three.detectors["early"] = replace(detector, alarms={**detector.alarms, **false})
+    table = lead_table(three)
+    rows = table[table["fault"] == "attention"].set_index("detector")
+    assert rows.loc["early", "median_alarm_step"] == 10 and np.isnan(rows.loc["early", "median_alarm_from_onset_step"])
+    assert rows.loc["late", "median_alarm_from_onset_step"] == rows.loc["late", "median_alarm_step"] > 301
+    three.index["experiment"]["headline"] = ["early", "late"]
+    said = headline(three, table[table["fault"] == "attention"])
+    assert "late at step" in said and "early at" not in said and "none in the median run: early" in said
 
 
 @pytest.mark.parametrize("given", ["late", ["late", "elsewhere"]])
@@ -145,10 +188,11 @@ def test_a_fault_is_as_large_as_it_stands_above_a_threshold(three):
     assert table.loc[("attention", "early"), "size_over_threshold"] > 5
     assert table.loc[("ramp", "early"), "size_over_threshold"] < 1.5  # it does not show there
     assert table.loc["all", "size_over_threshold"].isna().all()
+    assert rows_of(three, "self")["size_over_threshold"].isna().all()  # a z-score's threshold may be near 0
 
 
-def printed(table) -> str:
-    console = Console(file=io.StringIO(), width=150)
+def printed(table, width=150, **options) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None, **options)
     print_board(table.reset_index(), console)
     return console.file.getvalue()
 
@@ -158,6 +202,38 @@ def test_the_printed_board_says_what_its_columns_mean(three):
     assert "how many steps earlier the alarm is than that baseline's, under attention early, under ramp late" in said
     assert f"an overall rank or interval needs {MIN_FAULTS} faults that diverge, here are 2" in said
     assert "Size of attention:" in said and "times the threshold of" in said
+    assert "a run without alarm counts to the horizon" in said and "*: a difference of leads" in said
+
+
+def test_a_fault_below_every_threshold_is_said_to_be(three):
+    table = rows_of(three)
+    small = table.assign(size_over_threshold=table["size_over_threshold"].where(table["size_over_threshold"] <= 1))
+    said = " ".join(printed(small).split())
+    assert "Size of attention: stays below every threshold (largest" in said
+    assert "Size of attention: stays" not in " ".join(printed(table).split())
+
+
+BOARD = pd.read_csv(ROOT / "results" / "leaderboard.csv")
+
+
+@pytest.mark.parametrize("model", ["mha_nano", "moe_nano"])
+@pytest.mark.parametrize(("width", "terminal"), [(100, False), (150, False), (100, True), (150, True), (200, True)])
+def test_every_name_is_there_and_whole_however_narrow(model, width, terminal):
+    table = BOARD[(BOARD["model"] == model) & (BOARD["track"] == "reference")]
+    lines = printed(table, width=width, force_terminal=terminal).splitlines()
+    names = {line[2:].split("  ")[0] for line in lines}
+    kinds = table["kind"].where(table["kind"] != "detector", "")
+    of_rows = table["detector"] + kinds.map(lambda kind: kind and f" [{kind}]")
+    assert {*of_rows[table["declined"].isna()]} <= names
+    assert not any("\u2026" in line for line in lines)
+    assert not terminal or max(map(len, lines)) <= width
+
+
+def test_intervals_stay_where_there_is_room(three):
+    ours = BOARD[(BOARD["model"] == "mha_nano") & (BOARD["track"] == "reference")]
+    assert "1,407 (1,354–1,464)" in printed(ours, width=80)  # a pipe has no width
+    assert "1,407 (1,354–1,464)" in printed(ours, width=200, force_terminal=True)
+    assert "1,407 (" not in printed(ours, width=130, force_terminal=True)
 
 
 def test_an_interval_of_ranks_is_not_rounded_past_its_point():

@@ -17,7 +17,7 @@ def experiment(**changes):
 
 
 def table(alarms, divergence=1430.0, healthy=(0, 0, 0), healthy_runs=3, fault="attention") -> pd.DataFrame:
-    rows = pd.DataFrame({"detector": [LAWS, DELTA_W, DELTA_2], "median_alarm_step": alarms})
+    rows = pd.DataFrame({"detector": [LAWS, DELTA_W, DELTA_2], "median_alarm_from_onset_step": alarms})
     return rows.assign(
         kind="detector", fault=fault, declined=None, runs=3, median_divergence_step=divergence,
         healthy_test_alarms=healthy, healthy_test_runs=healthy_runs,

@@ -48,6 +48,8 @@ def test_a_board_of_many_tracks_and_kinds_is_confined_to_one(tmp_path, capsys):
     [
         (["detector=Delta2 entrop"], "detector 'Delta2 entrop' is not in the table: did you mean 'Delta2 entropy'?"),
         (["detector=Delta2 entropy", "against=nobody"], "detector 'nobody' is not in the table"),
+        (["detector=Delta2 entropy", "against=Delta2 entropy"], "no detector is compared with itself"),
+        (["detector=Delta2 entropy", "against=Delta W entropy,Delta W entropy"], "Delta W entropy stands there twice"),
         (["detector=Delta2 entropy", "fault=rmap"], "fault='rmap' is not allowed: one of attention"),
     ],
 )
@@ -57,3 +59,38 @@ def test_what_is_not_there_is_named_in_one_line(given, said, tmp_path, capsys):
         main([f"table={tmp_path}/runs.csv", *given])
     captured = capsys.readouterr()
     assert ended.value.code == 2 and said in captured.err and captured.err.count("\n") == 1
+
+
+TWICE = "detector,seed,fault,restricted_lead_steps\na,1,attention,5\na,1,attention,7\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty: a CSV with columns detector, seed, fault is needed"),
+        (TWICE.encode("utf-16"), "is no CSV in UTF-8"),
+        (bytes(range(256)), "is no CSV"),
+        (b"detector,seed\na,1\n", "has no column 'fault'"),
+        (b"detector,seed,fault\na,1,attention\n", "no column 'lead' or 'restricted_lead_steps'"),
+        (TWICE.encode(), "seed 1 has two rows of 'a'"),
+        (TWICE.replace("a,1,attention,7", "b,1,attention,soon").encode(), "restricted_lead_steps='soon'"),
+        (TWICE.replace("a,1,attention,7", "a,2,attention,7").encode(), "detector 'a' is alone in the table"),
+    ],
+)
+def test_a_file_that_is_no_table_of_runs_is_named_in_one_line(content, said, tmp_path, capsys):
+    path = tmp_path / "mine.csv"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        main([f"table={path}", "detector=a"])
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and captured.err.startswith(f"error: table={path}") and said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["nowhere.csv", "."])
+def test_a_file_that_cannot_be_read_is_named_in_one_line(path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([f"table={path}", "detector=a"])
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and captured.err.startswith(f"error: table={path} ")
+    assert captured.err.count("\n") == 1

@@ -2,10 +2,12 @@ import importlib
 
 import pytest
 
+from analysis import replay
 from experiments import bench_stack
 
 COMMANDS = (
-    "analysis.reduced", "analysis.replay", "analysis.report", "experiments.bench", "experiments.bench_gpt2",
+    "analysis.order", "analysis.reduced", "analysis.replay", "analysis.report", "analysis.threshold_source",
+    "experiments.bench", "experiments.bench_gpt2",
     "experiments.bench_stack", "experiments.gpu_check", "experiments.gpu_tiles", "experiments.natural_rounding",
 )  # fmt: skip
 
@@ -17,6 +19,23 @@ def test_help_says_what_a_command_is_for(command, capsys):
     assert done.value.code == 0
     said = capsys.readouterr().out
     assert ("python" in said and "DIR" in said) or "make" in said or "=" in said
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if "bench_gpt2" not in name and "gpu" not in name])
+def test_wrong_arguments_end_a_command_with_one_line_and_code_2(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        importlib.import_module(command).main(["nonsense"])
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and said.startswith(("usage: python -m ", "error: ")) and said.count("\n") == 1
+
+
+def test_help_names_every_option_of_scoring(capsys):
+    with pytest.raises(SystemExit):
+        replay.main(["--help"])
+    options = {line.split("=")[0] for line in capsys.readouterr().out.splitlines() if "=" in line.split(" ")[0]}
+    with pytest.raises(ValueError, match="is not an option") as refused:
+        replay._request(["nonsense=1"])
+    assert options == set(str(refused.value).split(": ")[1].split(", "))
 
 
 @pytest.mark.parametrize(
