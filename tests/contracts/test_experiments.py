@@ -184,13 +184,16 @@ def test_the_zoo_has_fifteen_healthy_cases_and_two_slow_ones_and_two_faults(text
         given = ["experiment=healthy_zoo", "scale=desk", "data=text", f"data.path={text}"]
         settings = OmegaConf.to_container(compose("reproduce", given), resolve=True)
         planned = planned_runs(chosen_experiment(settings, given), settings["scale"])
-        runs = build_all([[*given, *cell.overrides] for cell in planned])
-    healthy = [(cell, run) for cell, run in zip(planned, runs, strict=True) if run.fault.onset is None]
-    assert Counter(Counter(cell.fault for cell, _ in healthy).values()) == {40: 15, 10: 2}
-    assert len(runs) - len(healthy) == 2 * 10
-    tokens = {cell.fault: run.train.batch_size * run.model_config.context_length for cell, run in healthy}
+        one_of_each = {cell.fault: cell for cell in planned}
+        built = build_all([[*given, *cell.overrides] for cell in one_of_each.values()])
+    runs = dict(zip(one_of_each, built, strict=True))
+    healthy = {case for case, run in runs.items() if run.fault.onset is None}
+    counts = Counter(cell.fault for cell in planned)
+    assert Counter(counts[case] for case in healthy) == {40: 15, 10: 2}
+    assert [counts[case] for case in runs if case not in healthy] == [10, 10]
+    tokens = {case: run.train.batch_size * run.model_config.context_length for case, run in runs.items()}
     assert {case for case, count in tokens.items() if count != 1024} == {"padding_256"}
-    assert {run.train.steps for run in runs} == {300}
+    assert {run.train.steps for run in runs.values()} == {300}
 
 
 @pytest.mark.parametrize("experiment", OF_CASES)
