@@ -23,7 +23,7 @@ def cases_figure(table: pd.DataFrame, path: Path) -> str:
     laws = [law for law in table["law"].unique() if law != "all"]
     cases = table["label"].unique()
     colours = dict(zip(laws, (colour for colour in COLOURS if colour != FAULTY), strict=False))
-    figure, axis = plt.subplots(figsize=(10.5, 0.62 * len(cases) + 1.6))
+    figure, axis = plt.subplots(figsize=(10.5, 0.55 * len(cases) + 1.6))
     axis.axvspan(*INSIDE, color="0.9", zorder=0)
     axis.axvline(1, color="0.5", linewidth=1, zorder=1)
     for number, label in enumerate(cases):
@@ -33,9 +33,9 @@ def cases_figure(table: pd.DataFrame, path: Path) -> str:
             if np.isnan(row["rms"]):
                 continue
             y = number + 0.72 * ((place + 0.5) / len(laws) - 0.5)
-            axis.plot([row["q5"], row["q95"]], [y, y], color=colours[law], linewidth=1.2, solid_capstyle="butt")
-            axis.plot([row["q25"], row["q75"]], [y, y], color=colours[law], linewidth=3, solid_capstyle="butt")
-            axis.plot(row["rms"], y, marker="|", markersize=6, markeredgewidth=1.8, color="black", zorder=3)
+            axis.plot([row["q5"], row["q95"]], [y, y], color=colours[law], linewidth=1.3, solid_capstyle="butt")
+            axis.plot([row["q25"], row["q75"]], [y, y], color=colours[law], linewidth=4, solid_capstyle="butt")
+            axis.plot(row["rms"], y, marker="|", markersize=8, markeredgewidth=2, color="black", zorder=3)
             above = row["largest"] > rows.loc["all", "threshold_5pct"]
             axis.plot(row["largest"], y, marker="o", markersize=4, color=FAULTY if above else colours[law], zorder=4)
         for end, line in (("5pct", "-"), ("01pct", ":")):
@@ -64,7 +64,7 @@ def cases_figure(table: pd.DataFrame, path: Path) -> str:
     axis.legend(handles=handles, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.09), frameon=False, fontsize=9.5)
     save(figure, path)
     return (
-        "Ratios of attention's laws, of the gauges also their traces, to what rounding alone predicts, by case: 90 % "
-        "and the middle half of all readings, their root mean square (grey band: 0.9 to 1.1) and the largest, against the thresholds that the "
+        "Ratios of attention's four laws to what rounding alone predicts, by case: 90 % and the middle half of all "
+        "readings, their root mean square (grey band: 0.9 to 1.1) and the largest, against the thresholds that the "
         "prediction gives at 5 % and 0.1 % false alarms a run. At the right, runs with a ratio above the first."
     )

@@ -43,6 +43,10 @@ class Failed(Exception):
     """A stranger's code that did not do what was asked, with the reason in one line."""
 
 
+LARGEST = {"time_limit_s": 86_400, "memory_limit_gib": 65_536}
+"""A day, and what no machine has."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a detector may use of one contest: its answers' time together, and memory. Raises ValueError by key."""
@@ -52,8 +56,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for key, value in (("time_limit_s", self.time_s), ("memory_limit_gib", self.memory_gib)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{key}={value} is not allowed: above 0")
+            if not 0 < value <= LARGEST[key]:
+                raise ValueError(f"{key}={value} is not allowed: above 0, at most {LARGEST[key]:,}")
 
 
 DEFAULT_LIMITS = Limits()

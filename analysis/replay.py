@@ -85,13 +85,17 @@ class Tables:
             self.get(name).to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
 
 
+ENTERED_ON = ("reference", "self")
+"""Tracks with charts, on which a detector's statistic can be calibrated."""
+
+
 def entrants(request: Request, experiment: Experiment, track: str) -> Iterator[Entrant]:
     """river's detectors on the first baseline's first signal, and the files that were given, on tracks with charts."""
     watched = experiment.named_detectors[experiment.baselines[0]][:1]
     if track == "reference":
         for name in RIVER:
             yield Entrant(f"river {name}", watched, make_rule(**conf("rule", name)))
-    if track in ("reference", "self"):
+    if track in ENTERED_ON:
         for path in request.detectors:
             with entrant_of(path, request.limits) as entrant:
                 yield entrant
@@ -105,6 +109,9 @@ def replay(request: Request) -> Tables:
     twice = next((track for track in request.tracks if request.tracks.count(track) > 1), None)
     if twice:
         raise ValueError(f"tracks={','.join(request.tracks)} is not allowed: {twice} stands there twice")
+    for given, key, judges in ((request.alarms, "alarms", ("reference",)), (request.detectors, "detector", ENTERED_ON)):
+        if given and not set(judges) & set(request.tracks):
+            raise ValueError(f"{key}={given[0]} has no effect without tracks={' or '.join(judges)}")
     rule = None if request.rule is None else make_rule(**conf("rule", request.rule))
     experiments, tables = find(request.runs, request.allow_mixed), Tables()
     external = read_alarms(request.alarms, experiments)
@@ -132,6 +139,8 @@ def replay(request: Request) -> Tables:
                 leaderboard_figure(one, rows, request.out / f"{name}-{experiment.model}.png")
                 tables.add("charts", charts(detection, one, rule or make_rule(**experiment.index["rule"])))
                 tables.add("labels", label_sensitivity(one))
+    if "leaderboard" not in tables.parts:
+        raise ValueError(f"tracks={','.join(request.tracks)} is not allowed: no monitor of these runs has a say on it")
     tables.write(request.out)
     return tables
 

@@ -173,7 +173,7 @@ def selectivity_figure(experiment: Experiment, path: Path) -> str:
     axis.set_yticklabels([pretty(name) for name in matrix.index], rotation=0, fontsize=11)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
-    for rows in experiment.index["experiment"].get("groups", []):
+    for rows in set(experiment.index["experiment"].get("groups", [])) & set(matrix.index):
         axis.axhline(list(matrix.index).index(rows), color=ALARM, linewidth=1.5)
     save(figure, path)
     return (

@@ -27,7 +27,8 @@ TRACKS = ("reference", "self", "floor", "published", "universal")
 OVER_NOISE = ".over_noise"
 """How the name of a signal ends that is a residual over its predicted rounding noise."""
 
-OF_ATTENTION = tuple(f"{law}_residual" for law in ("key_shift", "value_shift", "qk_gauge", "vo_gauge")) + ("attention_recomputed",)
+LAWS_OF_ATTENTION = ("key_shift", "value_shift", "qk_gauge", "vo_gauge")
+OF_ATTENTION = (*(f"{law}_residual" for law in LAWS_OF_ATTENTION), "attention_recomputed")
 """Begins the signals whose predicted rounding is a threshold by itself: the kernel's own arithmetic is computed again.
 Of other laws it is a scale: it takes tokens as independent, or one library's order of sums as given."""
 
@@ -255,8 +256,8 @@ def universal_threshold(looks: int, alpha: float) -> float:
     residual is a sum of many rounding errors, hence Gaussian, and a ratio the root mean square of at least one of them
     over what is predicted. One alone, |N(0, 1)|, has the heaviest tail from z = 1.5 on, so z holds for any number of
     rows. Where tokens are alike, a healthy ratio lies between 0 and 2 (``monitors.rounding``), below any z here. No
-    healthy run is asked: it promises as much as the prediction is right. Raises ValueError for looks < 1 or alpha outside (0, 1), and
-    for an alpha / looks above 0.13, whose z is below 1.5.
+    healthy run is asked: it promises as much as the prediction is right. Raises ValueError for looks < 1 or alpha
+    outside (0, 1), and for an alpha / looks above 0.13, whose z is below 1.5.
     """
     if looks < 1:
         raise ValueError(f"looks={looks} is not allowed: at least 1")

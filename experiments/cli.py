@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str
             and "/" not in key
             and not line.startswith("+")
             and isinstance(node, DictConfig)
-            and leaf not in node
+            and leaf not in node.keys()  # which also lists what has to be given
         ):
             known = {str(name) for name in node if name != "_target_"} | (set() if parent else _groups())
             return f"{key} is not a key of the configuration{did_you_mean(leaf, sorted(known))}"
@@ -118,7 +119,7 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     """Compose every combination that the command line asks for. Raises ValueError with one line."""
     swept = bool({"-m", "--multirun"} & set(arguments))
     lines = flags_and_overrides(arguments)[1]
-    of_hydra = next((line for line in lines if line.lstrip("+").startswith("hydra.") and "_target_" in line), None)
+    of_hydra = next((line for line in lines if re.match(r"[+~]*hydra\b", line) and "_target_" in line), None)
     if of_hydra:
         raise ValueError(f"{of_hydra} is not allowed: Hydra takes no class by name; hydra/launcher=NAME chooses one")
     choices = [_choices(line, swept) for line in lines]

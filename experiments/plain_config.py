@@ -27,15 +27,16 @@ def read(group: str, name: str) -> dict[str, Any]:
     return merged | own
 
 
-def class_of(node: Mapping[str, Any]) -> type:
-    check_targets(node)
+def class_of(group: str, node: Mapping[str, Any]) -> type:
+    """The class of a node of ``conf/<group>``."""
+    check_targets({group: node})
     return target_class(node["_target_"], "_target_")
 
 
 def construct(group: str, name: str, **changes: Any) -> Any:
     """The object that ``conf/<group>/<name>.yaml`` describes, ``changes`` in place of its values."""
     node = read(group, name) | changes
-    cls = class_of(node)
+    cls = class_of(group, node)
     fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     field_of = {field.metadata.get("key", field.name): field.name for field in fields}
     arguments = {field_of.get(key, key): value for key, value in node.items() if key != "_target_"}
@@ -48,5 +49,5 @@ def monitors_of(experts: bool) -> dict[str, Any]:
     return {
         name: construct("monitor", name)
         for name in names
-        if experts or not getattr(class_of(read("monitor", name)), "needs_experts", False)
+        if experts or not getattr(class_of("monitor", read("monitor", name)), "needs_experts", False)
     }

@@ -236,7 +236,7 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
 INSTEAD = {
     "model": "set experiment.models=[...], or scale.dense and scale.moe",
     "seed": "its runs have the seeds of their roles: set scale.seeds={reference: ..., calibration: ..., ...}",
-    "fault": "its faults are those of experiment.faults: set experiment.faults.NAME.overrides=[fault=..., ...]",
+    "fault": "its faults are those of experiment.faults: set 'experiment.faults.NAME.overrides=[\"fault=...\"]'",
 }
 """By key of a single run, which an experiment sets for each of its own, what to set in its place."""
 
@@ -319,8 +319,8 @@ def main(config: DictConfig) -> None:
             print(f"{model}, each: {describe(runs[cell_of_model])}")
         return
     out, report = Path(config.out), Path(config.report)
-    timing = None if config.score_only else sweep(planned, runs, out, given)
     report.mkdir(parents=True, exist_ok=True)
+    timing = None if config.score_only else sweep(planned, runs, out, given)
     index = {
         "experiment": experiment,
         "scale": settings["scale"],

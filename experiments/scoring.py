@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from analysis.controls import CONTROLS
 from analysis.experiment import check_alike
 from analysis.index import Seeds
 from analysis.laws import law_of
-from analysis.report import DRAWINGS
+from analysis.report import CASES, DRAWINGS
 from analysis.tracks import MIN_REFERENCE_RUNS
 from experiments.build import Run
 from experiments.ledger import HELD_OUT
@@ -109,7 +110,7 @@ def _check_names(experiment: Mapping[str, Any], given: Sequence[str]) -> None:
 def _check_kind(experiment: Mapping[str, Any]) -> None:
     """The kind of central figure is one of those that there are, and has what it needs."""
     kind = experiment.get("draw")
-    check_named([kind], DRAWINGS, "experiment.draw")
+    check_named([kind], [drawing for drawing in DRAWINGS if drawing != CASES], "experiment.draw")
     for key in NEEDED.get(kind, ()):
         if not experiment.get(key):
             raise ValueError(f"experiment.{key} is missing: experiment.draw={kind} needs it")
@@ -139,8 +140,11 @@ def check_runs(
     if "cases" in experiment:
         _check_signals(list(experiment["laws"].values()), signals, "experiment.laws")
         return
+    _check_taken(experiment["detectors"], signals, "experiment.detectors")
+    shortest = min(run.train.steps for run in runs)
     for name, wanted in experiment["detectors"].items():
         _check_signals(wanted, signals, f"experiment.detectors.{name}")
+        _check_readings(wanted, signals, experiment.get("score_every", 1), shortest, f"experiment.detectors.{name}")
     for name, panel in experiment["figure"].items():
         _check_signals(panel["signals"], signals, f"experiment.figure.{name}.signals")
     for claim in experiment.get("claims", []):
@@ -164,6 +168,16 @@ def _check_signals(names: Sequence[str], known: Mapping[str, Any], where: str) -
     for name in names:
         if name not in known:
             raise ValueError(f"{where}: no configured monitor has a signal {name!r}{nearest(name, known)}")
+
+
+def _check_readings(names: Sequence[str], known: Mapping[str, Any], every: int, steps: int, where: str) -> None:
+    """Each signal is read, and scored, at least once in the shortest run."""
+    for name in names:
+        if math.lcm(known[name].every_steps, every) > steps:
+            raise ValueError(
+                f"{where}: {name!r} is read every {known[name].every_steps} steps and scored every {every}, "
+                f"and a run has {steps}"
+            )
 
 
 def _check_faults(planned: Sequence[PlannedRun], runs: Sequence[Run]) -> None:

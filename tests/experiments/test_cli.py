@@ -92,7 +92,7 @@ def test_an_experiment_needs_distinct_models(models):
         (["model=mha_small"], "model=mha_small has no effect on an experiment: set experiment.models"),
         (["align=token"], "align=token is not allowed: steps or tokens"),
         (["seed=77"], r"seed=77 has no effect on an experiment: .* set scale\.seeds"),
-        (["fault=none"], r"fault=none has no effect on an experiment: .* set experiment\.faults"),
+        (["fault=none"], r"fault=none has no effect on an experiment: .* set .experiment\.faults"),
         (["experiment=natural_bf16", "train.steps=7"], "train.steps=7 has no effect on this experiment"),
     ],
 )

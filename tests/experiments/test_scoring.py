@@ -29,6 +29,7 @@ def settings_of(*given):
         (["+experiment.faults.mine.label=x"], r"experiment\.faults\.mine\.overrides is missing"),
         (["experiment.draw=grid"], r"experiment\.healthy_cell is missing: experiment\.draw=grid needs it"),
         (["experiment.draw=pie"], r"experiment\.draw='pie' is not allowed: one of central"),
+        (["experiment.draw=cases"], r"experiment\.draw='cases' is not allowed: one of central"),
         (["experiment.draw=paired"], r"experiment\.control is missing"),
         (["~experiment.detectors"], r"experiment\.detectors is missing"),
         (["experiment.baseline=gradient nom"], r"experiment\.baseline='gradient nom' .* 'gradient norm'"),
@@ -94,6 +95,8 @@ def test_a_signal_that_only_another_model_has_stays_usable(dense):
     [
         ({"detectors": {"mine": ["grad_globl_norm"]}}, r"experiment\.detectors\.mine: .* 'grad_globl_norm'; the"),
         ({"figure": {"mine": {"signals": ["held_out_los"]}}}, r"experiment\.figure\.mine\.signals: .* 'held_out_loss'"),
+        ({"detectors": {"train_loss_raw": ["grad_global_norm"]}}, r"experiment\.detectors\.train_loss_raw is not allowed"),
+        ({"score_every": 100_000}, r"experiment\.detectors\..*: '.*' is read every \d+ steps and scored every 100000"),
         ({"drift": ["train_loss_raw"]}, r"experiment\.drift='train_loss_raw' is not allowed: a signal of layers"),
     ],
 )  # fmt: skip

@@ -37,6 +37,9 @@ def plugin(tmp_path, monkeypatch):
         {"monitor": {"loss": {"_target_": "odd_faults.Odd"}}},
         {"rule": {"charts": [{"_target_": "faultsy.base.Window"}]}},
         {"data": {"_target_": "faults"}},
+        {"fault": {"_target_": "analysis.isolation.Worker", "path": "mine.py"}},
+        {"fault": {"faults": {"x": {"_target_": "experiments.data.Corpus"}}}},
+        {"model": {"_target_": "monitors.loss.Loss"}},
         {"train": {"_target_": ["faults.none.NoFault"]}},
     ],
 )
@@ -58,8 +61,9 @@ def test_a_class_from_elsewhere_is_refused_at_any_depth_before_anything_is_impor
     ],
 )
 def test_what_a_module_merely_imported_is_not_its_own(target, message):
-    with pytest.raises(ValueError, match=f"fault._target_='{target}' .*{message}"):
-        check_targets({"fault": {"_target_": target}})
+    group = "data" if target.startswith("experiments") else "fault"
+    with pytest.raises(ValueError, match=f"{group}._target_='{target}' .*{message}"):
+        check_targets({group: {"_target_": target}})
 
 
 def test_a_plugin_s_own_class_is_allowed_and_what_it_imported_is_not(plugin):
@@ -88,8 +92,9 @@ def test_a_run_takes_a_plugin_by_the_key(make_run, plugin):
     [
         (["fault=none", "fault._target_=faults.base.LearningRateScale"], "fault._target_ .* a Fault is needed"),
         (["fault=combined", "+fault.faults.x={_target_: faults.base.Window}"], "fault.faults.x._target_ .* Window"),
-        (["+model.moe={_target_: faults.none.NoFault}"], "model.moe._target_ .* NoFault.* is needed"),
-        (["+monitor.x={_target_: faults.none.NoFault}"], "monitor.x._target_ .* a Monitor is needed"),
+        (["fault=none", "fault._target_=monitors.loss.Loss"], "fault._target_='monitors.loss.Loss' is not allowed"),
+        (["+model.moe={_target_: models.transformer.Rotary}"], "model.moe"),
+        (["+monitor.x={_target_: monitors.base.Lookback}"], "monitor.x"),
         (["train._target_=experiments.data.DataConfig"], "train."),
     ],
 )
@@ -98,7 +103,15 @@ def test_a_class_of_another_kind_is_refused_by_field(make_run, overrides, messag
         make_run(*overrides)
 
 
-@pytest.mark.parametrize("line", ["+hydra.callbacks.x._target_=os.system", "hydra.launcher._target_=subprocess.Popen"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "+hydra.callbacks.x._target_=os.system",
+        "hydra.launcher._target_=subprocess.Popen",
+        "+hydra={callbacks:{x:{_target_:pathlib.Path.touch}}}",
+        "++hydra@hydra={launcher:{_target_:os.system}}",
+    ],
+)
 def test_hydra_itself_takes_no_class_from_the_command_line(line):
     with pytest.raises(ValueError, match=r"_target_.* is not allowed"):
         check_overrides("config", [line])
