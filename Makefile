@@ -33,7 +33,7 @@ reference-set: setup
 		$(BIN)/python -m analysis.reduced report=report/reference_set_$$half-published runs=runs out=results/reference_set/$$half || exit $$?; \
 	done
 
-# Score the committed runs again, in under a minute: ARGS="detector=mine.py" enters your own.
+# Score the committed runs again, in about a minute: ARGS="detector=mine.py" enters your own.
 leaderboard: setup
 	$(BIN)/python -m analysis.score runs=results/reference_set out=report/leaderboard $(ARGS)
 

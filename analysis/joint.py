@@ -38,8 +38,7 @@ def member_scales(maxima_MR: Sequence[Sequence[float]]) -> tuple[Scale, ...]:
     """The scale of each of M members from its path maxima in R reference runs.
 
     A member whose maxima are all equal, but for rounding, takes the spread that members share; where that is 0 too,
-    spread 1. Raises
-    ValueError for fewer than 2 runs and for maxima that are not finite.
+    spread 1. Raises ValueError for fewer than 2 runs and for maxima that are not finite.
     """
     maxima_MR = np.asarray(maxima_MR, float)
     if maxima_MR.ndim != 2 or maxima_MR.shape[1] < 2 or not np.isfinite(maxima_MR).all():

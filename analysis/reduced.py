@@ -227,7 +227,7 @@ def main(arguments: list[str]) -> None:
     from analysis.sensitivity import other_labels
 
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if set(given) != {"report", "runs", "out"}:
+    if set(given) != {"report", "runs", "out"} or len(given) != len(arguments):
         misused("python -m analysis.reduced report=DIR runs=DIR out=DIR")
     report, out = Path(given["report"]), Path(given["out"])
     try:

@@ -43,6 +43,7 @@ from analysis.sensitivity import halves, label_sensitivity
 from analysis.tracks import TRACKS, catalogue, family
 from experiments.trace import TraceError
 from experiments.usage import show_help
+from experiments.validation import check_distinct
 
 LIMITS = {"time_limit_s": DEFAULT_LIMITS.time_s, "memory_limit_gib": DEFAULT_LIMITS.memory_gib}
 CHARTS = ("shewhart", "ewma", "cusum", "glr", "shiryaev_roberts")
@@ -106,9 +107,7 @@ def replay(request: Request) -> Tables:
     unknown = [track for track in request.tracks if track not in TRACKS]
     if unknown:
         raise ValueError(f"tracks={unknown[0]} is not allowed: of {', '.join(TRACKS)}")
-    twice = next((track for track in request.tracks if request.tracks.count(track) > 1), None)
-    if twice:
-        raise ValueError(f"tracks={','.join(request.tracks)} is not allowed: {twice} stands there twice")
+    check_distinct(request.tracks, "tracks")
     for given, key, judges in ((request.alarms, "alarms", ("reference",)), (request.detectors, "detector", ENTERED_ON)):
         if given and not set(judges) & set(request.tracks):
             raise ValueError(f"{key}={given[0]} has no effect without tracks={' or '.join(judges)}")

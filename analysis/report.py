@@ -320,9 +320,9 @@ def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str 
 def main(arguments: list[str]) -> None:
     show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    doubtful = len(given) != len(arguments)
+    unread = len(given) != len(arguments)  # no key=value, or a key twice
     mixed, align = given.pop("allow_mixed", "false"), given.pop("align", None)
-    if doubtful or set(given) != {"runs", "report"} or mixed not in ("true", "false"):
+    if unread or set(given) != {"runs", "report"} or mixed not in ("true", "false"):
         misused("python -m analysis.report runs=DIR report=DIR [align=steps|tokens] [allow_mixed=true]")
     try:
         make_report(Path(given["report"]), Path(given["runs"]), allow_mixed=mixed == "true", align=align)

@@ -173,8 +173,9 @@ def selectivity_figure(experiment: Experiment, path: Path) -> str:
     axis.set_yticklabels([pretty(name) for name in matrix.index], rotation=0, fontsize=11)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
-    for rows in set(experiment.index["experiment"].get("groups", [])) & set(matrix.index):
-        axis.axhline(list(matrix.index).index(rows), color=ALARM, linewidth=1.5)
+    for place, name in enumerate(matrix.index):
+        if name in experiment.index["experiment"].get("groups", []):
+            axis.axhline(place, color=ALARM, linewidth=1.5)
     save(figure, path)
     return (
         f"Share of runs in which each detector (row) alarms from the "

@@ -156,7 +156,7 @@ def trained(folder: Path) -> tuple[Run, Transformer]:
 def main(arguments: list[str]) -> None:
     show_help(arguments, __doc__)
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if set(given) != {"report", "runs", "fault", "out"}:
+    if set(given) != {"report", "runs", "fault", "out"} or len(given) != len(arguments):
         misused("python -m experiments.natural_rounding report=DIR runs=DIR fault=NAME out=FILE.csv")
     try:
         _write(Path(given["report"]), Path(given["runs"]), given["fault"], Path(given["out"]))

@@ -6,8 +6,9 @@ of the significand. A polynomial K of degree 3 in the fraction f of y stands for
 
     exp(x) = the FP32 number whose bits are the integer 2^23 (y - K(f) + 127), cut off
 
-is right to 1.1e-4, above and below by turns. That is an eighth of a BF16 spacing, so most of Pbar rounds as it would
-anyway; but equal scores err alike, and the log-sum-exp, to which P is relative, takes the error unrounded.
+is right to 1.1e-4 + |x| 2^-23 (the polynomial, and y in FP32), above and below by turns. That is less than a thirtieth
+of the distance of two BF16 numbers, so most of Pbar rounds as it would anyway; but equal scores err alike, and the
+log-sum-exp, to which P is relative, takes the error unrounded.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ LOWEST = -87.0
 
 
 def fast_exp(x: Tensor) -> Tensor:
-    """exp(x) as the kernel has it, for x <= 0, elementwise, FP32. 0 below ``LOWEST``; NaN and positive x are undefined."""
+    """exp(x) as the kernel has it, for x <= 0, elementwise, FP32. 0 below ``LOWEST``.
+
+    NaN and positive x are undefined.
+    """
     y = x.float().clamp_min(LOWEST) * torch.tensor(math.log2(math.e), dtype=torch.float32)
     fraction = y - y.floor()
     k = torch.full_like(fraction, POLYNOMIAL[0])

@@ -53,7 +53,7 @@ def triton_rounding(forward_keys: int, deterministic: bool) -> KernelRounding:
     return KernelRounding("triton", forward_keys=forward_keys, two_score_gradients=deterministic)
 
 
-def pytorch_cpu_rounding(tokens: int, fast: bool = False) -> KernelRounding:
+def pytorch_cpu_rounding(tokens: int, fast: bool) -> KernelRounding:
     """The flash kernel of ``scaled_dot_product_attention`` on a CPU with BF16 tensors, for sequences of so many tokens.
 
     It takes 512 keys at a time, and 256 queries from 768 tokens on, 64 from 192 on, else 32. What each such tile gives
