@@ -63,6 +63,6 @@ def test_an_experiment_goes_on_piece_by_piece_until_its_report(tiny, text, tmp_p
             line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("unfinished: "))
             assert line.endswith("runs are left after train.piece_s=2 seconds; the same command goes on")
             left.append(int(line.split()[1]))
-            assert not (tmp_path / "report").exists()
+            assert not (tmp_path / "report" / "index.html").exists()
     assert left == sorted(left, reverse=True) and 1 <= left[0] <= 6
     assert (tmp_path / "report" / "index.html").exists()
