@@ -20,9 +20,10 @@ from typing import Any, Union, get_args, get_origin
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.data import Corpus, DataConfig
-from experiments.optimizer import TrainConfig
 from experiments.targets import check_targets, target_class
+from experiments.training.data import Corpus, DataConfig
+from experiments.training.single_engine import SingleEngine
+from experiments.training.train_config import TrainConfig
 from experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
 from faults.base import Fault, Sites
 from faults.combined import Combined
@@ -31,32 +32,13 @@ from models.backend import FAULT_SITES
 from models.corruption import Corrupted
 from models.flash import check_numerics
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import Monitor, Signal, WeightHistory
+from monitors.base import Monitor, Signal
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_KEYS = ("seed", "fault", "model", "data", "train", "monitor")
 """The nodes of a configuration that determine a run; the others say where it goes and who watches."""
 
-RESULT_SOURCES = (
-    "faults/*.py",
-    "models/*.py",
-    "monitors/*.py",
-    "experiments/build.py",
-    "experiments/checkpoint.py",
-    "experiments/data.py",
-    "experiments/gradients.py",
-    "experiments/ledger.py",
-    "experiments/loop.py",
-    "experiments/manifest.py",
-    "experiments/optimizer.py",
-    "experiments/recorder.py",
-    "experiments/repetition.py",
-    "experiments/stacked_history.py",
-    "experiments/stacked_loop.py",
-    "experiments/stacked_monitors.py",
-    "experiments/stacked_optimizer.py",
-    "experiments/stacking.py",
-)
+RESULT_SOURCES = ("faults/*.py", "models/*.py", "monitors/*.py", "experiments/build.py", "experiments/training/*.py")
 """The files that determine what a run measures."""
 
 
@@ -202,8 +184,9 @@ class Run:
         generator = torch.Generator().manual_seed(self.seed)
         return Transformer(self.model_config, self.train.precision).initialise(generator).to(self.device)
 
-    def new_history(self) -> WeightHistory:
-        return WeightHistory(lookback for monitor in self.monitors.values() for lookback in monitor.lookbacks)
+    def new_engine(self) -> SingleEngine:
+        """The engine that trains this run by itself."""
+        return SingleEngine(self.new_model(), self.train, self.corpus, self.seed)
 
 
 def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> None:

@@ -16,9 +16,9 @@ from analysis.laws import law_of
 from analysis.report import CASES, DRAWINGS
 from analysis.tracks import MIN_REFERENCE_RUNS
 from experiments.build import Run
-from experiments.ledger import HELD_OUT
 from experiments.plan import PlannedRun
 from experiments.trace import Trace
+from experiments.training.run_writer import HELD_OUT
 from experiments.validation import check_named, check_node, nearest
 
 NEEDED = {

@@ -3,7 +3,8 @@ from hydra import compose, initialize_config_dir
 
 from experiments import build
 from experiments.build import ROOT, build_run, construct
-from experiments.optimizer import TrainConfig, adamw, learning_rate, set_learning_rate
+from experiments.training.optimizer import adamw, learning_rate, set_learning_rate
+from experiments.training.train_config import TrainConfig
 from faults.base import LearningRateScale
 
 CONF = ROOT / "conf"

@@ -13,7 +13,7 @@ import torch
 
 from experiments import trace
 from experiments.build import ROOT, Run
-from experiments.ledger import HELD_OUT
+from experiments.training.run_writer import HELD_OUT
 
 
 def _git(*arguments: str) -> str | None:
