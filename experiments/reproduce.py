@@ -49,6 +49,7 @@ from experiments.train import describe, run_one, signals_of, train_shown
 from experiments.training.checkpoint import RunError
 from experiments.training.data import load_once
 from experiments.training.loop import train_stack
+from experiments.training.missing_readings import is_complete
 from experiments.training.stacking import stacks, why_single
 from experiments.training.stopping import asked, check_in, end_if_orphaned, end_with_parent, launching
 from experiments.validation import check_named
@@ -154,7 +155,7 @@ def left_to_train(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path)
     for cell, run in zip(planned, runs, strict=True):
         folder = out / run.run_id
         try:
-            if not trace.is_done(folder):
+            if not is_complete(folder, run):
                 pending.append((cell, run))
         except trace.TraceError as error:
             damaged.append(shlex.quote(str(folder)))
@@ -220,7 +221,7 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
             f"{len(failed)} of {len(pending)} runs failed and can be resumed by the same command; "
             f"the first, {run.run_id} (seed {run.seed}): {result['error']}"
         )
-    unfinished = sum(not trace.is_done(out / run.run_id) for _, run in pending)
+    unfinished = sum(not is_complete(out / run.run_id, run) for _, run in pending)
     if unfinished:
         why = "a signal to their process" if piece_s is None else f"train.piece_s={piece_s:g} seconds"
         raise Unfinished(f"{unfinished} runs are left after {why}; the same command goes on")

@@ -30,11 +30,13 @@ from torch import Tensor
 from experiments import trace
 from experiments.build import Run
 from experiments.training import checkpoint
+from experiments.training.early_end import drawup_limit, early_ends
 from experiments.training.engine import Engine
 from experiments.training.manifest import manifest_in
+from experiments.training.missing_readings import take_its_place, take_over, trained_again, without_readings
 from experiments.training.out_of_memory import out_of_memory_named
 from experiments.training.recorder import Recorder
-from experiments.training.run_writer import HELD_OUT, RunWriter, drawup_limit, early_ends
+from experiments.training.run_writer import HELD_OUT, RunWriter
 from experiments.training.stacked_engine import StackedEngine
 from experiments.training.stacked_watch import StackedWatch
 from experiments.training.stopping import Stopped, asked, held
@@ -45,6 +47,9 @@ from monitors.watch import Watch, is_due
 Progress = Callable[[int, Tensor, Mapping[str, Reading], Mapping[Path, int]], None]
 """Called after every update with the step, the loss, this step's readings, and the place in the stack of every run that
 still records, by its folder. Loss and readings are on the device; of a stack they lead with an axis of runs."""
+
+CHECKSUM_EVERY_STEPS = 100
+"""Of the weights, so that a run trained again is known to be the same."""
 
 Member = tuple[Run, Path, dict[str, Any]]
 """A run to be trained, its folder and its manifest."""
@@ -72,41 +77,70 @@ def train_stack(runs: Sequence[Run], out: Path, progress: Progress | None = None
 
 def _train_all(runs: Sequence[Run], out: Path, progress: Progress | None, stacked: bool) -> list[dict[str, Any]]:
     with held(), ExitStack() as locks:
-        manifests, unfinished = [], []
+        members = []
         for run in runs:
             folder = out / run.run_id
             locks.enter_context(checkpoint.locked(folder))
-            manifest = manifest_in(folder, run)
-            manifests.append(manifest)
-            if manifest["end_reason"] not in trace.FINAL_REASONS:
-                manifest["end_reason"] = "running"
-                unfinished.append((run, folder, manifest))
+            members.append((run, folder, manifest_in(folder, run)))
         piece_s = runs[0].train.piece_s
         until = None if piece_s is None else time.monotonic() + piece_s
-        try:
-            for members in _of_one_step(unfinished) if stacked else [[member] for member in unfinished]:
-                with out_of_memory_named(runs[0]):
-                    _train_together(members, until, progress, stacked)
-        except BaseException as error:
-            end_reason = "interrupted" if isinstance(error, (KeyboardInterrupt, Stopped)) else "failed"
-            for _, folder, manifest in unfinished:
-                if manifest["end_reason"] == "running":
-                    manifest["end_reason"] = end_reason
-                    with suppress(OSError):  # the first error is the one to report
-                        trace.write_manifest(folder, manifest)
-            raise
-        return manifests
+        _train_members([m for m in members if m[2]["end_reason"] not in trace.FINAL_REASONS], until, progress, stacked)
+        finished = [member for member in members if member[2]["end_reason"] in trace.FINAL_REASONS]
+        reasons = _add_missing_readings(finished, until, progress, stacked)
+        return [manifest | reasons.get(run.run_id, {}) for run, _, manifest in members]
 
 
-def _of_one_step(members: Sequence[Member]) -> list[list[Member]]:
-    """Runs whose checkpoints are of one step together, those without any first."""
+def _train_members(members: Sequence[Member], until: float | None, progress: Progress | None, stacked: bool) -> None:
+    """Train unfinished runs on; until: when to leave off, on the monotonic clock."""
+    for _, _, manifest in members:
+        manifest["end_reason"] = "running"
+    try:
+        for together in _alike(members) if stacked else [[member] for member in members]:
+            with out_of_memory_named(together[0][0]):
+                _train_together(together, until, progress, stacked)
+    except BaseException as error:
+        end_reason = "interrupted" if isinstance(error, (KeyboardInterrupt, Stopped)) else "failed"
+        for _, folder, manifest in members:
+            if manifest["end_reason"] == "running":
+                manifest["end_reason"] = end_reason
+                with suppress(OSError):  # the first error is the one to report
+                    trace.write_manifest(folder, manifest)
+        raise
 
-    def saved_step(member: Member) -> int:
+
+def _add_missing_readings(
+    members: Sequence[Member], until: float | None, progress: Progress | None, stacked: bool
+) -> dict[str, dict[str, str]]:
+    """Train finished runs again where monitors have not read them; by run id, why one of these is not done yet."""
+    left = {run.run_id: (run, folder, manifest) for run, folder, manifest in members if without_readings(run, manifest)}
+    reasons: dict[str, dict[str, str]] = {}
+    while left:
+        again = {run_id: trained_again(*member) for run_id, member in left.items()}
+        unfinished = [member for member in again.values() if member[2]["end_reason"] not in trace.FINAL_REASONS]
+        _train_members(unfinished, until, progress, stacked)
+        for run_id, (_, _, manifest) in again.items():
+            run, folder, own = left[run_id]
+            if manifest["end_reason"] not in trace.FINAL_REASONS:
+                reasons[run_id] = {"end_reason": manifest["end_reason"]}
+                del left[run_id]
+            elif manifest["observations"] == run.observations:
+                own |= take_its_place(folder)
+                del left[run_id]
+            elif take_over(run, folder, own):
+                del left[run_id]
+    return reasons
+
+
+def _alike(members: Sequence[Member]) -> list[list[Member]]:
+    """Runs whose checkpoints are of one step together, those without any first, and with the same monitors."""
+
+    def kind(member: Member) -> tuple[int, list[str]]:
         state = checkpoint.load(member[1], torch.device("cpu"))
-        return -1 if state is None else state["step"]
+        return -1 if state is None else state["step"], sorted(member[0].monitors)
 
-    steps = [saved_step(member) for member in members]
-    return [[m for m, saved in zip(members, steps, strict=True) if saved == step] for step in sorted(set(steps))]
+    kinds = [kind(member) for member in members]
+    first = sorted({repr(one): one for one in kinds}.values())
+    return [[member for member, other in zip(members, kinds, strict=True) if other == one] for one in first]
 
 
 def _begin(runs: Sequence[Run], stacked: bool) -> tuple[Engine, Watch]:
@@ -165,6 +199,9 @@ def _train_together(members: Sequence[Member], until: float | None, progress: Pr
         if progress is not None:
             progress(now, loss, readings, {folders[row]: row for row in recording})
 
+        if is_due(now, [CHECKSUM_EVERY_STEPS]):
+            for row in recording:
+                writers[row].checksum(now)
         if is_due(now, [config.held_out_every_steps]):
             held_out = label(now, sites)
             best_held_out = torch.minimum(best_held_out, held_out)

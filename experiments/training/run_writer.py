@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from experiments.build import Run
 from experiments.training import checkpoint
 from experiments.training.engine import Engine
 from experiments.training.recorder import Recorder
-from experiments.training.train_config import TrainConfig
 from monitors.base import Signal
 from monitors.watch import Watch
 
@@ -56,8 +56,14 @@ class RunWriter:
         if state is None and self.manifest["steps_done"] > 0:
             raise trace.damaged(self._folder / checkpoint.CHECKPOINT, "is missing", self._folder)
         self.manifest["files"] = {} if state is None else state["files"]
+        self.manifest["weights_sha256"] = {} if state is None else state["weights_sha256"]
         trace.cut_back(self._folder, self.manifest["files"])
         return state
+
+    def checksum(self, step: int) -> None:
+        """Note what the weights are, by which another run is known to be the same."""
+        state = self._engine.state_of(self._row or 0)["model"]
+        self.manifest["weights_sha256"][str(step)] = weights_sha256(state)
 
     def save(self, step: int, end_reason: str, finite: Tensor, best_held_out: Tensor) -> None:
         """Part, then checkpoint or weights, then manifest: a resume cuts the trace back to the checkpoint it finds.
@@ -71,7 +77,8 @@ class RunWriter:
         state = self._engine.state_of(self._row or 0)
         if end_reason not in trace.FINAL_REASONS:
             state |= self._watch.state_of(self._row or 0)
-            state |= {"step": step, "files": files, "finite": finite, "best_held_out": best_held_out}
+            state |= {"step": step, "files": files, "weights_sha256": self.manifest["weights_sha256"]}
+            state |= {"finite": finite, "best_held_out": best_held_out}
             checkpoint.save(self._folder, state)
         else:
             weights = {
@@ -93,17 +100,9 @@ class RunWriter:
             (self._folder / checkpoint.CHECKPOINT).unlink(missing_ok=True)
 
 
-def drawup_limit(config: TrainConfig) -> float:
-    """How far the label loss may stand above its lowest, in nats."""
-    return torch.inf if config.stop_drawup_nats is None else config.stop_drawup_nats
-
-
-def early_ends(limit: float | Tensor, finite: Tensor, held_out: Tensor, best: Tensor) -> list[str | None]:
-    """For each run, why it ends at this evaluation, or None.
-
-    limit: ``drawup_limit``; finite: whether its training losses all were; held_out, best: its label loss now and the
-    lowest so far; each 0-dim, or one a run.
-    """
-    broken = (~(finite & torch.isfinite(held_out))).view(-1).tolist()
-    above = (held_out - best >= limit).view(-1).tolist()
-    return ["non_finite" if b else "diverged" if a else None for b, a in zip(broken, above, strict=True)]
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Of a model's ``state_dict``."""
+    digest = hashlib.sha256()
+    for tensor in state.values():
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
