@@ -124,8 +124,8 @@ def test_a_stack_says_where_each_of_its_runs_stands_while_it_records(tmp_path, m
         status = {"step": 24, "loss": 5.0, "steps_per_s": 2.0, "alarms": ["up"]}
         assert json.loads((other / "status.json").read_text()) == status
         assert not list(one.iterdir())
-        after_a_second(1, {one: 0}, torch.tensor([2.0]), {"up": torch.tensor([1.0])})  # the next stack of this process
-        after_a_second(2, {one: 0}, torch.tensor([2.0]), {"up": torch.tensor([1.0])})
+        after_a_second(1, torch.tensor([2.0]), {"up": torch.tensor([1.0])}, {one: 0})  # the next stack of this process
+        after_a_second(2, torch.tensor([2.0]), {"up": torch.tensor([1.0])}, {one: 0})
         assert json.loads((one / "status.json").read_text())["steps_per_s"] == 1.0
     assert not list(other.iterdir()) and not list(one.iterdir())
 
