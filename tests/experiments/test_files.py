@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.index import read_index
+from analysis.runs.index import read_index
 from experiments import checkpoint, trace
 from experiments.files import sealed, unsealed
 from experiments.loop import train
