@@ -17,9 +17,9 @@ from analysis.runs.experiment import HEALTHY
 from analysis.runs.index import Seeds
 from analysis.scores.contest import ALL_FAULTS
 from experiments.build import Run
-from experiments.ledger import HELD_OUT
 from experiments.plan import PlannedRun
 from experiments.trace import Trace
+from experiments.training.run_writer import HELD_OUT
 from experiments.validation import check_named, check_node, nearest
 
 NEEDED = {
@@ -190,7 +190,7 @@ def _check_faults(planned: Sequence[PlannedRun], runs: Sequence[Run]) -> None:
 
 def _to_be(run: Run) -> Trace:
     """What is known of a run's trace before it is trained."""
-    return Trace(run.run_id, Path(), {"config": run.identity["config"], "onset_step": run.fault.onset})
+    return Trace(run.run_id, Path(), {"config": run.nodes, "onset_step": run.fault.onset})
 
 
 def _check_evaluations(consecutive: int, runs: Sequence[Run]) -> None:
