@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
@@ -322,3 +323,10 @@ class Transformer(nn.Module):
         """Let every router with a balancing bias follow the loads that it saw; nothing for the others."""
         for block, routing in zip(self.blocks, routings, strict=False):
             block.mlp.update_balance(routing, scale)
+
+
+@lru_cache(maxsize=8)
+def skeleton(config: TransformerConfig) -> Transformer:
+    """The model's modules and parameters without memory, for names and shapes; 2^16 tokens where their number is open."""
+    with torch.device("meta"):
+        return Transformer(replace(config, vocab_size=config.vocab_size or 2**16))

@@ -20,6 +20,8 @@ HEALTHY_SITES = Sites(batch_size=16)
         (Window(3), range(3, 12)),
         (Window(3, 1), range(3, 4)),
         (Window(0, 5), range(0, 5)),
+        (Window(3, every=4), (3, 7, 11)),
+        (Window(3, 6, every=4, phase=1), (4, 8)),
     ],
 )
 def test_a_window_holds_its_steps(window, inside):
@@ -32,7 +34,14 @@ def test_a_window_without_an_end_has_none():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((-1,), "fault.onset=-1 "), ((0, 0), "fault.duration=0 .*null for no end"), ((5, -2), "fault.duration=-2 ")],
+    [
+        ((-1,), "fault.onset=-1 "),
+        ((0, 0), "fault.duration=0 .*null for no end"),
+        ((5, -2), "fault.duration=-2 "),
+        ((0, None, 0), "fault.every=0 is not allowed: at least 1 step"),
+        ((0, None, 3, 3), "fault.phase=3 is not allowed: from 0 to 2"),
+        ((0, 2, 3, 2), "fault.phase=2 is not allowed: from 0 to 1"),
+    ],
 )
 def test_an_impossible_window_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,118 @@
+"""The injection log: what a fault really changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.numerics import AttentionNumerics, LayerNumerics
+
+MEASURED_STEPS = 10
+"""Faulty steps in which an operation's changes to a tensor are measured; later ones cost nothing."""
+
+
+@dataclass
+class Change:
+    """What an operation did to one tensor in the steps that were measured.
+
+    steps: their number; last_step: the latest of them; elements: how many elements it changed; squares: the sum of the
+    squared changes.
+    """
+
+    steps: int = 0
+    last_step: int = -1
+    elements: Tensor | int = 0
+    squares: Tensor | float = 0.0
+
+
+class InjectionLog:
+    """The changes of one run by point, operation and tensor, counted on the device without waiting for it.
+
+    step: the update that is under way (from 0), which the training loop keeps up to date.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._changes: dict[tuple[str, str, str], Change] = {}
+
+    def add(self, point: str, operation: Any, tensor: str, before: Tensor, after: Tensor) -> None:
+        """Count the elements that differ. A NaN that stays a NaN is no change."""
+        change = self._changes.setdefault((point, str(operation), tensor), Change())
+        if change.last_step != self.step:
+            if change.steps == MEASURED_STEPS:
+                return
+            change.steps, change.last_step = change.steps + 1, self.step
+        differs = (before != after) & ~(before.isnan() & after.isnan())
+        change.elements = change.elements + differs.sum()
+        difference = torch.where(differs, after.double() - before.double(), 0.0)
+        change.squares = change.squares + difference.square().sum()
+
+    def check(self, ended: bool) -> None:
+        """Raise ValueError for an operation that has changed nothing, once it is measured or the run has ended."""
+        for (point, operation), keys in groupby(sorted(self._changes), key=lambda key: key[:2]):
+            changes = [self._changes[key] for key in keys]
+            measured = ended or all(change.steps == MEASURED_STEPS for change in changes)
+            if measured and not any(int(change.elements) for change in changes):
+                steps = max(change.steps for change in changes)
+                raise ValueError(
+                    f"fault: {operation} at {point!r} changed no element in its first {steps} steps: "
+                    "this run is no faulty one"
+                )
+
+    def entries(self) -> list[dict[str, Any]]:
+        """By point, operation and tensor: the measured steps, the changed elements and the norm of the change."""
+        return [
+            {
+                "point": point,
+                "operation": operation,
+                "tensor": tensor,
+                "steps": change.steps,
+                "elements": int(change.elements),
+                "norm": float(change.squares) ** 0.5,
+            }
+            for (point, operation, tensor), change in sorted(self._changes.items())
+        ]
+
+    def state_dict(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        return {key: asdict(change) for key, change in self._changes.items()}
+
+    def load_state_dict(self, state: dict[tuple[str, str, str], dict[str, Any]]) -> None:
+        self._changes = {key: Change(**change) for key, change in state.items()}
+
+
+class _LoggedLayer(LayerNumerics):
+    """A layer's numerics whose operations are logged; the runs of a stack follow one another in the batch."""
+
+    __slots__ = ("_logs",)
+
+    def __init__(self, layer: LayerNumerics, logs: Sequence[InjectionLog]) -> None:
+        super().__init__(dict(layer.items()), layer.arithmetic)
+        self._logs = logs
+
+    def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor, window: int | None = None) -> Tensor:
+        out = super().apply(site, phase, x_BHT, nonfinite, window)
+        if out is not x_BHT:
+            parts = zip(self._logs, *(x.chunk(len(self._logs)) for x in (x_BHT, out)), strict=True)
+            for log, before, after in parts:
+                log.add("numerics", f"{site} {phase}", site, before, after)
+        return out
+
+
+@dataclass(frozen=True)
+class LoggedNumerics:
+    """Attention's numerics with a log, for a model whose attention is plain PyTorch (``reference``).
+
+    What ``arithmetic`` changes is not logged: no tensor is there before and after.
+    """
+
+    numerics: AttentionNumerics
+    log: InjectionLog
+
+    def layer(self, index: int) -> LayerNumerics:
+        layer = self.numerics.layer(index)
+        return _LoggedLayer(layer, (self.log,)) if layer else layer
