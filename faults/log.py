@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from models.numerics import AttentionNumerics, LayerNumerics
 
 MEASURED_STEPS = 10
 """Faulty steps in which an operation's changes to a tensor are measured; later ones cost nothing."""
@@ -40,12 +37,17 @@ class InjectionLog:
         self.step = 0
         self._changes: dict[tuple[str, str, str], Change] = {}
 
+    def wants(self, point: str, operation: Any, tensor: str) -> bool:
+        """Whether a change would still be measured."""
+        change = self._changes.get((point, str(operation), tensor))
+        return change is None or change.steps < MEASURED_STEPS or change.last_step == self.step
+
     def add(self, point: str, operation: Any, tensor: str, before: Tensor, after: Tensor) -> None:
         """Count the elements that differ. A NaN that stays a NaN is no change."""
+        if not self.wants(point, operation, tensor):
+            return
         change = self._changes.setdefault((point, str(operation), tensor), Change())
         if change.last_step != self.step:
-            if change.steps == MEASURED_STEPS:
-                return
             change.steps, change.last_step = change.steps + 1, self.step
         differs = (before != after) & ~(before.isnan() & after.isnan())
         change.elements = change.elements + differs.sum()
@@ -83,36 +85,3 @@ class InjectionLog:
 
     def load_state_dict(self, state: dict[tuple[str, str, str], dict[str, Any]]) -> None:
         self._changes = {key: Change(**change) for key, change in state.items()}
-
-
-class _LoggedLayer(LayerNumerics):
-    """A layer's numerics whose operations are logged; the runs of a stack follow one another in the batch."""
-
-    __slots__ = ("_logs",)
-
-    def __init__(self, layer: LayerNumerics, logs: Sequence[InjectionLog]) -> None:
-        super().__init__(dict(layer.items()), layer.arithmetic)
-        self._logs = logs
-
-    def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor, window: int | None = None) -> Tensor:
-        out = super().apply(site, phase, x_BHT, nonfinite, window)
-        if out is not x_BHT:
-            parts = zip(self._logs, *(x.chunk(len(self._logs)) for x in (x_BHT, out)), strict=True)
-            for log, before, after in parts:
-                log.add("numerics", f"{site} {phase}", site, before, after)
-        return out
-
-
-@dataclass(frozen=True)
-class LoggedNumerics:
-    """Attention's numerics with a log, for a model whose attention is plain PyTorch (``reference``).
-
-    What ``arithmetic`` changes is not logged: no tensor is there before and after.
-    """
-
-    numerics: AttentionNumerics
-    log: InjectionLog
-
-    def layer(self, index: int) -> LayerNumerics:
-        layer = self.numerics.layer(index)
-        return _LoggedLayer(layer, (self.log,)) if layer else layer

@@ -8,7 +8,8 @@ import torch
 from faults.base import Sites
 from faults.bf16_shift import BF16Shift
 from faults.gradient_scale import GradientScale
-from faults.log import MEASURED_STEPS, InjectionLog, LoggedNumerics
+from faults.log import MEASURED_STEPS, InjectionLog
+from faults.logged_numerics import LoggedNumerics
 from faults.module_shift import ModuleShift
 from faults.operation import Moment
 from faults.points import corrupt_tensors
@@ -77,7 +78,7 @@ def test_a_control_is_no_injection():
 
 def gradients_of(sites: Sites, log: InjectionLog | None = None) -> dict[str, torch.Tensor]:
     model = Transformer(CONFIG).initialise(torch.Generator().manual_seed(0))
-    numerics = sites.numerics if log is None else LoggedNumerics(sites.numerics, log)
+    numerics = sites.numerics if log is None else LoggedNumerics(sites.numerics, (log,))
     with Corrupted(model, sites.modules, log):
         model.loss(TOKENS, numerics).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
