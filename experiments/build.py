@@ -24,7 +24,8 @@ from experiments.data import Corpus, DataConfig
 from experiments.optimizer import TrainConfig
 from experiments.targets import check_targets, target_class
 from experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
-from faults.base import Fault, Sites, check_fits
+from faults.base import Fault, Sites
+from faults.fit import check_fits
 from models.transformer import Transformer, TransformerConfig
 from monitors.base import Monitor, Signal, WeightHistory
 

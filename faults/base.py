@@ -102,6 +102,9 @@ class Sites:
         for value in self.values:
             value.check_fits(model, train)
         for point in self._operations():
+            for operation in point:
+                if operation.lookback_steps:
+                    raise ValueError(f"fault: {operation} reads the past, which the training loop does not keep yet")
             for operation, other in combinations(point, 2):
                 if operation.meets(other):
                     raise ValueError(f"fault: {operation} and {other} meet: only one of them may set a value")
@@ -159,25 +162,3 @@ class WindowedFault:
     ) -> Injection:
         """One entry of the injection card, in this fault's window."""
         return Injection(what, where, size, self.window, control)
-
-
-def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:
-    """Raise ValueError where fault, model and length do not fit together, at whichever step that shows.
-
-    A fault that is no declared control and whose steps are all healthy is refused too.
-    """
-    if fault.onset is None:
-        return
-    for member in getattr(fault, "faults", {}).values():
-        check_fits(member, model, train)
-    if fault.onset >= train.steps:
-        raise ValueError(f"fault.onset={fault.onset} is after the end: train.steps={train.steps}")
-    healthy = Sites(batch_size=train.batch_size)
-    checked = {healthy}
-    for step in range(fault.onset, train.steps):
-        sites = fault.sites(step, healthy)
-        if sites is not healthy and sites not in checked:
-            sites.check_fits(model, train)
-            checked.add(sites)
-    if checked == {healthy} and not fault.describe().control:
-        raise ValueError(f"fault: {fault} changes nothing in train.steps={train.steps}")
