@@ -14,9 +14,9 @@ from experiments.build import ROOT
 from experiments.gpt2_sizes import Size
 from experiments.gpt2_training import Training, flops_a_token
 from experiments.gpu_record import Record
-from experiments.loop import train
 from experiments.monitor_costs import history_seconds, monitor_seconds, period, taps_seconds
 from experiments.plain_config import construct, monitors_of
+from experiments.training.loop import train
 from models.transformer import Transformer
 from monitors.base import Signal
 
