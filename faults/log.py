@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -81,7 +81,7 @@ class InjectionLog:
         ]
 
     def state_dict(self) -> dict[tuple[str, str, str], dict[str, Any]]:
-        return {key: asdict(change) for key, change in self._changes.items()}
+        return {key: vars(change).copy() for key, change in self._changes.items()}
 
     def load_state_dict(self, state: dict[tuple[str, str, str], dict[str, Any]]) -> None:
         self._changes = {key: Change(**change) for key, change in state.items()}

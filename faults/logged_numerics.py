@@ -50,5 +50,14 @@ class LoggedNumerics:
         return [(_logged(layer, self.logs[e - size : e]), size) for (layer, size), e in zip(layers, ends, strict=True)]
 
 
+def logged(
+    numerics: AttentionNumerics | StackedNumerics, logs: Sequence[InjectionLog], backend: str
+) -> AttentionNumerics | StackedNumerics | LoggedNumerics:
+    """The numerics with a log where they are faulty and the backend lets it see, else as they are."""
+    runs = numerics.slices if isinstance(numerics, StackedNumerics) else (numerics,)
+    watched = backend == "reference" and any(run.faults for run in runs)
+    return LoggedNumerics(numerics, logs) if watched else numerics
+
+
 def _logged(layer: LayerNumerics, logs: Sequence[InjectionLog]) -> LayerNumerics:
     return _LoggedLayer(layer, logs) if layer else layer

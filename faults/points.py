@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from faults.log import InjectionLog
 from faults.operation import Moment, OptimizerOperation, TensorOperation
+from models.batch import inputs_and_targets
+from models.corruption import Log
 
 
 @torch.no_grad()
@@ -18,7 +19,7 @@ def corrupt_tensors(
     tensors: Mapping[str, Tensor],
     operations: Sequence[TensorOperation],
     moment: Moment,
-    log: InjectionLog | None = None,
+    log: Log | None = None,
 ) -> None:
     """Apply the operations of one point in order, in place. point: the field of ``Sites``; tensors: by name."""
     for operation in operations:
@@ -30,20 +31,25 @@ def corrupt_tensors(
             before.copy_(after)
 
 
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Those that there are, by the names of their parameters."""
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
 def corrupt_batch(
-    batch_BT1: Tensor, operations: Sequence[TensorOperation], moment: Moment, log: InjectionLog | None = None
+    batch_BT1: Tensor, operations: Sequence[TensorOperation], moment: Moment, log: Log | None = None
 ) -> Tensor:
     """A batch of tokens (B, T + 1), as it is without operations, else its inputs and targets apart, (B, 2, T)."""
     if all(operation.idle for operation in operations):
         return batch_BT1
-    pair_B2T = torch.stack((batch_BT1[:, :-1], batch_BT1[:, 1:]), dim=1)
+    pair_B2T = torch.stack(inputs_and_targets(batch_BT1), dim=1)
     corrupt_tensors("batch", {"inputs": pair_B2T[:, 0], "targets": pair_B2T[:, 1]}, operations, moment, log)
     return pair_B2T
 
 
 @contextmanager
 def corrupted_optimizer(
-    optimizer: torch.optim.Optimizer, operations: Sequence[OptimizerOperation], log: InjectionLog | None = None
+    optimizer: torch.optim.Optimizer, operations: Sequence[OptimizerOperation], log: Log | None = None
 ) -> Iterator[None]:
     """Apply the operations of an update to the optimizer; its constants are as before once the context is closed."""
     healthy = [{key: group[key] for key in CONSTANTS} for group in optimizer.param_groups] if operations else []
