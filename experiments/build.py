@@ -109,7 +109,8 @@ def resolve_device(name: str) -> torch.device:
 class Run:
     """Everything that one run needs, checked against each other but not yet on a device.
 
-    left_out_monitors: configured monitors that the model cannot have, by name.
+    left_out_monitors: configured monitors that the model cannot have, by name; asked: the configuration that the run
+    was built from, from which another process builds it again.
     """
 
     config: Mapping[str, Any]
@@ -120,6 +121,7 @@ class Run:
     corpus: Corpus
     monitors: Mapping[str, Monitor]
     left_out_monitors: Mapping[str, Monitor] = dataclasses.field(default_factory=dict)
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def signals(self) -> dict[str, Signal]:
@@ -140,7 +142,8 @@ class Run:
             "backend": self.model_config.backend,
             "tiles": tiles and dataclasses.asdict(tiles),
         }
-        train = {**self.config["train"], "device": self.device.type}
+        train = {key: value for key, value in self.config["train"].items() if key != "piece_s"}
+        train["device"] = self.device.type
         return {**self.config, "model": {**self.config["model"], **found}, "train": train}
 
     @cached_property
@@ -211,6 +214,7 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     missing = [key for key in RUN_KEYS if plain.get(key) is None]
     if missing:
         raise ValueError(f"{missing[0]} is missing from the configuration")
+    asked = {key: plain[key] for key in RUN_KEYS} | {"plugins": plain.get("plugins") or []}
     plain = {key: plain[key] for key in RUN_KEYS}
     check_seed(plain["seed"], "seed")
     model: TransformerConfig = construct(plain["model"], "model")
@@ -244,4 +248,6 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
         model = replace(model, vocab_size=corpus.vocab_size)
     elif model.vocab_size < corpus.vocab_size:
         raise ValueError(f"model.vocab_size={model.vocab_size} is too small: the data has {corpus.vocab_size} tokens")
-    return Run(plain, plain["seed"], fault, model, train, corpus, monitors, {name: every[name] for name in left_out})
+    return Run(
+        plain, plain["seed"], fault, model, train, corpus, monitors, {name: every[name] for name in left_out}, asked
+    )
