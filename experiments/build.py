@@ -27,11 +27,7 @@ from experiments.training.source_code import digest_of
 from experiments.training.train_config import TrainConfig
 from experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
 from faults.base import Fault, Sites
-from faults.combined import Combined
-from models.arithmetic import ORDINARY
-from models.backend import FAULT_SITES
-from models.corruption import Corrupted
-from models.flash import check_numerics
+from faults.fit import check_fits
 from models.transformer import Transformer, TransformerConfig
 from monitors.base import Monitor, Signal
 
@@ -191,46 +187,6 @@ class Run:
         return SingleEngine(self.new_model(), self.train, self.corpus, self.seed)
 
 
-def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> None:
-    """Raise ValueError where fault, model and length do not fit together, at whichever step that shows."""
-    if fault.onset is None:
-        return
-    for member in fault.faults.values() if isinstance(fault, Combined) else ():
-        _check_fit(member, model, train)
-    if fault.onset >= train.steps:
-        raise ValueError(f"fault.onset={fault.onset} is after the end: train.steps={train.steps}")
-    healthy, corrupted, numerics = Sites(batch_size=train.batch_size), (), None
-    for step in range(fault.onset, train.steps):
-        sites = fault.sites(step, healthy)
-        if sites.modules != corrupted:
-            corrupted = sites.modules
-            Corrupted(_skeleton(model), corrupted)
-        if model.backend == "triton" and sites.numerics != numerics:
-            numerics = sites.numerics
-            for layer in range(model.n_layers):
-                check_numerics(numerics.layer(layer), model.tiles)
-        sites.numerics.check_fits(model.n_layers, model.n_heads, model.kv_heads)
-        changed = sites.numerics.faults or sites.numerics.arithmetic != ORDINARY
-        if changed and model.backend not in FAULT_SITES:
-            raise ValueError(f"model.backend={model.backend!r} has no fault sites: use {' or '.join(FAULT_SITES)}")
-        if sites.modules and train.compile:
-            raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")
-        if sites.balance_scale != 1 and not (model.moe and model.moe.balances):
-            raise ValueError(
-                "the fault switches off load balancing, but the model has none: it needs model.moe.aux_coef above 0 "
-                "or model.moe.bias_update_speed, as model=moe_nano has"
-            )
-        without_router = replace(sites, lr_scale=replace(sites.lr_scale, router=1.0))
-        if not model.moe and sites is not healthy and without_router == healthy != sites:
-            raise ValueError("fault.groups=['router'] has no effect on a dense model: choose model=moe_nano")
-
-
-def _skeleton(model: TransformerConfig) -> Transformer:
-    """The model's modules without memory."""
-    with torch.device("meta"):
-        return Transformer(replace(model, vocab_size=model.vocab_size or 2))
-
-
 def _left_out(monitors: Mapping[str, Any], model: TransformerConfig) -> list[str]:
     """The names of the configured monitors that the model cannot have: those of experts, on a dense model.
 
@@ -269,7 +225,7 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     for node, (kind, found) in zip(("model", "data", "train", "fault"), kinds.items(), strict=True):
         _check_kind(node, found, kind)
     model = model.on(resolve_device(train.device))
-    _check_fit(fault, model, train)
+    check_fits(fault, model, train)
     if train.compile and model.moe and train.precision != "bf16":
         raise ValueError("train.compile=True is not allowed with experts in FP32: set train.precision=bf16")
     for field in ("micro_batch", "watched_sequences"):

@@ -55,6 +55,7 @@ def training_sources(config: Config) -> Iterator[tuple[str, Path]]:
         if path.name not in left_out:
             yield f"models.{path.stem}", path
     yield from _with_imports_from_beside("faults.base")
+    yield from _with_imports_from_beside("faults.points")
 
 
 def fault_sources(node: Config) -> Iterator[tuple[str, Path]]:
