@@ -48,7 +48,7 @@ def rounded(values: np.ndarray, quantum: np.ndarray) -> np.ndarray:
 def quanta(name: str, reference: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:
     """Steps and, (T, layers), what a signal may be rounded to there; no steps where reference runs have no spread."""
     try:
-        band = ReferenceBand.fit(name, [hold(one, "steps", one.steps) for one in reference])
+        band = ReferenceBand.fit(name, [hold(series, "steps", series.steps) for series in reference])
     except DeclinedSignal:
         return np.empty(0, int), np.empty((0, 1))
     return band.positions, SHARE_OF_SPREAD * band.scale
@@ -56,14 +56,14 @@ def quanta(name: str, reference: Sequence[Series]) -> tuple[np.ndarray, np.ndarr
 
 def common(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The keys and values that all records have alike, nested mappings included."""
-    first, found = records[0], {}
+    first, shared = records[0], {}
     for key, value in first.items():
         others = [record.get(key) for record in records]
         if all(other == value for other in others):
-            found[key] = value
+            shared[key] = value
         elif all(isinstance(other, Mapping) for other in others):
-            found[key] = common(others)
-    return found
+            shared[key] = common(others)
+    return shared
 
 
 def without(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:

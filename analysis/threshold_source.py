@@ -37,7 +37,7 @@ def charts(experiment: Experiment, signal: str) -> dict[str, Chart]:
     return {run: (sides[run].positions, statistic) for run, statistic in zip(runs, statistics, strict=True)}
 
 
-def peaks(experiment: Experiment, found: Mapping[str, Chart], after: int = 0) -> pd.DataFrame:
+def peaks(experiment: Experiment, of_run: Mapping[str, Chart], after: int = 0) -> pd.DataFrame:
     """seed, largest, position: of each calibration run its largest statistic from a position on; largest first.
 
     sets_threshold marks the run whose largest statistic is the conformal threshold. Raises ValueError where a run has
@@ -45,7 +45,7 @@ def peaks(experiment: Experiment, found: Mapping[str, Chart], after: int = 0) ->
     """
     rows = []
     for run in experiment.of("calibration"):
-        where, statistic = found[run.trace.run_id]
+        where, statistic = of_run[run.trace.run_id]
         late = np.where((where >= after) & ~np.isnan(statistic), statistic, -np.inf)
         if np.isneginf(late).all():
             raise ValueError(f"run {run.trace.run_id} has no sample from {after} on")
@@ -56,12 +56,12 @@ def peaks(experiment: Experiment, found: Mapping[str, Chart], after: int = 0) ->
     return table.assign(sets_threshold=table.index == len(table) - conformal_rank(len(table), experiment.alpha))
 
 
-def alarms(experiment: Experiment, found: Mapping[str, Chart], fault: str, threshold: float) -> dict[str, float]:
+def alarms(experiment: Experiment, of_run: Mapping[str, Chart], fault: str, threshold: float) -> dict[str, float]:
     """runs, in_time (from onset on, before divergence), and median alarm and divergence of a fault's runs."""
     runs = experiment.of("faulty", fault=fault)
     if not runs:
         raise ValueError(f"fault={fault!r} is not allowed: one of {', '.join(experiment.faults)}")
-    steps = [first_alarm(found[run.trace.run_id][1], found[run.trace.run_id][0], threshold) for run in runs]
+    steps = [first_alarm(of_run[run.trace.run_id][1], of_run[run.trace.run_id][0], threshold) for run in runs]
     outcomes = [
         score(alarm=step, onset=run.onset, divergence=run.divergence, horizon=experiment.horizon).outcome
         for run, step in zip(runs, steps, strict=True)
@@ -81,13 +81,13 @@ def threshold_source(experiment: Experiment, signal: str, fault: str) -> tuple[p
     One row is at the threshold that scoring uses, one at what it would be if calibration runs counted from the fault's
     onset on alone, with the position at which it is reached.
     """
-    found = charts(experiment, signal)
-    whole, rows = peaks(experiment, found), []
+    of_run = charts(experiment, signal)
+    whole, rows = peaks(experiment, of_run), []
     onset = max((run.onset for run in experiment.of("faulty", fault=fault)), default=0)
-    for counted, table in (("whole runs", whole), (f"from {onset} on", peaks(experiment, found, onset))):
+    for counted, table in (("whole runs", whole), (f"from {onset} on", peaks(experiment, of_run, onset))):
         source = table[table["sets_threshold"]].iloc[0]
         at = {"calibration": counted, "set_by_seed": source["seed"], "set_at": source["position"]}
-        rows.append(at | alarms(experiment, found, fault, float(source["largest"])))
+        rows.append(at | alarms(experiment, of_run, fault, float(source["largest"])))
     return whole, pd.DataFrame(rows)
 
 

@@ -50,9 +50,9 @@ def cost_figure(contest: Contest, path: Path) -> str:
     style()
     experiment = contest.experiment
     chosen, costs, bounds = cost_faults(experiment), monitor_costs(experiment.model), oracles(experiment)
-    found = delays(contest)
-    found = found[found["fault"].isin(chosen)]
-    rows = pd.DataFrame({"delay": found.groupby("detector", sort=False)["delay_steps"].apply(median_delay)})
+    delays_of_runs = delays(contest)
+    delays_of_runs = delays_of_runs[delays_of_runs["fault"].isin(chosen)]
+    rows = pd.DataFrame({"delay": delays_of_runs.groupby("detector", sort=False)["delay_steps"].apply(median_delay)})
     rows["cost"] = [100 * detector_cost(experiment.named_detectors[name], costs) for name in rows.index]
     unmeasured = rows.index[rows["cost"].isna()]
     rows = rows.dropna(subset="cost")
@@ -89,7 +89,7 @@ def cost_figure(contest: Contest, path: Path) -> str:
         label.set_color(HEALTHY if label.get_text().split("\n")[0] in alarmed_names else "0.35")
     axis.set_xlabel("cost of its monitors, share of a training step")
     axis.set_ylabel("median steps from onset to first alarm")
-    runs = found["run_id"].nunique()
+    runs = delays_of_runs["run_id"].nunique()
     axis.set_title(
         "Sooner is lower, cheaper is left", loc="left", fontsize=13, weight="bold", pad=12
     )  # fmt: skip
@@ -125,11 +125,11 @@ def size_figure(contest: Contest, path: Path) -> str:
     """Median delay against truncated bits, a line a detector; from the start and later on. Returns a caption."""
     style()
     experiment = contest.experiment
-    known, found = sizes(experiment), delays(contest)
-    medians = found.groupby(["detector", "fault"])["delay_steps"].apply(median_delay)
+    known, delays_of_runs = sizes(experiment), delays(contest)
+    medians = delays_of_runs.groupby(["detector", "fault"])["delay_steps"].apply(median_delay)
     swept = _swept(known)
     onsets = sorted({known[fault].onset > 0 for faults in swept.values() for fault in faults})
-    names = list(found["detector"].unique())
+    names = list(delays_of_runs["detector"].unique())
     drawn = [fault for faults in swept.values() for fault in faults]
     ever = [name for name in names if any(medians[name, fault] >= 0 for fault in drawn)]
     ever.sort(key=lambda name: _order(medians, name, drawn))
@@ -196,8 +196,8 @@ def _or_never(medians: pd.Series, name: str, faults: Sequence[str], never: float
 def _swept(known: dict) -> dict[str, list[str]]:
     """By place, the faults there, of places that are hit with several sizes; all places where none is."""
     places: dict[str, list[str]] = {}
-    for fault, one in known.items():
-        places.setdefault(one.where, []).append(fault)
+    for fault, size in known.items():
+        places.setdefault(size.where, []).append(fault)
     if not places:
         raise ValueError("draw=early_warning is not allowed: no fault of this experiment has a number of bits")
     several = {where: faults for where, faults in places.items() if len({known[f].bits for f in faults}) > 1}

@@ -114,9 +114,9 @@ def lead_figure(contest: Contest, path: Path) -> str:
     mean = {n: restricted_mean_lead([contest.score(contest.detectors[n], run) for run in faulty]) for n in names}
     names.sort(key=mean.get)
     figure, axis = plt.subplots(figsize=(9.5, 0.52 * len(names) + 1.7))
-    found = [lead for _, lead in rows if lead is not None]
-    late = max(50.0, *(-lead for lead in found)) if found else 50.0
-    never = -late - 0.06 * (max(found, default=0) + late)
+    known_leads = [lead for _, lead in rows if lead is not None]
+    late = max(50.0, *(-lead for lead in known_leads)) if known_leads else 50.0
+    never = -late - 0.06 * (max(known_leads, default=0) + late)
     for y, name in enumerate(names):
         leads = [lead for of, lead in rows if of == name]
         colour = HEALTHY if mean[name] > 0 else "0.6"

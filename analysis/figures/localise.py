@@ -29,8 +29,8 @@ def _said(name: str) -> str:
 def localise_figure(experiment: Experiment, path: Path) -> str:
     """Counts of runs: rows where the fault was, columns where it was named. Returns a caption."""
     style()
-    found = localise(experiment)
-    counts = confusion(found.table)
+    localisation = localise(experiment)
+    counts = confusion(localisation.table)
     shares = counts.div(counts.sum(axis=1), axis=0)
     figure, axis = plt.subplots(figsize=(1.05 * len(counts.columns) + 3.6, 0.55 * len(counts) + 1.9))
     text = counts.astype(str).where(counts > 0, "")
@@ -53,8 +53,8 @@ def localise_figure(experiment: Experiment, path: Path) -> str:
     axis.xaxis.tick_top()
     axis.xaxis.set_label_position("top")
     axis.tick_params(length=0)
-    sound = found.table["true_class"].isin((HEALTHY, OTHER))
-    right, runs = _right(found.table[~sound])
+    sound = localisation.table["true_class"].isin((HEALTHY, OTHER))
+    right, runs = _right(localisation.table[~sound])
     axis.set_title(
         f"Broken laws name the site's class in {right} of {runs} runs with a broken kernel",
         fontsize=13, weight="bold", pad=14, loc="left", x=-0.3,

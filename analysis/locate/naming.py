@@ -99,22 +99,24 @@ def nearest_class(levels: Mapping[str, float]) -> tuple[str, bool]:
 def name_place(signals: Sequence[Levels], threshold: float) -> Verdict:
     """The verdict on one run; without an alarm it names nothing."""
     alarms = []
-    for one in signals:
-        above = np.flatnonzero((one.level > threshold).any(axis=(1, 2)))[:1]
-        alarms += [(int(one.positions[i]), int(one.positions[min(i + WINDOW, len(one.positions) - 1)])) for i in above]
+    for signal in signals:
+        above = np.flatnonzero((signal.level > threshold).any(axis=(1, 2)))[:1]
+        alarms += [
+            (int(signal.positions[i]), int(signal.positions[min(i + WINDOW, len(signal.positions) - 1)])) for i in above
+        ]
     if not alarms:
         return Verdict()
     alarm, end = min(alarms)
-    peaks = [one.peak(alarm, end) for one in signals]
+    peaks = [signal.peak(alarm, end) for signal in signals]
     first, top = max(zip(signals, peaks, strict=True), key=lambda pair: pair[1].max())
     layer, head = (int(i) for i in np.unravel_index(top.argmax(), top.shape))
-    broken = {str(one.law) for one, peak in zip(signals, peaks, strict=True) if (peak > threshold).any()}
+    broken = {str(signal.law) for signal, peak in zip(signals, peaks, strict=True) if (peak > threshold).any()}
     site_class, part, inexact = first.law.kind, first.law.part, False
     if first.law.kind == "attention":
         there: dict[str, float] = {}
-        for one in signals:
-            if one.law.kind == "attention":
-                there[one.law.part] = max(there.get(one.law.part, -np.inf), float(one.at(end)[layer, head]))
+        for signal in signals:
+            if signal.law.kind == "attention":
+                there[signal.law.part] = max(there.get(signal.law.part, -np.inf), float(signal.at(end)[layer, head]))
         (site_class, inexact), part = nearest_class(there), None
         broken |= {law for law, level in there.items() if level > BROKEN}
     return Verdict(

@@ -28,16 +28,16 @@ def find(folder: Path, allow_mixed: bool = False) -> list[Experiment]:
     if not indices:
         index = index_of_runs(folder)
         return [label_runs(index, folder, allow_mixed, model) for model in index["experiment"]["models"]]
-    found = []
+    experiments = []
     for path in indices:
         runs = path.parent / "runs" if (path.parent / "runs").is_dir() else path.parent
         index = read_index(path.parent)
-        found += [label_runs(index, runs, allow_mixed, model) for model in index["experiment"]["models"]]
-    keys = [(one.index["experiment"]["name"], one.model) for one in found]
+        experiments += [label_runs(index, runs, allow_mixed, model) for model in index["experiment"]["models"]]
+    keys = [(experiment.index["experiment"]["name"], experiment.model) for experiment in experiments]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice:
         raise TraceError(f"{folder} holds experiment {twice[0]!r} on {twice[1]} twice: score them apart")
-    return found
+    return experiments
 
 
 def role_of(seed: int, fault: str | None) -> str:

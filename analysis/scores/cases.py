@@ -32,13 +32,13 @@ def laws_of(run: Trace, laws: Mapping[str, str]) -> dict[str, pd.DataFrame]:
 
     laws: name -> signal. A run whose monitor predicts no noise at all has no reading of a law: an empty table.
     """
-    found = {}
+    readings = {}
     for name, signal in laws.items():
         series = run.signals.get(signal)
         values = np.empty((0, 1)) if series is None else finite_or_inf(hold(series, "steps", series.steps))
         steps = [] if series is None else series.steps
-        found[name] = pd.DataFrame(values.reshape(len(values), int(np.prod(values.shape[1:]))), index=steps)
-    return found
+        readings[name] = pd.DataFrame(values.reshape(len(values), int(np.prod(values.shape[1:]))), index=steps)
+    return readings
 
 
 def case_rows(runs: Sequence[Trace], laws: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -48,10 +48,10 @@ def case_rows(runs: Sequence[Trace], laws: Mapping[str, str]) -> list[dict[str, 
     those at 5 %, NaN where no run alarms; the median takes a run without alarm as infinitely late.
     """
     readings = [laws_of(run, laws) for run in runs]
-    looks = max(sum(table.size for table in one.values()) for one in readings)
+    looks = max(sum(table.size for table in run.values()) for run in readings)
     thresholds = {end: universal_threshold(max(1, looks), alpha) for end, alpha in ALPHAS.items()}
-    wanted = {name: [[one[name]] for one in readings] for name in laws}
-    wanted[ALL_LAWS] = [list(one.values()) for one in readings]
+    wanted = {name: [[run[name]] for run in readings] for name in laws}
+    wanted[ALL_LAWS] = [list(run.values()) for run in readings]
     return [{"law": name, **_row(tables, thresholds)} for name, tables in wanted.items()]
 
 
@@ -74,7 +74,7 @@ def _row(runs: Sequence[Sequence[pd.DataFrame]], thresholds: Mapping[str, float]
         for q in QUANTILES
     }
     for end, threshold in thresholds.items():
-        row |= {f"threshold_{end}": threshold, f"alarms_{end}": sum((one > threshold).any() for one in of_run)}
+        row |= {f"threshold_{end}": threshold, f"alarms_{end}": sum((ratios > threshold).any() for ratios in of_run)}
     alarms = [_first_step_above(tables, thresholds["5pct"]) for tables in runs]
     finite = [step for step in alarms if np.isfinite(step)]
     row["median_alarm_step"] = np.median(alarms) if np.isfinite(np.median(alarms)) else np.nan
@@ -91,7 +91,7 @@ def _rms(ratios: np.ndarray) -> float:
 def _first_step_above(tables: Sequence[pd.DataFrame], threshold: float) -> float:
     """The first step with a ratio above the threshold in any table; Inf where there is none."""
     steps = [table.index[(table > threshold).any(axis=1)] for table in tables]
-    return min((found[0] for found in steps if len(found)), default=np.inf)
+    return min((above[0] for above in steps if len(above)), default=np.inf)
 
 
 def case_table(index: Mapping[str, Any], runs: Path) -> pd.DataFrame:
@@ -104,9 +104,9 @@ def case_table(index: Mapping[str, Any], runs: Path) -> pd.DataFrame:
         of_case = read_runs(runs, [cell["run_id"] for cell in index["runs"] if cell["fault"] == case])
         if not of_case:
             continue
-        found = case_rows(of_case, experiment["laws"])
+        of_laws = case_rows(of_case, experiment["laws"])
         sound = all(run.onset is None for run in of_case)
-        rows += [{"case": case, "label": settings.get("label", case), "healthy": sound, **row} for row in found]
+        rows += [{"case": case, "label": settings.get("label", case), "healthy": sound, **row} for row in of_laws]
         healthy += of_case if sound else []
     table = pd.DataFrame(rows)
     return pd.concat([table, totals(table, healthy, experiment["laws"])], ignore_index=True)

@@ -36,9 +36,9 @@ def monitor_costs(model: str, bench: Path = BENCH) -> dict[str, MonitorCost]:
 def costs_of(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, MonitorCost]:
     """By signal, the cost of its monitor, out of the monitors of one model as the bench wrote them."""
     return {
-        signal: MonitorCost(name, one["share_of_step"], tuple(one["every_steps"]), one["taps"])
-        for name, one in measured.items()
-        for signal in one["signals"]
+        signal: MonitorCost(name, cost["share_of_step"], tuple(cost["every_steps"]), cost["taps"])
+        for name, cost in measured.items()
+        for signal in cost["signals"]
     }
 
 

@@ -61,11 +61,11 @@ def size(fault: Mapping[str, Any]) -> Size | None:
 
 def sizes(experiment: Experiment) -> dict[str, Size]:
     """By name, the faults that are bit operations on one kernel."""
-    found = {
+    known = {
         fault: size(experiment.of("faulty", fault=fault)[0].trace.manifest["config"]["fault"])
         for fault in experiment.faults
     }
-    return {fault: one for fault, one in found.items() if one is not None}
+    return {fault: of_fault for fault, of_fault in known.items() if of_fault is not None}
 
 
 def delays(contest: Contest) -> pd.DataFrame:
@@ -89,9 +89,9 @@ def oracles(experiment: Experiment) -> list[str]:
     return [name for name, signals in named if any(track_family(signal) == "oracle" for signal in signals)]
 
 
-def median_delay(found: pd.Series) -> float:
+def median_delay(delays: pd.Series) -> float:
     """Median of delays in which NaN is later than everything; NaN where the median run has none."""
-    return median_step([None if np.isnan(one) else one for one in found])
+    return median_step(delays)
 
 
 def smallest_table(contest: Contest) -> pd.DataFrame:
@@ -101,9 +101,9 @@ def smallest_table(contest: Contest) -> pd.DataFrame:
     most runs alarm within ``LATER`` steps.
     """
     experiment = contest.experiment
-    found, known = delays(contest), sizes(experiment)
+    all_delays, known = delays(contest), sizes(experiment)
     rows = []
-    for (name, fault), runs in found[found["fault"].isin(known)].groupby(["detector", "fault"], sort=False):
+    for (name, fault), runs in all_delays[all_delays["fault"].isin(known)].groupby(["detector", "fault"], sort=False):
         every = [experiment.signals[signal]["every_steps"] for signal in experiment.named_detectors[name]]
         rows.append(
             {

@@ -31,17 +31,17 @@ def charts(detection: Detection, primary: Contest, own_rule: AlarmRule) -> pd.Da
     for name in CHARTS:
         rule = make_rule(**conf("rule", name))
         if rule == own_rule:
-            one = primary
+            held = primary
         else:
-            one = contest(
+            held = contest(
                 detection.experiment, detection.track.name, rule=rule, alpha=primary.alpha, detection=detection
             )
-        own = {n: one.detectors[n] for n in detection.experiment.named_detectors if not one.detectors[n].declined}
+        own = {n: held.detectors[n] for n in detection.experiment.named_detectors if not held.detectors[n].declined}
         calibration = {n: len(d.maxima) for n, d in own.items()}
-        parts.append(_chart_rows(one.with_alarms({n: d.alarms for n, d in own.items()}), name, calibration))
+        parts.append(_chart_rows(held.with_alarms({n: d.alarms for n, d in own.items()}), name, calibration))
         if name == "shiryaev_roberts":
             anytime = {n: _anytime_alarms(d, detection, primary.alpha) for n, d in own.items()}
-            parts.append(_chart_rows(one.with_alarms(anytime), "shiryaev_roberts, anytime threshold", {}))
+            parts.append(_chart_rows(held.with_alarms(anytime), "shiryaev_roberts, anytime threshold", {}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -52,20 +52,20 @@ def _anytime_alarms(detector: Detector, detection: Detection, alpha: float) -> d
     return replace(detector, scales=()).alarms_at(anytime_threshold(samples, alpha / sides))
 
 
-def _chart_rows(one: Contest, chart: str, calibration: Mapping[str, int]) -> pd.DataFrame:
+def _chart_rows(held: Contest, chart: str, calibration: Mapping[str, int]) -> pd.DataFrame:
     """calibration: by detector, the runs that set its threshold; none where a theory does."""
-    scores = run_scores(one)
+    scores = run_scores(held)
     faulty, healthy = (scores[(scores["fault"] == HEALTHY) == chosen].groupby("detector") for chosen in (False, True))
     table = pd.DataFrame(
         {
             "rmlt_steps": mean_leads(scores),
-            "share_of_possible_lead": mean_shares(one, scores),
+            "share_of_possible_lead": mean_shares(held, scores),
             "detected": faulty["detected"].mean(),
             "healthy_alarms": healthy["outcome"].agg(lambda outcomes: (outcomes == "false_alarm").sum()),
             "healthy_runs": healthy.size(),
         }
     )
     rates = table[["healthy_alarms", "healthy_runs"]].fillna(0).astype(int).itertuples()
-    too_often = [not keeps_rate(alarms, runs, calibration.get(n, 0), one.alpha) for n, alarms, runs in rates]
+    too_often = [not keeps_rate(alarms, runs, calibration.get(n, 0), held.alpha) for n, alarms, runs in rates]
     table.loc[too_often, ["rmlt_steps", "share_of_possible_lead"]] = np.nan
-    return table.rename_axis("detector").reset_index().assign(**one.keys, chart=chart)
+    return table.rename_axis("detector").reset_index().assign(**held.keys, chart=chart)

@@ -61,7 +61,7 @@ def relative_lead(
     """
     if onset is None or divergence is None:
         return None
-    at, other = (reach if one is None or one < onset else min(one, reach) for one in (alarm, baseline))
+    at, other = (reach if step is None or step < onset else min(step, reach) for step in (alarm, baseline))
     return other - at
 
 

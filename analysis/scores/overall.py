@@ -60,16 +60,16 @@ class Shares:
         F, S, D = self.totals_FSD.shape
         point_FD = pooled(self.totals_FSD.sum(axis=1), self.counts_FSD.sum(axis=1))
         by_seed = [np.moveaxis(part, 1, 0).reshape(S, F * D) for part in (self.totals_FSD, self.counts_FSD)]
-        found = np.empty((resamples, D))
+        replicates_BD = np.empty((resamples, D))
         for start in range(0, resamples, CHUNK):
             size = min(CHUNK, resamples - start)
             seeds_BS = generator.multinomial(S, np.full(S, 1 / S), size=size).astype(float)
             faults_BF = generator.multinomial(F, np.full(F, 1 / F), size=size) * self.weights_F
             totals, counts = (seeds_BS @ part for part in by_seed)
             means_BFD = pooled(totals, counts, empty=point_FD.ravel()).reshape(size, F, D)
-            found[start : start + size] = np.einsum("bf,bfd->bd", faults_BF, means_BFD)
-            found[start : start + size] /= faults_BF.sum(axis=1, keepdims=True)
-        return found
+            replicates_BD[start : start + size] = np.einsum("bf,bfd->bd", faults_BF, means_BFD)
+            replicates_BD[start : start + size] /= faults_BF.sum(axis=1, keepdims=True)
+        return replicates_BD
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def receipt(contest: Contest, run: ScoredRun) -> dict[str, Any]:
     """The receipt of a faulty or healthy test run, as plain values; positions are on the experiment's axis."""
     experiment = contest.experiment
     index, manifest = experiment.index, run.trace.manifest
-    counts = {role: sorted(one.seed for one in experiment.of(role)) for role in ("reference", "calibration", "test")}
+    counts = {role: sorted(run.seed for run in experiment.of(role)) for role in ("reference", "calibration", "test")}
     return {
         "run": {
             "run_id": run.trace.run_id,
@@ -76,7 +76,7 @@ def _alarm(contest: Contest, detector: Detector, run: ScoredRun) -> dict[str, An
     }
     if detector.declined:
         return said | {"declined": detector.declined}
-    healthy = [detector.alarms[one.trace.run_id] is not None for one in experiment.of("test")]
+    healthy = [detector.alarms[run.trace.run_id] is not None for run in experiment.of("test")]
     realised = clopper_pearson_interval(sum(healthy), len(healthy))
     result = contest.score(detector, run)
     return said | {
@@ -112,9 +112,9 @@ def limits(experiment: Experiment) -> list[str]:
     return said
 
 
-def as_markdown(found: dict[str, Any], axis: str) -> str:
+def as_markdown(content: dict[str, Any], axis: str) -> str:
     """The receipt for people. Names out of files are escaped: Markdown passes HTML on."""
-    run, fault, label = found["run"], found["fault"], found["label"]
+    run, fault, label = content["run"], content["fault"], content["label"]
     never = "none"
     lines = [
         f"# Audit receipt: run {_text(run['run_id'])}",
@@ -129,14 +129,15 @@ def as_markdown(found: dict[str, Any], axis: str) -> str:
         f"{label['signal']}, {label['drawup_threshold_nats']:.3f} nats above its minimum"
         f"{'; ended degraded' if label['degraded'] else ''}.",
         "",
-        "**Healthy runs:** " + ", ".join(f"{one['runs']} {role}" for role, one in found["healthy_baseline"].items()),
+        "**Healthy runs:** "
+        + ", ".join(f"{seeds['runs']} {role}" for role, seeds in content["healthy_baseline"].items()),
         "",
-        f"**Recovery action:** {found['recovery_action']}.",
+        f"**Recovery action:** {content['recovery_action']}.",
         "",
         f"| detector | module | threshold | alarm ({axis}) | outcome | lead | healthy alarms |",
         "|---|---|---|---|---|---|---|",
     ]
-    for alarm in found["alarms"]:
+    for alarm in content["alarms"]:
         name, module = _text(alarm["detector"]), _text("; ".join(alarm["module"]))
         if "declined" in alarm:
             lines.append(f"| {name} | {module} | declined: {_text(alarm['declined'])} | | | | |")
@@ -149,7 +150,7 @@ def as_markdown(found: dict[str, Any], axis: str) -> str:
             f"{'–' if alarm['lead'] is None else format(alarm['lead'], ',')} | "
             f"{alarm['healthy_alarms']}/{alarm['healthy_runs']}{interval} |"
         )
-    return "\n".join([*lines, "", "**Limits**", "", *(f"- {limit}" for limit in found["limits"]), ""])
+    return "\n".join([*lines, "", "**Limits**", "", *(f"- {limit}" for limit in content["limits"]), ""])
 
 
 def _text(name: str) -> str:
@@ -163,9 +164,9 @@ def write_receipts(contest: Contest, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     runs = experiment.of("faulty", "test")
     for run in runs:
-        found = receipt(contest, run)
+        content = receipt(contest, run)
         (folder / f"{run.trace.run_id}.json").write_text(
-            json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+            json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
-        (folder / f"{run.trace.run_id}.md").write_text(as_markdown(found, experiment.axis), encoding="utf-8")
+        (folder / f"{run.trace.run_id}.md").write_text(as_markdown(content, experiment.axis), encoding="utf-8")
     return len(runs)
