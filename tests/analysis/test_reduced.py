@@ -18,6 +18,7 @@ from experiments.build import ROOT
 from tests.analysis.made_up_board import EARLY, LATE, scored
 
 
+@pytest.mark.slow
 def test_a_reduced_folder_scores_as_its_runs_do(folder, tmp_path):
     experiment = load(folder, folder)
     small = tmp_path / "small"

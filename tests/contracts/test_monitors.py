@@ -93,6 +93,7 @@ def test_every_signal_is_alive_on_a_healthy_run(signals_of):
                 check_alive(signal, series)
 
 
+@pytest.mark.slow
 def test_every_signal_is_alive_under_bf16_autocast(signals_of):
     """Linear layers and logits store BF16 there: their laws are broken by more, and by as much as is predicted."""
     for model in (MODEL, DENSE):

@@ -35,6 +35,7 @@ def rehearsal(once):
     return json.loads((once("rehearsal", rehearse) / "cpu-gpt2-tiny.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_piece_is_rehearsed(rehearsal):
     assert rehearsal["complete"] and not rehearsal["not_reached"]
     names = [name for part in PARTS for name in rehearsal[part]]

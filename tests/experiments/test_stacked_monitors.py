@@ -125,6 +125,7 @@ def test_a_monitor_that_watches_run_by_run_reads_of_each_run_that_is_still_recor
         assert reading.value[[0, 2]].tolist() == [of_runs[0].loss.item(), of_runs[2].loss.item()]
 
 
+@pytest.mark.slow
 def test_a_step_of_a_watched_stack_takes_as_many_operations_for_8_runs_as_for_4(monkeypatch):
     """Two faults and two learning rates in either; from step 81 to 100 every monitor but the curvature's reads."""
     small = replace(bench_stack.NANO, d_model=16, d_ff=32, context_length=16)
