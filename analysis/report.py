@@ -15,7 +15,7 @@ from rich.console import Console
 from analysis.figures.leads import lead_figure
 from analysis.reports.cases import make_case_report
 from analysis.reports.kinds.base import one_of_each_model
-from analysis.reports.kinds.by_name import CASES, DRAWINGS, kind_of
+from analysis.reports.kinds.by_name import kind_of
 from analysis.reports.page import page, verdict
 from analysis.reports.summary import print_summary
 from analysis.runs.experiment import Experiment
@@ -27,8 +27,6 @@ from analysis.scores.receipts import write_receipts
 from analysis.scores.table import in_unit, lead_table, run_table
 from experiments.trace import TraceError
 from experiments.usage import misused, show_help
-
-__all__ = ["CASES", "DRAWINGS", "main", "make_report"]
 
 
 def _draw(contests: Sequence[Contest], report: Path) -> list[tuple[str, Path]]:

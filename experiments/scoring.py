@@ -11,7 +11,7 @@ from analysis.detect.bands import MIN_REFERENCE_RUNS
 from analysis.detect.controls import CONTROLS
 from analysis.detect.rules import make_rule
 from analysis.locate.laws import law_of
-from analysis.report import CASES, DRAWINGS
+from analysis.reports.kinds.by_name import BY_SIZE, CASES, DRAWINGS, NEEDED
 from analysis.runs.checks import check_alike
 from analysis.runs.experiment import HEALTHY
 from analysis.runs.index import Seeds
@@ -21,16 +21,6 @@ from experiments.plan import PlannedRun
 from experiments.trace import Trace
 from experiments.training.run_writer import HELD_OUT
 from experiments.validation import check_named, check_node, nearest
-
-NEEDED = {
-    "grid": ("healthy_cell",),
-    "paired": ("control", "drift"),
-    "early_warning": ("family",),
-    "smallest": ("family",),
-}
-"""By kind of central figure, the keys of an experiment without which it cannot be drawn."""
-BY_SIZE = ("early_warning", "smallest")
-"""Kinds of central figure that tell faults by their number of bits, and delays in steps."""
 
 
 def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], given: Sequence[str]) -> None:

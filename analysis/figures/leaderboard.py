@@ -39,13 +39,13 @@ def leads_figure(contest: Contest, path: Path) -> str:
     return leaderboard_figure(named, board(named, run_scores(named)), path)
 
 
-def leaderboard_figure(one: Contest, rows: pd.DataFrame, path: Path) -> str:
+def leaderboard_figure(contest: Contest, rows: pd.DataFrame, path: Path) -> str:
     """One model on one track: mean restricted lead under faults that diverge, alarms under others and in healthy runs.
 
     Detectors are ordered by their share of the possible lead. rows: of ``leaderboard.board``. Returns a caption.
     """
     style()
-    labels = {fault: _one_line(one.experiment.label(fault)) for fault in one.experiment.faults}
+    labels = {fault: _one_line(contest.experiment.label(fault)) for fault in contest.experiment.faults}
     known = rows[rows["declined"].isna()]
     overall = known[known["fault"] == ALL_FAULTS].set_index("detector")
     names = overall["share_of_possible_lead"].fillna(-1.0).sort_values(kind="stable").index.tolist()
@@ -94,10 +94,10 @@ def leaderboard_figure(one: Contest, rows: pd.DataFrame, path: Path) -> str:
         axis.grid(axis="y", color="0.93", linewidth=0.8)
         axis.tick_params(axis="y", length=0)
     height = figure.get_figheight()
-    title = f"{one.experiment.index['experiment']['title']}: which detector alarms first under which fault?"
+    title = f"{contest.experiment.index['experiment']['title']}: which detector alarms first under which fault?"
     figure.text(0.01, 0.88 + 1.3 / height, title, fontsize=14, weight="bold")
     declined = rows.loc[rows["declined"].notna(), "detector"]
-    said = f"{one.track.name} track at {one.alpha:.0%} false alarms per run"
+    said = f"{contest.track.name} track at {contest.alpha:.0%} false alarms per run"
     said += f"; not judged: {', '.join(declined)}" if len(declined) else ""
     figure.text(0.01, 0.88 + 1.05 / height, said, fontsize=10.5, color="0.35")
     figure.legend(

@@ -49,10 +49,10 @@ ANSWERS = {
 """What the catalogue's ``answers_to`` calls the faults of the reference set."""
 
 
-def designed_for(one: Contest) -> dict[str, set[str]]:
+def designed_for(contest: Contest) -> dict[str, set[str]]:
     """By family, the faults that the catalogue says its monitors answer to."""
     found: dict[str, set[str]] = {}
     for _, row in catalogue().iterrows():
         for cause in str(row["answers_to"]).split("; "):
-            found.setdefault(row["family"], set()).update(set(ANSWERS.get(cause, ())) & set(one.experiment.faults))
+            found.setdefault(row["family"], set()).update(set(ANSWERS.get(cause, ())) & set(contest.experiment.faults))
     return found

@@ -32,16 +32,16 @@ FAULTY_ALONE = ("fault.", "seed", "train.steps", "train.stop_drawup_nats")
 def check_cells(cells: Sequence[Mapping[str, Any]], traces: Sequence[Trace]) -> None:
     """Raises TraceError where a run is not what the index says: another seed, healthy or not, another fault."""
     designs: dict[str, tuple[str, Any]] = {}
-    for cell, one in zip(cells, traces, strict=True):
-        if one.manifest.get("seed", cell["seed"]) != cell["seed"]:
-            raise TraceError(f"run {one.run_id} has seed {one.manifest['seed']}, the index says {cell['seed']}")
-        if (one.onset is None) != (cell["fault"] is None):
-            said = "is healthy" if one.onset is None else "has a fault"
-            raise TraceError(f"run {one.run_id} {said}, the index says {cell['fault'] or 'healthy'}")
+    for cell, run in zip(cells, traces, strict=True):
+        if run.manifest.get("seed", cell["seed"]) != cell["seed"]:
+            raise TraceError(f"run {run.run_id} has seed {run.manifest['seed']}, the index says {cell['seed']}")
+        if (run.onset is None) != (cell["fault"] is None):
+            said = "is healthy" if run.onset is None else "has a fault"
+            raise TraceError(f"run {run.run_id} {said}, the index says {cell['fault'] or 'healthy'}")
         if cell["fault"] is not None:
-            first, design = designs.setdefault(cell["fault"], (one.run_id, one.manifest["config"].get("fault")))
-            if one.manifest["config"].get("fault") != design:
-                raise TraceError(f"runs {first} and {one.run_id} of fault {cell['fault']!r} have different faults")
+            first, design = designs.setdefault(cell["fault"], (run.run_id, run.manifest["config"].get("fault")))
+            if run.manifest["config"].get("fault") != design:
+                raise TraceError(f"runs {first} and {run.run_id} of fault {cell['fault']!r} have different faults")
 
 
 def _flat(node: Any, path: str = "") -> dict[str, Any]:
@@ -55,17 +55,17 @@ def check_alike(traces: Sequence[Trace]) -> None:
 
     Raises TraceError that names the key, both values and runs.
     """
-    configs = [_flat(one.manifest["config"]) for one in traces]
-    healthy = next(config for config, one in zip(configs, traces, strict=True) if one.onset is None)
-    first = next(one.run_id for one in traces if one.onset is None)
-    for config, one in zip(configs, traces, strict=True):
-        free = ("seed",) if one.onset is None else FAULTY_ALONE
+    configs = [_flat(run.manifest["config"]) for run in traces]
+    healthy = next(config for config, run in zip(configs, traces, strict=True) if run.onset is None)
+    first = next(run.run_id for run in traces if run.onset is None)
+    for config, run in zip(configs, traces, strict=True):
+        free = ("seed",) if run.onset is None else FAULTY_ALONE
         for key in dict.fromkeys((*healthy, *config)):
             if config.get(key) != healthy.get(key) and not key.startswith(free):
-                what = "healthy runs of one calibration" if one.onset is None else "a faulty run and its healthy ones"
+                what = "healthy runs of one calibration" if run.onset is None else "a faulty run and its healthy ones"
                 raise TraceError(
                     f"{what} differ in {key}: {json.dumps(healthy.get(key))} in {first}, "
-                    f"{json.dumps(config.get(key))} in {one.run_id}; score them apart"
+                    f"{json.dumps(config.get(key))} in {run.run_id}; score them apart"
                 )
 
 

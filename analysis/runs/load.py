@@ -67,7 +67,7 @@ def label_runs(
     check_roles(cells)
     try:
         traces = read_runs(runs, [cell["run_id"] for cell in cells])
-        unlabelled = next((one.run_id for one in traces if LABEL_SIGNAL not in one.signals), None)
+        unlabelled = next((run.run_id for run in traces if LABEL_SIGNAL not in run.signals), None)
     except trace.TraceError as error:
         trained_here = "command" in index and not reduced.is_reduced(runs)
         raise trace.TraceError(f"{error}: {index['command']}" if trained_here else error) from None
@@ -93,21 +93,21 @@ def label_runs(
     }
     threshold = drawup_threshold(losses["reference"], **{k: v for k, v in settings.items() if k != "consecutive"})
     scored = []
-    for cell, one, label in zip(cells, traces, held_out, strict=True):
+    for cell, run, label in zip(cells, traces, held_out, strict=True):
         loss = label.values.ravel()
         divergence = divergence_step(
             loss,
             healthy_losses=losses["reference"],
             steps=label.positions,
-            stopped=one.end_reason == "diverged",
+            stopped=run.end_reason == "diverged",
             **settings,
         )
-        done = one.manifest["steps_done" if axis == "steps" else "tokens_done"]
-        reached = horizon if one.end_reason != "completed" else min(horizon, done)
+        done = run.manifest["steps_done" if axis == "steps" else "tokens_done"]
+        reached = horizon if run.end_reason != "completed" else min(horizon, done)
         finals = [healthy[: len(loss)] for healthy in losses["calibration"]]
         degraded = divergence is None and is_degraded(loss, finals, settings["ema_span"])
-        onset = None if one.onset is None else _position_of_step(one, axis, one.onset)
-        scored.append(ScoredRun(cell["role"], cell["fault"], cell["seed"], one, onset, divergence, degraded, reached))
+        onset = None if run.onset is None else _position_of_step(run, axis, run.onset)
+        scored.append(ScoredRun(cell["role"], cell["fault"], cell["seed"], run, onset, divergence, degraded, reached))
     return Experiment(index, model, axis, tuple(scored), horizon, threshold, mixed)
 
 

@@ -60,10 +60,14 @@ class Contest:
             "track": self.track.name,
         }
 
-    def score(self, detector: Detector, run: ScoredRun) -> Score:
-        """Outcome and lead of one run under a detector that is not declined."""
+    def score(self, detector: Detector, run: ScoredRun, divergences: Mapping[str, int | None] | None = None) -> Score:
+        """Outcome and lead of one run under a detector that is not declined.
+
+        divergences: by run id, another label than the primary.
+        """
         alarm = detector.alarms[run.trace.run_id]
-        return score(alarm=alarm, onset=run.onset, divergence=run.divergence, horizon=self.experiment.horizon)
+        divergence = run.divergence if divergences is None else divergences[run.trace.run_id]
+        return score(alarm=alarm, onset=run.onset, divergence=divergence, horizon=self.experiment.horizon)
 
     def without_singles(self) -> Contest:
         """The contest without the signals that are no detector of the experiment by themselves."""
@@ -116,27 +120,27 @@ def contest(
             raise ValueError(f"monitor {name!r} is on the board already: give it a name of its own")
         if alarms:
             detectors[name], kinds[name] = Detector(name, (), alarms=alarms), "external"
-    one = Contest(experiment, detection.track, alpha, detectors, kinds, baselines)
+    held = Contest(experiment, detection.track, alpha, detectors, kinds, baselines)
     for name, control in CONTROLS.items():
-        alarms = {run.trace.run_id: control(run, experiment, alpha) for run in one.scored}
+        alarms = {run.trace.run_id: control(run, experiment, alpha) for run in held.scored}
         detectors[name], kinds[name] = Detector(name, (), alarms=alarms), "control"
     declined = [name for name in baselines if detectors[name].declined]
     if detection.track.lacks_baselines(len(declined), len(baselines)):
         raise ValueError(f"the baseline {declined[0]!r} cannot be judged: {detectors[declined[0]].declined}")
-    return one
+    return held
 
 
-def _scorable(one: Contest, detector: Detector, run: ScoredRun) -> bool:
+def _scorable(contest: Contest, detector: Detector, run: ScoredRun) -> bool:
     """Whether the track counts a run, for the detector's cadence.
 
     Who has no cadence, a control or a table of alarms, is scored on the runs of the first baseline that has one.
     """
-    watching = (detector, *map(one.detectors.get, one.baselines))
-    charts = next((watcher.charts for watcher in watching if watcher.charts), {})
-    return one.track.counts(run.onset, [positions for positions, _ in charts.get(run.trace.run_id, ())])
+    watching = (detector, *map(contest.detectors.get, contest.baselines))
+    charts = next((watcher.charts for watcher in watching if watcher and watcher.charts), {})
+    return contest.track.counts(run.onset, [positions for positions, _ in charts.get(run.trace.run_id, ())])
 
 
-def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None) -> pd.DataFrame:
+def run_scores(contest: Contest, divergences: Mapping[str, int | None] | None = None) -> pd.DataFrame:
     """One row a detector and a run of ``Contest.scored``.
 
     Columns: experiment, model, track, detector, kind, fault (or ``healthy``), seed, run_id, alarm, onset,
@@ -146,24 +150,25 @@ def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None
     than every calibration run).
     divergences: by run id, another label than the primary. Declined detectors have no rows.
     """
-    rows, keys, scored, horizon = [], one.keys, one.scored, one.experiment.horizon
-    for name, detector in one.detectors.items():
+    rows, keys, scored = [], contest.keys, contest.scored
+    for name, detector in contest.detectors.items():
         if detector.declined:
             continue
         for run in scored:
-            if not _scorable(one, detector, run):
+            if not _scorable(contest, detector, run):
                 continue
             run_id = run.trace.run_id
             divergence = run.divergence if divergences is None else divergences[run_id]
             alarm = detector.alarms[run_id]
-            result = score(alarm=alarm, onset=run.onset, divergence=divergence, horizon=horizon)
+            result = contest.score(detector, run, divergences)
             lead = np.nan if result.restricted_lead_steps is None else float(result.restricted_lead_steps)
             alarmed = run.onset is not None and alarm is not None and alarm >= run.onset
+            watched_to = alarm if alarmed else _last(run, contest)
             rows.append(
                 {
                     **keys,
                     "detector": name,
-                    "kind": one.kinds[name],
+                    "kind": contest.kinds[name],
                     "fault": run.fault or "healthy",
                     "seed": run.seed,
                     "run_id": run_id,
@@ -176,7 +181,7 @@ def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None
                     "share_of_possible_lead": lead / (divergence - run.onset) if lead > 0 else lead,
                     "detected": result.outcome in IN_TIME,
                     "alarmed": alarmed,
-                    "delay": (alarm if alarmed else _last(run, one)) - run.onset if run.onset is not None else np.nan,
+                    "delay": np.nan if run.onset is None else watched_to - run.onset,
                     "degraded": run.degraded,
                 }
             )
@@ -186,10 +191,10 @@ def run_scores(one: Contest, divergences: Mapping[str, int | None] | None = None
     return table
 
 
-def _last(run: ScoredRun, one: Contest) -> int:
+def _last(run: ScoredRun, contest: Contest) -> int:
     """How far the run was watched: its own end, at most the horizon."""
-    done = run.trace.manifest["steps_done" if one.experiment.axis == "steps" else "tokens_done"]
-    return max(min(done, one.experiment.horizon), run.onset or 0)
+    done = run.trace.manifest["steps_done" if contest.experiment.axis == "steps" else "tokens_done"]
+    return max(min(done, contest.experiment.horizon), run.onset or 0)
 
 
 def mean_leads(scores: pd.DataFrame) -> pd.Series:
@@ -197,9 +202,9 @@ def mean_leads(scores: pd.DataFrame) -> pd.Series:
     return scores[scores["fault"] != "healthy"].groupby("detector", sort=False)["lead"].mean()
 
 
-def mean_shares(one: Contest, scores: pd.DataFrame) -> pd.Series:
+def mean_shares(contest: Contest, scores: pd.DataFrame) -> pd.Series:
     """Share of the possible lead of each detector, faults weighted as boards do; NaN where it lacks a fault's runs."""
     by_fault = scores.groupby(["detector", "fault"], sort=False)["share_of_possible_lead"].mean().unstack()
     by_fault = by_fault.dropna(axis=1, how="all")
-    weights = fault_weights([one.experiment.fault_families[fault] for fault in by_fault.columns])
+    weights = fault_weights([contest.experiment.fault_families[fault] for fault in by_fault.columns])
     return (by_fault * weights).sum(axis=1, skipna=False)

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.detect.catalogue import family as track_family
-from analysis.runs.experiment import Experiment
+from analysis.runs.experiment import HEALTHY, Experiment
 from analysis.scores.contest import Contest
 from analysis.scores.inference import CHANCE, chance_of_alarms
-from analysis.scores.table import median_step
+from analysis.scores.table import median_step, own_scores
 
 SOON, LATER = 10, 100
 """Optimizer steps from onset within which the table counts alarms."""
@@ -77,14 +77,10 @@ def delays(contest: Contest) -> pd.DataFrame:
     experiment = contest.experiment
     if experiment.axis != "steps":
         raise ValueError(f"align={experiment.axis} is not allowed: delays are in optimizer steps")
-    rows = []
-    for name in experiment.named_detectors:
-        detector = contest.detectors[name]
-        for run in [] if detector.declined else experiment.of("faulty"):
-            alarm = detector.alarms[run.trace.run_id]
-            late = np.nan if alarm is None or alarm < run.onset else float(alarm - run.onset)
-            rows.append({"detector": name, "fault": run.fault, "run_id": run.trace.run_id, "delay_steps": late})
-    return pd.DataFrame(rows, columns=["detector", "fault", "run_id", "delay_steps"])
+    scores = own_scores(contest)
+    faulty = scores[(scores["fault"] != HEALTHY) & scores["detector"].isin(experiment.named_detectors)]
+    faulty = faulty.assign(delay_steps=faulty["delay"].where(faulty["alarmed"]))
+    return faulty[["detector", "fault", "run_id", "delay_steps"]].reset_index(drop=True)
 
 
 def oracles(experiment: Experiment) -> list[str]:

@@ -29,21 +29,21 @@ RANKED = ("detector", "baseline", "entrant", "external")
 """Kinds that compete; controls, and oracles that read the fault itself, stand beside them."""
 
 
-def _with_relative(scores: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
+def with_relative(scores: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     """Adds ``relative``, ``scores.outcome.relative_lead`` over a baseline; NaN throughout where there is none."""
     alarms = scores[scores["detector"] == baseline].set_index("run_id")["alarm"]
-    found = np.full(len(scores), np.nan)
+    relative = np.full(len(scores), np.nan)
     for i, row in enumerate(scores.itertuples()):
         if row.run_id in alarms.index:
             alarm, other, divergence = (
                 None if pd.isna(at) else int(at) for at in (row.alarm, alarms[row.run_id], row.divergence)
             )
             lead = relative_lead(alarm, other, onset=row.onset, divergence=divergence, reach=row.reach)
-            found[i] = np.nan if lead is None else lead
-    return scores.assign(relative=found)
+            relative[i] = np.nan if lead is None else lead
+    return scores.assign(relative=relative)
 
 
-def board(one: Contest, scores: pd.DataFrame, costs: Mapping[str, MonitorCost] | None = None) -> pd.DataFrame:
+def board(contest: Contest, scores: pd.DataFrame, costs: Mapping[str, MonitorCost] | None = None) -> pd.DataFrame:
     """The leaderboard of one contest: a row for each detector and fault, and one for all faults together.
 
     costs: by signal, its monitor and the share of a step that it takes. The rows of a fault rank detectors by their
@@ -52,44 +52,45 @@ def board(one: Contest, scores: pd.DataFrame, costs: Mapping[str, MonitorCost] |
     do. Intervals are conditional on the threshold; ``false_alarm_law`` is what its own luck adds. NaN under 10 seeds.
     ``baseline``: the best of the row's fault; ``relative_lead_steps`` and ``p_beats_baseline`` are against it.
     """
-    rows = [_declined_row(one, detector) for detector in one.detectors.values() if detector.declined]
+    rows = [_declined_row(contest, detector) for detector in contest.detectors.values() if detector.declined]
     if len(scores):
-        healthy = _by_detector(scores[scores["fault"] == "healthy"])
+        healthy = by_detector(scores[scores["fault"] == "healthy"])
         faulty = scores[scores["fault"] != "healthy"]
-        for fault in (ALL_FAULTS, *one.experiment.faults):
+        for fault in (ALL_FAULTS, *contest.experiment.faults):
             of_fault = faulty if fault == ALL_FAULTS else faulty[faulty["fault"] == fault]
-            rows += _fault_rows(one, fault, of_fault, healthy, costs or {})
+            rows += _fault_rows(contest, fault, of_fault, healthy, costs or {})
     return pd.DataFrame(rows)
 
 
-def _by_detector(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def by_detector(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return dict(tuple(scores.groupby("detector", sort=False)))
 
 
-def _declined_row(one: Contest, detector: Detector) -> dict[str, Any]:
+def _declined_row(contest: Contest, detector: Detector) -> dict[str, Any]:
     return {
-        **one.keys,
+        **contest.keys,
         "fault": ALL_FAULTS,
         "detector": detector.name,
-        "kind": one.kinds[detector.name],
+        "kind": contest.kinds[detector.name],
         "declined": detector.declined,
     }
 
 
 def _fault_rows(
-    one: Contest,
+    contest: Contest,
     fault: str,
     scores: pd.DataFrame,
     healthy: Mapping[str, pd.DataFrame],
     costs: Mapping[str, MonitorCost],
 ) -> list[dict[str, Any]]:
-    of_detector = _by_detector(scores)
-    names = [name for name in one.detectors if name in of_detector]
+    of_detector = by_detector(scores)
+    names = [name for name in contest.detectors if name in of_detector]
     if not names:
         return []
-    ranked = [i for i, name in enumerate(names) if one.kinds[name] in RANKED and _keeps_rate(one, name, healthy)]
-    verdict = (over_faults if fault == ALL_FAULTS else under_one_fault)(one, scores, names, ranked)
-    of_detector = _by_detector(_with_relative(scores, verdict.baseline))
+    competing = [i for i, name in enumerate(names) if contest.kinds[name] in RANKED]
+    ranked = [i for i in competing if keeps_its_rate(contest, names[i], healthy)]
+    verdict = (over_faults if fault == ALL_FAULTS else under_one_fault)(contest, scores, names, ranked)
+    of_detector = by_detector(with_relative(scores, verdict.baseline))
     rows = []
     for i, name in enumerate(names):
         mine = of_detector[name]
@@ -99,15 +100,15 @@ def _fault_rows(
         outcomes = mine["outcome"].value_counts()
         rows.append(
             {
-                **one.keys,
+                **contest.keys,
                 "fault": fault,
                 "detector": name,
-                "kind": one.kinds[name],
+                "kind": contest.kinds[name],
                 "runs": len(mine),
                 "seeds": mine["seed"].nunique(),
                 "diverged": int(mine["divergence"].notna().sum()),
                 "degraded": int(mine["degraded"].sum()),
-                **_healthy_columns(one, name, healthy),
+                **_healthy_columns(contest, name, healthy),
                 "detected": detected / len(mine),
                 "detected_low": detected_low,
                 "detected_high": detected_high,
@@ -122,14 +123,14 @@ def _fault_rows(
                 "relative_lead_steps": mine["relative"].mean(),
                 "p_beats_baseline": verdict.p_D[i],
                 "smallest_p": verdict.smallest_p if np.isfinite(verdict.p_D[i]) else np.nan,
-                "size_over_threshold": np.nan if fault == ALL_FAULTS else _size(one, name, mine),
-                "delay_steps": np.nan if fault == ALL_FAULTS else _delay(waited, one.experiment.horizon),
+                "size_over_threshold": np.nan if fault == ALL_FAULTS else _size(contest, name, mine),
+                "delay_steps": np.nan if fault == ALL_FAULTS else _delay(waited, contest.experiment.horizon),
                 "rank": verdict.rank_D3[i, 0],
                 "rank_low": verdict.rank_D3[i, 1],
                 "rank_high": verdict.rank_D3[i, 2],
                 "possibly_best": i in verdict.best if np.isfinite(verdict.rank_D3[i, 0]) else None,
                 **{outcome: int(outcomes.get(outcome, 0)) for outcome in ("late", "missed", "false_alarm")},
-                "cost_share_of_step": detector_cost(one.detectors[name].signals, costs),
+                "cost_share_of_step": detector_cost(contest.detectors[name].signals, costs),
                 "exploratory": mine["seed"].nunique() < MIN_SEEDS or not healthy,
                 "declined": None,
             }
@@ -137,18 +138,18 @@ def _fault_rows(
     return rows
 
 
-def _healthy_alarms(name: str, healthy: Mapping[str, pd.DataFrame]) -> tuple[int, int]:
+def healthy_alarms(name: str, healthy: Mapping[str, pd.DataFrame]) -> tuple[int, int]:
     """In how many healthy test runs a detector alarmed, and of how many."""
     mine = healthy.get(name)
     return (0, 0) if mine is None else (int((mine["outcome"] == "false_alarm").sum()), len(mine))
 
 
-def _keeps_rate(one: Contest, name: str, healthy: Mapping[str, pd.DataFrame]) -> bool:
+def keeps_its_rate(contest: Contest, name: str, healthy: Mapping[str, pd.DataFrame]) -> bool:
     """Whether its healthy test runs leave it possible that a detector alarms in no more than alpha of them."""
-    alarms, runs = _healthy_alarms(name, healthy)
+    alarms, runs = healthy_alarms(name, healthy)
     if not runs:  # nothing was seen; a conformal threshold still promises it, nobody else does
-        return one.kinds[name] != "external" and one.track.promises_rate
-    return keeps_rate(alarms, runs, len(one.detectors[name].maxima), one.alpha)
+        return contest.kinds[name] != "external" and contest.track.promises_rate
+    return keeps_rate(alarms, runs, len(contest.detectors[name].maxima), contest.alpha)
 
 
 def _delay(scores: pd.DataFrame, horizon: int) -> float:
@@ -157,35 +158,36 @@ def _delay(scores: pd.DataFrame, horizon: int) -> float:
     return restricted_mean_time(scores["delay"], scores["alarmed"], left) if len(scores) and left > 0 else np.nan
 
 
-def _healthy_columns(one: Contest, name: str, healthy: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def _healthy_columns(contest: Contest, name: str, healthy: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """What healthy test runs say of a detector, and what the threshold promised."""
-    (alarms, runs), n = _healthy_alarms(name, healthy), len(one.detectors[name].maxima)
+    (alarms, runs), n = healthy_alarms(name, healthy), len(contest.detectors[name].maxima)
     low, high = clopper_pearson_interval(alarms, runs)
-    law = false_alarm_law(n, one.alpha) if n else (np.nan,) * 3
+    law = false_alarm_law(n, contest.alpha) if n else (np.nan,) * 3
+    by_prediction = contest.track.promises_rate and not isinstance(contest.track, Charted)
     return {
-        "alpha": one.alpha if n or (one.track.promises_rate and not isinstance(one.track, Charted)) else np.nan,
+        "alpha": contest.alpha if n or by_prediction else np.nan,
         "calibration_runs": n,
         "alpha_supported": 1 / (n + 1) if n else np.nan,
-        "threshold": one.detectors[name].threshold,
+        "threshold": contest.detectors[name].threshold,
         "healthy_alarms": alarms,
         "healthy_runs": runs,
         "false_alarm_low": low,
         "false_alarm_high": high,
         "false_alarm_law_low": law[1],
         "false_alarm_law_high": law[2],
-        "false_alarm_bound": false_alarm_bound(n, one.alpha) if n else np.nan,
+        "false_alarm_bound": false_alarm_bound(n, contest.alpha) if n else np.nan,
     }
 
 
-def _size(one: Contest, name: str, scores: pd.DataFrame) -> float:
+def _size(contest: Contest, name: str, scores: pd.DataFrame) -> float:
     """How far a fault stands above a detector's threshold: the largest reading in time over it, median over runs.
 
     In time is from onset to divergence, or to the run's end. NaN without charts, where a threshold is not above 0, and
     on a track whose thresholds are no scales.
     """
-    detector = one.detectors[name]
+    detector = contest.detectors[name]
     limits = detector.limits()
-    if not one.track.thresholds_are_scales or not detector.charts or not all(limit > 0 for limit in limits):
+    if not contest.track.thresholds_are_scales or not detector.charts or not all(limit > 0 for limit in limits):
         return np.nan
     sizes = []
     for row in scores.itertuples():

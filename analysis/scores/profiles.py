@@ -10,11 +10,11 @@ from analysis.scores.inference import performance_profile
 PROFILE_SHARES = tuple(i / 20 for i in range(21))
 
 
-def profiles(one: Contest, scores: pd.DataFrame) -> pd.DataFrame:
+def profiles(contest: Contest, scores: pd.DataFrame) -> pd.DataFrame:
     """Performance profiles: the share of diverging runs with at least so much of onset to divergence as lead."""
     parts = []
     for name, mine in scores[scores["share_of_possible_lead"].notna()].groupby("detector", sort=False):
         share = performance_profile(mine["share_of_possible_lead"], PROFILE_SHARES)
         parts.append(pd.DataFrame({"detector": name, "share_of_possible_lead": PROFILE_SHARES, "share_of_runs": share}))
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return table.assign(**one.keys) if parts else table
+    return table.assign(**contest.keys) if parts else table

@@ -72,44 +72,44 @@ def _best_of(baselines: Sequence[str], leads: pd.Series, names: Sequence[str], r
     return best_baseline(known, {names[i] for i in ranked})
 
 
-def under_one_fault(one: Contest, scores: pd.DataFrame, names: Sequence[str], ranked: Sequence[int]) -> Verdict:
+def under_one_fault(contest: Contest, scores: pd.DataFrame, names: Sequence[str], ranked: Sequence[int]) -> Verdict:
     """Leads in steps, over seeds."""
     totals_SD, counts_SD = by_seed(scores, names, "lead")
-    found = Verdict.nothing(len(names))
-    found.lead_D2[:] = [bca_interval(totals_SD[:, i], counts_SD[:, i]) for i in range(len(names))]
-    found.share_D3[:, 0] = scores.groupby("detector")["share_of_possible_lead"].mean().reindex(names)
+    verdict = Verdict.nothing(len(names))
+    verdict.lead_D2[:] = [bca_interval(totals_SD[:, i], counts_SD[:, i]) for i in range(len(names))]
+    verdict.share_D3[:, 0] = scores.groupby("detector")["share_of_possible_lead"].mean().reindex(names)
     # Who was not scored on all of these runs cannot be compared.
     ranked = [i for i in ranked if counts_SD[:, i].sum() == counts_SD.sum(0).max(initial=0.0) > 0]
     leads = scores.groupby("detector")["lead"].mean()
-    found.baseline = _best_of(one.baselines, leads, names, ranked)
+    verdict.baseline = _best_of(contest.baselines, leads, names, ranked)
     if not ranked:
-        return found
-    found.rank_D3[ranked] = rank_intervals(totals_SD[:, ranked], counts_SD[:, ranked])
+        return verdict
+    verdict.rank_D3[ranked] = rank_intervals(totals_SD[:, ranked], counts_SD[:, ranked])
     means_SD = pooled(totals_SD, counts_SD)
     some = counts_SD[:, ranked[0]] > 0
-    found.best = {ranked[i] for i in confidence_set(-means_SD[some][:, ranked])} if len(ranked) > 1 else set(ranked)
-    found.test_against(one.baselines, means_SD, names, ranked)
-    return found
+    verdict.best = {ranked[i] for i in confidence_set(-means_SD[some][:, ranked])} if len(ranked) > 1 else set(ranked)
+    verdict.test_against(contest.baselines, means_SD, names, ranked)
+    return verdict
 
 
-def over_faults(one: Contest, scores: pd.DataFrame, names: Sequence[str], ranked: Sequence[int]) -> Verdict:
+def over_faults(contest: Contest, scores: pd.DataFrame, names: Sequence[str], ranked: Sequence[int]) -> Verdict:
     """Shares of the possible lead, over faults and seeds; no more than the shares under ``MIN_FAULTS`` faults."""
-    found = Verdict.nothing(len(names))
+    verdict = Verdict.nothing(len(names))
     faults = list(dict.fromkeys(scores.loc[scores["lead"].notna(), "fault"]))
     if not faults:
-        return found
+        return verdict
     seeds = sorted(scores["seed"].unique())
     parts = [by_seed(scores[scores["fault"] == fault], names, "share_of_possible_lead", seeds) for fault in faults]
-    weights = fault_weights([one.experiment.fault_families[fault] for fault in faults])
+    weights = fault_weights([contest.experiment.fault_families[fault] for fault in faults])
     shares = Shares(*(np.stack(part) for part in zip(*parts, strict=True)), weights)
-    found.share_D3[:, 0] = shares.mean_D()
+    verdict.share_D3[:, 0] = shares.mean_D()
     counts_D = shares.counts_FSD.sum(axis=(0, 1))
     ranked = [i for i in ranked if counts_D[i] == counts_D.max()]
-    found.baseline = _best_of(one.baselines, pd.Series(found.share_D3[:, 0], names), names, ranked)
+    verdict.baseline = _best_of(contest.baselines, pd.Series(verdict.share_D3[:, 0], names), names, ranked)
     if len(faults) < MIN_FAULTS or not ranked:
-        return found
-    verdict = overall(Shares(shares.totals_FSD[..., ranked], shares.counts_FSD[..., ranked], weights))
-    found.share_D3[ranked], found.rank_D3[ranked] = verdict.share_D3, verdict.rank_D3
-    found.best = {ranked[i] for i in verdict.best}
-    found.test_against(one.baselines, shares.by_seed_SD(), names, ranked)
-    return found
+        return verdict
+    ranking = overall(Shares(shares.totals_FSD[..., ranked], shares.counts_FSD[..., ranked], weights))
+    verdict.share_D3[ranked], verdict.rank_D3[ranked] = ranking.share_D3, ranking.rank_D3
+    verdict.best = {ranked[i] for i in ranking.best}
+    verdict.test_against(contest.baselines, shares.by_seed_SD(), names, ranked)
+    return verdict

@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from analysis.report import DRAWINGS
+from analysis.reports.kinds.by_name import DRAWINGS
 from analysis.scores.cases import ALL_CASES
 from experiments import reproduce
 from experiments.build import ROOT, build_run

@@ -31,6 +31,11 @@ CASES = "cases"
 DRAWINGS = (*KINDS, CASES)
 """What the key ``draw`` of an experiment may be."""
 
+NEEDED = {name: kind.needs for name, kind in KINDS.items()}
+"""By kind, the keys of an experiment without which it cannot be drawn."""
+BY_SIZE = tuple(name for name, kind in KINDS.items() if kind.by_size)
+"""Kinds that tell faults by their number of bits, and delays in steps."""
+
 
 def kind_of(index: Mapping[str, Any]) -> Kind:
     """The kind of report that an experiment's index asks for. Raises ValueError where there is none of that name."""
