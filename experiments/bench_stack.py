@@ -63,7 +63,7 @@ def _due(monitors: Mapping[str, Monitor], step: int) -> list[str]:
 
 
 def _history(monitors: Mapping[str, Monitor]) -> WeightHistory:
-    return WeightHistory(lookback for monitor in monitors.values() for lookback in monitor.lookbacks)
+    return WeightHistory(lookback for monitor in monitors.values() for lookback in monitor.needs.history)
 
 
 def single(config: TrainConfig, monitors: Mapping[str, Monitor]) -> Step:

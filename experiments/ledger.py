@@ -18,7 +18,7 @@ from experiments.recorder import Recorder
 from models.transformer import Transformer
 from monitors.base import Monitor, Reading, Signal, StepView, WeightHistory, due_readings, state_of
 
-HELD_OUT = Signal("held_out_loss", "nats/token", "up")
+HELD_OUT = Signal("held_out_loss", "nats/token", "up", family="evaluation", reference="val_loss")
 """The label signal: mean NLL on the fixed held-out batch."""
 
 

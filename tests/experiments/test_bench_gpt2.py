@@ -18,7 +18,7 @@ from experiments.loop import train
 from experiments.monitor_costs import history_seconds, monitor_seconds, period, taps_seconds
 from experiments.plain_config import construct, monitors_of
 from models.transformer import Transformer
-from monitors.base import Signal
+from monitors.base import Needs, Signal
 
 PARTS = ("steps", "monitors", "profile")
 
@@ -111,7 +111,7 @@ class Counted:
     """A monitor that is due at every step, and has more to read at every tenth."""
 
     signals = (Signal("a", "1", "up"), Signal("b", "1", "up", every_steps=10))
-    lookbacks = ()
+    needs = Needs()
 
     def __init__(self):
         self.steps = []

@@ -24,7 +24,7 @@ class TinyRun:
 
     def __init__(self, *monitors: Monitor, **changes) -> None:
         self.model = Transformer(TransformerConfig(**TINY | changes)).initialise(torch.Generator().manual_seed(0))
-        self.history = WeightHistory(lb for monitor in monitors for lb in monitor.lookbacks)
+        self.history = WeightHistory(lb for monitor in monitors for lb in monitor.needs.history)
         self.past = []
         self._generator = torch.Generator().manual_seed(1)
         self._record()
