@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,15 +29,11 @@ from analysis.costs import MonitorCost, costs_of, detector_cost, taps_share
 from analysis.simulated import simulate_experiment
 from experiments.build import ROOT, Run, build_run
 from experiments.cli import CONF
-from experiments.gradients import backward, micro_batches
-from experiments.monitor_costs import cadences
-from experiments.optimizer import adamw, update
 from experiments.trace import write_whole
 from experiments.usage import fail, misused, show_help
-from models.corruption import Corrupted
-from models.objective import objective_at
 from monitors.base import Monitor, StepView, WeightHistory, tapped
 from monitors.spectra import qk_increment
+from monitors.watch import cadences, is_due
 
 STEPS = {"mha_nano": 120, "mha_small": 24}
 CONSERVATION = ("attention_laws", "linear_laws", "logit_laws", "norm_laws", "router_laws")
@@ -64,34 +59,8 @@ def _step_of(run: Run, places: Collection[str] = ()) -> Callable[[int], StepView
 
     places: what is tapped.
     """
-    model, healthy, history = run.new_model(), run.healthy_sites(), run.new_history()
-    optimizer, parameters = adamw(model, run.train), list(model.parameters())
-
-    def step(index: int) -> StepView:
-        sites = run.fault.sites(index, healthy)
-        batch = torch.from_numpy(run.corpus.batch(run.seed, index, sites.batch_size))
-        optimizer.zero_grad(set_to_none=True)
-        parts = micro_batches(batch, run.train.micro_batch, run.train.watched_sequences)
-        with Corrupted(model, sites.modules):
-            done = backward(model, parts, sites, places, model.objective)
-        norm = update(parameters, optimizer, run.train, index, sites.lr_scale)
-        model.update_balance(done.routings, sites.balance_scale)
-        objective = partial(objective_at, model, done.watched, sites.balance_scale)
-        return StepView(
-            index + 1,
-            index + 1,
-            done.loss,
-            norm,
-            model,
-            history,
-            done.routings,
-            done.taps,
-            optimizer,
-            sites.numerics,
-            objective,
-        )
-
-    return step
+    engine, healthy = run.new_engine(), run.healthy_sites()
+    return lambda index: engine.step(index, [run.fault.sites(index, healthy)], places)
 
 
 def _watched(run: Run) -> StepView:
@@ -130,7 +99,7 @@ def _monitor_seconds(view: StepView, groups: Mapping[str, Mapping[str, Monitor]]
             cost = _cpu_seconds(lambda now=now, history=history: history.record(now, view.model))
             seen = replace(view, step=now, tokens=now, history=history)
             for monitor in monitors.values() if now else ():
-                if any(now % every == 0 for every in cadences(monitor)):
+                if is_due(now, cadences(monitor)):
                     cost += _cpu_seconds(lambda monitor=monitor, seen=seen: monitor.observe(seen))
             spent[group] += cost if now > windows else 0.0
     return {group: seconds / windows for group, seconds in spent.items()}

@@ -18,31 +18,34 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experiments.optimizer import TrainConfig, adamw, update
+from experiments.gpt2_training import RandomTokens
 from experiments.plain_config import construct, monitors_of
-from experiments.recorder import Recorder
-from experiments.stacked_history import SliceHistory
-from experiments.stacked_monitors import StackedMonitors, slice_view
-from experiments.stacked_optimizer import StackedAdamW
+from experiments.training.engine import Engine
+from experiments.training.recorder import Recorder
+from experiments.training.single_engine import SingleEngine
+from experiments.training.stacked_engine import StackedEngine
+from experiments.training.stacked_watch import StackedWatch
+from experiments.training.train_config import TrainConfig
 from experiments.usage import fail, misused, show_help
-from faults.base import LearningRateScale
-from models.numerics import HEALTHY, AttentionNumerics, SiteFault
-from models.objective import objective_at
-from models.stacked import StackedNumerics, StackedTransformer
-from models.taps import Taps
+from faults.base import LearningRateScale, Sites
+from models.numerics import AttentionNumerics, SiteFault
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import Monitor, StepView, WeightHistory, due_readings, tapped
+from monitors.base import Monitor
+from monitors.watch import Watch
 
 NANO = TransformerConfig(d_model=64, n_layers=2, n_heads=2, d_ff=256, context_length=64, vocab_size=256)
-FAULTY = AttentionNumerics(tuple(SiteFault(site, "backward", "truncate", 5) for site in ("o", "do")))
 BATCH_SIZE = 16
+HEALTHY = Sites(batch_size=BATCH_SIZE)
+FAULTY = replace(
+    HEALTHY, numerics=AttentionNumerics(tuple(SiteFault(site, "backward", "truncate", 5) for site in ("o", "do")))
+)
 TURNS, STEPS = 5, 10
 MOST_RUNS = 4096
 WARM_UP_STEPS, WATCHED_STEPS, COUNTED_STEPS = 50, 500, 60
@@ -58,75 +61,31 @@ def _models(count: int, device: str) -> list[Transformer]:
     return [Transformer(NANO).initialise(torch.Generator().manual_seed(seed)).to(device) for seed in range(count)]
 
 
-def _due(monitors: Mapping[str, Monitor], step: int) -> list[str]:
-    return [name for name, one in monitors.items() if any(step % signal.every_steps == 0 for signal in one.signals)]
-
-
-def _history(monitors: Mapping[str, Monitor]) -> WeightHistory:
-    return WeightHistory(lookback for monitor in monitors.values() for lookback in monitor.needs.history)
-
-
 def single(config: TrainConfig, monitors: Mapping[str, Monitor]) -> Step:
     """A step of one run, watched by these monitors."""
     (model,) = _models(1, config.device)
-    optimizer, parameters = adamw(model, config), list(model.parameters())
-    history, recorder = _history(monitors), Recorder()
-    history.record(0, model)
-    tokens_BT1 = torch.randint(NANO.vocab_size, (BATCH_SIZE, NANO.context_length + 1), device=config.device)
-
-    objective = partial(objective_at, model, tokens_BT1, 1.0)
-
-    def step(index: int) -> None:
-        now = index + 1
-        observers = [monitors[name] for name in _due(monitors, now)]
-        optimizer.zero_grad(set_to_none=True)
-        with Taps(model, tapped(observers)) as taps:
-            loss = model.loss(tokens_BT1, FAULTY)
-            loss.backward()
-        norm = update(parameters, optimizer, config, index, LearningRateScale())
-        history.record(now, model)
-        view = StepView(
-            now, 0, loss.detach(), norm, model, history, (), taps, optimizer, FAULTY, objective_at=objective
-        )
-        for observer in observers:
-            for name, reading in due_readings(observer, now, observer.observe(view)).items():
-                recorder.add(now, 0, name, reading)
-
-    return step
+    engine = SingleEngine(model, config, RandomTokens(BATCH_SIZE, NANO.context_length, NANO.vocab_size), 0)
+    return _watched_step(engine, Watch(model, monitors), [FAULTY])
 
 
 def stacked(config: TrainConfig, size: int, monitors: Sequence[Mapping[str, Monitor]]) -> Step:
     """A step of a stack, each run of it watched by monitors of its own."""
-    model = StackedTransformer(_models(size, config.device))
-    optimizer = StackedAdamW(model, [config] * size)
-    faults = (HEALTHY,) * (size // 2) + (FAULTY,) * (size - size // 2)
-    numerics = StackedNumerics(faults)
-    scales = [LearningRateScale().times(10)] * (size // 2) + [LearningRateScale()] * (size - size // 2)
-    tokens_NBT1 = torch.randint(NANO.vocab_size, (size, BATCH_SIZE, NANO.context_length + 1), device=config.device)
-    history, together, record = _history(monitors[0]), StackedMonitors(monitors), Recorder()
-    history.record(0, model)
-    objective = partial(objective_at, model, tokens_NBT1, 1.0)
-    slices = [(SliceHistory(history, index), Recorder(record, index)) for index in range(size)]
+    corpus = RandomTokens(BATCH_SIZE, NANO.context_length, NANO.vocab_size)
+    engine = StackedEngine(_models(size, config.device), [config] * size, corpus, range(size))
+    faster = replace(HEALTHY, lr_scale=LearningRateScale().times(10))
+    sites = [faster] * (size // 2) + [FAULTY] * (size - size // 2)
+    return _watched_step(engine, StackedWatch(engine.model, monitors), sites)
+
+
+def _watched_step(engine: Engine, watch: Watch, sites: Sequence[Sites]) -> Step:
+    recorder, runs = Recorder(), range(len(sites))
+    watch.record(0)
 
     def step(index: int) -> None:
-        now = index + 1
-        due = _due(monitors[0], now)
-        with Taps(model, tapped(monitors[0][name] for name in due)) as taps:
-            losses_N = model.loss(tokens_NBT1, numerics)
-            losses_N.sum().backward()
-        model.take_gradients()
-        norms_N = optimizer.clip()
-        optimizer.step(index, scales)
-        history.record(now, model)
-        view = StepView(now, 0, losses_N.detach(), norms_N, model, history, (), taps, optimizer, numerics, objective)
-        for name, reading in together.observe(due, view).items():
-            record.add(now, 0, name, reading)
-        by_themselves = [name for name in due if name not in together.names]
-        for place, (own_history, own_record) in enumerate(slices if by_themselves else ()):
-            one = slice_view(view, place, own_history, faults[place], tokens_NBT1[place])
-            for observer in (monitors[place][name] for name in by_themselves):
-                for name, reading in due_readings(observer, now, observer.observe(one)).items():
-                    own_record.add(now, 0, name, reading)
+        due = watch.due(index + 1)
+        view = engine.step(index, sites, watch.places(due))
+        watch.record(index + 1)
+        recorder.add(index + 1, engine.tokens, watch.observe(view, due, runs))
 
     return step
 

@@ -8,11 +8,9 @@ type fails by name. There is no registry: a new fault or monitor is a class and 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -20,9 +18,13 @@ from typing import Any, Union, get_args, get_origin
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.data import Corpus, DataConfig
-from experiments.optimizer import TrainConfig
 from experiments.targets import check_targets, target_class
+from experiments.training.data import Corpus, DataConfig
+from experiments.training.equivalences import canonical
+from experiments.training.identity import WITHOUT_EFFECT, fault_sources, identifier, observation_id, training_sources
+from experiments.training.single_engine import SingleEngine
+from experiments.training.source_code import digest_of
+from experiments.training.train_config import TrainConfig
 from experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
 from faults.base import Fault, Sites
 from faults.combined import Combined
@@ -31,33 +33,11 @@ from models.backend import FAULT_SITES
 from models.corruption import Corrupted
 from models.flash import check_numerics
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import Monitor, Signal, WeightHistory
+from monitors.base import Monitor, Signal
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_KEYS = ("seed", "fault", "model", "data", "train", "monitor")
-"""The nodes of a configuration that determine a run; the others say where it goes and who watches."""
-
-RESULT_SOURCES = (
-    "faults/*.py",
-    "models/*.py",
-    "monitors/*.py",
-    "experiments/build.py",
-    "experiments/checkpoint.py",
-    "experiments/data.py",
-    "experiments/gradients.py",
-    "experiments/ledger.py",
-    "experiments/loop.py",
-    "experiments/manifest.py",
-    "experiments/optimizer.py",
-    "experiments/recorder.py",
-    "experiments/repetition.py",
-    "experiments/stacked_history.py",
-    "experiments/stacked_loop.py",
-    "experiments/stacked_monitors.py",
-    "experiments/stacked_optimizer.py",
-    "experiments/stacking.py",
-)
-"""The files that determine what a run measures."""
+"""The nodes of a configuration that describe a run; the others say where it goes."""
 
 
 def _class_of(node: Mapping[str, Any], where: str) -> type:
@@ -120,16 +100,6 @@ def _is_a(value: Any, kind: Any) -> bool:
     return get_origin(kind) is not None or kind is Any or isinstance(value, kind)
 
 
-@lru_cache(maxsize=1)
-def source_digest() -> str:
-    """SHA-256 over the files that determine a result, so that a bug fix never republishes stale runs."""
-    digest = hashlib.sha256()
-    for pattern in RESULT_SOURCES:
-        for path in sorted(ROOT.glob(pattern)):
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
 def resolve_device(name: str) -> torch.device:
     """``auto`` becomes cuda where there is one. Raises ValueError for a device that is not there."""
     if name == "auto":
@@ -166,33 +136,44 @@ class Run:
         return resolve_device(self.train.device)
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
-        """All that determines the result: two runs with one identity are one run."""
+    def nodes(self) -> dict[str, Any]:
+        """The run's configuration with everything filled in that this machine and the data decide."""
         tiles = self.model_config.tiles
+        found = {
+            "vocab_size": self.model_config.vocab_size,
+            "backend": self.model_config.backend,
+            "tiles": tiles and dataclasses.asdict(tiles),
+        }
+        train = {**self.config["train"], "device": self.device.type}
+        return {**self.config, "model": {**self.config["model"], **found}, "train": train}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that determines the weights at every step: two runs with one identity are one run."""
         return {
             "config": {
-                **self.config,
-                "model": {
-                    **self.config["model"],
-                    "vocab_size": self.model_config.vocab_size,
-                    "backend": self.model_config.backend,
-                    "tiles": tiles and dataclasses.asdict(tiles),
-                },
-                "train": {
-                    **{key: value for key, value in self.config["train"].items() if key != "piece_s"},
-                    "device": self.device.type,
-                },
+                **{node: self.nodes[node] for node in ("seed", "model", "fault")},
+                "train": {key: value for key, value in self.nodes["train"].items() if key not in WITHOUT_EFFECT},
+                "data": {
+                    "held_out": self.corpus.config.held_out
+                },  # where it lies and how it is read has made data_sha256
             },
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[self.train.precision],
             "data_sha256": self.corpus.digest,
             "torch": torch.__version__.split("+")[0],
-            "source_sha256": source_digest(),
+            "source_sha256": canonical(digest_of(training_sources(self.nodes))),
+            "fault_sha256": canonical(digest_of(fault_sources(self.nodes["fault"]))),
         }
 
     @cached_property
     def run_id(self) -> str:
-        """The first 16 hex digits of the identity's SHA-256."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        """The trajectory's: the first 16 hex digits of the identity's SHA-256."""
+        return identifier(self.identity)
+
+    @cached_property
+    def observations(self) -> dict[str, str]:
+        """By monitor, the identity of what it reads of this trajectory."""
+        return {name: observation_id(self.run_id, self.config["monitor"][name]) for name in self.monitors}
 
     def healthy_sites(self) -> Sites:
         return Sites(batch_size=self.train.batch_size)
@@ -202,8 +183,9 @@ class Run:
         generator = torch.Generator().manual_seed(self.seed)
         return Transformer(self.model_config, self.train.precision).initialise(generator).to(self.device)
 
-    def new_history(self) -> WeightHistory:
-        return WeightHistory(lookback for monitor in self.monitors.values() for lookback in monitor.needs.history)
+    def new_engine(self) -> SingleEngine:
+        """The engine that trains this run by itself."""
+        return SingleEngine(self.new_model(), self.train, self.corpus, self.seed)
 
 
 def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> None:

@@ -17,12 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.build import ROOT
-from experiments.checkpoint import RunError
-from experiments.memory import OutOfMemory
 from experiments.multirun import in_multirun, run_job, run_jobs
 from experiments.pieces import UNFINISHED_CODE, Unfinished
-from experiments.stopping import Stopped, stoppable
 from experiments.trace import TraceError
+from experiments.training.checkpoint import RunError
+from experiments.training.out_of_memory import OutOfMemory
+from experiments.training.stopping import Stopped, stoppable
 from experiments.validation import did_you_mean
 
 CONF = str(ROOT / "conf")

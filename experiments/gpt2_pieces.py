@@ -14,7 +14,6 @@ from experiments.gpt2_training import Training, flops_a_token, in_turns, seconds
 from experiments.gpu_record import first_line
 from experiments.monitor_costs import monitor_costs
 from experiments.plain_config import monitors_of
-from models.numerics import HEALTHY
 from monitors.eigen import on_host, values_alone, values_and_vectors
 
 TURNS = 5
@@ -48,7 +47,7 @@ def ready(make: Callable[[], Training]) -> tuple[Training, dict[str, Any]]:
 def rate(training: Training, step_s: float) -> dict[str, float]:
     """Tokens a second, and the model FLOP/s that they are, also as a share of what a Hopper GPU could do."""
     tokens_per_s = training.tokens_a_step / step_s
-    flops = flops_a_token(training.model.config, sum(p.numel() for p in training.parameters))
+    flops = flops_a_token(training.model.config, sum(p.numel() for p in training.model.parameters()))
     tflops = tokens_per_s * flops / 1e12
     return {
         "tokens_per_s": tokens_per_s,
@@ -93,14 +92,7 @@ def parts_of_a_step(size: Size) -> dict[str, float]:
     the last would be without that setting. ``tokens_per_s_if_...``: what either costs.
     """
     training, _ = ready(partial(size.training, size.micro_batches[0], True))
-    config, model = training.config, training.model
-    held_out = training.batch()[: config.held_out_sequences]
-
-    @torch.no_grad()
-    def label() -> None:
-        for chunk in held_out.split(config.micro_batch):
-            model.loss(chunk, HEALTHY)
-
+    config = training.config
     calls = {
         "step": partial(training.step, STEP),
         "compiled micro-batch": training.unwatched_micro_batch,
@@ -108,7 +100,7 @@ def parts_of_a_step(size: Size) -> dict[str, float]:
         "watched sequences": training.backward_watched,
         "clip and AdamW": partial(training.update, STEP),
         "batch to the device": training.batch,
-        "held-out label": label,
+        "held-out label": partial(training.engine.held_out_loss, [training.sites]),
     }
     for call in calls.values():
         call()

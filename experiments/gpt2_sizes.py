@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from experiments.gpt2_training import Training
-from experiments.optimizer import TrainConfig
 from experiments.plain_config import construct
+from experiments.training.train_config import TrainConfig
 from faults.base import Sites
 from models.numerics import HEALTHY, AttentionNumerics
 from models.transformer import TransformerConfig

@@ -1,100 +1,82 @@
-"""A model in training on random tokens, stepped by the training loop's own parts, without Hydra, data and files."""
+"""A model in training on random tokens, stepped by the training loop's engine, without Hydra, data and files."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.gradients import Backward, backward, micro_batches
-from experiments.optimizer import TrainConfig, adamw, update
+from experiments.training.gradients import Backward
+from experiments.training.single_engine import SingleEngine
+from experiments.training.train_config import TrainConfig
 from faults.base import Sites
-from models.compiled import CompiledObjective
-from models.corruption import Corrupted
 from models.numerics import AttentionNumerics
-from models.objective import objective_at
-from models.precision import accumulate_in_fp32
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import StepView, WeightHistory
+from monitors.base import StepView
+
+
+class RandomTokens:
+    """The same sequences at every step, handed over from the host as a corpus does. sequences: how many there are."""
+
+    def __init__(self, sequences: int, context_length: int, vocab_size: int) -> None:
+        shape = sequences, context_length + 1
+        self._tokens = np.random.default_rng(0).integers(vocab_size, size=shape, dtype=np.int64)
+
+    def batch(self, seed: int, step: int, batch_size: int) -> np.ndarray:
+        return self._tokens[:batch_size]
+
+    def batches(self, seeds: Sequence[int], step: int, batch_size: int) -> np.ndarray:
+        return np.stack([self.batch(seed, step, batch_size) for seed in seeds])
+
+    def held_out_batch(self, sequences: int) -> np.ndarray:
+        return self._tokens[:sequences]
 
 
 class Training:
-    """What ``experiments.loop`` holds between two steps, and its step.
+    """An engine of which every step has the same sites, and the parts of its step by themselves.
 
     model: its device's backend filled in; numerics: what every step's attention is made to do; compiler: the backend of
-    ``torch.compile`` where ``train.compile`` asks for it. Tokens come from the host at every step, as in the loop.
+    ``torch.compile`` where ``train.compile`` asks for it.
     """
 
     def __init__(
         self, model: TransformerConfig, config: TrainConfig, numerics: AttentionNumerics, compiler: str
     ) -> None:
-        accumulate_in_fp32()
-        device = torch.device(config.device)
-        self.config, self.device = config, device
+        self.config, self.device = config, torch.device(config.device)
         self.sites = Sites(batch_size=config.batch_size, numerics=numerics)
-        self.model = Transformer(model, config.precision).initialise(torch.Generator().manual_seed(0)).to(device)
-        self.optimizer, self.parameters = adamw(self.model, config), list(self.model.parameters())
-        self.unwatched = CompiledObjective(self.model, compiler) if config.compile else self.model.objective
-        shape = config.batch_size, model.context_length + 1
-        self._tokens = np.random.default_rng(0).integers(model.vocab_size, size=shape, dtype=np.int64)
+        initial = Transformer(model, config.precision).initialise(torch.Generator().manual_seed(0))
+        corpus = RandomTokens(config.batch_size, model.context_length, model.vocab_size)
+        self.engine = SingleEngine(initial.to(self.device), config, corpus, 0, compiler)
+        self.model = self.engine.model
+        self.tokens_a_step = config.batch_size * model.context_length
 
-    @property
-    def tokens_a_step(self) -> int:
-        return self._tokens[:, 1:].size
+    def step(self, index: int, places: Collection[str] = ()) -> StepView:
+        """Update ``index`` (from 0), ``places`` tapped."""
+        return self.engine.step(index, [self.sites], places)
 
-    def batch(self) -> Tensor:
-        return torch.from_numpy(self._tokens).to(self.device)
-
-    def step(self, index: int, places: Collection[str] = ()) -> tuple[Backward, Tensor]:
-        """Update ``index`` (from 0), ``places`` tapped; what the backward left, and the gradient norm."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with Corrupted(self.model, self.sites.modules):
-            done = backward(self.model, self._parts(), self.sites, places, self.unwatched)
-        return done, self.update(index)
+    def batch(self) -> tuple[Tensor, ...]:
+        """The micro-batches of a step, on the device."""
+        return self.engine.micro_batches(0, self.sites)
 
     def update(self, index: int) -> Tensor:
-        return update(self.parameters, self.optimizer, self.config, index, self.sites.lr_scale)
+        return self.engine.update(index, self.sites)
 
     def backward_watched(self, places: Collection[str] = ()) -> Backward:
         """Forward and backward of the sequences that may be tapped, which are never compiled."""
-        return backward(self.model, self._parts()[-1:], self.sites, places, self.unwatched)
+        return self.engine.backward(self.batch()[-1:], self.sites, places)
 
     def eager_micro_batch(self) -> Backward:
         """The same of a whole micro-batch."""
-        return backward(self.model, self._parts()[:1], self.sites, (), self.unwatched)
+        return self.engine.backward(self.batch()[:1], self.sites)
 
     def unwatched_micro_batch(self) -> None:
         """Forward and backward of a whole micro-batch as those are run that nobody looks at."""
-        loss, auxiliary, _ = self.unwatched(self._parts()[0], self.sites.numerics, self.sites.balance_scale)
+        loss, auxiliary, _ = self.engine.unwatched(self.batch()[0], self.sites.numerics, self.sites.balance_scale)
         (loss + auxiliary).backward()
-
-    def _parts(self) -> tuple[Tensor, ...]:
-        return micro_batches(self.batch(), self.config.micro_batch, self.config.watched_sequences)
-
-    def view(self, now: int, history: WeightHistory, places: Collection[str]) -> StepView:
-        """What monitors see after a step that makes ``now`` updates."""
-        done, grad_norm = self.step(now - 1, places)
-        history.record(now, self.model)
-        sites = self.sites
-        objective = partial(objective_at, self.model, done.watched, sites.balance_scale)
-        return StepView(
-            now,
-            now * self.tokens_a_step,
-            done.loss,
-            grad_norm,
-            self.model,
-            history,
-            done.routings,
-            done.taps,
-            self.optimizer,
-            sites.numerics,
-            objective,
-        )
 
 
 def flops_a_token(model: TransformerConfig, parameters: int) -> float:

@@ -19,6 +19,7 @@ import torch
 from experiments.gpt2_training import Training, in_turns, seconds
 from experiments.gpu_record import first_line
 from monitors.base import Monitor, StepView, WeightHistory, tapped
+from monitors.watch import Watch, cadences, is_due
 
 TURNS = 5
 LONG_S = 0.5
@@ -28,22 +29,18 @@ WARM_UP_STEPS = 120
 """Steps seen before a reading by monitors that see every step: with fewer, a spike score has no past to judge by."""
 
 
-def cadences(monitor: Monitor) -> tuple[int, ...]:
-    return tuple(sorted({signal.every_steps for signal in monitor.signals}))
-
-
 def period(monitors: Mapping[str, Monitor]) -> int:
     """Steps after which the same monitors are due again."""
     return math.lcm(*(every for monitor in monitors.values() for every in cadences(monitor)))
 
 
-def filled_history(training: Training, monitors: Mapping[str, Monitor], now: int) -> WeightHistory:
-    """Weights at all steps that a reading at ``now`` asks for, one update apart."""
-    history = WeightHistory(lookback for monitor in monitors.values() for lookback in monitor.needs.history)
+def filled_watch(training: Training, monitors: Mapping[str, Monitor], now: int) -> Watch:
+    """A watch with the weights of all steps that a reading at ``now`` asks for, one update apart."""
+    watch = Watch(training.model, monitors)
     for steps in sorted({lookback.steps for m in monitors.values() for lookback in m.needs.history}, reverse=True):
-        history.record(now - steps, training.model)
+        watch.record(now - steps)
         training.step(now - steps)
-    return history
+    return watch
 
 
 def history_seconds(training: Training, monitors: Mapping[str, Monitor]) -> float:
@@ -80,10 +77,7 @@ def monitor_seconds(monitor: Monitor, view: StepView, device: torch.device) -> d
 
 def taps_seconds(training: Training, monitors: Mapping[str, Monitor]) -> float:
     """Of tapping, a step: what the watched sequences take longer, for the places tapped at each step of a period."""
-    due = Counter(
-        tapped(m for m in monitors.values() if any(step % every == 0 for every in cadences(m)))
-        for step in range(period(monitors))
-    )
+    due = Counter(tapped(m for m in monitors.values() if is_due(step, cadences(m))) for step in range(period(monitors)))
     calls = {places: partial(training.backward_watched, places) for places in {frozenset(), *due}}
     for call in calls.values():
         call()
@@ -91,16 +85,23 @@ def taps_seconds(training: Training, monitors: Mapping[str, Monitor]) -> float:
     return sum((taken[places] - taken[frozenset()]) * count for places, count in due.items()) / due.total()
 
 
+def watched_step(training: Training, watch: Watch, now: int) -> StepView:
+    """What monitors see after a step that makes ``now`` updates, all their places tapped."""
+    view = training.step(now - 1, watch.places(watch.due(now)))
+    watch.record(now)
+    return replace(view, history=watch.history)
+
+
 def monitor_costs(training: Training, monitors: Mapping[str, Monitor]) -> dict[str, Any]:
     """Everything that the monitors add to a step, as shares of it; a monitor that raises is there with its error."""
     device, now = training.device, period(monitors)
-    history = filled_history(training, monitors, now)
+    watch = filled_watch(training, monitors, now)
     step_s = in_turns({"step": partial(training.step, now)}, device, TURNS)["step"]
     shares = {
         "taps": taps_seconds(training, monitors) / step_s,
         "history": history_seconds(training, monitors) / step_s,
     }
-    view, errors, readings = training.view(now, history, tapped(monitors.values())), {}, {}
+    view, errors, readings = watched_step(training, watch, now), {}, {}
     for name, monitor in monitors.items():
         try:
             found = monitor_seconds(monitor, view, device)

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 
 from experiments.files import write_whole
 from experiments.pieces import UNFINISHED_CODE, Unfinished
-from experiments.stopping import asked, end_if_orphaned, end_with_parent, launching, sweep_folder
+from experiments.training.stopping import asked, end_if_orphaned, end_with_parent, launching, sweep_folder
 
 BAD_JOB = "bad-job-"
 

@@ -100,7 +100,7 @@ def one_pass(
     """Forward and backward with one kernel: what its O is like, (layers, heads), and flat gradients of W_Q and W_K."""
     model.zero_grad(set_to_none=True)
     with Taps(model, ["dot_product"]) as tapped:
-        loss, auxiliary, _ = model.objective(batch, numerics)
+        loss, auxiliary, _ = model(batch, numerics)
         (loss + auxiliary).backward()
     taps = tapped.at("dot_product").values()
     inputs, window = tapped_inputs(taps, slice(None)), window_of(taps)

@@ -108,7 +108,7 @@ class RunProgress:
         if self._last is not None:  # else it may be that of another process, which has the run
             (self._folder / STATUS).unlink(missing_ok=True)
 
-    def __call__(self, step: int, loss: Tensor, readings: Mapping[str, Reading]) -> None:
+    def __call__(self, step: int, loss: Tensor, readings: Mapping[str, Reading], rows: Mapping[Path, int]) -> None:
         self._ask.live.add(readings)
         self._step, now = step, time.monotonic()
         left_s = self._pace.left_s(now, step, self._steps - step)
@@ -143,7 +143,7 @@ class StackProgress:
     def __exit__(self, *_: object) -> None:
         self._clear(self._shown)
 
-    def __call__(self, step: int, rows: Mapping[Path, int], losses: Tensor, readings: Mapping[str, Reading]) -> None:
+    def __call__(self, step: int, losses: Tensor, readings: Mapping[str, Reading], rows: Mapping[Path, int]) -> None:
         """rows: by run folder, the place in the stack of the runs that still record; losses (N,), readings (N, ...)."""
         now = time.monotonic()
         if self._last is None or not self._seen.issuperset(rows):  # the next stack of this process starts

@@ -37,9 +37,7 @@ from analysis.index import check_parts
 from analysis.report import make_report
 from experiments import trace
 from experiments.build import Run, build_run
-from experiments.checkpoint import RunError
 from experiments.cli import COMPOSE_ERRORS, CONF, USER_ERRORS, explain, guarded, one_line_errors
-from experiments.data import load_once
 from experiments.files import sealed, write_whole
 from experiments.names import check_name
 from experiments.pieces import Unfinished, in_pieces
@@ -47,10 +45,13 @@ from experiments.plan import PlannedRun, plan, plan_cases
 from experiments.progress import RunInSweep, StackProgress, SweepProgress
 from experiments.scoring import check_runs, check_settings
 from experiments.settings import ReproduceCommand, check_command
-from experiments.stacked_loop import train_stack
-from experiments.stacking import stacks, why_single
-from experiments.stopping import asked, check_in, end_if_orphaned, end_with_parent, launching
 from experiments.train import describe, run_one, signals_of, train_shown
+from experiments.training.checkpoint import RunError
+from experiments.training.data import load_once
+from experiments.training.loop import train_stack
+from experiments.training.missing_readings import is_complete
+from experiments.training.stacking import stacks, why_single
+from experiments.training.stopping import asked, check_in, end_if_orphaned, end_with_parent, launching
 from experiments.validation import check_named
 
 CONFIG_NAME = "reproduce"
@@ -154,7 +155,7 @@ def left_to_train(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path)
     for cell, run in zip(planned, runs, strict=True):
         folder = out / run.run_id
         try:
-            if not trace.is_done(folder):
+            if not is_complete(folder, run):
                 pending.append((cell, run))
         except trace.TraceError as error:
             damaged.append(shlex.quote(str(folder)))
@@ -220,7 +221,7 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: 
             f"{len(failed)} of {len(pending)} runs failed and can be resumed by the same command; "
             f"the first, {run.run_id} (seed {run.seed}): {result['error']}"
         )
-    unfinished = sum(not trace.is_done(out / run.run_id) for _, run in pending)
+    unfinished = sum(not is_complete(out / run.run_id, run) for _, run in pending)
     if unfinished:
         why = "a signal to their process" if piece_s is None else f"train.piece_s={piece_s:g} seconds"
         raise Unfinished(f"{unfinished} runs are left after {why}; the same command goes on")

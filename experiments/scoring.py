@@ -16,9 +16,9 @@ from analysis.laws import law_of
 from analysis.report import CASES, DRAWINGS
 from analysis.tracks import MIN_REFERENCE_RUNS
 from experiments.build import Run
-from experiments.ledger import HELD_OUT
 from experiments.plan import PlannedRun
 from experiments.trace import Trace
+from experiments.training.run_writer import HELD_OUT
 from experiments.validation import check_named, check_node, nearest
 
 NEEDED = {
@@ -189,7 +189,7 @@ def _check_faults(planned: Sequence[PlannedRun], runs: Sequence[Run]) -> None:
 
 def _to_be(run: Run) -> Trace:
     """What is known of a run's trace before it is trained."""
-    return Trace(run.run_id, Path(), {"config": run.identity["config"], "onset_step": run.fault.onset})
+    return Trace(run.run_id, Path(), {"config": run.nodes, "onset_step": run.fault.onset})
 
 
 def _check_evaluations(consecutive: int, runs: Sequence[Run]) -> None:

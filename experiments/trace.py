@@ -113,10 +113,15 @@ def _parts(folder: Path) -> list[Path]:
 def write_part(folder: Path, first_step: int, last_step: int, columns: Mapping[str, Any]) -> dict[str, str]:
     """Write the rows of steps first_step to last_step as one part; its entry in ``files`` of the manifest."""
     table = pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)
+    return write_table(folder, f"part-{first_step:09d}-{last_step:09d}", table)
+
+
+def write_table(folder: Path, name: str, table: pa.Table) -> dict[str, str]:
+    """Write rows as a part of this name; its entry in ``files`` of the manifest."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     (folder / TRACE).mkdir(exist_ok=True)
-    return write_file(folder, f"{TRACE}/part-{first_step:09d}-{last_step:09d}.parquet", sink.getvalue().to_pybytes())
+    return write_file(folder, f"{TRACE}/{name}.parquet", sink.getvalue().to_pybytes())
 
 
 def write_file(folder: Path, name: str, data: bytes) -> dict[str, str]:

@@ -12,12 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.build import Run, build_run
 from experiments.cli import CONF, guarded, one_line_errors
-from experiments.data import Corpus, DataConfig
-from experiments.loop import train
 from experiments.pieces import Unfinished
 from experiments.progress import RunProgress
 from experiments.settings import TrainCommand, check_command
-from experiments.stopping import asked
+from experiments.training.data import Corpus, DataConfig
+from experiments.training.loop import train
+from experiments.training.stopping import asked
 from models.transformer import Transformer
 from monitors.base import Signal
 

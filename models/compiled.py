@@ -30,7 +30,7 @@ def _before_attention(block: Block, x_BTE: Tensor) -> tuple[Tensor, ...]:
 
 
 class CompiledObjective:
-    """``model.objective`` with compiled blocks and loss; the model itself stays eager.
+    """``model`` with compiled blocks and loss; the model itself stays eager.
 
     Its losses agree with the eager ones to the rounding of the model's precision. One compilation a shape of a
     micro-batch: two, where the last of them gives up its watched sequences.
@@ -54,7 +54,7 @@ class CompiledObjective:
         for owner, name, compiled in self._compiled:
             setattr(owner, name, compiled)
         try:
-            return self._model.objective(*arguments)
+            return self._model(*arguments)
         finally:
             for owner, name, _ in self._compiled:
                 delattr(owner, name)

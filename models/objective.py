@@ -6,24 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.attention import DotProduct
 from models.transformer import Transformer
-
-
-class _Objective(nn.Module):
-    """``functional_call`` calls a module; this one's ``forward`` is the sum of a model's two terms."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens_BT1: Tensor, balance_scale: float) -> Tensor:
-        loss, auxiliary, _ = self.model.objective(tokens_BT1, balance_scale=balance_scale)
-        return loss + auxiliary
 
 
 @contextmanager
@@ -51,7 +38,7 @@ def objective_at(model: Transformer, tokens_BT1: Tensor, balance_scale: float, w
     weights: by the model's parameter names, all of them; tied ones once. The model keeps its parameters, their ``grad``
     and its buffers. Returns a 0-dim tensor, of a stack one number a run, differentiable in ``weights`` without end.
     """
-    tensors = {f"model.{name}": weight for name, weight in weights.items()}
-    tensors |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+    tensors = dict(weights) | dict(model.named_buffers())
     with _unrounded(model):
-        return torch.func.functional_call(_Objective(model), tensors, (tokens_BT1, balance_scale))
+        loss, auxiliary, _ = torch.func.functional_call(model, tensors, (tokens_BT1,), {"balance_scale": balance_scale})
+    return loss + auxiliary

@@ -187,7 +187,7 @@ class StackedTransformer(Transformer):
             for parameter in parameters:
                 parameter.grad = None
 
-    def objective(
+    def forward(
         self, tokens_NBT1: Tensor, numerics: StackedNumerics | None = None, balance_scale: float = 1.0
     ) -> tuple[Tensor, Tensor, tuple[Routing, ...]]:
         """As of a transformer, the two terms one a slice, (N,); backpropagate their sum. No numerics: all healthy."""

@@ -242,7 +242,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Maps tokens (B, T) to logits (B, T, V); ``loss`` is the mean next-token NLL in nats.
+    """Maps tokens (B, T + 1) to what training minimises; ``loss``, its first term, is the mean next-token NLL in nats.
 
     Build it under ``torch.device("meta")`` to count a model that does not fit. precision: ``fp32``, or ``bf16`` for
     autocast (``models.precision``); the weights are FP32 either way.
@@ -295,10 +295,11 @@ class Transformer(nn.Module):
         """Mean over tokens of -ln softmax(logits)[target], in nats, taken in FP32. 0-dim."""
         return F.cross_entropy(at_least_fp32(logits_NV), targets_N)
 
-    def forward(self, tokens_BT: Tensor, numerics: AttentionNumerics = HEALTHY) -> Tensor:
+    def logits(self, tokens_BT: Tensor, numerics: AttentionNumerics = HEALTHY) -> Tensor:
+        """Of the next token at every position, (B, T, V), from tokens (B, T)."""
         return self._run(tokens_BT, numerics)[0]
 
-    def objective(
+    def forward(
         self, tokens_BT1: Tensor, numerics: AttentionNumerics = HEALTHY, balance_scale: float = 1.0
     ) -> tuple[Tensor, Tensor, tuple[Routing, ...]]:
         """What training minimises, in two terms, and what the routers did: NLL, auxiliary loss, routings.
@@ -316,7 +317,7 @@ class Transformer(nn.Module):
 
         tokens_BT1: integer, (B, T + 1). Returns a 0-dim FP32 tensor; NaN and Inf propagate.
         """
-        return self.objective(tokens_BT1, numerics)[0]
+        return self(tokens_BT1, numerics)[0]
 
     def update_balance(self, routings: Sequence[Routing], scale: float) -> None:
         """Let every router with a balancing bias follow the loads that it saw; nothing for the others."""

@@ -67,7 +67,10 @@ class WeightHistory:
         self._snapshots = dict(state)
 
 
-@dataclass(frozen=True)
+NO_HISTORY = WeightHistory(())
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepView:
     """What a monitor sees after an optimizer update. Everything stays on the device; nothing may be written.
 
@@ -78,7 +81,8 @@ class StepView:
     ``train.micro_batch`` or ``train.watched_sequences`` routings, taps and objective_at are of the batch's last
     sequences alone. optimizer: after the update, each ``grad`` still as it took it, clipped; numerics: what this step's
     attention was made to do, for oracles alone; objective_at: this step's training objective, NLL plus auxiliary losses
-    on its batch without rounding or faults, as a smooth function of all weights by name (``models.objective``).
+    on its batch without rounding or faults, as a smooth function of all weights by name (``models.objective``); batch:
+    the tokens that taps, routings and objective_at are of, (B, T + 1).
     """
 
     step: int
@@ -86,12 +90,13 @@ class StepView:
     loss: Tensor
     grad_norm: Tensor
     model: Transformer
-    history: WeightHistory
+    history: WeightHistory = NO_HISTORY
     routings: tuple[Routing, ...] = ()
     taps: Taps = NO_TAPS
     optimizer: torch.optim.AdamW | None = None
     numerics: AttentionNumerics = HEALTHY
     objective_at: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    batch: Tensor | None = None
 
     def weights_before(self, steps: int) -> Mapping[str, Tensor] | None:
         """Weights ``steps`` updates ago, or None where the run is younger than that."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from models.taps import PLACES
 from monitors.choices import check_choice
 
-VIEW = ("routings", "optimizer", "numerics", "objective_at")
+VIEW = ("batch", "routings", "optimizer", "numerics", "objective_at")
 """Fields of ``StepView`` that not every loop can fill."""
 
 

@@ -15,11 +15,11 @@ from analysis.cases import ALL_CASES
 from analysis.report import DRAWINGS
 from experiments import reproduce
 from experiments.build import ROOT, build_run
-from experiments.loop import train
 from experiments.plan import FIRST_CASE_SEED, FIRST_SEED, plan
 from experiments.reproduce import build_all, chosen_experiment, planned_runs
 from experiments.scoring import check_runs, check_settings
 from experiments.train import describe
+from experiments.training.loop import train
 from models.transformer import Transformer
 
 CONF = ROOT / "conf"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 
 from experiments.build import ROOT
-from experiments.loop import train
+from experiments.training.loop import train
 from faults.base import Fault, Sites
 
 FAULTS = sorted(path.stem for path in (ROOT / "conf" / "fault").glob("*.yaml"))

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,15 +15,14 @@ import torch
 
 from experiments import trace
 from experiments.build import ROOT, Run
-from experiments.ledger import HELD_OUT
-from experiments.loop import train
-from models.numerics import HEALTHY, AttentionNumerics, SiteFault
-from models.objective import objective_at
-from models.taps import Taps
+from experiments.training.loop import train
+from experiments.training.run_writer import HELD_OUT
+from models.numerics import AttentionNumerics, SiteFault
 from models.transformer import Transformer
-from monitors.base import Masked, Monitor, Reading, Signal, StepView, WeightHistory, tapped
+from monitors.base import Masked, Monitor, Reading, Signal, StepView, tapped
 from monitors.needs import VIEW
 from monitors.signal import EXACT, OVER_NOISE, RATIO
+from monitors.watch import Watch
 
 MONITORS = sorted(path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml"))
 CATALOGUE = pd.read_csv(ROOT / "monitors" / "catalogue.csv").set_index("id")
@@ -180,25 +178,15 @@ def test_needs_are_read_in_no_other_way():
 
 def tenth_step_of(run: Run, name: str, plant: Callable[[Transformer], None] | None = None) -> tuple[Monitor, StepView]:
     """A monitor that has seen nothing yet, and what it sees at step 10. plant: done to the model before that step."""
-    monitor, model = run.monitors[name], run.new_model()
-    history = WeightHistory(monitor.needs.history)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for step in range(11):
-        history.record(step, model)
-        if step < 10:
-            if step == 9 and plant is not None:
-                plant(model)
-            batch = torch.from_numpy(run.corpus.batch(0, step, 4))
-            optimizer.zero_grad()
-            with Taps(model, tapped([monitor])) as taps:
-                loss, auxiliary, routings = model.objective(batch)
-                (loss + auxiliary).backward()
-            norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters())
-            optimizer.step()
-    objective = partial(objective_at, model, batch, 1.0)
-    return monitor, StepView(
-        10, 640, loss.detach(), norm, model, history, routings, taps, optimizer, HEALTHY, objective
-    )
+    monitor, engine, healthy = run.monitors[name], run.new_engine(), run.healthy_sites()
+    watch = Watch(engine.model, {name: monitor})
+    watch.record(0)
+    for step in range(10):
+        if step == 9 and plant is not None:
+            plant(engine.model)
+        view = engine.step(step, [healthy], tapped([monitor]))
+        watch.record(step + 1)
+    return monitor, replace(view, history=watch.history)
 
 
 def first_reading(monitor: Monitor, view: StepView) -> dict[str, Reading]:
@@ -218,13 +206,15 @@ def tenth_step(make_run, name) -> tuple[Monitor, StepView]:
 def test_observing_changes_nothing(tenth_step):
     monitor, view = tenth_step
     model, optimizer, history = view.model, view.optimizer, view.history
-    state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), history.state_dict()))
+    rates = [dict(group, params=None) for group in optimizer.param_groups]
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"], history.state_dict()))
     gradients = [p.grad.clone() for p in model.parameters()]
     random = torch.get_rng_state()
     assert first_reading(monitor, view)
     torch.testing.assert_close(
-        (model.state_dict(), optimizer.state_dict(), history.state_dict()), state, rtol=0, atol=0
+        (model.state_dict(), optimizer.state_dict()["state"], history.state_dict()), state, rtol=0, atol=0
     )
+    assert [dict(group, params=None) for group in optimizer.param_groups] == rates
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
     assert torch.equal(torch.get_rng_state(), random)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from experiments import trace
-from experiments.loop import train
-from experiments.manifest import new_manifest
+from experiments.training.loop import train
+from experiments.training.manifest import new_manifest
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from experiments import bench
-from monitors.base import Lookback, Needs, Signal, StepView, WeightHistory
+from monitors.base import Lookback, Needs, Signal, StepView
 
 
 class Watcher:
@@ -24,7 +24,7 @@ def test_a_monitor_is_paid_at_the_steps_at_which_it_reads(monkeypatch):
 
     monkeypatch.setattr(bench, "_cpu_seconds", a_second)
     model = nn.Linear(2, 2)
-    view = StepView(1, 1, torch.zeros(()), torch.zeros(()), model, WeightHistory(()))
+    view = StepView(step=1, tokens=1, loss=torch.zeros(()), grad_norm=torch.zeros(()), model=model)
     copies = (Lookback(50, 50, lambda name: True),)
     groups = {
         "tenth": {"one": Watcher(10)},

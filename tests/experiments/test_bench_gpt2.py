@@ -14,11 +14,12 @@ from experiments.build import ROOT
 from experiments.gpt2_sizes import Size
 from experiments.gpt2_training import Training, flops_a_token
 from experiments.gpu_record import Record
-from experiments.loop import train
 from experiments.monitor_costs import history_seconds, monitor_seconds, period, taps_seconds
 from experiments.plain_config import construct, monitors_of
+from experiments.training.loop import train
 from models.transformer import Transformer
 from monitors.base import Needs, Signal
+from monitors.watch import Watch
 
 PARTS = ("steps", "monitors", "profile")
 
@@ -100,7 +101,7 @@ def test_a_step_is_the_loop_s(make_run, tmp_path, monkeypatch):
     training = Training(run.model_config, replace(run.train, device="cpu"), numerics, "inductor")
     for index in range(3):
         training.step(index)
-    monkeypatch.setattr(run.corpus, "batch", lambda *_: training.batch().numpy())
+    monkeypatch.setattr(run.corpus, "batch", lambda *_: torch.cat(training.batch()).numpy())
     train(run, tmp_path)
     expected = load_file(tmp_path / run.run_id / "weights.safetensors")
     for name, parameter in training.model.named_parameters():
@@ -125,7 +126,7 @@ def test_a_mixed_cadence_is_averaged_over_its_steps(monkeypatch):
     """Nine steps in ten are cheap ones."""
     monkeypatch.setattr(monitor_costs, "reading_seconds", lambda m, view, d: 5.0 if view.step % 10 == 0 else 1.0)
     training = Size.tiny("cpu").training(4, False)
-    view = training.view(1500, monitor_costs.filled_history(training, {}, 1500), ())
+    view = monitor_costs.watched_step(training, Watch(training.model, {}), 1500)
     found = monitor_seconds(Counted(), view, torch.device("cpu"))
     assert found == {"reading_s": 5.0, "mean_s": pytest.approx((5.0 + 9 * 1.0) / 10)}
     assert period({"counted": Counted()}) == 10

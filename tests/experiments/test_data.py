@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from experiments.data import Corpus, DataConfig
+from experiments.training.data import Corpus, DataConfig
 
 CONTEXT = 16
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from analysis.index import read_index
-from experiments import checkpoint, trace
+from experiments import trace
 from experiments.files import sealed, unsealed
-from experiments.loop import train
 from experiments.reproduce import left_to_train
 from experiments.trace import TraceError
+from experiments.training import checkpoint
+from experiments.training.loop import train
 
 FLIPS = 60
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments.gradients import backward, micro_batches
+from experiments.training.gradients import backward, micro_batches
 from faults.base import Sites
 from tests.rounding_bounds import FP32, gamma, once_stored_in_bf16
 
@@ -61,9 +61,9 @@ def test_a_batch_in_pieces_the_watched_one_last(micro_batch, watched, sizes):
 @pytest.mark.parametrize(("micro_batch", "watched"), [(1, None), (3, None), (4, None), (4, 1), (4, 3), (None, 2)])
 def test_micro_batches_add_up_to_the_batch(model_and_batch, micro_batch, watched):
     model, batch = model_and_batch
-    whole = backward(model, [batch], SITES, (), model.objective)
+    whole = backward(model, [batch], SITES, (), model)
     of_batch = gradients(model)
-    parts = backward(model, micro_batches(batch, micro_batch, watched), SITES, (), model.objective)
+    parts = backward(model, micro_batches(batch, micro_batch, watched), SITES, (), model)
     torch.testing.assert_close(parts.loss, whole.loss, rtol=2 * gamma(ROUNDINGS, FP32), atol=0)
     assert_near(gradients(model), of_batch)
 
@@ -73,10 +73,10 @@ def test_auxiliary_losses_weigh_as_much_as_the_sequences_they_are_of(make_run):
     model, batch = run.new_model(), torch.from_numpy(run.corpus.batch(0, 0, 8))
     parts = micro_batches(batch, 4, 1)
     assert [len(part) for part in parts] == [4, 3, 1]
-    loss = backward(model, parts, SITES, (), model.objective).loss
+    loss = backward(model, parts, SITES, (), model).loss
     found, nll = gradients(model), 0.0
     for part in parts:
-        of_part, auxiliary, _ = model.objective(part)
+        of_part, auxiliary, _ = model(part)
         (len(part) / 8 * (of_part + auxiliary)).backward()
         nll += len(part) / 8 * of_part.item()
     assert loss.item() == pytest.approx(nll, rel=2 * gamma(ROUNDINGS, FP32))
@@ -87,7 +87,7 @@ def test_a_batch_that_fits_is_one_piece_bit_for_bit(model_and_batch):
     model, batch = model_and_batch
     whole = backward(model, [batch], SITES, (), None)
     of_batch = gradients(model)
-    loss, auxiliary, _ = model.objective(batch)
+    loss, auxiliary, _ = model(batch)
     (loss + auxiliary).backward()
     assert torch.equal(whole.loss, loss.detach())
     torch.testing.assert_close(gradients(model), of_batch, rtol=0, atol=0)
@@ -97,10 +97,10 @@ def test_a_batch_that_fits_is_one_piece_bit_for_bit(model_and_batch):
 @pytest.mark.parametrize(("micro_batch", "watched"), [(2, None), (4, 2)])
 def test_taps_see_the_last_micro_batch_as_a_batch_of_its_own(model_and_batch, micro_batch, watched):
     model, batch = model_and_batch
-    alone = backward(model, [batch[6:]], SITES, ("linear", "dot_product"), model.objective)
+    alone = backward(model, [batch[6:]], SITES, ("linear", "dot_product"), model)
     model.zero_grad(set_to_none=True)
     parts = micro_batches(batch, micro_batch, watched)
-    seen = backward(model, parts, SITES, ("linear", "dot_product"), model.objective)
+    seen = backward(model, parts, SITES, ("linear", "dot_product"), model)
     assert torch.equal(seen.watched, batch[6:])
     for name, tap in seen.taps.at("linear").items():
         other = alone.taps.at("linear")[name]
@@ -113,7 +113,7 @@ def test_taps_see_the_last_micro_batch_as_a_batch_of_its_own(model_and_batch, mi
 def test_watching_changes_no_gradient(model_and_batch):
     model, batch = model_and_batch
     parts = micro_batches(batch, 4, 1)
-    backward(model, parts, SITES, (), model.objective)
+    backward(model, parts, SITES, (), model)
     unwatched = gradients(model)
-    backward(model, parts, SITES, ("linear", "dot_product", "norm"), model.objective)
+    backward(model, parts, SITES, ("linear", "dot_product", "norm"), model)
     torch.testing.assert_close(gradients(model), unwatched, rtol=0, atol=0)

@@ -71,7 +71,7 @@ def test_a_run_says_where_it_stands_while_it_trains_and_cleans_up(tmp_path, monk
     with RunProgress(tmp_path, 100, [UP], show=False) as shown:
         for step in range(1, 23):
             shown._last = (-1e9, 0)
-            shown(step, torch.tensor(2.5), {"up": torch.tensor(1.0 + step % 3 + 100.0 * (step == 22))})
+            shown(step, torch.tensor(2.5), {"up": torch.tensor(1.0 + step % 3 + 100.0 * (step == 22))}, {})
         status = json.loads((tmp_path / "status.json").read_text())
     assert status["step"] == 22 and status["alarms"] == ["up"]
     assert list(tmp_path.iterdir()) == []
@@ -90,7 +90,7 @@ def test_alarms_take_a_small_share_of_the_time(tmp_path, monkeypatch):
     shown = RunProgress(tmp_path, 100, [UP], show=True)
     monkeypatch.setattr(shown._ask.live, "raised_by_run", raised_by_run)
     for step in range(1, 100):
-        shown(step, torch.tensor(2.5), {})
+        shown(step, torch.tensor(2.5), {}, {})
         now[0] += 0.5
     assert asked == pytest.approx([0.5, 20.7, 40.9], abs=0.5)
 
@@ -116,16 +116,16 @@ def test_a_stack_says_where_each_of_its_runs_stands_while_it_records(tmp_path, m
     with StackProgress([UP]) as shown:
         for step in range(1, 23):
             jump = torch.tensor([0.0, 100.0 * (step == 22)])
-            after_a_second(step, rows, torch.tensor([3.0, 4.0]), {"up": 1.0 + step % 3 + jump})
+            after_a_second(step, torch.tensor([3.0, 4.0]), {"up": 1.0 + step % 3 + jump}, rows)
         statuses = [json.loads((folder / "status.json").read_text()) for folder in (one, other)]
         assert [status["loss"] for status in statuses] == [3.0, 4.0]
         assert [status["alarms"] for status in statuses] == [[], ["up"]]
-        after_a_second(24, {other: 1}, torch.tensor([3.5, 5.0]), {})
+        after_a_second(24, torch.tensor([3.5, 5.0]), {}, {other: 1})
         status = {"step": 24, "loss": 5.0, "steps_per_s": 2.0, "alarms": ["up"]}
         assert json.loads((other / "status.json").read_text()) == status
         assert not list(one.iterdir())
-        after_a_second(1, {one: 0}, torch.tensor([2.0]), {"up": torch.tensor([1.0])})  # the next stack of this process
-        after_a_second(2, {one: 0}, torch.tensor([2.0]), {"up": torch.tensor([1.0])})
+        after_a_second(1, torch.tensor([2.0]), {"up": torch.tensor([1.0])}, {one: 0})  # the next stack of this process
+        after_a_second(2, torch.tensor([2.0]), {"up": torch.tensor([1.0])}, {one: 0})
         assert json.loads((one / "status.json").read_text())["steps_per_s"] == 1.0
     assert not list(other.iterdir()) and not list(one.iterdir())
 
@@ -198,7 +198,7 @@ def test_a_run_s_bar_ends_at_its_last_step(tmp_path):
     shown = RunProgress(tmp_path, 30, [UP], show=True)
     with shown:
         for step in range(1, 31):
-            shown(step, torch.tensor(2.5), {})
+            shown(step, torch.tensor(2.5), {}, {})
     assert shown._bar.tasks[0].completed == 30
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from experiments import loop, trace
+from experiments import trace
 from experiments.build import build_run
-from experiments.loop import train
-from experiments.memory import OutOfMemory
+from experiments.training import loop
+from experiments.training.loop import train
+from experiments.training.out_of_memory import OutOfMemory
 from models.transformer import Transformer
 from tests.experiments.same_result import WEIGHTS, assert_same_result
 
@@ -213,7 +214,7 @@ def test_a_dense_run_says_which_monitors_it_left_out(make_run, tmp_path):
 def test_what_a_step_was_tapped_for_is_gone_before_the_next(make_run, tmp_path, monkeypatch):
     """It is as large as the step's activations, and would take the memory that the next step needs."""
     made, seen, alive = make_run("train.steps=12", "monitor.attention_laws.every_steps=1"), [], []
-    laws, objective = made.monitors["attention_laws"], Transformer.objective
+    laws, objective = made.monitors["attention_laws"], Transformer.forward
     run, observe = replace(made, monitors={"attention_laws": laws}), laws.observe
 
     def remember(view):
@@ -225,6 +226,6 @@ def test_what_a_step_was_tapped_for_is_gone_before_the_next(make_run, tmp_path, 
         return objective(*arguments)
 
     monkeypatch.setattr(laws, "observe", remember)
-    monkeypatch.setattr(Transformer, "objective", count)
+    monkeypatch.setattr(Transformer, "forward", count)
     train(run, tmp_path)
     assert len(seen) == 12 and not any(alive)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save
 
 from analysis.found import conf
 from experiments import trace
-from experiments.loop import train
 from experiments.natural_rounding import KERNELS, alignment, conditions, main, output_bias, trained
 from experiments.plain_config import CONF, construct
 from experiments.trace import TraceError
+from experiments.training.loop import train
 from models.arithmetic import ORDINARY, Arithmetic
 from models.attention import flash_attention
 from models.numerics import LayerNumerics

@@ -15,7 +15,7 @@ import yaml
 from analysis.entrants import check_causal, entrant_of
 from experiments import trace
 from experiments.build import ROOT, construct
-from experiments.loop import train
+from experiments.training.loop import train
 from faults.base import Fault, LearningRateScale, Sites
 from monitors.base import Monitor, StepView, due_readings
 
@@ -61,7 +61,8 @@ def test_the_example_fault_is_a_fault(example):
 def losses(*values: float) -> list[StepView]:
     """Views that differ in step and loss alone."""
     return [
-        StepView(10 * i, 0, torch.tensor(value), torch.ones(()), None, None) for i, value in enumerate(values, start=1)
+        StepView(step=10 * i, tokens=0, loss=torch.tensor(value), grad_norm=torch.ones(()), model=None)
+        for i, value in enumerate(values, start=1)
     ]
 
 

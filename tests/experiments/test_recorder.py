@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from experiments.recorder import Recorder
+from experiments.training.recorder import Recorder
 from monitors.base import Masked
 
 RUNS = 3
@@ -17,32 +17,26 @@ def rows(columns):
 
 
 def test_a_run_of_a_stack_has_the_rows_that_it_would_record_by_itself():
-    stack = Recorder()
-    in_stack = [Recorder(stack, index) for index in range(RUNS)]
-    alone = [Recorder() for _ in range(RUNS)]
+    stack, alone = Recorder(), [Recorder() for _ in range(RUNS)]
     for step in (3, 6):
         loss, spectrum = randn(RUNS) + step, Masked(randn(RUNS, 2, 4) * step, randn(RUNS, 2, 4) > 0)
-        stack.add(step, 10 * step, "loss", loss)
-        stack.add(step, 10 * step, "spectrum", spectrum)
-        for index in range(RUNS):
-            own = torch.tensor(float(index + step))
-            in_stack[index].add(step, 10 * step, "own", own)
-            alone[index].add(step, 10 * step, "own", own)
-            alone[index].add(step, 10 * step, "loss", loss[index])
-            alone[index].add(step, 10 * step, "spectrum", Masked(spectrum.value[index], spectrum.undefined[index]))
-    for one, other in zip(in_stack, alone, strict=True):
-        assert one.first_step == other.first_step == 3
-        assert rows(one.columns()) == rows(other.columns())
-    assert len(rows(alone[0].columns())) == 2 * (1 + 1 + 8)
+        stack.add(step, 10 * step, {"loss": loss, "spectrum": spectrum})
+        for run in range(RUNS):
+            own = Masked(spectrum.value[run], spectrum.undefined[run])
+            alone[run].add(step, 10 * step, {"loss": loss[run], "spectrum": own})
+    for run in range(RUNS):
+        assert rows(stack.columns(run)) == rows(alone[run].columns())
+    assert stack.first_step == alone[0].first_step == 3
+    assert len(rows(alone[0].columns())) == 2 * (1 + 8)
 
 
 def test_a_reading_after_a_look_is_seen_by_the_next_one():
     recorder = Recorder()
-    recorder.add(1, 10, "loss", torch.tensor(1.0))
+    recorder.add(1, 10, {"loss": torch.tensor(1.0)})
     assert recorder.columns()["value"].tolist() == [1.0]
-    recorder.add(2, 20, "loss", torch.tensor(2.0))
+    recorder.add(2, 20, {"loss": torch.tensor(2.0)})
     assert recorder.columns()["value"].tolist() == [1.0, 2.0]
     recorder.clear()
     assert recorder.first_step is None
-    recorder.add(4, 40, "loss", torch.tensor(4.0))
+    recorder.add(4, 40, {"loss": torch.tensor(4.0)})
     assert recorder.first_step == 4 and np.array_equal(recorder.columns()["step"], [4])

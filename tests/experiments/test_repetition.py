@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments.data import Corpus, DataConfig
-from experiments.repetition import REPETITIONS, repeated
+from experiments.training.data import Corpus, DataConfig
+from experiments.training.repetition import REPETITIONS, repeated
 
 LENGTH = 400_000
 

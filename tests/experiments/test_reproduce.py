@@ -2,8 +2,8 @@ import pytest
 from joblib import cpu_count
 
 from experiments import reproduce, trace
-from experiments.stacked_loop import train_stack
 from experiments.train import run_one
+from experiments.training.loop import train_stack
 
 
 def test_an_experiment_stacks_its_runs_and_trains_the_others_one_by_one(text, tiny, tmp_path, monkeypatch):

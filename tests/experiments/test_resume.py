@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import checkpoint, trace
+from experiments import trace
 from experiments.build import ROOT
-from experiments.checkpoint import RunError
-from experiments.loop import train
 from experiments.trace import TraceError
+from experiments.training import checkpoint
+from experiments.training.checkpoint import RunError
+from experiments.training.loop import train
 from tests.experiments.same_result import WEIGHTS, assert_same_result
 
 MOE = (
@@ -30,7 +31,7 @@ class Killed(BaseException):
 
 
 def stop_at(step: int):
-    def progress(now, loss, readings):
+    def progress(now, *_):
         if now == step:
             raise Killed
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from experiments import checkpoint, trace
+from experiments import trace
 from experiments.build import Run
-from experiments.loop import train
-from experiments.stacked_loop import train_stack
+from experiments.training import checkpoint
+from experiments.training.loop import train, train_stack
 from monitors.adam import AdamUpdateRMS
 from monitors.attention_scores import AttentionScores
 from monitors.attention_update import DeltaW

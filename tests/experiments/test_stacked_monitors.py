@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -14,15 +13,13 @@ import torch
 from experiments import bench_stack
 from experiments.build import Run
 from experiments.plain_config import monitors_of
-from experiments.stacked_history import SliceHistory
-from experiments.stacked_monitors import StackedMonitors, _SeenAs, _WithRules, slice_view, stackable
-from experiments.stacked_optimizer import StackedAdamW
+from experiments.training.stacked_engine import StackedEngine
+from experiments.training.stacked_history import SliceHistory
+from experiments.training.stacked_watch import StackedWatch, _SeenAs, _WithRules, slice_view, stackable
 from models.bits import truncate
-from models.objective import objective_at
-from models.stacked import StackedNumerics, StackedTransformer
-from models.taps import Taps
 from models.trees import tensors_of
-from monitors.base import StepView, due_readings, state_of, tapped
+from monitors.base import Needs, StepView, due_readings, state_of, tapped
+from monitors.optimization import Loss
 from tests.experiments.reading_bounds import ROUNDINGS, error_bound
 from tests.other_order import OtherBatchedOrder
 
@@ -50,55 +47,38 @@ def order(request) -> Callable[[], AbstractContextManager]:
     return nullcontext if request.param == "own_order" else OtherBatchedOrder
 
 
-def views(runs: Sequence[Run], break_one: bool) -> Iterator[tuple[StepView, list[StepView]]]:
-    """Of a stack in training, at the steps of ``READINGS``: the view of all, and the view of each run.
+def views(runs: Sequence[Run], break_one: bool) -> Iterator[tuple[StackedWatch, StepView, list[StepView]]]:
+    """Of a stack in training, at the steps of ``READINGS``: its watch, the view of all, and the view of each run.
 
     break_one: run ``BROKEN`` has a NaN in every weight before its last step.
     """
-    model, healthy = StackedTransformer([run.new_model() for run in runs]), runs[0].healthy_sites()
-    optimizer, history = StackedAdamW(model, [run.train for run in runs]), runs[0].new_history()
-    histories = [SliceHistory(history, index) for index in range(len(runs))]
-    history.record(0, model)
+    models, healthy = [run.new_model() for run in runs], runs[0].healthy_sites()
+    engine = StackedEngine(models, [run.train for run in runs], runs[0].corpus, [run.seed for run in runs])
+    watch = StackedWatch(engine.model, [copy.deepcopy(run.monitors) for run in runs])
+    watch.record(0)
     for now in range(1, READINGS[-1] + 1):
         if break_one and now == READINGS[-1]:
-            for weights in model.weights:
+            for weights in engine.model.weights:
                 weights[BROKEN].fill_(torch.nan)
         sites = [run.fault.sites(now - 1, healthy) for run in runs]
-        batch = torch.from_numpy(runs[0].corpus.batches([run.seed for run in runs], now - 1, healthy.batch_size))
-        numerics = StackedNumerics(tuple(site.numerics for site in sites))
-        with Taps(model, tapped(runs[0].monitors.values())) as taps:
-            losses_N = model.loss(batch, numerics)
-            losses_N.sum().backward()
-        model.take_gradients()
-        norms_N = optimizer.clip()
-        optimizer.step(now - 1, [site.lr_scale for site in sites])
-        history.record(now, model)
+        view = engine.step(now - 1, sites, tapped(runs[0].monitors.values()))
+        watch.record(now)
         if now in READINGS:
-            objective = partial(objective_at, model, batch, 1.0)
-            view = StepView(
-                now, 0, losses_N.detach(), norms_N, model, history, (), taps, optimizer, numerics, objective
-            )
-            yield (
-                view,
-                [
-                    slice_view(view, index, histories[index], sites[index].numerics, batch[index])
-                    for index in range(len(runs))
-                ],
-            )
+            of_runs = [slice_view(view, run, SliceHistory(watch.history, run)) for run in range(len(runs))]
+            yield watch, view, of_runs
 
 
 @pytest.mark.parametrize("break_one", [False, True], ids=["finite", "one_broken"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_monitor_reads_of_a_stack_what_it_reads_of_each_run(make_run, model, break_one, order):
     runs = [make_run(*fault, *MODELS[model], *EVERY_10_STEPS) for fault in FAULTS]
-    together = StackedMonitors([copy.deepcopy(run.monitors) for run in runs])
-    assert together.names == {name for name, monitor in runs[0].monitors.items() if stackable(monitor)}
-    for view, of_runs in views(runs, break_one):
+    for watch, view, of_runs in views(runs, break_one):
+        assert watch.together == {name for name, monitor in runs[0].monitors.items() if stackable(monitor)}
         with order():
-            stacked = together.observe(list(together.names), view)
+            stacked = watch.observe(view, watch.together)
         alone: dict[str, list[list[torch.Tensor]]] = {}
         for run, one in zip(runs, of_runs, strict=True):
-            for name in together.names:
+            for name in watch.together:
                 readings = due_readings(run.monitors[name], view.step, run.monitors[name].observe(one))
                 for signal, reading in readings.items():
                     alone.setdefault(signal, []).append(tensors_of(reading))
@@ -115,24 +95,34 @@ def test_a_monitor_reads_of_a_stack_what_it_reads_of_each_run(make_run, model, b
 
 def test_each_run_gets_its_own_memory_back(make_run, order):
     runs = [make_run(*fault, *MODELS["rmsnorm"]) for fault in FAULTS]
-    given_back = [copy.deepcopy(run.monitors) for run in runs]
-    together = StackedMonitors(given_back)
-    for view, of_runs in views(runs, break_one=False):
+    for watch, view, of_runs in views(runs, break_one=False):
         with order():
-            together.observe(list(together.names), view)
+            watch.observe(view, watch.together)
         for run, one in zip(runs, of_runs, strict=True):
-            for name in together.names:
+            for name in watch.together:
                 run.monitors[name].observe(one)
     remembered = set()
     for index, run in enumerate(runs):
-        together.hand_back(index)
-        for name in together.names:
-            own, again = (tensors_of(state_of(monitors[name])) for monitors in (run.monitors, given_back[index]))
+        memory = watch.state_of(index)["monitors"]
+        for name in watch.together:
+            own, again = tensors_of(state_of(run.monitors[name])), tensors_of(memory[name])
             assert len(own) == len(again), name
             for one, other in zip(own, again, strict=True):
                 assert (one - other).double().norm() <= ROUNDINGS * one.double().norm(), name
             remembered |= {name} if own else set()
     assert remembered >= {"attn_fragility", "gradient_curvature", "loss", "non_finite", "spike_score"}
+
+
+def test_a_monitor_that_watches_run_by_run_reads_of_each_run_that_is_still_recorded(make_run):
+    class Alone(Loss):
+        needs = Needs()
+
+    runs = [replace(make_run(*fault), monitors={"alone": Alone()}) for fault in FAULTS]
+    for watch, view, of_runs in views(runs, break_one=False):
+        assert not watch.together
+        reading = watch.observe(view, ["alone"], runs=[0, 2])["train_loss_raw"]
+        assert reading.undefined.tolist() == [False, True, False, True]
+        assert reading.value[[0, 2]].tolist() == [of_runs[0].loss.item(), of_runs[2].loss.item()]
 
 
 def test_a_step_of_a_watched_stack_takes_as_many_operations_for_8_runs_as_for_4(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from experiments import bench_stack
 from experiments.plain_config import monitors_of
-from experiments.stacking import stacks, why_single
+from experiments.training.stacking import stacks, why_single
 
 
 @pytest.mark.parametrize(

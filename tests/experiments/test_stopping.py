@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import checkpoint, reproduce, stopping, trace
+from experiments import reproduce, trace
 from experiments.build import ROOT, build_run
-from experiments.loop import train
+from experiments.training import checkpoint, stopping
+from experiments.training.loop import train
 from tests.experiments.same_result import assert_same_result
 
 PATIENCE_S = 120
@@ -97,7 +98,7 @@ def test_a_run_that_is_asked_to_end_saves_first(tiny, text, tmp_path, number, co
 
 
 def signal_after(step: int, number: int):
-    def progress(now, loss, readings):
+    def progress(now, *_):
         if now == step:
             signal.raise_signal(number)
 

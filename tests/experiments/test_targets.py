@@ -38,7 +38,7 @@ def plugin(tmp_path, monkeypatch):
         {"rule": {"charts": [{"_target_": "faultsy.base.Window"}]}},
         {"data": {"_target_": "faults"}},
         {"fault": {"_target_": "analysis.isolation.Worker", "path": "mine.py"}},
-        {"fault": {"faults": {"x": {"_target_": "experiments.data.Corpus"}}}},
+        {"fault": {"faults": {"x": {"_target_": "experiments.training.data.Corpus"}}}},
         {"model": {"_target_": "monitors.loss.Loss"}},
         {"train": {"_target_": ["faults.none.NoFault"]}},
     ],
@@ -52,9 +52,9 @@ def test_a_class_from_elsewhere_is_refused_at_any_depth_before_anything_is_impor
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("experiments.manifest.subprocess.Popen", "cannot be loaded"),
+        ("experiments.training.manifest.subprocess.Popen", "cannot be loaded"),
         ("faults.base.os.system", "cannot be loaded"),
-        ("experiments.manifest.subprocess", "defines no class subprocess"),
+        ("experiments.training.manifest.subprocess", "defines no class subprocess"),
         ("faults.bf16_shift.AttentionNumerics", "defines no class AttentionNumerics"),
         ("experiments.cli.check_overrides", "defines no class check_overrides"),
         ("faults.bf16_shift.BF16Shfit", "did you mean 'faults.bf16_shift.BF16Shift'"),
@@ -95,7 +95,7 @@ def test_a_run_takes_a_plugin_by_the_key(make_run, plugin):
         (["fault=none", "fault._target_=monitors.loss.Loss"], "fault._target_='monitors.loss.Loss' is not allowed"),
         (["+model.moe={_target_: models.transformer.Rotary}"], "model.moe"),
         (["+monitor.x={_target_: monitors.base.Lookback}"], "monitor.x"),
-        (["train._target_=experiments.data.DataConfig"], "train."),
+        (["train._target_=experiments.training.data.DataConfig"], "train."),
     ],
 )
 def test_a_class_of_another_kind_is_refused_by_field(make_run, overrides, message):

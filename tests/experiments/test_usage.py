@@ -7,7 +7,7 @@ from experiments import bench_stack
 
 COMMANDS = (
     "analysis.order", "analysis.reduced", "analysis.replay", "analysis.report", "analysis.threshold_source",
-    "experiments.bench", "experiments.bench_gpt2",
+    "experiments.bench", "experiments.bench_gpt2", "experiments.runs",
     "experiments.bench_stack", "experiments.gpu_check", "experiments.gpu_tiles", "experiments.natural_rounding",
 )  # fmt: skip
 

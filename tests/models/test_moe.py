@@ -231,15 +231,15 @@ def batch() -> torch.Tensor:
 
 def test_the_objective_adds_the_routers_losses_to_the_same_nll():
     net = model(dataclasses.replace(BASE, aux_coef=0.1))
-    nll, auxiliary, routings = net.objective(batch())
+    nll, auxiliary, routings = net(batch())
     assert torch.equal(nll, net.loss(batch()))
     assert len(routings) == 2
     assert float(auxiliary) == pytest.approx(sum(0.1 * float(r.load_balance) for r in routings), rel=gamma(4, FP32))
-    assert float(net.objective(batch(), balance_scale=0.0)[1]) == 0.0
+    assert float(net(batch(), balance_scale=0.0)[1]) == 0.0
 
 
 def test_a_dense_model_has_no_routers():
-    _, auxiliary, routings = model(None).objective(batch())
+    _, auxiliary, routings = model(None)(batch())
     assert float(auxiliary) == 0.0 and routings == ()
     model(None).update_balance(routings, 1.0)
 

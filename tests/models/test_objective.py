@@ -29,7 +29,7 @@ def setting(name: str) -> tuple[Transformer, torch.Tensor]:
 def test_at_the_model_s_own_weights_it_is_the_training_objective_without_rounding(name):
     """Of an attention that does not round it has the value and gradient, and of one that does the value to BF16."""
     model, tokens = setting(name)
-    rounded = sum(model.objective(tokens, balance_scale=0.5)[:2])
+    rounded = sum(model(tokens, balance_scale=0.5)[:2])
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     found = objective_at(model, tokens, 0.5, weights)
     assert found != rounded and abs(found / rounded - 1) < BF16
@@ -37,7 +37,7 @@ def test_at_the_model_s_own_weights_it_is_the_training_objective_without_roundin
         assert block.attention.dot_product.backend == "reference"  # as it was
         block.attention.dot_product.backend = "sdpa"
     with sdpa_kernel(SDPBackend.MATH):
-        plain = sum(model.objective(tokens, balance_scale=0.5)[:2])
+        plain = sum(model(tokens, balance_scale=0.5)[:2])
     assert torch.equal(found, plain)
     expected = torch.autograd.grad(plain, list(model.parameters()))
     for one, other in zip(torch.autograd.grad(found, list(weights.values())), expected, strict=True):

@@ -27,7 +27,7 @@ def tokens() -> torch.Tensor:
 
 def step(model: Transformer) -> Taps:
     with Taps(model, ("linear", "norm", "dot_product")) as taps:
-        loss, auxiliary, _ = model.objective(tokens())
+        loss, auxiliary, _ = model(tokens())
         (loss + auxiliary).backward()
     assert loss.dtype == torch.float32
     return taps
@@ -72,6 +72,6 @@ def test_the_loss_agrees_with_fp32():
 
 def test_the_label_is_in_the_precision_of_training():
     model = model_of("bf16")
-    trained = model.objective(tokens())[0]
+    trained = model(tokens())[0]
     with torch.no_grad():
         assert torch.equal(trained, model.loss(tokens()))

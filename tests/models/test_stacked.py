@@ -37,7 +37,7 @@ def tokens_NBT1() -> torch.Tensor:
 
 
 def backward(stack: StackedTransformer, tokens_NBT1: torch.Tensor, numerics=NUMERICS) -> torch.Tensor:
-    losses_N, _, _ = stack.objective(tokens_NBT1, StackedNumerics(numerics))
+    losses_N, _, _ = stack(tokens_NBT1, StackedNumerics(numerics))
     losses_N.sum().backward()
     stack.take_gradients()
     return losses_N.detach()
@@ -61,7 +61,7 @@ def test_each_slice_has_the_loss_the_gradient_and_the_taps_of_its_own_model(conf
         losses_N = backward(stack, tokens_NBT1)
     for index, (model, numerics) in enumerate(zip(models(config), NUMERICS, strict=True)):
         with Taps(model, PLACES) as taps:
-            loss, _, _ = model.objective(tokens_NBT1[index], numerics)
+            loss, _, _ = model(tokens_NBT1[index], numerics)
             loss.backward()
         torch.testing.assert_close(losses_N[index], loss.detach(), rtol=2 * gamma(ROUNDINGS, FP32), atol=0)
         mine = dict(stack.slices[index].named_parameters())
@@ -88,7 +88,7 @@ def test_a_fault_of_one_bit_is_further_off_than_another_order_of_sums(tokens_NBT
         gradients = []
         for numerics in (HEALTHY, one_bit):
             model = models(NANO)[0]
-            model.objective(tokens_NBT1[0], numerics)[0].backward()
+            model(tokens_NBT1[0], numerics)[0].backward()
             gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
         for layer, part in product(range(2), reached):
             name = f"blocks.{layer}.attention.{part}.weight"
@@ -124,7 +124,7 @@ def test_a_slice_is_a_transformer_in_the_stack_s_memory(tokens_NBT1):
     stack = StackedTransformer(models(NANO))
     changed = models(NANO)[3]
     stack.slices[0].load_state_dict(changed.state_dict())
-    losses_N, _, _ = stack.objective(tokens_NBT1[:1].expand(4, -1, -1), StackedNumerics((HEALTHY,) * 4))
+    losses_N, _, _ = stack(tokens_NBT1[:1].expand(4, -1, -1), StackedNumerics((HEALTHY,) * 4))
     assert losses_N[0] == losses_N[3] != losses_N[1]
     torch.testing.assert_close(
         stack.slices[0].loss(tokens_NBT1[0]), losses_N[0], rtol=2 * gamma(ROUNDINGS, FP32), atol=0

@@ -32,7 +32,7 @@ def trained(name: str, tapped: bool) -> list[torch.Tensor]:
     for step in range(4):
         optimizer.zero_grad(set_to_none=True)
         with Taps(model, PLACES if tapped else ()):
-            loss, auxiliary, _ = model.objective(batch(step))
+            loss, auxiliary, _ = model(batch(step))
             (loss + auxiliary).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
@@ -49,7 +49,7 @@ def test_no_tap_changes_a_bit_of_training(name):
 def test_every_place_has_its_tensors_and_their_gradients(name):
     model = model_of(name)
     with Taps(model, PLACES) as taps:
-        loss, auxiliary, _ = model.objective(batch())
+        loss, auxiliary, _ = model(batch())
         (loss + auxiliary).backward()
     assert list(taps.at("dot_product")) == [f"blocks.{layer}.attention.dot_product" for layer in range(2)]
     for tap in taps.at("dot_product").values():

@@ -134,7 +134,7 @@ def test_logits_equal_the_fp64_forward(variant):
     """FP32 all the way (sdpa): an error of FP32 size leaves no room for a wrong head, norm or angle."""
     net = perturbed(**variant, backend="sdpa")
     expected = fp64_logits(net, batch())
-    error = (net(batch()).double() - expected).norm() / expected.norm()
+    error = (net.logits(batch()).double() - expected).norm() / expected.norm()
     assert error < 1e-5
 
 
@@ -142,7 +142,7 @@ def test_logits_equal_the_fp64_forward(variant):
 def test_the_fault_site_backend_differs_by_bf16_rounding_only(variant):
     net = perturbed(**variant)
     expected = fp64_logits(net, batch())
-    error = (net(batch()).double() - expected).norm() / expected.norm()
+    error = (net.logits(batch()).double() - expected).norm() / expected.norm()
     assert 1e-4 < error < 2e-2
 
 
@@ -153,7 +153,7 @@ def test_loss_at_initialisation_is_that_of_guessing(variant):
 
 def test_loss_is_the_mean_next_token_nll():
     net, tokens = perturbed(), batch(T=9)
-    logits = net(tokens[:, :-1]).double()
+    logits = net.logits(tokens[:, :-1]).double()
     nll = [-logits[b, t].log_softmax(-1)[tokens[b, t + 1]] for b, t in itertools.product(range(3), range(8))]
     assert net.loss(tokens).item() == pytest.approx(
         torch.stack(nll).mean().item(), rel=gamma(50, FP32)
@@ -166,7 +166,7 @@ def test_logits_are_causal(variant, backend):
     """The gradient of the logits at t with respect to later embeddings is exactly zero."""
     net, t, embedded = perturbed(**variant, backend=backend), 5, []
     net.tokens.register_forward_hook(lambda module, inputs, output: embedded.append(output))
-    logits = net(batch())
+    logits = net.logits(batch())
     (gradient,) = torch.autograd.grad(logits[:, t].square().sum(), embedded)
     per_token = gradient.abs().amax(-1)
     assert (per_token[:, t + 1 :] == 0).all() and (per_token[:, : t + 1] > 0).all()
@@ -322,12 +322,12 @@ def test_a_fault_reaches_the_chosen_layer_and_head():
 
 def test_a_forward_fault_in_one_layer_changes_the_logits():
     net = perturbed()
-    healthy = net(batch())
+    healthy = net.logits(batch())
     for site_layer in (0, 1):
         numerics = AttentionNumerics((SiteFault("o", "forward", "truncate", 7, layers=(site_layer,)),))
-        assert not torch.equal(net(batch(), numerics), healthy)
+        assert not torch.equal(net.logits(batch(), numerics), healthy)
     outside = AttentionNumerics((SiteFault("o", "forward", "truncate", 7, layers=(2,)),))
-    assert torch.equal(net(batch(), outside), healthy)
+    assert torch.equal(net.logits(batch(), outside), healthy)
 
 
 def test_each_layer_counts_its_own_non_finite_values_and_saves_the_count():
@@ -335,7 +335,7 @@ def test_each_layer_counts_its_own_non_finite_values_and_saves_the_count():
     with torch.no_grad():
         net.blocks[1].attention.v.weight[0, 0] = math.inf
     numerics = AttentionNumerics((SiteFault("v", "forward", "truncate", 7),))
-    net(batch(B=1), numerics)
+    net.logits(batch(B=1), numerics)
     counts = [block.attention.nonfinite.item() for block in net.blocks]
     assert counts == [0, 12]  # one feature of one head at each of 12 tokens
     restored = model()
@@ -346,10 +346,10 @@ def test_each_layer_counts_its_own_non_finite_values_and_saves_the_count():
 def test_the_fast_backend_refuses_a_fault():
     numerics = AttentionNumerics((SiteFault("o", "backward", "truncate", 1, layers=(1,)),))
     with pytest.raises(ValueError, match="'sdpa' has no fault sites"):
-        model(backend="sdpa")(batch(), numerics)
+        model(backend="sdpa").logits(batch(), numerics)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_a_batch_longer_than_the_context_is_refused(positions):
     with pytest.raises(RuntimeError):
-        model(positions=positions)(batch(T=13))
+        model(positions=positions).logits(batch(T=13))

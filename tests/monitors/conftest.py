@@ -1,6 +1,7 @@
 """A tiny model whose weights are set by hand, and what a monitor sees of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor
 from models.moe import Routing
 from models.numerics import HEALTHY, AttentionNumerics
 from models.objective import objective_at
-from models.taps import Taps
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import Monitor, StepView, WeightHistory, tapped
+from monitors.base import Monitor, StepView, tapped
+from monitors.watch import Watch
+from tests.views import view_of_gradients
 
 torch.set_num_threads(1)
 
@@ -24,14 +26,15 @@ class TinyRun:
 
     def __init__(self, *monitors: Monitor, **changes) -> None:
         self.model = Transformer(TransformerConfig(**TINY | changes)).initialise(torch.Generator().manual_seed(0))
-        self.history = WeightHistory(lb for monitor in monitors for lb in monitor.needs.history)
+        self._watch = Watch(self.model, {str(index): monitor for index, monitor in enumerate(monitors)})
+        self.history = self._watch.history
         self.past = []
         self._generator = torch.Generator().manual_seed(1)
         self._record()
 
     def _record(self) -> None:
         self.past.append({name: p.detach().double().clone() for name, p in self.model.named_parameters()})
-        self.history.record(self.step, self.model)
+        self._watch.record(self.step)
 
     @property
     def step(self) -> int:
@@ -49,9 +52,14 @@ class TinyRun:
         return self.view()
 
     def view(self, loss: float = 1.0, grad_norm: float = 2.0, routings: tuple[Routing, ...] = ()) -> StepView:
-        tokens = 64 * self.step
         return StepView(
-            self.step, tokens, torch.tensor(loss), torch.tensor(grad_norm), self.model, self.history, routings
+            step=self.step,
+            tokens=64 * self.step,
+            loss=torch.tensor(loss),
+            grad_norm=torch.tensor(grad_norm),
+            model=self.model,
+            history=self.history,
+            routings=routings,
         )
 
     def delta(self, name: str, window: int) -> Tensor:
@@ -85,25 +93,18 @@ class TrainedSteps:
     def next(self) -> StepView:
         T, generator = self.model.config.context_length, torch.Generator().manual_seed(self.step)
         tokens = torch.randint(self.model.config.vocab_size, (3, T + 1), generator=generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        with Taps(self.model, self.places) as taps:
-            loss, auxiliary, routings = self.model.objective(tokens, self.numerics)
-            (loss + auxiliary).backward()
+        view = view_of_gradients(self.model, tokens, self.places, numerics=self.numerics)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
         self.optimizer.step()
         self.step += 1
-        return StepView(
-            self.step,
-            self.step * tokens[:, 1:].numel(),
-            loss.detach(),
-            norm,
-            self.model,
-            WeightHistory([]),
-            routings,
-            taps,
-            self.optimizer,
-            self.numerics,
-            partial(objective_at, self.model, tokens, 1.0),
+        return replace(
+            view,
+            step=self.step,
+            tokens=self.step * view.tokens,
+            grad_norm=norm,
+            optimizer=self.optimizer,
+            numerics=self.numerics,
+            objective_at=partial(objective_at, self.model, tokens, 1.0),
         )
 
 

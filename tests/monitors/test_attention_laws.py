@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments import trace
-from experiments.loop import train
+from experiments.training.loop import train
 from monitors.attention_laws import LAWS, AttentionLaws
 
 pytestmark = pytest.mark.numeric

@@ -3,22 +3,22 @@
 import pytest
 import torch
 
-from experiments.gradients import backward, micro_batches
-from faults.base import Sites
-from models.corruption import Corrupted, ModuleFault
+from experiments.training.gradients import micro_batches
+from models.corruption import ModuleFault
 from models.moe import MoEConfig
 from models.numerics import to_bf16_grid
 from models.precision import PRECISIONS
-from models.taps import PLACES, Taps
+from models.taps import PLACES
 from models.transformer import Transformer, TransformerConfig
 from monitors import autocast_rounding, conservation
-from monitors.base import Monitor, StepView, WeightHistory
+from monitors.base import Monitor, StepView
 from monitors.fp32_rounding import LinearStep
 from monitors.linear_laws import LinearLaws
 from monitors.norm_laws import NormLaws
 from monitors.softmax_laws import LogitLaws, RouterLaws
 from tests.monitors.ratio_bounds import legal
 from tests.rounding_bounds import FP32, gamma
+from tests.views import view_of_gradients
 
 pytestmark = pytest.mark.numeric
 
@@ -44,10 +44,7 @@ def watched(name: str, seed: int = 0, faults: tuple[ModuleFault, ...] = (), prec
     """One step's taps of a model with large weights, so that no layer is near its linear regime."""
     model = model_of(name, precision)
     batch = torch.randint(40, (8, 33), generator=torch.Generator().manual_seed(seed))
-    with Corrupted(model, faults), Taps(model, PLACES) as taps:
-        loss, auxiliary, routings = model.objective(batch)
-        (loss + auxiliary).backward()
-    return StepView(1, 1, loss.detach(), torch.ones(()), model, WeightHistory(()), routings, taps)
+    return view_of_gradients(model, batch, PLACES, faults)
 
 
 def read(view: StepView, stride: int = 1) -> dict[str, torch.Tensor]:
@@ -123,11 +120,8 @@ def test_of_micro_batches_the_last_keeps_its_laws(watched):
     model = model_of("dense")
     found = []
     for seed in range(10):
-        model.zero_grad(set_to_none=True)
         batch = torch.randint(40, (9, 33), generator=torch.Generator().manual_seed(seed))
-        done = backward(model, micro_batches(batch, 3, watched), Sites(batch_size=9), PLACES, model.objective)
-        view = StepView(1, 1, done.loss, torch.ones(()), model, WeightHistory(()), done.routings, done.taps)
-        found.append(ratios(view))
+        found.append(ratios(view_of_gradients(model, micro_batches(batch, 3, watched), PLACES)))
     for law in found[0]:
         low, high = legal(law, 10 * found[0][law].numel())
         assert low < overall([one[law] for one in found]) < high, law

@@ -38,7 +38,7 @@ def tapped(request, monkeypatch) -> tuple[TransformerConfig, Taps]:
     config = TransformerConfig(**shape, backend="sdpa", init_std=0.3, **request.param)
     model = Transformer(config).initialise(torch.Generator().manual_seed(1)).double()
     with Taps(model, PLACES) as taps:
-        loss, auxiliary, _ = model.objective(torch.randint(20, (3, 25), generator=torch.Generator().manual_seed(2)))
+        loss, auxiliary, _ = model(torch.randint(20, (3, 25), generator=torch.Generator().manual_seed(2)))
         (loss + auxiliary).backward()
     return config, taps
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from models.corruption import Corrupted, ModuleFault
+from models.corruption import ModuleFault
 from models.moe import MoEConfig
-from models.taps import PLACES, Taps
+from models.taps import PLACES
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import StepView, WeightHistory
 from monitors.linear_laws import LinearLaws
 from monitors.norm_laws import NormLaws
 from monitors.softmax_laws import LogitLaws, RouterLaws
+from tests.views import view_of_gradients
 
 pytestmark = pytest.mark.numeric
 
@@ -63,11 +63,8 @@ def ratios(name: str, *faults: ModuleFault) -> dict[str, torch.Tensor]:
     model = Transformer(TransformerConfig(**SHAPE, backend="sdpa", **MODELS[name]))
     model = model.initialise(torch.Generator().manual_seed(1))
     batch = torch.randint(40, (8, 33), generator=torch.Generator().manual_seed(0))
-    with Corrupted(model, faults), Taps(model, PLACES) as taps:
-        loss, auxiliary, routings = model.objective(batch)
-        (loss + auxiliary).backward()
-    view = StepView(1, 1, loss.detach(), torch.ones(()), model, WeightHistory(()), routings, taps)
-    monitors = [LinearLaws(1, 1), LogitLaws(1, 1), NormLaws(1, 0), *([RouterLaws(1)] if routings else [])]
+    view = view_of_gradients(model, batch, PLACES, faults)
+    monitors = [LinearLaws(1, 1), LogitLaws(1, 1), NormLaws(1, 0), *([RouterLaws(1)] if view.routings else [])]
     found = {signal: value for monitor in monitors for signal, value in monitor.observe(view).items()}
     return {law.removesuffix(".over_noise"): v for law, v in found.items() if law.endswith(".over_noise")}
 

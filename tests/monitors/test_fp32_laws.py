@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from models.moe import MoEConfig
-from models.taps import PLACES, Tap, Taps
+from models.taps import PLACES, Tap
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import StepView, WeightHistory
+from monitors.base import StepView
 from monitors.batch_rows import every
 from monitors.linear_laws import LinearLaws
 from monitors.norm_laws import NormLaws
 from monitors.softmax_laws import LogitLaws, RouterLaws
+from tests.views import view_of_gradients
 
 pytestmark = pytest.mark.numeric
 
@@ -37,10 +38,7 @@ def watched(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ste
     model = Transformer(TransformerConfig(**SHAPE, backend="sdpa", init_std=0.2, **VARIANTS[name]))
     model = model.initialise(torch.Generator().manual_seed(1)).to(dtype)
     batch = torch.randint(40, (8, 33), generator=torch.Generator().manual_seed(seed))
-    with Taps(model, PLACES) as taps:
-        loss, auxiliary, routings = model.objective(batch)
-        (loss + auxiliary).backward()
-    return StepView(1, 1, loss.detach(), torch.ones(()), model, WeightHistory(()), routings, taps)
+    return view_of_gradients(model, batch, PLACES)
 
 
 def read(view: StepView) -> dict[str, torch.Tensor]:

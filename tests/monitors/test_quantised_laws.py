@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from models.corruption import Corrupted, ModuleFault
-from models.taps import PLACES, Taps
+from models.corruption import ModuleFault
+from models.taps import PLACES
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import StepView, WeightHistory
 from monitors.linear_laws import LinearLaws
 from monitors.norm_laws import NormLaws
 from monitors.softmax_laws import LogitLaws
 from tests.models.quantised_linear import FP8InBF16, FP8Linear, INT8Linear, OwnLinear, replaced
 from tests.monitors.ratio_bounds import legal
+from tests.views import view_of_gradients
 
 pytestmark = pytest.mark.numeric
 
@@ -36,10 +36,7 @@ def watched(format_, seed=0, faults=(), dtype=torch.float32, **shape):
     if kind is not None:
         replaced(model, kind)
     batch = torch.randint(40, (8, 33), generator=torch.Generator().manual_seed(seed))
-    with Corrupted(model, faults), Taps(model, PLACES) as taps:
-        loss, auxiliary, routings = model.objective(batch)
-        (loss + auxiliary).backward()
-    return StepView(1, 1, loss.detach(), torch.ones(()), model, WeightHistory(()), routings, taps)
+    return view_of_gradients(model, batch, PLACES, faults)
 
 
 def read(view):
@@ -145,10 +142,7 @@ def test_an_input_gradient_that_lacks_four_bits_breaks_the_law_in_x(format_):
 def test_what_cannot_be_seen_is_left_out_with_a_warning():
     model = Transformer(TransformerConfig(**SHAPE, tie_embeddings=False)).initialise(torch.Generator().manual_seed(1))
     replaced(model, OwnLinear, leave=("attention.q", "attention.k", "attention.v", "attention.o"))
-    with Taps(model, PLACES) as taps:
-        loss = model.loss(torch.randint(40, (4, 33), generator=torch.Generator().manual_seed(0)))
-        loss.backward()
-    view = StepView(1, 1, loss.detach(), torch.ones(()), model, WeightHistory(()), (), taps)
+    view = view_of_gradients(model, torch.randint(40, (4, 33), generator=torch.Generator().manual_seed(0)), PLACES)
     with pytest.warns(UserWarning, match="leave out input: its product is inside an autograd function of its own"):
         found = ratios(view)
     linear = {law for law in found if law.startswith("linear")}

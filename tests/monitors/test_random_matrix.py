@@ -119,7 +119,9 @@ def _readings(make_run, change, *model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             change(name, parameter)
-    view = StepView(10, 640, torch.ones(()), torch.ones(()), model, _History(before))
+    view = StepView(
+        step=10, tokens=640, loss=torch.ones(()), grad_norm=torch.ones(()), model=model, history=_History(before)
+    )
     return RandomMatrix(every_steps=5, window=10, flips=3).observe(view)
 
 

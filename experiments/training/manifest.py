@@ -13,7 +13,9 @@ import torch
 
 from experiments import trace
 from experiments.build import ROOT, Run
-from experiments.ledger import HELD_OUT
+from experiments.training.identity import trajectory_sources
+from experiments.training.run_writer import HELD_OUT
+from experiments.training.source_code import digest_of
 
 
 def _git(*arguments: str) -> str | None:
@@ -57,6 +59,10 @@ def new_manifest(run: Run) -> dict[str, Any]:
         "schema": trace.SCHEMA_VERSION,
         "run_id": run.run_id,
         **run.identity,
+        "config": run.nodes,
+        "sources": {name: digest_of([(name, path)]) for name, path in sorted(set(trajectory_sources(run.nodes)))},
+        "observations": run.observations,
+        "weights_sha256": {},
         "seed": run.seed,
         "onset_step": None if onset is None else onset + 1,
         "left_out_monitors": list(run.left_out_monitors),

@@ -27,9 +27,11 @@ class Samples:
         """From step, tokens and reading of each; one copy from the device."""
         steps, tokens, taken = zip(*readings, strict=True)
         masked = isinstance(taken[0], Masked)
-        values = torch.stack([one.value for one in taken] if masked else taken).double().cpu().numpy()
+        values = torch.stack([reading.value for reading in taken] if masked else taken).double().cpu().numpy()
         undefined = (
-            torch.stack([one.undefined for one in taken]).cpu().numpy() if masked else np.zeros_like(values, bool)
+            torch.stack([reading.undefined for reading in taken]).cpu().numpy()
+            if masked
+            else np.zeros_like(values, bool)
         )
         return cls(np.array(steps), np.array(tokens), values, undefined)
 
@@ -54,42 +56,29 @@ class Samples:
 class Recorder:
     """Readings since the last part; they stay on the device until the part is written.
 
-    One of a stack takes readings with a run axis in front, and has the columns of each of its runs. stack: the one of
-    the stack that this run is in, if any, at ``row``: what it took for all runs is this run's too.
+    In a stack every reading has an axis of runs in front.
     """
 
-    def __init__(self, stack: Recorder | None = None, row: int | None = None) -> None:
-        self._stack, self._row = stack, row
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forget this one's own readings."""
-        self._first_step: int | None = None
+        self.first_step: int | None = None
         self._readings: dict[str, list[tuple[int, int, Reading]]] = {}
         self._on_host: dict[str, Samples] = {}
 
-    @property
-    def first_step(self) -> int | None:
-        """The first step that has a reading, None without any."""
-        steps = [one._first_step for one in (self, self._stack) if one is not None and one._first_step is not None]
-        return min(steps, default=None)
+    def add(self, step: int, tokens: int, readings: Mapping[str, Reading]) -> None:
+        """Readings of a step, by signal; ``first_step`` is the first that was given any, None without one."""
+        for name, reading in readings.items():
+            self.first_step = step if self.first_step is None else self.first_step
+            self._readings.setdefault(name, []).append((step, tokens, reading))
+            self._on_host.pop(name, None)
 
-    def add(self, step: int, tokens: int, name: str, reading: Reading) -> None:
-        self._first_step = step if self._first_step is None else self._first_step
-        self._readings.setdefault(name, []).append((step, tokens, reading))
-        self._on_host.pop(name, None)
-
-    def samples(self) -> Mapping[str, Samples]:
-        """All readings by signal, copied to the host once."""
+    def columns(self, run: int | None = None) -> dict[str, Any]:
+        """The columns of a part, of one run of a stack or, without ``run``, of the only one."""
         for name, readings in self._readings.items():
-            if name not in self._on_host:
+            if name not in self._on_host:  # copied to the host once, for all runs
                 self._on_host[name] = Samples.of(readings)
-        return self._on_host
-
-    def columns(self) -> dict[str, Any]:
-        """The columns of a part."""
-        samples = list(self.samples().items())
-        if self._stack is not None:
-            samples += [(name, stacked.of_run(self._row)) for name, stacked in self._stack.samples().items()]
-        blocks = [one.columns(name) for name, one in samples]
+        samples = self._on_host.items()
+        blocks = [(of_all if run is None else of_all.of_run(run)).columns(name) for name, of_all in samples]
         return {column: np.concatenate([block[column] for block in blocks]) for column in trace.SCHEMA.names}

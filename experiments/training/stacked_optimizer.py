@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_update
 
-from experiments.optimizer import TrainConfig, adamw, learning_rate, set_learning_rate
+from experiments.training.optimizer import adamw, learning_rate, set_learning_rate
+from experiments.training.train_config import TrainConfig
 from faults.base import LearningRateScale
 from models.stacked import StackedTransformer
 

@@ -1,17 +1,11 @@
-"""AdamW on FP32 master weights, and the learning-rate schedule as a function of the step."""
+"""How a model is trained: the keys of ``conf/train``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from faults.base import LearningRateScale
 from models.precision import PRECISIONS
-from models.transformer import parameter_group
 
 SCHEDULES = ("constant", "cosine")
 MOST_STEPS = 10_000_000
@@ -116,52 +110,3 @@ class TrainConfig:
                 f"train.watched_sequences={self.watched_sequences} monitors look at the whole batch, and what they "
                 f"look at is not compiled; set train.watched_sequences to a few of its {self.batch_size} sequences"
             )
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The scheduled learning rate of update ``step`` (from 0), before any fault."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
-    floor = config.final_lr_fraction
-    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the FP32 parameters; matrices decay, norms do not. Each group's ``name`` is its parameter group."""
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        groups.setdefault((parameter_group(name), parameter.ndim >= 2), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "name": name}
-            for (name, decays), parameters in groups.items()
-        ],
-        lr=config.learning_rate,
-        betas=config.betas,
-        fused=True,
-    )
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, scale: LearningRateScale) -> None:
-    """Give each parameter group the scheduled rate times its own factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * getattr(scale, group["name"])
-
-
-def update(
-    parameters: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    step: int,
-    scale: LearningRateScale,
-) -> Tensor:
-    """Clip the gradients and take update ``step`` (from 0); the global gradient norm before the clip, 0-dim."""
-    grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    if config.clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, grad_norm)
-    set_learning_rate(optimizer, learning_rate(config, step), scale)
-    optimizer.step()
-    return grad_norm

@@ -1,9 +1,9 @@
-"""Monitors that watch all runs of a stack in one call: ``torch.vmap`` writes their run axis."""
+"""The watch of a stack. Most monitors watch all its runs in one call: ``torch.vmap`` writes their run axis."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -13,14 +13,15 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from experiments.stacked_history import SliceHistory
-from models.numerics import AttentionNumerics
+from experiments.training.stacked_history import SliceHistory, load_history
 from models.objective import objective_at
+from models.stacked import StackedTransformer
 from models.stacked_taps import GivenTaps, SliceTaps
 from models.taps import Tap
 from models.transformer import Transformer
 from models.trees import map_tensors, stack_trees, tensors_of, with_tensors
-from monitors.base import Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
+from monitors.base import Masked, Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
+from monitors.watch import Watch, load_memory
 
 
 def stackable(monitor: Monitor) -> bool:
@@ -32,62 +33,100 @@ def _is_oracle(monitor: Monitor) -> bool:
     return monitor.needs.oracle
 
 
-def slice_view(
-    stack: StepView, index: int, history: SliceHistory, numerics: AttentionNumerics, tokens_BT1: Tensor
-) -> StepView:
-    """What a monitor sees of run ``index``, from the view of the stack, for those that watch run by run."""
-    model = stack.model.slices[index]
+class StackedWatch(Watch):
+    """The monitors of stacked runs: those that are ``stackable`` watch all runs in one call, the others run by run.
+
+    monitors: of each run, by name, alike but for what they remember. A stackable monitor's memory is stacked here.
+    Readings lead with an axis of runs.
+    """
+
+    def __init__(self, model: StackedTransformer, monitors: Sequence[Mapping[str, Monitor]]) -> None:
+        super().__init__(model, monitors[0])
+        self._of_runs = monitors
+        self._histories = [SliceHistory(self.history, run) for run in range(len(monitors))]
+        self._workers = copy.deepcopy({name: one for name, one in monitors[0].items() if stackable(one)})
+        self._stack_memory()
+
+    @property
+    def together(self) -> frozenset[str]:
+        """The monitors that watch all runs in one call."""
+        return frozenset(self._workers)
+
+    def _stack_memory(self) -> None:
+        self._memory = {name: stack_trees([state_of(own[name]) for own in self._of_runs]) for name in self._workers}
+
+    def observe(self, view: StepView, names: Iterable[str], runs: Collection[int] = (0,)) -> dict[str, Reading]:
+        """Of a stack's view; what one of the other ``runs`` would read by itself is undefined."""
+        names, stack = list(names), replace(view, history=self.history)
+        readings = self._observe_together([name for name in names if name in self._workers], stack)
+        by_themselves = [name for name in names if name not in self._workers]
+        if by_themselves:
+            of_run = {run: self._observe_slice(by_themselves, stack, run) for run in runs}
+            readings |= _stacked_readings(of_run, len(self._of_runs))
+        return readings
+
+    def _observe_slice(self, names: Iterable[str], stack: StepView, run: int) -> dict[str, Reading]:
+        slice_, readings = slice_view(stack, run, self._histories[run]), {}
+        for name in names:
+            readings |= due_readings(self._of_runs[run][name], stack.step, self._of_runs[run][name].observe(slice_))
+        return readings
+
+    def _observe_together(self, names: Collection[str], stack: StepView) -> dict[str, Reading]:
+        readings: dict[str, Reading] = {}
+        for told, watch in ((False, _watch), (True, _by_numerics)):
+            workers = {name: self._workers[name] for name in names if _is_oracle(self._workers[name]) == told}
+            if workers:
+                given = _Seen.of(stack, workers.values()), {name: self._memory[name] for name in workers}
+                of_all, memory = watch(workers, stack, given)
+                readings |= of_all
+                self._memory |= memory
+        return readings
+
+    def state_of(self, run: int = 0) -> dict[str, Any]:
+        for name, memory in self._memory.items():
+            if memory is not None:
+                self._of_runs[run][name].load_state_dict(map_tensors(lambda value: value[run], memory))
+        memory = {name: state_of(monitor) for name, monitor in self._of_runs[run].items()}
+        return {"history": self._histories[run].state_dict(), "monitors": memory}
+
+    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
+        load_history(self.history, [state["history"] for state in states])
+        for monitors, state in zip(self._of_runs, states, strict=True):
+            load_memory(monitors, state["monitors"])
+        self._stack_memory()
+
+
+def slice_view(stack: StepView, run: int, history: SliceHistory) -> StepView:
+    """What a monitor sees of one run, from the view of the stack, for those that watch run by run."""
+    model, batch = stack.model.slices[run], stack.batch[run]
     return replace(
         stack,
-        loss=stack.loss[index],
-        grad_norm=stack.grad_norm[index],
+        loss=stack.loss[run],
+        grad_norm=stack.grad_norm[run],
         model=model,
         history=history,
-        taps=SliceTaps(stack.taps, stack.model, index),
-        optimizer=stack.optimizer.slices[index],
-        numerics=numerics,
-        objective_at=partial(objective_at, model, tokens_BT1, 1.0),
+        taps=SliceTaps(stack.taps, stack.model, run),
+        optimizer=stack.optimizer.slices[run],
+        numerics=stack.numerics.slices[run],
+        batch=batch,
+        objective_at=partial(objective_at, model, batch, 1.0),
     )
 
 
-class StackedMonitors:
-    """The monitors of stacked runs that are ``stackable``, each for all of its runs at once.
+def _stacked_readings(of_run: Mapping[int, Mapping[str, Reading]], runs: int) -> dict[str, Reading]:
+    """Readings by run and signal as readings of all ``runs``; what a run has not read is a missing sample."""
+    stacked: dict[str, Reading] = {}
+    for name in dict.fromkeys(name for readings in of_run.values() for name in readings):
+        known = {run: _masked(readings[name]) for run, readings in of_run.items() if name in readings}
+        like = next(iter(known.values()))
+        absent = Masked(torch.full_like(like.value, torch.nan), torch.ones_like(like.undefined))
+        rows = [known.get(run, absent) for run in range(runs)]
+        stacked[name] = Masked(torch.stack([row.value for row in rows]), torch.stack([row.undefined for row in rows]))
+    return stacked
 
-    Its memory is stacked here between calls; ``hand_back`` gives a run's monitors theirs again, before a checkpoint.
-    monitors: of each run, by name, alike but for what they remember.
-    """
 
-    def __init__(self, monitors: Sequence[Mapping[str, Monitor]]) -> None:
-        self._monitors = [{name: one for name, one in own.items() if stackable(one)} for own in monitors]
-        self._workers = copy.deepcopy(self._monitors[0])
-        self._memory = {name: stack_trees([state_of(own[name]) for own in self._monitors]) for name in self._workers}
-
-    @property
-    def names(self) -> Collection[str]:
-        """The monitors that are watched with here; the others watch run by run."""
-        return self._workers.keys()
-
-    def hand_back(self, index: int) -> None:
-        """Give the monitors of run ``index`` their part of the memory."""
-        for name, memory in self._memory.items():
-            if memory is not None:
-                self._monitors[index][name].load_state_dict(map_tensors(lambda value: value[index], memory))
-
-    def observe(self, names: Collection[str], view: StepView) -> dict[str, Reading]:
-        """What the named monitors read, each reading with a run axis in front.
-
-        view: of the stack: loss and gradient norm (N,), its model, taps, history, ``StackedAdamW``, ``StackedNumerics``
-        and objective (N,).
-        """
-        readings: dict[str, Reading] = {}
-        for told, watch in ((False, _watch), (True, _by_numerics)):
-            workers = {name: one for name, one in self._workers.items() if name in names and _is_oracle(one) == told}
-            if workers:
-                given = _Seen.of(view, workers.values()), {name: self._memory[name] for name in workers}
-                found, memory = watch(workers, view, given)
-                readings |= found
-                self._memory |= memory
-        return readings
+def _masked(reading: Reading) -> Masked:
+    return reading if isinstance(reading, Masked) else Masked(reading, torch.zeros_like(reading, dtype=torch.bool))
 
 
 Given = tuple["_Seen", dict[str, Any]]

@@ -59,7 +59,7 @@ def backward(
         (weight * (loss + auxiliary)).backward()
         losses.append(weight * loss.detach())
     with Taps(model, places) as taps:
-        loss, auxiliary, routings = model.objective(last, sites.numerics, sites.balance_scale)
+        loss, auxiliary, routings = model(last, sites.numerics, sites.balance_scale)
         (loss + auxiliary).backward()
     if not others:
         return Backward(loss.detach(), routings, taps, last)

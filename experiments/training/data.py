@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from experiments.repetition import REPETITIONS, repeated
+from experiments.training.repetition import REPETITIONS, repeated
 
 HELD_OUT_SEED = 2606_28116
 """Fixes the held-out and probe batches for every run, whatever its seed."""
@@ -31,7 +31,8 @@ class DataConfig:
     bpe_vocab_size: train a byte-level BPE of that size on the corpus, or None for raw bytes;
     vocab_size: of a ``tokens`` file, whose vocabulary the file does not say;
     held_out: share of the corpus, taken from its end, that no training batch touches;
-    repeats: what of a corpus of bytes is made alike (``experiments.repetition``), or None for the corpus as it is.
+    repeats: what of a corpus of bytes is made alike (``experiments.training.repetition``), or None for
+        the corpus as it is.
     """
 
     source: str

@@ -1,0 +1,60 @@
+"""An engine takes one training step: the only place where a fault enters and where a view of the step is made.
+
+    batch = corpus.batch(seed, step, sites.batch_size)        # INJECT: batch
+    for micro_batch in batch:
+        loss, auxiliary, routings = model(micro_batch, sites.numerics, ...)  # INJECT: forward
+        (loss + auxiliary).backward()                         # INJECT: backward, sites.modules; TAP: activations
+    grad_norm = update(learning_rate(step) * sites.lr_scale)  # INJECT: learning rates, of a clipped AdamW step
+    model.update_balance(routings, sites.balance_scale)       # INJECT: routers with a balancing bias
+    view of the step                                          # OBSERVE: read-only
+
+``SingleEngine`` trains one run, ``StackedEngine`` several runs along a model axis. Benches and tests step an engine as
+the training loop does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from faults.base import Sites
+from monitors.base import StepView
+
+NOTHING: frozenset[str] = frozenset()
+
+
+class Batches(Protocol):
+    """Token batches of a corpus, each a function of its arguments alone (``experiments.training.data.Corpus``)."""
+
+    def batch(self, seed: int, step: int, batch_size: int) -> np.ndarray: ...
+
+    def batches(self, seeds: Sequence[int], step: int, batch_size: int) -> np.ndarray: ...
+
+    def held_out_batch(self, sequences: int) -> np.ndarray: ...
+
+
+class Engine(Protocol):
+    """The state of N >= 1 runs between two steps, and the step.
+
+    model, optimizer: of one run, or stacked ones with ``slices``; tokens: training tokens that each run has seen.
+    Tensors of a view, and losses, lead with an axis of runs in a stack, and have none in a single run.
+    """
+
+    model: nn.Module
+    optimizer: Any
+    tokens: int
+
+    def step(self, step: int, sites: Sequence[Sites], places: Collection[str] = NOTHING) -> StepView:
+        """Take update ``step`` (from 0) with each run's sites; ``places`` are tapped (``models.taps.PLACES``)."""
+
+    def held_out_loss(self, sites: Sequence[Sites]) -> Tensor:
+        """Mean NLL on the held-out batch, in nats, through each run's faulty forward, if any."""
+
+    def state_of(self, run: int) -> dict[str, Any]:
+        """What a checkpoint of one run needs: ``model``, ``optimizer`` and ``tokens``."""
+
+    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from these states, one a run."""

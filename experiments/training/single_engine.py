@@ -1,0 +1,95 @@
+"""The engine of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.training.engine import NOTHING, Batches
+from experiments.training.gradients import Backward, backward, micro_batches
+from experiments.training.optimizer import adamw, update
+from experiments.training.train_config import TrainConfig
+from faults.base import Sites
+from models.compiled import CompiledObjective
+from models.corruption import Corrupted
+from models.moe import Routing
+from models.objective import objective_at
+from models.precision import accumulate_in_fp32
+from models.transformer import Transformer
+from monitors.base import StepView
+
+
+class SingleEngine:
+    """One run: its model, on its device, and its AdamW.
+
+    compiler: the backend of ``torch.compile`` where ``train.compile`` asks for it. ``micro_batches``, ``backward`` and
+    ``update`` are the parts of ``step``, for benches that time them.
+    """
+
+    def __init__(
+        self, model: Transformer, config: TrainConfig, corpus: Batches, seed: int, compiler: str = "inductor"
+    ) -> None:
+        accumulate_in_fp32()
+        self.model, self.config, self.tokens = model, config, 0
+        self.optimizer, self.parameters = adamw(model, config), list(model.parameters())
+        self.unwatched = CompiledObjective(model, compiler) if config.compile else model
+        self._corpus, self._seed, self._device = corpus, seed, model.tokens.weight.device
+        self._held_out = torch.from_numpy(corpus.held_out_batch(config.held_out_sequences)).to(self._device)
+
+    def step(self, step: int, sites: Sequence[Sites], places: Collection[str] = NOTHING) -> StepView:
+        (site,) = sites
+        parts = self.micro_batches(step, site)
+        self.tokens += sum(part[:, 1:].numel() for part in parts)
+        done = self.backward(parts, site, places)
+        grad_norm = self.update(step, site, done.routings)
+        return StepView(
+            step=step + 1,
+            tokens=self.tokens,
+            loss=done.loss,
+            grad_norm=grad_norm,
+            model=self.model,
+            routings=done.routings,
+            taps=done.taps,
+            optimizer=self.optimizer,
+            numerics=site.numerics,
+            objective_at=partial(objective_at, self.model, done.watched, site.balance_scale),
+            batch=done.watched,
+        )
+
+    def micro_batches(self, step: int, site: Sites) -> tuple[Tensor, ...]:
+        """The batch of a step, on the device, in the pieces that go through the model one after the other."""
+        batch = torch.from_numpy(self._corpus.batch(self._seed, step, site.batch_size)).to(self._device)
+        return micro_batches(batch, self.config.micro_batch, self.config.watched_sequences)
+
+    def backward(self, parts: Sequence[Tensor], site: Sites, places: Collection[str] = NOTHING) -> Backward:
+        """The gradients of a batch, and nothing left of those before."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with Corrupted(self.model, site.modules):
+            return backward(self.model, parts, site, places, self.unwatched)
+
+    def update(self, step: int, site: Sites, routings: Sequence[Routing] = ()) -> Tensor:
+        """Clip the gradients and take update ``step``; the global gradient norm before the clip, 0-dim."""
+        grad_norm = update(self.parameters, self.optimizer, self.config, step, site.lr_scale)
+        self.model.update_balance(routings, site.balance_scale)
+        return grad_norm
+
+    @torch.no_grad()
+    def held_out_loss(self, sites: Sequence[Sites]) -> Tensor:
+        (site,) = sites
+        chunks = self._held_out.split(self.config.micro_batch or self.config.batch_size)
+        with Corrupted(self.model, site.modules):
+            losses = [self.model.loss(chunk, site.numerics) * len(chunk) for chunk in chunks]
+        return torch.stack(losses).sum() / len(self._held_out)
+
+    def state_of(self, run: int) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "tokens": self.tokens}
+
+    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
+        (state,) = states
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.tokens = state["tokens"]

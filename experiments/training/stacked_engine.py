@@ -1,0 +1,93 @@
+"""The engine of several runs along a model axis.
+
+Sums round differently in a stacked LayerNorm and, by shape, processor and device, in a stacked matrix product, so
+``train.stack`` is part of a run's identity. A stack that is stopped and goes on with the same runs keeps its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.training.engine import NOTHING, Batches
+from experiments.training.stacked_optimizer import StackedAdamW
+from experiments.training.train_config import TrainConfig
+from faults.base import Sites
+from models.objective import objective_at
+from models.precision import accumulate_in_fp32
+from models.stacked import StackedNumerics, StackedTransformer
+from models.taps import Taps
+from models.transformer import Transformer
+from monitors.base import StepView
+
+
+class StackedEngine:
+    """Runs that ``experiments.training.stacking.why_single`` lets together, each with a seed and a config of its own.
+
+    models: of each run, on their device; their weights become views of the stack's. All see batches of one size, and
+    no loss reaches another run's weights.
+    """
+
+    def __init__(
+        self, models: Sequence[Transformer], configs: Sequence[TrainConfig], corpus: Batches, seeds: Sequence[int]
+    ) -> None:
+        accumulate_in_fp32()
+        self.model, self.tokens = StackedTransformer(models), 0
+        self.optimizer = StackedAdamW(self.model, configs)
+        self._config, self._corpus, self._seeds = configs[0], corpus, list(seeds)
+        self._device = models[0].tokens.weight.device
+        held_out = torch.from_numpy(corpus.held_out_batch(self._config.held_out_sequences)).to(self._device)
+        self._held_out = held_out
+
+    def step(self, step: int, sites: Sequence[Sites], places: Collection[str] = NOTHING) -> StepView:
+        tokens_NBT1 = torch.from_numpy(self._corpus.batches(self._seeds, step, self._config.batch_size))
+        if self._device.type == "cuda":  # so that the copy waits for no kernel, and the host goes on meanwhile
+            tokens_NBT1 = tokens_NBT1.pin_memory()
+        tokens_NBT1 = tokens_NBT1.to(self._device, non_blocking=True)
+        self.tokens += tokens_NBT1[0, :, 1:].numel()
+        numerics = _numerics(sites)
+        with Taps(self.model, places) as taps:
+            losses_N, _, _ = self.model(tokens_NBT1, numerics)
+            losses_N.sum().backward()
+        self.model.take_gradients()
+        grad_norms_N = self.optimizer.clip()
+        self.optimizer.step(step, [site.lr_scale for site in sites])
+        return StepView(
+            step=step + 1,
+            tokens=self.tokens,
+            loss=losses_N.detach(),
+            grad_norm=grad_norms_N,
+            model=self.model,
+            taps=taps,
+            optimizer=self.optimizer,
+            numerics=numerics,
+            objective_at=partial(objective_at, self.model, tokens_NBT1, 1.0),
+            batch=tokens_NBT1,
+        )
+
+    @torch.no_grad()
+    def held_out_loss(self, sites: Sequence[Sites]) -> Tensor:
+        numerics = _numerics(sites)
+        losses = [
+            self.model.loss(chunk.expand(len(sites), -1, -1), numerics) * len(chunk)
+            for chunk in self._held_out.split(self._config.batch_size)
+        ]
+        return torch.stack(losses).sum(0) / len(self._held_out)
+
+    def state_of(self, run: int) -> dict[str, Any]:
+        model, optimizer = self.model.slices[run], self.optimizer.slices[run]
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "tokens": self.tokens}
+
+    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
+        for run, state in enumerate(states):
+            self.model.slices[run].load_state_dict(state["model"])
+            self.optimizer.load_state_dict(run, state["optimizer"])
+        self.tokens = states[0]["tokens"]
+
+
+def _numerics(sites: Sequence[Sites]) -> StackedNumerics:
+    return StackedNumerics(tuple(site.numerics for site in sites))

@@ -1,0 +1,106 @@
+"""A monitor that is added later reads finished runs without training anything else again."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from experiments import trace
+from experiments.training import identity, missing_readings
+from experiments.training.loop import train
+from experiments.training.missing_readings import is_complete
+
+SHORT = ("train.steps=20", "train.held_out_every_steps=10", "monitor.delta_w.windows=[10]")
+TWO = ("loss", "delta_w")
+THREE = (*TWO, "gradient_norm")
+
+
+@pytest.fixture(autouse=True)
+def checked_often(monkeypatch):
+    monkeypatch.setattr("experiments.training.loop.CHECKSUM_EVERY_STEPS", 5)
+
+
+@pytest.fixture
+def watched(make_run):
+    """Builds the run as these monitors of its configuration watch it."""
+
+    def build(monitors, *overrides):
+        run = make_run(*SHORT, *overrides)
+        return replace(run, monitors={name: run.monitors[name] for name in monitors})
+
+    return build
+
+
+def same_readings(one: trace.Trace, other: trace.Trace) -> bool:
+    return one.signals.keys() == other.signals.keys() and all(
+        np.array_equal(series.values, other.signals[name].values, equal_nan=True)
+        for name, series in one.signals.items()
+    )
+
+
+@pytest.fixture
+def two(watched, tmp_path):
+    """A finished run that two monitors watched."""
+    run = watched(TWO)
+    train(run, tmp_path)
+    return tmp_path / run.run_id
+
+
+def test_a_monitor_renames_no_run(watched, make_run):
+    assert watched(TWO).run_id == watched(THREE).run_id == make_run(*SHORT).run_id
+
+
+def test_a_monitor_that_was_added_reads_what_it_would_have_read(watched, two, tmp_path):
+    assert not is_complete(two, watched(THREE))
+    manifest = train(watched(THREE), tmp_path)
+    assert is_complete(two, watched(THREE)) and is_complete(two, watched(TWO))
+    whole = watched(THREE)
+    train(whole, tmp_path / "whole")
+    assert same_readings(trace.read(two), trace.read(tmp_path / "whole" / whole.run_id))
+    assert manifest["signals"].keys() == trace.read(tmp_path / "whole" / whole.run_id).manifest["signals"].keys()
+    assert not (two / "again").exists()
+
+
+def test_what_was_read_before_is_not_written_again(watched, two, tmp_path):
+    before = {path: path.read_bytes() for path in (two / "trace").iterdir()}
+    train(watched(THREE), tmp_path)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_monitor_that_is_configured_otherwise_reads_again_and_its_old_readings_go(watched, two, tmp_path):
+    often = watched(TWO, "monitor.delta_w.every_steps=2")
+    train(often, tmp_path)
+    name = "delta_w_norm.q.w10"
+    assert trace.read(two).signals[name].steps.tolist() == list(range(10, 21, 2))
+    assert trace.read(two).signals["train_loss_raw"].steps.tolist() == list(range(1, 21))
+    assert is_complete(two, often)
+
+
+def test_on_a_machine_that_rounds_otherwise_the_run_is_trained_whole(watched, two, tmp_path):
+    manifest = trace.read_manifest(two)
+    manifest["weights_sha256"]["10"] = "0" * 64
+    trace.write_manifest(two, manifest)
+    train(watched(THREE), tmp_path)
+    whole = watched(THREE)
+    train(whole, tmp_path / "whole")
+    assert same_readings(trace.read(two), trace.read(tmp_path / "whole" / whole.run_id))
+    assert trace.read_manifest(two)["weights_sha256"]["10"] != "0" * 64
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(two.name)] == [two.name]
+
+
+def test_a_run_whose_readings_were_broken_off_goes_on(watched, two, tmp_path):
+    def stop(now, *_):
+        if now == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(watched(THREE, "train.checkpoint_every_steps=5"), tmp_path, stop)
+    assert trace.is_done(two) and same_readings(trace.read(two), trace.read(two))
+    assert train(watched(THREE), tmp_path)["end_reason"] == "completed"
+    assert is_complete(two, watched(THREE))
+
+
+def test_a_monitor_whose_mathematics_changed_reads_again(watched, two, monkeypatch):
+    digest = identity.digest_of
+    monkeypatch.setattr(identity, "digest_of", lambda files: digest(files) + "2")
+    assert missing_readings.without_readings(watched(TWO), trace.read_manifest(two)) == list(TWO)

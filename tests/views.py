@@ -1,0 +1,40 @@
+"""What a monitor sees, made as the training loop makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from experiments.training.gradients import backward
+from faults.base import Sites
+from models.corruption import Corrupted, ModuleFault
+from models.numerics import HEALTHY, AttentionNumerics
+from models.transformer import Transformer
+from monitors.base import StepView
+
+
+def view_of_gradients(
+    model: Transformer,
+    batch: Tensor | Sequence[Tensor],
+    places: Collection[str],
+    faults: Collection[ModuleFault] = (),
+    numerics: AttentionNumerics = HEALTHY,
+) -> StepView:
+    """A view of one backward pass, before any update. batch: tokens (B, T + 1), or micro-batches of them."""
+    parts = [batch] if isinstance(batch, Tensor) else batch
+    sites = Sites(batch_size=sum(map(len, parts)), numerics=numerics)
+    model.zero_grad(set_to_none=True)
+    with Corrupted(model, faults):
+        done = backward(model, parts, sites, places, model)
+    return StepView(
+        step=1,
+        tokens=sum(part[:, 1:].numel() for part in parts),
+        loss=done.loss,
+        grad_norm=torch.ones(()),
+        model=model,
+        routings=done.routings,
+        taps=done.taps,
+        batch=done.watched,
+    )
