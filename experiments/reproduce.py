@@ -32,9 +32,9 @@ from hydra.types import HydraContext
 from joblib import Parallel, delayed, effective_n_jobs
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from analysis.align import AXES
-from analysis.index import check_parts
 from analysis.report import make_report
+from analysis.runs.align import AXES
+from analysis.runs.index import check_parts
 from experiments import trace
 from experiments.build import Run, build_run
 from experiments.cli import COMPOSE_ERRORS, CONF, USER_ERRORS, explain, guarded, one_line_errors
