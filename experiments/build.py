@@ -27,11 +27,7 @@ from experiments.training.source_code import digest_of
 from experiments.training.train_config import TrainConfig
 from experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
 from faults.base import Fault, Sites
-from faults.combined import Combined
-from models.arithmetic import ORDINARY
-from models.backend import FAULT_SITES
-from models.corruption import Corrupted
-from models.flash import check_numerics
+from faults.fit import check_fits
 from models.transformer import Transformer, TransformerConfig
 from monitors.base import Monitor, Signal
 
@@ -113,7 +109,8 @@ def resolve_device(name: str) -> torch.device:
 class Run:
     """Everything that one run needs, checked against each other but not yet on a device.
 
-    left_out_monitors: configured monitors that the model cannot have, by name.
+    left_out_monitors: configured monitors that the model cannot have, by name; asked: the configuration that the run
+    was built from, from which another process builds it again.
     """
 
     config: Mapping[str, Any]
@@ -124,6 +121,7 @@ class Run:
     corpus: Corpus
     monitors: Mapping[str, Monitor]
     left_out_monitors: Mapping[str, Monitor] = dataclasses.field(default_factory=dict)
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def signals(self) -> dict[str, Signal]:
@@ -144,7 +142,8 @@ class Run:
             "backend": self.model_config.backend,
             "tiles": tiles and dataclasses.asdict(tiles),
         }
-        train = {**self.config["train"], "device": self.device.type}
+        train = {key: value for key, value in self.config["train"].items() if key != "piece_s"}
+        train["device"] = self.device.type
         return {**self.config, "model": {**self.config["model"], **found}, "train": train}
 
     @cached_property
@@ -188,46 +187,6 @@ class Run:
         return SingleEngine(self.new_model(), self.train, self.corpus, self.seed)
 
 
-def _check_fit(fault: Fault, model: TransformerConfig, train: TrainConfig) -> None:
-    """Raise ValueError where fault, model and length do not fit together, at whichever step that shows."""
-    if fault.onset is None:
-        return
-    for member in fault.faults.values() if isinstance(fault, Combined) else ():
-        _check_fit(member, model, train)
-    if fault.onset >= train.steps:
-        raise ValueError(f"fault.onset={fault.onset} is after the end: train.steps={train.steps}")
-    healthy, corrupted, numerics = Sites(batch_size=train.batch_size), (), None
-    for step in range(fault.onset, train.steps):
-        sites = fault.sites(step, healthy)
-        if sites.modules != corrupted:
-            corrupted = sites.modules
-            Corrupted(_skeleton(model), corrupted)
-        if model.backend == "triton" and sites.numerics != numerics:
-            numerics = sites.numerics
-            for layer in range(model.n_layers):
-                check_numerics(numerics.layer(layer), model.tiles)
-        sites.numerics.check_fits(model.n_layers, model.n_heads, model.kv_heads)
-        changed = sites.numerics.faults or sites.numerics.arithmetic != ORDINARY
-        if changed and model.backend not in FAULT_SITES:
-            raise ValueError(f"model.backend={model.backend!r} has no fault sites: use {' or '.join(FAULT_SITES)}")
-        if sites.modules and train.compile:
-            raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")
-        if sites.balance_scale != 1 and not (model.moe and model.moe.balances):
-            raise ValueError(
-                "the fault switches off load balancing, but the model has none: it needs model.moe.aux_coef above 0 "
-                "or model.moe.bias_update_speed, as model=moe_nano has"
-            )
-        without_router = replace(sites, lr_scale=replace(sites.lr_scale, router=1.0))
-        if not model.moe and sites is not healthy and without_router == healthy != sites:
-            raise ValueError("fault.groups=['router'] has no effect on a dense model: choose model=moe_nano")
-
-
-def _skeleton(model: TransformerConfig) -> Transformer:
-    """The model's modules without memory."""
-    with torch.device("meta"):
-        return Transformer(replace(model, vocab_size=model.vocab_size or 2))
-
-
 def _left_out(monitors: Mapping[str, Monitor], model: TransformerConfig) -> list[str]:
     """The names of the configured monitors that the model cannot have: those of experts, on a dense model.
 
@@ -251,6 +210,7 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     missing = [key for key in RUN_KEYS if plain.get(key) is None]
     if missing:
         raise ValueError(f"{missing[0]} is missing from the configuration")
+    asked = {key: plain[key] for key in RUN_KEYS} | {"plugins": plain.get("plugins") or []}
     plain = {key: plain[key] for key in RUN_KEYS}
     check_seed(plain["seed"], "seed")
     model: TransformerConfig = construct(plain["model"], "model")
@@ -261,7 +221,7 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     for node, (kind, found) in zip(("model", "data", "train", "fault"), kinds.items(), strict=True):
         _check_kind(node, found, kind)
     model = model.on(resolve_device(train.device))
-    _check_fit(fault, model, train)
+    check_fits(fault, model, train)
     if train.compile and model.moe and train.precision != "bf16":
         raise ValueError("train.compile=True is not allowed with experts in FP32: set train.precision=bf16")
     for field in ("micro_batch", "watched_sequences"):
@@ -284,4 +244,6 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
         model = replace(model, vocab_size=corpus.vocab_size)
     elif model.vocab_size < corpus.vocab_size:
         raise ValueError(f"model.vocab_size={model.vocab_size} is too small: the data has {corpus.vocab_size} tokens")
-    return Run(plain, plain["seed"], fault, model, train, corpus, monitors, {name: every[name] for name in left_out})
+    return Run(
+        plain, plain["seed"], fault, model, train, corpus, monitors, {name: every[name] for name in left_out}, asked
+    )

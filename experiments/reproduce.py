@@ -3,9 +3,9 @@
     python -m experiments.reproduce experiment=paper_attention scale=laptop
 
 Runs are shared by identity: what another experiment has trained already is not trained again, and a
-broken sweep goes on where it stopped. The runs are handed to the configured Hydra launcher (joblib on
-one machine, submitit on a cluster), as ``-m`` would hand it a grid. With ``train.stack=N`` a job is a stack of up to
-N runs, trained together along a model axis; runs that cannot be stacked are trained one by one.
+broken sweep goes on where it stopped. The runs are handed to joblib's processes on one machine, to submitit on a
+cluster (``hydra/launcher=...``). With ``train.stack=N`` a job is a stack of up to N runs, trained together along a
+model axis; runs that cannot be stacked are trained one by one.
 """
 
 from __future__ import annotations
@@ -13,76 +13,32 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import BrokenExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra import compose
-from hydra._internal.callbacks import Callbacks
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobStatus
-from hydra.types import HydraContext
-from joblib import Parallel, delayed, effective_n_jobs
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from analysis.report import make_report
 from analysis.runs.align import AXES
 from analysis.runs.index import check_parts
-from experiments import trace
 from experiments.build import Run, build_run
-from experiments.cli import COMPOSE_ERRORS, CONF, USER_ERRORS, explain, guarded, one_line_errors
+from experiments.cli import COMPOSE_ERRORS, CONF, explain, guarded, one_line_errors
+from experiments.executors import Executor, executor_of
 from experiments.files import sealed, write_whole
 from experiments.names import check_name
-from experiments.pieces import Unfinished, in_pieces
 from experiments.plan import PlannedRun, plan, plan_cases
-from experiments.progress import RunInSweep, StackProgress, SweepProgress
 from experiments.scoring import check_runs, check_settings
 from experiments.settings import ReproduceCommand, check_command
-from experiments.train import describe, run_one, signals_of, train_shown
-from experiments.training.checkpoint import RunError
+from experiments.sweep import sweep
+from experiments.train import describe
 from experiments.training.data import load_once
-from experiments.training.loop import train_stack
-from experiments.training.missing_readings import is_complete
-from experiments.training.stacking import stacks, why_single
-from experiments.training.stopping import asked, check_in, end_if_orphaned, end_with_parent, launching
 from experiments.validation import check_named
 
 CONFIG_NAME = "reproduce"
-
-
-def train_quietly(jobs: Sequence[Sequence[Sequence[str]]], config: DictConfig) -> list[dict[str, Any]]:
-    """What a launcher's worker does with one job: no bar of its own; a mistake comes back as one line for every run.
-
-    jobs: of every job, its runs' overrides; config: of this job's first run.
-    """
-    with open_dict(config):
-        config.quiet = True
-    members = jobs[HydraConfig.get().job.num]
-    end_with_parent()
-    if asked():
-        return []
-    try:
-        return run_together(members, Path(config.out)) if config.train.stack > 1 else [run_one(config, load_once)]
-    except USER_ERRORS as error:
-        return [{"error": " ".join(str(error).split())}] * len(members)
-    finally:
-        end_if_orphaned()
-
-
-def run_together(members: Sequence[Sequence[str]], out: Path) -> list[dict[str, Any]]:
-    """Build and train a stack, or the one run that cannot be in one; their manifests. members: the runs' overrides."""
-    runs = build_all(members)  # launchers hand Hydra's state on to their workers, so that it composes there
-    if why_single(runs[0]) is not None:
-        return [train_shown(runs[0], out, show=False)]
-    with StackProgress(signals_of(runs[0])) as progress:
-        return train_stack(runs, out, progress)
 
 
 def build_all(members: Sequence[Sequence[str]]) -> list[Run]:
@@ -104,134 +60,11 @@ def build_all(members: Sequence[Sequence[str]]) -> list[Run]:
     return runs
 
 
-def with_launcher(given: Sequence[str]) -> DictConfig:
-    """The command's configuration with Hydra's own, of which the launcher is a part."""
-    return compose(CONFIG_NAME, overrides=[*HydraConfig.get().overrides.hydra, *given], return_hydra_config=True)
-
-
-def at_once(launcher: Mapping[str, Any]) -> int:
-    """How many jobs a launcher runs at a time: joblib's limit or submitit's, 1 where it has none."""
-    if "n_jobs" in launcher:
-        if not isinstance(launcher["n_jobs"], int) or launcher["n_jobs"] == 0:
-            raise ValueError(f"at_once={launcher['n_jobs']} is not allowed: at least 1, or -1 for a run on every core")
-        return effective_n_jobs(launcher["n_jobs"])
-    return launcher.get("array_parallelism", 1)
-
-
-def start_workers(launcher: Mapping[str, Any], folder: Path) -> None:
-    """Start joblib's processes, which it keeps for the jobs, so that each ends with this one from the start."""
-    workers = at_once(launcher)
-    if "n_jobs" in launcher and workers > 1:
-        settings = {key: value for key, value in launcher.items() if key != "_target_"}
-        Parallel(**settings)(delayed(check_in)(folder, workers) for _ in range(workers))
-
-
-def launch(
-    jobs: Sequence[Sequence[PlannedRun]], given: Sequence[str], config: DictConfig
-) -> list[list[dict[str, Any]]]:
-    """Train stacks of runs by the launcher in ``config``; what each run returned, in order."""
-    overrides = [[[*given, *cell.overrides] for cell in job] for job in jobs]
-    launcher = Plugins.instance().instantiate_launcher(
-        hydra_context=HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks()),
-        task_function=partial(train_quietly, overrides),
-        config=config,
-    )
-    try:
-        done = launcher.launch([members[0] for members in overrides], initial_job_idx=0)
-    except BrokenExecutor:
-        raise RunError(
-            "a process that trained was killed, for want of memory perhaps: the same command resumes, a lower at_once "
-            "needs less"
-        ) from None
-    return [
-        job.return_value if job.status is JobStatus.COMPLETED else [{"error": repr(job._return_value)}] * len(members)
-        for job, members in zip(done, overrides, strict=True)
-    ]
-
-
-def left_to_train(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path) -> list[tuple[PlannedRun, Run]]:
-    """The runs that are not finished. Raises RunError where finished ones are damaged, and names them all."""
-    pending, damaged, errors = [], [], []
-    for cell, run in zip(planned, runs, strict=True):
-        folder = out / run.run_id
-        try:
-            if not is_complete(folder, run):
-                pending.append((cell, run))
-        except trace.TraceError as error:
-            damaged.append(shlex.quote(str(folder)))
-            errors.append(error)
-    if len(damaged) == 1:
-        raise errors[0]
-    if damaged:
-        raise RunError(
-            f"{len(damaged)} of {len(runs)} runs are damaged: rm -r {' '.join(damaged)}, then the same command trains "
-            f"them again; the first: {errors[0]}"
-        )
-    return pending
-
-
-def _cpu_s(folder: Path) -> float:
-    """What earlier commands have spent on a run."""
-    manifest = trace.read_manifest(folder)
-    return 0.0 if manifest is None else manifest["cpu_s"]
-
-
-def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, given: Sequence[str]) -> dict[str, Any] | None:
-    """Train the runs that are not there yet; how long that took and how busy the cores were, or None.
-
-    Raises RunError where runs failed, after all others are done, or where finished ones are damaged, and Unfinished
-    where ``train.piece_s`` is over.
-    """
-    pending = left_to_train(planned, runs, out)
-    if not pending:
-        return None
-    jobs = [[pending[index] for index in stack] for stack in stacks([run for _, run in pending])]
-    for reason, count in Counter(why_single(run) for _, run in pending if run.train.stack > 1).items():
-        if reason is not None:
-            print(f"{count} runs train by themselves: {reason}")
-    started, spent_s = time.monotonic(), sum(_cpu_s(out / run.run_id) for _, run in pending)
-    config = with_launcher(given)
-    processes, piece_s = min(at_once(config.hydra.launcher), len(jobs)), pending[0][1].train.piece_s
-    shown = {
-        out / run.run_id: RunInSweep(f"{cell.fault or 'healthy'} {cell.seed}", run.train.steps)
-        for cell, run in zip(planned, runs, strict=True)
-    }
-    with SweepProgress(shown, processes * max(map(len, jobs))), launching() as folder:
-        start_workers(config.hydra.launcher, folder)
-
-        def launched(some: Sequence[Sequence[tuple[PlannedRun, Run]]], *more: str) -> list[list[dict[str, Any]]]:
-            return launch([[cell for cell, _ in job] for job in some], [*given, *more], config)
-
-        if piece_s is None:
-            done = launched(jobs)
-        else:
-            done = in_pieces(jobs, processes, piece_s, lambda some, left_s: launched(some, f"train.piece_s={left_s}"))
-    if asked():  # in a job of -m, which ends with the others
-        raise Unfinished("runs are left after a signal; the same command goes on")
-    wall_s = time.monotonic() - started
-    results = [
-        (run, result)
-        for job, returned in zip(jobs, done, strict=False)  # a piece may be over before every job's turn
-        for (_, run), result in zip(job, returned, strict=True)
-    ]
-    failed = [(run, result) for run, result in results if "error" in result]
-    if failed:
-        run, result = failed[0]
-        raise RunError(
-            f"{len(failed)} of {len(pending)} runs failed and can be resumed by the same command; "
-            f"the first, {run.run_id} (seed {run.seed}): {result['error']}"
-        )
-    unfinished = sum(not is_complete(out / run.run_id, run) for _, run in pending)
-    if unfinished:
-        why = "a signal to their process" if piece_s is None else f"train.piece_s={piece_s:g} seconds"
-        raise Unfinished(f"{unfinished} runs are left after {why}; the same command goes on")
-    cpu_s = sum(result["cpu_s"] for _, result in results) - spent_s
-    return {
-        "trained": len(pending),
-        "wall_s": round(wall_s, 1),
-        "processes": processes,
-        "busy": round(cpu_s / (processes * wall_s), 3),
-    }
+def executor_for(given: Sequence[str]) -> Executor:
+    """The executor that the command's ``hydra/launcher`` asks for."""
+    overrides = [*HydraConfig.get().overrides.hydra, *given]
+    launcher = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True).hydra.launcher
+    return executor_of(OmegaConf.to_container(launcher, resolve=True))
 
 
 INSTEAD = {
@@ -319,9 +152,9 @@ def main(config: DictConfig) -> None:
             cell_of_model = [cell.model for cell in planned].index(model)
             print(f"{model}, each: {describe(runs[cell_of_model])}")
         return
-    out, report = Path(config.out), Path(config.report)
+    out, report, executor = Path(config.out), Path(config.report), executor_for(given)
     report.mkdir(parents=True, exist_ok=True)
-    timing = None if config.score_only else sweep(planned, runs, out, given)
+    timing = None if config.score_only else sweep(planned, runs, out, executor)
     index = {
         "experiment": experiment,
         "scale": settings["scale"],

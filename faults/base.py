@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
+from itertools import combinations
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from faults.card import Injection, InjectionCard
+from faults.operation import Operation, OptimizerOperation, SiteValue, TensorOperation, Training
+from faults.window import Window
+from models.arithmetic import ORDINARY
+from models.backend import FAULT_SITES
 from models.corruption import ModuleFault
+from models.flash import check_numerics
 from models.numerics import HEALTHY, AttentionNumerics
-from models.transformer import PARAMETER_GROUPS
+from models.transformer import PARAMETER_GROUPS, TransformerConfig
 
 
 @dataclass(frozen=True)
 class LearningRateScale:
     """Factor on the scheduled learning rate of each parameter group (``models.transformer.PARAMETER_GROUPS``)."""
+
+    stackable: ClassVar[bool] = True
 
     embedding: float = 1.0
     attention: float = 1.0
@@ -24,21 +35,89 @@ class LearningRateScale:
         """These factors with those of ``groups`` (default: all) multiplied by ``factor``."""
         return replace(self, **{group: getattr(self, group) * factor for group in groups})
 
+    def check_fits(self, model: TransformerConfig, train: Training) -> None:
+        """Raise ValueError where only the router's rate changes and the model has no router."""
+        if not model.moe and self != LearningRateScale() == replace(self, router=1.0):
+            raise ValueError("fault.groups=['router'] has no effect on a dense model: choose model=moe_nano")
+
+
+_declared = partial(field, metadata={"declared": True})
+"""A point of the step at which the training loop applies nothing yet."""
+
 
 @dataclass(frozen=True)
 class Sites:
-    """Everything that a fault may touch in one step. The defaults are a healthy step.
+    """Everything that a fault may touch in one step, in the order of the step. The defaults are a healthy step.
 
-    batch_size: sequences in this step's batch; numerics: which BF16 operation is done to which attention
-    tensor; modules: the same outside attention; lr_scale: factors on the scheduled learning rate; balance_scale:
-    factor on what keeps the loads of experts even, the load-balance loss's coefficient and the balancing bias's step.
+    All points hold values, no functions: a step without a fault is equal to a healthy one.
+
+    batch_size: sequences of this step's batch.
+    data_step: the step whose batch is read, or None for this one.
+    batch: operations on the tensors ``inputs`` and ``targets`` of the batch, token ids of shape (B, T).
+    numerics: which operation is done to which attention tensor, and attention's arithmetic.
+    modules: operations on what linear layers, norms, the router and the head take and give.
+    masks: which keys each query sees (shifted causal masks).
+    formats: the number formats of modules (FP8, MX).
+    balance_scale: factor on the load-balance loss's coefficient and on the balancing bias's step.
+    gradients: operations on the parameters' gradients, after accumulation and before the clip.
+    clip: the clip's norm and scope.
+    optimizer: operations on the optimizer's constants and state before its update.
+    lr_scale: factors on the scheduled learning rate.
+    weights: operations on the parameters after the update.
+    resume: what a resume forgets, of optimizer, schedule, data position and random state.
+    rank: what one worker does differently.
+    world: what becomes of the exchange between workers.
     """
 
     batch_size: int
+    data_step: int | None = _declared(default=None)
+    batch: tuple[TensorOperation, ...] = ()
     numerics: AttentionNumerics = HEALTHY
     modules: tuple[ModuleFault, ...] = ()
-    lr_scale: LearningRateScale = field(default_factory=LearningRateScale)
+    masks: tuple[Operation, ...] = _declared(default=())
+    formats: tuple[Operation, ...] = _declared(default=())
     balance_scale: float = 1.0
+    gradients: tuple[TensorOperation, ...] = ()
+    clip: tuple[Operation, ...] = _declared(default=())
+    optimizer: tuple[OptimizerOperation, ...] = ()
+    lr_scale: LearningRateScale = field(default_factory=LearningRateScale)
+    weights: tuple[TensorOperation, ...] = ()
+    resume: tuple[str, ...] = _declared(default=())
+    rank: tuple[Operation, ...] = _declared(default=())
+    world: tuple[Operation, ...] = _declared(default=())
+
+    @property
+    def values(self) -> tuple[SiteValue, ...]:
+        """The values of all points that check themselves."""
+        return (self.numerics, self.lr_scale, *(operation for point in self._operations() for operation in point))
+
+    def _operations(self) -> tuple[tuple[Operation, ...], ...]:
+        return self.batch, self.modules, self.gradients, self.optimizer, self.weights
+
+    def check_fits(self, model: TransformerConfig, train: Training) -> None:
+        """Raise ValueError that names the field where the model or the training cannot have a value of this step."""
+        for site in fields(self):
+            if site.metadata.get("declared") and getattr(self, site.name) != site.default:
+                raise ValueError(f"fault: the training loop applies nothing at {site.name!r} yet")
+        for value in self.values:
+            value.check_fits(model, train)
+        for point in self._operations():
+            for operation in point:
+                if operation.lookback_steps:
+                    raise ValueError(f"fault: {operation} reads the past, which the training loop does not keep yet")
+            for operation, other in combinations(point, 2):
+                if operation.meets(other):
+                    raise ValueError(f"fault: {operation} and {other} meet: only one of them may set a value")
+        if model.backend == "triton":
+            for layer in range(model.n_layers):
+                check_numerics(self.numerics.layer(layer), model.tiles)
+        if (self.numerics.faults or self.numerics.arithmetic != ORDINARY) and model.backend not in FAULT_SITES:
+            raise ValueError(f"model.backend={model.backend!r} has no fault sites: use {' or '.join(FAULT_SITES)}")
+        if self.balance_scale != 1 and not (model.moe and model.moe.balances):
+            raise ValueError(
+                "the fault switches off load balancing, but the model has none: it needs model.moe.aux_coef above 0 "
+                "or model.moe.bias_update_speed, as model=moe_nano has"
+            )
 
 
 @runtime_checkable
@@ -48,25 +127,38 @@ class Fault(Protocol):
     ``sites`` is pure: the same step and healthy sites always give the same answer. Outside its
     window it returns the very object ``healthy``, so that "healthy before onset" is an equality.
     ``step`` counts optimizer updates from 0: the update of an onset-0 fault is the run's first.
+    ``describe`` says what the fault does as plain data.
     """
 
     onset: int | None
 
     def sites(self, step: int, healthy: Sites) -> Sites: ...
 
+    def describe(self) -> InjectionCard: ...
 
-@dataclass(frozen=True)
-class Window:
-    """The steps ``onset <= step < onset + duration``; duration None = to the end."""
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedFault:
+    """The fields that all faults with a window share.
+
+    onset: first faulty update; duration: updates, or None for no end; every: only each so many-th update from the
+    onset on, 1 for all; family: the kind of fault, for tables. Raises ValueError on an impossible window, by name.
+    """
 
     onset: int = 0
     duration: int | None = None
+    every: int = 1
+    family: str = field(default="other", compare=False)
 
     def __post_init__(self) -> None:
-        if self.onset < 0:
-            raise ValueError(f"fault.onset={self.onset} is not allowed: a step from 0")
-        if self.duration is not None and self.duration < 1:
-            raise ValueError(f"fault.duration={self.duration} is not allowed: at least 1 step, or null for no end")
+        self.window  # noqa: B018  (building it checks its fields)
 
-    def __contains__(self, step: int) -> bool:
-        return step >= self.onset and (self.duration is None or step < self.onset + self.duration)
+    @cached_property
+    def window(self) -> Window:
+        return Window(self.onset, self.duration, self.every)
+
+    def injection(
+        self, what: str, where: Mapping[str, Any], size: Mapping[str, Any], control: bool = False
+    ) -> Injection:
+        """One entry of the injection card, in this fault's window."""
+        return Injection(what, where, size, self.window, control)

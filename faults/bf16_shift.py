@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from faults.base import Sites, Window
+from faults.card import InjectionCard
+from faults.corrupt import Corrupt, OperationFault
 from models.numerics import AttentionNumerics, SiteFault
 
 
 @dataclass(frozen=True)
-class BF16Shift:
+class BF16Shift(OperationFault):
     """Clear the ``bits`` lowest bits of each named attention tensor at the steps of a window.
 
     Equation: ``raw & (-1 << bits)`` on the 16-bit integer of each BF16 number; with rounding
@@ -21,8 +22,7 @@ class BF16Shift:
     tensors (YAML key ``sites``): names in ``models.numerics.SITES``; phase: ``forward``, ``backward``
     or ``both``; bits: 0 to 8 (``flip``: 16), 0 being the healthy control on the same kernel; share: of the elements
     of each batch row and head, 0 for one; layers, heads: indices or None for all, heads being key-value heads for
-    ``k v dk dv``; onset: first faulty update; duration: updates, or None for no end.
-    Raises ValueError on impossible values, by name.
+    ``k v dk dv``. Raises ValueError on impossible values, by name.
     """
 
     tensors: tuple[str, ...] = field(metadata={"key": "sites"})
@@ -32,28 +32,22 @@ class BF16Shift:
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     share: float = 1.0
-    onset: int = 0
-    duration: int | None = None
 
     def __post_init__(self) -> None:
         if not self.tensors:
             raise ValueError("sites=[] is not allowed: name at least one attention tensor")
-        self.numerics, self.window  # noqa: B018  (building them checks every field)
+        super().__post_init__()
 
     @cached_property
-    def window(self) -> Window:
-        return Window(self.onset, self.duration)
-
-    @cached_property
-    def numerics(self) -> AttentionNumerics:
-        return AttentionNumerics(
-            tuple(
-                SiteFault(site, self.phase, self.rounding, self.bits, self.layers, self.heads, self.share)
-                for site in self.tensors
-            )
+    def corrupt(self) -> Corrupt:
+        faults = (
+            SiteFault(site, self.phase, self.rounding, self.bits, self.layers, self.heads, self.share)
+            for site in self.tensors
         )
+        return Corrupt("numerics", AttentionNumerics(tuple(faults)), self.window)
 
-    def sites(self, step: int, healthy: Sites) -> Sites:
-        if step not in self.window:
-            return healthy
-        return replace(healthy, numerics=healthy.numerics | self.numerics)
+    def describe(self) -> InjectionCard:
+        reach = {"phase": self.phase, "layers": self.layers, "heads": self.heads}
+        where = {"point": "numerics", "tensors": self.tensors, **reach}
+        size = {"bits": self.bits, "share": self.share}
+        return InjectionCard(self.family, (self.injection(self.rounding, where, size, control=self.bits == 0),))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from faults.base import Fault, Sites
+from faults.card import InjectionCard
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Combined:
     """
 
     faults: Mapping[str, Fault]
+    family: str = "combined"
 
     def __post_init__(self) -> None:
         if not self.faults:
@@ -31,3 +33,7 @@ class Combined:
         for fault in self.faults.values():
             healthy = fault.sites(step, healthy)
         return healthy
+
+    def describe(self) -> InjectionCard:
+        cards = (fault.describe() for fault in self.faults.values())
+        return InjectionCard(self.family, tuple(injection for card in cards for injection in card.injections))

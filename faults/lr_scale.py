@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 
-from faults.base import Sites, Window
+from faults.base import Sites, WindowedFault
+from faults.card import InjectionCard
 from models.transformer import PARAMETER_GROUPS
 
 
 @dataclass(frozen=True)
-class LRScale:
+class LRScale(WindowedFault):
     """Multiply the scheduled learning rate by ``factor`` at the steps of a window.
 
     With ``ramp_steps`` = R the factor grows exponentially from the onset: factor^min(1, (step - onset + 1) / R),
@@ -19,20 +19,17 @@ class LRScale:
     (uniform x10 and x40); the ramp is ours, for a fault with a lead time to measure.
 
     factor: above 0; below 1 it lowers the rate; groups: names in ``models.transformer.PARAMETER_GROUPS``, or
-    None for every parameter; onset: first faulty update; duration: updates, or None for no end.
-    Raises ValueError on impossible values, by name.
+    None for every parameter. Raises ValueError on impossible values, by name.
     """
 
     factor: float
     ramp_steps: int = 0
     groups: tuple[str, ...] | None = None
-    onset: int = 0
-    duration: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.factor < math.inf:
             raise ValueError(f"fault.factor={self.factor} is not allowed: above 0")
-        self.window  # noqa: B018  (building it checks its fields)
+        super().__post_init__()
         if self.ramp_steps < 0:
             raise ValueError(f"fault.ramp_steps={self.ramp_steps} is not allowed: 0 or more")
         if self.duration is not None and self.ramp_steps > self.duration:
@@ -48,10 +45,6 @@ class LRScale:
                     f"distinct names of {', '.join(PARAMETER_GROUPS)}, or null for all"
                 )
 
-    @cached_property
-    def window(self) -> Window:
-        return Window(self.onset, self.duration)
-
     def factor_at(self, step: int) -> float:
         """The factor of a step inside the window."""
         if not self.ramp_steps:
@@ -63,3 +56,8 @@ class LRScale:
             return healthy
         groups = PARAMETER_GROUPS if self.groups is None else self.groups
         return replace(healthy, lr_scale=healthy.lr_scale.times(self.factor_at(step), groups))
+
+    def describe(self) -> InjectionCard:
+        where = {"point": "lr_scale", "groups": self.groups}
+        size = {"factor": self.factor, "ramp_steps": self.ramp_steps}
+        return InjectionCard(self.family, (self.injection("scale", where, size, control=self.factor == 1),))

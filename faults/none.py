@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from faults.base import Sites
+from faults.card import InjectionCard
 
 
 @dataclass(frozen=True)
 class NoFault:
     """Every step is healthy; there is no onset."""
 
+    family: str = "healthy"
     onset: ClassVar[int | None] = None
 
     def sites(self, step: int, healthy: Sites) -> Sites:
         return healthy
+
+    def describe(self) -> InjectionCard:
+        return InjectionCard(self.family)

@@ -11,8 +11,8 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from models.attention import DotProduct
 from models.bits import BitOperation
+from models.transformer import TransformerConfig, skeleton
 
 MODULE_SITES = ("y", "dy", "dx", "dw")
 """Of a module: its output; the gradient that arrives at its output (of the head: what the loss kernel computed); the
@@ -36,6 +37,9 @@ class ModuleFault:
     sequences: the weight's gradient, a router's tokens, the slots of experts.
     """
 
+    stackable: ClassVar[bool] = False
+    lookback_steps: ClassVar[int] = 0
+
     module: str
     site: str
     rounding: str
@@ -50,6 +54,19 @@ class ModuleFault:
     @cached_property
     def operation(self) -> BitOperation:
         return BitOperation(self.rounding, self.bits, self.share)
+
+    @property
+    def idle(self) -> bool:
+        return self.bits == 0
+
+    def meets(self, other: ModuleFault) -> bool:
+        return (self.module, self.site) == (other.module, other.site)
+
+    def check_fits(self, model: TransformerConfig, train: Any) -> None:
+        """Raise ValueError where the model has no such module, or where ``train.compile`` leaves no place for hooks."""
+        self.find(skeleton(model))
+        if train.compile:
+            raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")
 
     def find(self, model: nn.Module) -> nn.Module:
         """The module. Raises ValueError where the model has none of that name, or one without a weight."""
@@ -68,26 +85,35 @@ def _has_weight(module: nn.Module) -> bool:
     return getattr(module, "weight", None) is not None and not isinstance(module, (DotProduct, nn.Embedding))
 
 
+class Log(Protocol):
+    """Where a change is counted (``faults.log.InjectionLog``)."""
+
+    def add(self, point: str, operation: Any, tensor: str, before: Tensor, after: Tensor) -> None: ...
+
+
 class Corrupted:
     """The faults on a model's modules, while the context is open.
 
     Open it before ``models.taps.Taps``, so that a tap sees what the rest of the model sees. ``bits=0`` is left out: it
-    does nothing. Raises ValueError where the model has no such module, or two faults would corrupt one tensor.
+    does nothing. log: where the changes are counted, or None.
+    Raises ValueError where the model has no such module, or two faults would corrupt one tensor.
     """
 
-    def __init__(self, model: nn.Module, faults: Collection[ModuleFault]) -> None:
+    def __init__(self, model: nn.Module, faults: Collection[ModuleFault], log: Log | None = None) -> None:
         for (module, site), count in Counter((fault.module, fault.site) for fault in faults).items():
             if count > 1:
                 raise ValueError(f"{count} faults on {site!r} of {module} meet: one operation a tensor is allowed")
         found = [(fault, fault.find(model)) for fault in faults]
-        self._broken = [(fault, module) for fault, module in found if fault.bits]
+        self._broken = [(fault, module) for fault, module in found if not fault.idle]
+        self._log = log
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Corrupted:
         for fault, module in self._broken:
+            corrupt = fault.corrupt if self._log is None else partial(_corrupt_and_log, fault, self._log)
             if fault.site in _BEFORE:
-                self._handles.append(module.register_forward_pre_hook(_BEFORE[fault.site](fault)))
-            self._handles.append(module.register_forward_hook(_AFTER[fault.site](fault)))
+                self._handles.append(module.register_forward_pre_hook(_BEFORE[fault.site](corrupt)))
+            self._handles.append(module.register_forward_hook(_AFTER[fault.site](corrupt)))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -98,11 +124,21 @@ class Corrupted:
             _own_weight_again(module)  # a forward that raised has left its alias
 
 
+Corruption = Callable[[Tensor], Tensor]
+"""From a tensor to a corrupted copy."""
+
+
+def _corrupt_and_log(fault: ModuleFault, log: Log, x: Tensor) -> Tensor:
+    corrupted = fault.corrupt(x)
+    log.add("modules", fault, f"{fault.module} {fault.site}", x.detach(), corrupted)
+    return corrupted
+
+
 class _Replaced(torch.autograd.Function):
     """A value in the place of another, whose gradient it takes: what a kernel that errs does."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, corrupt: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx, value: Tensor, corrupt: Corruption) -> Tensor:
         return corrupt(value)
 
     @staticmethod
@@ -110,7 +146,7 @@ class _Replaced(torch.autograd.Function):
         return gradient, None
 
 
-def _alias_input(_: ModuleFault) -> Callable[..., tuple[Any, ...]]:
+def _alias_input(_: Corruption) -> Callable[..., tuple[Any, ...]]:
     """Give the input a name of its own, so that the gradient of this branch alone is corrupted."""
 
     def hook(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -119,7 +155,7 @@ def _alias_input(_: ModuleFault) -> Callable[..., tuple[Any, ...]]:
     return hook
 
 
-def _alias_weight(fault: ModuleFault) -> Callable[..., None]:
+def _alias_weight(corrupt: Corruption) -> Callable[..., None]:
     """Give the weight a name of its own for this forward, so that of a shared one this product's gradient is corrupted.
 
     A tied head's weight is the embedding's too, whose share of the gradient comes from another kernel.
@@ -128,13 +164,13 @@ def _alias_weight(fault: ModuleFault) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         alias = module.weight.view_as(module.weight)
         if alias.requires_grad:
-            alias.register_hook(fault.corrupt)
+            alias.register_hook(corrupt)
         module.__dict__["weight"] = alias  # found before the parameter, which stays where it is
 
     return hook
 
 
-def _own_weight(_: ModuleFault) -> Callable[..., None]:
+def _own_weight(_: Corruption) -> Callable[..., None]:
     return lambda module, arguments, output: _own_weight_again(module)
 
 
@@ -142,28 +178,28 @@ def _own_weight_again(module: nn.Module) -> None:
     module.__dict__.pop("weight", None)
 
 
-def _output(fault: ModuleFault) -> Callable[..., Tensor]:
-    return lambda module, arguments, output: _Replaced.apply(output, fault.corrupt)
+def _output(corrupt: Corruption) -> Callable[..., Tensor]:
+    return lambda module, arguments, output: _Replaced.apply(output, corrupt)
 
 
-def _arriving(fault: ModuleFault) -> Callable[..., None]:
+def _arriving(corrupt: Corruption) -> Callable[..., None]:
     def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(fault.corrupt)
+            output.register_hook(corrupt)
 
     return hook
 
 
-def _leaving(fault: ModuleFault) -> Callable[..., None]:
+def _leaving(corrupt: Corruption) -> Callable[..., None]:
     def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         if arguments[0].requires_grad:
-            arguments[0].register_hook(fault.corrupt)
+            arguments[0].register_hook(corrupt)
 
     return hook
 
 
-_BEFORE: dict[str, Callable[[ModuleFault], Callable[..., Any]]] = {"dx": _alias_input, "dw": _alias_weight}
-_AFTER: dict[str, Callable[[ModuleFault], Callable[..., Any]]] = {
+_BEFORE: dict[str, Callable[[Corruption], Callable[..., Any]]] = {"dx": _alias_input, "dw": _alias_weight}
+_AFTER: dict[str, Callable[[Corruption], Callable[..., Any]]] = {
     "y": _output,
     "dy": _arriving,
     "dx": _leaving,

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from models.arithmetic import ORDINARY, Arithmetic
 from models.bits import BitOperation
+
+
+class Heads(Protocol):
+    """What a model has of layers, heads, and key-value heads (``models.transformer.TransformerConfig``)."""
+
+    n_layers: int
+    n_heads: int
+    kv_heads: int
+
 
 BF16_SITES = ("q", "k", "v", "p", "o", "do", "ds", "dq", "dk", "dv")
 """Attention tensors that a flash-attention kernel stores or multiplies in BF16."""
@@ -101,8 +111,10 @@ class SiteFault:
 class AttentionNumerics:
     """Which operation is done to which attention tensor of which layer and head, and every layer's arithmetic.
 
-    Empty and ``ORDINARY`` = healthy.
+    Empty and ``ORDINARY`` = healthy; a sum does what both do.
     """
+
+    stackable: ClassVar[bool] = True
 
     faults: tuple[SiteFault, ...] = ()
     arithmetic: Arithmetic = ORDINARY
@@ -116,19 +128,19 @@ class AttentionNumerics:
                         "give each its own layers or heads"
                     )
 
-    def __or__(self, other: AttentionNumerics) -> AttentionNumerics:
+    def __add__(self, other: AttentionNumerics) -> AttentionNumerics:
         if ORDINARY not in (self.arithmetic, other.arithmetic):
             raise ValueError("two faults both change the arithmetic of attention: give each steps of its own")
         arithmetic = other.arithmetic if self.arithmetic == ORDINARY else self.arithmetic
         return AttentionNumerics(self.faults + other.faults, arithmetic)
 
-    def check_fits(self, n_layers: int, n_heads: int, n_kv_heads: int) -> None:
+    def check_fits(self, model: Heads, train: Any) -> None:
         """Raise ValueError if a fault names a layer or head that the model does not have."""
         for fault in self.faults:
-            shared = fault.site in KEY_VALUE_SITES and n_kv_heads != n_heads
-            heads = (n_kv_heads, f"key-value heads for {fault.site!r}") if shared else (n_heads, "heads")
+            shared = fault.site in KEY_VALUE_SITES and model.kv_heads != model.n_heads
+            heads = (model.kv_heads, f"key-value heads for {fault.site!r}") if shared else (model.n_heads, "heads")
             for field, chosen, (count, what) in (
-                ("layers", fault.layers, (n_layers, "layers")),
+                ("layers", fault.layers, (model.n_layers, "layers")),
                 ("heads", fault.heads, heads),
             ):
                 if chosen is not None and max(chosen) >= count:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from models.attention import DotProduct
 from models.backend import BACKENDS, resolve_backend
+from models.batch import inputs_and_targets
 from models.mlp import KINDS, MLP
 from models.moe import MoE, MoEConfig, Routing, auxiliary_loss
 from models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
@@ -305,10 +307,12 @@ class Transformer(nn.Module):
         """What training minimises, in two terms, and what the routers did: NLL, auxiliary loss, routings.
 
         The first is ``loss``; the second, in the same unit, the routers' losses with their coefficients, the
-        load-balance term times ``balance_scale``; routings: one a layer, none for a dense model.
+        load-balance term times ``balance_scale``; routings: one a layer, none for a dense model. tokens: (B, T + 1), or
+        inputs and targets apart (``models.batch``).
         """
-        logits_BTV, routings = self._run(tokens_BT1[:, :-1], numerics)
-        nll = self.mean_nll(logits_BTV.flatten(0, 1), tokens_BT1[:, 1:].flatten())
+        inputs_BT, targets_BT = inputs_and_targets(tokens_BT1)
+        logits_BTV, routings = self._run(inputs_BT, numerics)
+        nll = self.mean_nll(logits_BTV.flatten(0, 1), targets_BT.flatten())
         auxiliary = auxiliary_loss(routings, self.config.moe, balance_scale) if routings else torch.zeros_like(nll)
         return nll, auxiliary, routings
 
@@ -323,3 +327,10 @@ class Transformer(nn.Module):
         """Let every router with a balancing bias follow the loads that it saw; nothing for the others."""
         for block, routing in zip(self.blocks, routings, strict=False):
             block.mlp.update_balance(routing, scale)
+
+
+@lru_cache(maxsize=8)
+def skeleton(config: TransformerConfig) -> Transformer:
+    """The model's modules and parameters without memory, for names and shapes; an open vocabulary has 2^16 tokens."""
+    with torch.device("meta"):
+        return Transformer(replace(config, vocab_size=config.vocab_size or 2**16))

@@ -82,7 +82,7 @@ class StepView:
     sequences alone. optimizer: after the update, each ``grad`` still as it took it, clipped; numerics: what this step's
     attention was made to do, for oracles alone; objective_at: this step's training objective, NLL plus auxiliary losses
     on its batch without rounding or faults, as a smooth function of all weights by name (``models.objective``); batch:
-    the tokens that taps, routings and objective_at are of, (B, T + 1).
+    the tokens that taps, routings and objective_at are of, (B, T + 1), or inputs and targets apart (``models.batch``).
     """
 
     step: int

@@ -1,11 +1,13 @@
 """An engine takes one training step: the only place where a fault enters and where a view of the step is made.
 
-    batch = corpus.batch(seed, step, sites.batch_size)        # INJECT: batch
+    batch = corpus.batch(seed, step, sites.batch_size)        # INJECT: batch_size, batch
     for micro_batch in batch:
-        loss, auxiliary, routings = model(micro_batch, sites.numerics, ...)  # INJECT: forward
-        (loss + auxiliary).backward()                         # INJECT: backward, sites.modules; TAP: activations
-    grad_norm = update(learning_rate(step) * sites.lr_scale)  # INJECT: learning rates, of a clipped AdamW step
-    model.update_balance(routings, sites.balance_scale)       # INJECT: routers with a balancing bias
+        loss, auxiliary, routings = model(micro_batch, sites.numerics, ...)  # INJECT: numerics, in both passes
+        (loss + auxiliary).backward()                         # INJECT: modules, in both passes; TAP: activations
+    gradients                                                 # INJECT: gradients, before the clip
+    grad_norm = update(learning_rate(step) * sites.lr_scale)  # INJECT: optimizer, lr_scale, of a clipped AdamW step
+    weights                                                   # INJECT: weights
+    model.update_balance(routings, sites.balance_scale)       # INJECT: balance_scale, of routers with a balancing bias
     view of the step                                          # OBSERVE: read-only
 
 ``SingleEngine`` trains one run, ``StackedEngine`` several runs along a model axis. Benches and tests step an engine as
@@ -21,6 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from faults.base import Sites
+from faults.log import InjectionLog
 from monitors.base import StepView
 
 NOTHING: frozenset[str] = frozenset()
@@ -40,12 +43,14 @@ class Engine(Protocol):
     """The state of N >= 1 runs between two steps, and the step.
 
     model, optimizer: of one run, or stacked ones with ``slices``; tokens: training tokens that each run has seen.
+    logs: of each run, what its fault has changed.
     Tensors of a view, and losses, lead with an axis of runs in a stack, and have none in a single run.
     """
 
     model: nn.Module
     optimizer: Any
     tokens: int
+    logs: Sequence[InjectionLog]
 
     def step(self, step: int, sites: Sequence[Sites], places: Collection[str] = NOTHING) -> StepView:
         """Take update ``step`` (from 0) with each run's sites; ``places`` are tapped (``models.taps.PLACES``)."""
@@ -54,7 +59,7 @@ class Engine(Protocol):
         """Mean NLL on the held-out batch, in nats, through each run's faulty forward, if any."""
 
     def state_of(self, run: int) -> dict[str, Any]:
-        """What a checkpoint of one run needs: ``model``, ``optimizer`` and ``tokens``."""
+        """What a checkpoint of one run needs: ``model``, ``optimizer``, ``tokens`` and ``injections``."""
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from these states, one a run."""

@@ -65,6 +65,8 @@ def new_manifest(run: Run) -> dict[str, Any]:
         "weights_sha256": {},
         "seed": run.seed,
         "onset_step": None if onset is None else onset + 1,
+        "injection": asdict(run.fault.describe()),
+        "injected": [],
         "left_out_monitors": list(run.left_out_monitors),
         "signals": {signal.name: asdict(signal) for signal in signals},
         "git_commit": _git("rev-parse", "HEAD"),

@@ -69,7 +69,10 @@ class RunWriter:
         """Part, then checkpoint or weights, then manifest: a resume cuts the trace back to the checkpoint it finds.
 
         finite: whether every training loss was; best_held_out: the lowest label loss so far; 0-dim.
+        Raises ValueError that names an injection which has changed nothing.
         """
+        log = self._engine.logs[self._row or 0]
+        log.check(ended=end_reason in trace.FINAL_REASONS)
         files = self.manifest["files"]
         if self._recorder.first_step is not None:
             columns = self._recorder.columns(self._row)
@@ -91,6 +94,7 @@ class RunWriter:
             "steps_done": step,
             "tokens_done": self._engine.tokens,
             "end_reason": end_reason,
+            "injected": log.entries(),
             "wall_s": self._spent["wall_s"] + (time.monotonic() - self._started) / self._share,
             "cpu_s": self._spent["cpu_s"] + (time.process_time() - self._cpu_started) / self._share,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,11 @@ from experiments.training.gradients import Backward, backward, micro_batches
 from experiments.training.optimizer import adamw, update
 from experiments.training.train_config import TrainConfig
 from faults.base import Sites
+from faults.log import InjectionLog
+from faults.logged_numerics import logged
+from faults.operation import Moment
+from faults.points import corrupt_batch, corrupt_tensors, corrupted_optimizer, gradients_of
+from models.batch import inputs_and_targets
 from models.compiled import CompiledObjective
 from models.corruption import Corrupted
 from models.moe import Routing
@@ -27,7 +33,8 @@ class SingleEngine:
     """One run: its model, on its device, and its AdamW.
 
     compiler: the backend of ``torch.compile`` where ``train.compile`` asks for it. ``micro_batches``, ``backward`` and
-    ``update`` are the parts of ``step``, for benches that time them.
+    ``update`` are the parts of ``step``, for benches that time them; without a log, they do not measure what a fault
+    changes.
     """
 
     def __init__(
@@ -35,17 +42,19 @@ class SingleEngine:
     ) -> None:
         accumulate_in_fp32()
         self.model, self.config, self.tokens = model, config, 0
+        self.logs = (InjectionLog(),)
         self.optimizer, self.parameters = adamw(model, config), list(model.parameters())
         self.unwatched = CompiledObjective(model, compiler) if config.compile else model
         self._corpus, self._seed, self._device = corpus, seed, model.tokens.weight.device
         self._held_out = torch.from_numpy(corpus.held_out_batch(config.held_out_sequences)).to(self._device)
 
     def step(self, step: int, sites: Sequence[Sites], places: Collection[str] = NOTHING) -> StepView:
-        (site,) = sites
-        parts = self.micro_batches(step, site)
-        self.tokens += sum(part[:, 1:].numel() for part in parts)
-        done = self.backward(parts, site, places)
-        grad_norm = self.update(step, site, done.routings)
+        (site,), (log,) = sites, self.logs
+        log.step = step
+        parts = self.micro_batches(step, site, log)
+        self.tokens += sum(inputs_and_targets(part)[1].numel() for part in parts)
+        done = self.backward(parts, site, places, log)
+        grad_norm = self.update(step, site, done.routings, log)
         return StepView(
             step=step + 1,
             tokens=self.tokens,
@@ -60,20 +69,40 @@ class SingleEngine:
             batch=done.watched,
         )
 
-    def micro_batches(self, step: int, site: Sites) -> tuple[Tensor, ...]:
+    def _moment(self, step: int) -> Moment:
+        return Moment(self._seed, step, self.model.config.vocab_size)
+
+    def micro_batches(self, step: int, site: Sites, log: InjectionLog | None = None) -> tuple[Tensor, ...]:
         """The batch of a step, on the device, in the pieces that go through the model one after the other."""
         batch = torch.from_numpy(self._corpus.batch(self._seed, step, site.batch_size)).to(self._device)
+        batch = corrupt_batch(batch, site.batch, self._moment(step), log)
         return micro_batches(batch, self.config.micro_batch, self.config.watched_sequences)
 
-    def backward(self, parts: Sequence[Tensor], site: Sites, places: Collection[str] = NOTHING) -> Backward:
+    def backward(
+        self,
+        parts: Sequence[Tensor],
+        site: Sites,
+        places: Collection[str] = NOTHING,
+        log: InjectionLog | None = None,
+    ) -> Backward:
         """The gradients of a batch, and nothing left of those before."""
         self.optimizer.zero_grad(set_to_none=True)
-        with Corrupted(self.model, site.modules):
+        if log is not None:
+            site = replace(site, numerics=logged(site.numerics, (log,), self.model.config.backend))
+        with Corrupted(self.model, site.modules, log):
             return backward(self.model, parts, site, places, self.unwatched)
 
-    def update(self, step: int, site: Sites, routings: Sequence[Routing] = ()) -> Tensor:
+    def update(
+        self, step: int, site: Sites, routings: Sequence[Routing] = (), log: InjectionLog | None = None
+    ) -> Tensor:
         """Clip the gradients and take update ``step``; the global gradient norm before the clip, 0-dim."""
-        grad_norm = update(self.parameters, self.optimizer, self.config, step, site.lr_scale)
+        if site.gradients:
+            corrupt_tensors("gradients", gradients_of(self.model), site.gradients, self._moment(step), log)
+        with corrupted_optimizer(self.optimizer, site.optimizer, log):
+            grad_norm = update(self.parameters, self.optimizer, self.config, step, site.lr_scale)
+        if site.weights:
+            weights = dict(self.model.named_parameters())
+            corrupt_tensors("weights", weights, site.weights, self._moment(step), log)
         self.model.update_balance(routings, site.balance_scale)
         return grad_norm
 
@@ -86,10 +115,17 @@ class SingleEngine:
         return torch.stack(losses).sum() / len(self._held_out)
 
     def state_of(self, run: int) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "tokens": self.tokens}
+        injections, optimizer = self.logs[run].state_dict(), self.optimizer.state_dict()
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer,
+            "tokens": self.tokens,
+            "injections": injections,
+        }
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
         (state,) = states
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.tokens = state["tokens"]
+        self.logs[0].load_state_dict(state["injections"])

@@ -17,6 +17,10 @@ from experiments.training.engine import NOTHING, Batches
 from experiments.training.stacked_optimizer import StackedAdamW
 from experiments.training.train_config import TrainConfig
 from faults.base import Sites
+from faults.log import InjectionLog
+from faults.logged_numerics import logged
+from faults.operation import Moment
+from faults.points import corrupt_tensors, gradients_of
 from models.objective import objective_at
 from models.precision import accumulate_in_fp32
 from models.stacked import StackedNumerics, StackedTransformer
@@ -40,6 +44,7 @@ class StackedEngine:
         self.optimizer = StackedAdamW(self.model, configs)
         self._config, self._corpus, self._seeds = configs[0], corpus, list(seeds)
         self._device = models[0].tokens.weight.device
+        self.logs = tuple(InjectionLog() for _ in models)
         held_out = torch.from_numpy(corpus.held_out_batch(self._config.held_out_sequences)).to(self._device)
         self._held_out = held_out
 
@@ -49,13 +54,23 @@ class StackedEngine:
             tokens_NBT1 = tokens_NBT1.pin_memory()
         tokens_NBT1 = tokens_NBT1.to(self._device, non_blocking=True)
         self.tokens += tokens_NBT1[0, :, 1:].numel()
+        for log in self.logs:
+            log.step = step
         numerics = _numerics(sites)
         with Taps(self.model, places) as taps:
-            losses_N, _, _ = self.model(tokens_NBT1, numerics)
+            losses_N, _, _ = self.model(tokens_NBT1, logged(numerics, self.logs, self.model.config.backend))
             losses_N.sum().backward()
         self.model.take_gradients()
+        for run, site in enumerate(sites):
+            if site.gradients:
+                gradients = gradients_of(self.model.slices[run])
+                corrupt_tensors("gradients", gradients, site.gradients, self._moment(run, step), self.logs[run])
         grad_norms_N = self.optimizer.clip()
         self.optimizer.step(step, [site.lr_scale for site in sites])
+        for run, site in enumerate(sites):
+            if site.weights:
+                weights = dict(self.model.slices[run].named_parameters())
+                corrupt_tensors("weights", weights, site.weights, self._moment(run, step), self.logs[run])
         return StepView(
             step=step + 1,
             tokens=self.tokens,
@@ -69,6 +84,9 @@ class StackedEngine:
             batch=tokens_NBT1,
         )
 
+    def _moment(self, run: int, step: int) -> Moment:
+        return Moment(self._seeds[run], step, self.model.config.vocab_size)
+
     @torch.no_grad()
     def held_out_loss(self, sites: Sequence[Sites]) -> Tensor:
         numerics = _numerics(sites)
@@ -80,12 +98,19 @@ class StackedEngine:
 
     def state_of(self, run: int) -> dict[str, Any]:
         model, optimizer = self.model.slices[run], self.optimizer.slices[run]
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "tokens": self.tokens}
+        injections = self.logs[run].state_dict()
+        return {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "tokens": self.tokens,
+            "injections": injections,
+        }
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
         for run, state in enumerate(states):
             self.model.slices[run].load_state_dict(state["model"])
             self.optimizer.load_state_dict(run, state["optimizer"])
+            self.logs[run].load_state_dict(state["injections"])
         self.tokens = states[0]["tokens"]
 
 

@@ -33,8 +33,9 @@ def why_single(run: Run) -> str | None:
         sites = run.fault.sites(step, healthy)
         if sites.batch_size != healthy.batch_size:
             return f"fault: a batch of {sites.batch_size} sequences is not allowed with train.stack: all have one size"
-        if sites.modules:
-            return f"fault: {sites.modules[0].module!r} is not allowed with train.stack: attention's sites alone"
+        for value in sites.values:
+            if not value.stackable:
+                return f"fault: {value} is not allowed with train.stack: it is applied in single runs alone"
     return None
 
 

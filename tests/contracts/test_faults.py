@@ -1,7 +1,9 @@
 """Every conf/fault file keeps the contract of a fault."""
 
+import json
 import pickle
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 
 import pytest
 
@@ -48,6 +50,17 @@ def test_it_is_healthy_before_its_onset_and_acts_at_it(make_run, name, overrides
     fault = make_run(*overrides).fault
     assert fault.sites(10, HEALTHY) is HEALTHY
     assert (fault.sites(11, HEALTHY) == HEALTHY) == (name == "none")
+
+
+def test_its_card_names_its_family_and_every_point_that_it_changes(make_run, name, overrides):
+    run = make_run(*overrides)
+    card, sites = run.fault.describe(), run.fault.sites(11, HEALTHY)
+    assert card.family == run.config["fault"]["family"]
+    assert json.loads(json.dumps(asdict(card)))["family"] == card.family
+    changed = {field.name for field in fields(Sites) if getattr(sites, field.name) != getattr(HEALTHY, field.name)}
+    assert {injection.where["point"] for injection in card.injections} == changed
+    assert all(injection.window.onset == 11 for injection in card.injections)
+    assert card.control == (name == "none")
 
 
 def test_it_trains(make_run, overrides, tmp_path):

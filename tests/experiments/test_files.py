@@ -11,7 +11,7 @@ import pytest
 from analysis.runs.index import read_index
 from experiments import trace
 from experiments.files import sealed, unsealed
-from experiments.reproduce import left_to_train
+from experiments.sweep import left_to_train
 from experiments.trace import TraceError
 from experiments.training import checkpoint
 from experiments.training.loop import train

@@ -101,12 +101,15 @@ def test_data_that_is_spelled_otherwise_is_the_same(make_run, text, tmp_path):
 
 PLUGIN = """
 from dataclasses import dataclass, replace
+from faults.base import WindowedFault
+from faults.card import InjectionCard
 from {helper} import FACTOR
-@dataclass(frozen=True)
-class Mine:
-    onset: int = 0
+@dataclass(frozen=True, kw_only=True)
+class Mine(WindowedFault):
     def sites(self, step, healthy):
         return replace(healthy, lr_scale=healthy.lr_scale.times(FACTOR))
+    def describe(self):
+        return InjectionCard(self.family, (self.injection("scale", {"point": "lr_scale"}, {"factor": FACTOR}),))
 """
 
 
@@ -123,7 +126,7 @@ def test_an_edited_fault_from_elsewhere_renames_its_runs_and_no_other(make_run, 
         mine = ["plugins=[mine_x]", "fault=none", "fault._target_=mine_x.Mine"]
         return make_run(*mine).run_id, make_run("fault=bf16_shift").run_id
 
-    texts = {"mine_{}.py": PLUGIN.format(helper="helper_x"), "helper_{}.py": "FACTOR = 2.0\n"}
+    texts = {"mine_{}.py": PLUGIN.replace("{helper}", "helper_x"), "helper_{}.py": "FACTOR = 2.0\n"}
     mine, other = run_ids(0, texts)
     assert run_ids(1, {**texts, edited: texts[edited] + "# a comment\n"}) == (mine, other)
     changed, still = run_ids(2, {**texts, edited: texts[edited] + "EXTRA = 1\n"})

@@ -1,7 +1,6 @@
 import pytest
-from joblib import cpu_count
 
-from experiments import reproduce, trace
+from experiments import reproduce, sweep, trace
 from experiments.train import run_one
 from experiments.training.loop import train_stack
 
@@ -20,7 +19,7 @@ def test_an_experiment_stacks_its_runs_and_trains_the_others_one_by_one(text, ti
         together.append([type(run.fault).__name__ for run in runs])
         return train_stack(runs, *rest)
 
-    monkeypatch.setattr(reproduce, "train_stack", spied)
+    monkeypatch.setattr(sweep, "train_stack", spied)
     monkeypatch.setattr("sys.argv", ["reproduce", *arguments, "at_once=1"])  # in this process
     reproduce.main()
     assert (tmp_path / "report" / "index.html").exists()
@@ -43,15 +42,3 @@ def test_a_launcher_without_processes_of_ours_needs_no_setting_of_theirs(text, t
     monkeypatch.setattr("sys.argv", ["reproduce", *arguments])
     reproduce.main()
     assert "healthy" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("launcher", "jobs"), [({}, 1), ({"array_parallelism": 64}, 64), ({"n_jobs": 3}, 3), ({"n_jobs": -1}, cpu_count())]
-)
-def test_how_many_jobs_run_at_once_is_the_launcher_s_to_say(launcher, jobs):
-    assert reproduce.at_once(launcher) == jobs
-
-
-def test_no_job_at_a_time_is_refused():
-    with pytest.raises(ValueError, match=r"at_once=0 is not allowed: at least 1"):
-        reproduce.at_once({"n_jobs": 0})

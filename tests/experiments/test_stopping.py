@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import reproduce, trace
+from experiments import reproduce, sweep, trace
 from experiments.build import ROOT, build_run
 from experiments.training import checkpoint, stopping
 from experiments.training.loop import train
@@ -153,7 +153,7 @@ def test_a_stopped_experiment_in_one_process_launches_no_further_run(make_config
         "monitor.qk_increment.every_steps=10", "monitor.delta_w.every_steps=10",
         f"out={tmp_path / 'runs'}", f"report={tmp_path / 'report'}",
     ]  # fmt: skip
-    usual = reproduce.train_stack
+    usual = sweep.train_stack
 
     def asked_at_7(runs, out, progress):
         def shown(step, *rest):
@@ -163,7 +163,7 @@ def test_a_stopped_experiment_in_one_process_launches_no_further_run(make_config
 
         return usual(runs, out, shown)
 
-    monkeypatch.setattr(reproduce, "train_stack", asked_at_7)
+    monkeypatch.setattr(sweep, "train_stack", asked_at_7)
     monkeypatch.setattr("sys.argv", ["reproduce", *arguments])
     with pytest.raises(SystemExit) as end, stopping.stoppable():
         reproduce.main()

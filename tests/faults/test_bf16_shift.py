@@ -64,7 +64,7 @@ def test_it_adds_to_what_an_earlier_fault_left():
 
 def test_every_field_reaches_the_sites():
     fault = BF16Shift(("q", "p"), 3, "round_half_up", "both", layers=(1,), heads=(0, 2))
-    assert fault.numerics.faults == tuple(
+    assert fault.corrupt.operation.faults == tuple(
         SiteFault(site, "both", "round_half_up", 3, (1,), (0, 2)) for site in ("q", "p")
     )
 

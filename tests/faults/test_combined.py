@@ -23,10 +23,10 @@ def test_each_acts_in_its_own_window():
     assert both.sites(1, HEALTHY) is HEALTHY
     faults = [both.sites(step, HEALTHY).numerics.faults for step in (2, 3, 4, 5)]
     assert faults == [
-        early.numerics.faults,
-        early.numerics.faults,
-        late.numerics.faults + early.numerics.faults,
-        late.numerics.faults,
+        early.corrupt.operation.faults,
+        early.corrupt.operation.faults,
+        late.corrupt.operation.faults + early.corrupt.operation.faults,
+        late.corrupt.operation.faults,
     ]
 
 

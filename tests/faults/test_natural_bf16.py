@@ -35,9 +35,9 @@ def test_inside_its_window_alone_it_changes_the_numerics_alone():
 
 def test_every_field_reaches_the_arithmetic():
     cured = NaturalBF16(pv_block=8, stored_o="fp32", row_max="dynamic", beta=3.0)
-    assert cured.numerics.arithmetic == Arithmetic("bf16", 8, "fp32", "o", "dynamic", 3.0)
+    assert cured.corrupt.operation.arithmetic == Arithmetic("bf16", 8, "fp32", "o", "dynamic", 3.0)
     control = NaturalBF16(delta="p", row_max="offset", offset=0.5)
-    assert control.numerics.arithmetic == Arithmetic("bf16", delta="p", row_max="offset", offset=0.5)
+    assert control.corrupt.operation.arithmetic == Arithmetic("bf16", delta="p", row_max="offset", offset=0.5)
 
 
 def test_fp32_accumulation_is_the_healthy_control():

@@ -81,10 +81,10 @@ def test_two_arithmetics_do_not_meet_and_one_meets_any_fault_of_a_site():
         AttentionNumerics(arithmetic=NATURAL),
         AttentionNumerics((SiteFault("o", "backward", "truncate", 7),)),
     )
-    both = natural | fault
-    assert both == fault | natural and both.arithmetic == NATURAL and both.faults == fault.faults
+    both = natural + fault
+    assert both == fault + natural and both.arithmetic == NATURAL and both.faults == fault.faults
     with pytest.raises(ValueError, match="two faults both change the arithmetic of attention"):
-        natural | AttentionNumerics(arithmetic=CURES["delta"])
+        natural + AttentionNumerics(arithmetic=CURES["delta"])
 
 
 @pytest.mark.parametrize("row_max", [{"row_max": "dynamic", "beta": 4.0}, {"row_max": "offset", "offset": 0.7}])

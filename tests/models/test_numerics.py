@@ -1,6 +1,7 @@
 """The BF16 grid around all 65,536 patterns, and the descriptions of fault sites."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_every_site_has_a_backward_fault(site):
 def test_two_faults_on_one_value_are_refused(one, other, meet):
     a, b = fault(**one), fault(**other)
     assert a.overlaps(b) is b.overlaps(a) is meet
-    for build in (lambda: AttentionNumerics((a, b)), lambda: AttentionNumerics((a,)) | AttentionNumerics((b,))):
+    for build in (lambda: AttentionNumerics((a, b)), lambda: AttentionNumerics((a,)) + AttentionNumerics((b,))):
         if meet:
             with pytest.raises(ValueError, match="two faults on site 'o'"):
                 build()
@@ -121,27 +122,31 @@ def test_two_faults_on_one_value_are_refused(one, other, meet):
             assert build().faults == (a, b)
 
 
+def shape(n_layers: int, n_heads: int, kv_heads: int) -> SimpleNamespace:
+    return SimpleNamespace(n_layers=n_layers, n_heads=n_heads, kv_heads=kv_heads)
+
+
 @pytest.mark.parametrize("field", ["layers", "heads"])
 def test_a_fault_must_fit_the_model(field):
     numerics = AttentionNumerics((fault(**{field: (0, 3)}),))
-    numerics.check_fits(4, 4, 4)
+    numerics.check_fits(shape(4, 4, 4), None)
     with pytest.raises(ValueError, match=rf"fault\.{field}=\[0, 3\] .*3 {field}, 0 to 2"):
-        numerics.check_fits(**{"n_layers": 4, "n_heads": 4, "n_kv_heads": 1, f"n_{field}": 3})
+        numerics.check_fits(shape(**{"n_layers": 4, "n_heads": 4, "kv_heads": 1, f"n_{field}": 3}), None)
 
 
 @pytest.mark.parametrize("site", SITES)
 def test_a_fault_s_heads_are_those_of_its_site(site):
     numerics = AttentionNumerics((fault(site, heads=(3,)),))
-    numerics.check_fits(1, 4, 4)
+    numerics.check_fits(shape(1, 4, 4), None)
     if site not in ("k", "v", "dk", "dv"):
-        numerics.check_fits(1, 4, 2)
+        numerics.check_fits(shape(1, 4, 2), None)
         return
     with pytest.raises(ValueError, match=rf"fault\.heads=\[3\] .*2 key-value heads for '{site}', 0 to 1"):
-        numerics.check_fits(1, 4, 2)
+        numerics.check_fits(shape(1, 4, 2), None)
 
 
 def test_the_healthy_numerics_fit_any_model_and_touch_nothing():
-    HEALTHY.check_fits(1, 1, 1)
+    HEALTHY.check_fits(shape(1, 1, 1), None)
     assert HEALTHY.layer(0) is HEALTHY_LAYER and not HEALTHY_LAYER
     x = torch.ones(1, 1, 1)
     for site, phase in itertools.product(SITES, ("forward", "backward")):

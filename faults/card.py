@@ -1,0 +1,41 @@
+"""Injection cards: what a fault does, as plain data for the manifest and the audit receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from faults.window import Window
+
+
+@dataclass(frozen=True)
+class Injection:
+    """One change that a fault makes.
+
+    what: the operation by name, such as ``truncate``; where: the point of the step (``point``, a field of ``Sites``)
+    and what the operation reaches there; size: its parameters by name; window: when; control: whether it changes
+    nothing by its own parameters, as 0 bits or a factor of 1 do.
+    """
+
+    what: str
+    where: Mapping[str, Any]
+    size: Mapping[str, Any]
+    window: Window
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class InjectionCard:
+    """All that a fault does: its family and its injections, none for a healthy run.
+
+    ``dataclasses.asdict`` makes it plain numbers, texts, lists and mappings.
+    """
+
+    family: str
+    injections: tuple[Injection, ...] = ()
+
+    @property
+    def control(self) -> bool:
+        """Whether no injection changes anything."""
+        return all(injection.control for injection in self.injections)

@@ -1,0 +1,63 @@
+"""Attention's numerics with an injection log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import Tensor
+
+from faults.log import InjectionLog
+from models.numerics import AttentionNumerics, LayerNumerics
+from models.stacked import StackedNumerics
+
+
+class _LoggedLayer(LayerNumerics):
+    """A layer's numerics with the logs of the runs that follow one another in the batch."""
+
+    __slots__ = ("_logs",)
+
+    def __init__(self, layer: LayerNumerics, logs: Sequence[InjectionLog]) -> None:
+        super().__init__(dict(layer.items()), layer.arithmetic)
+        self._logs = logs
+
+    def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor, window: int | None = None) -> Tensor:
+        out, change = super().apply(site, phase, x_BHT, nonfinite, window), ("numerics", f"{site} {phase}", site)
+        if out is not x_BHT and any(log.wants(*change) for log in self._logs):
+            runs = len(self._logs)
+            for log, before, after in zip(self._logs, x_BHT.chunk(runs), out.chunk(runs), strict=True):
+                log.add(*change, before, after)
+        return out
+
+
+@dataclass(frozen=True)
+class LoggedNumerics:
+    """The numerics of a run, or of a stack, with a log for each run, where attention is plain PyTorch (``reference``).
+
+    What a kernel of another backend changes is not measured, nor what ``arithmetic`` does: no tensor stands before and
+    after.
+    """
+
+    numerics: AttentionNumerics | StackedNumerics
+    logs: Sequence[InjectionLog]
+
+    def layer(self, index: int) -> LayerNumerics | list[tuple[LayerNumerics, int]]:
+        layers = self.numerics.layer(index)
+        if isinstance(layers, LayerNumerics):
+            return _logged(layers, self.logs)
+        ends = accumulate(size for _, size in layers)
+        return [(_logged(layer, self.logs[e - size : e]), size) for (layer, size), e in zip(layers, ends, strict=True)]
+
+
+def logged(
+    numerics: AttentionNumerics | StackedNumerics, logs: Sequence[InjectionLog], backend: str
+) -> AttentionNumerics | StackedNumerics | LoggedNumerics:
+    """The numerics with a log where they are faulty and the backend lets it see, else as they are."""
+    runs = numerics.slices if isinstance(numerics, StackedNumerics) else (numerics,)
+    watched = backend == "reference" and any(run.faults for run in runs)
+    return LoggedNumerics(numerics, logs) if watched else numerics
+
+
+def _logged(layer: LayerNumerics, logs: Sequence[InjectionLog]) -> LayerNumerics:
+    return _LoggedLayer(layer, logs) if layer else layer

@@ -1,0 +1,85 @@
+"""What is done at one point of a training step, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.transformer import TransformerConfig
+
+
+class Training(Protocol):
+    """The settings of a training that a fault is checked against (``experiments.optimizer.TrainConfig``)."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def compile(self) -> bool: ...
+
+
+class SiteValue(Protocol):
+    """A value at one point of the step: a frozen dataclass, so that it compares, hashes and prints.
+
+    stackable: whether a run of a stack can have it.
+    """
+
+    stackable: ClassVar[bool] = True
+
+    def check_fits(self, model: TransformerConfig, train: Training) -> None:
+        """Raise ValueError that names the field where the model or the training cannot have it."""
+
+
+class Operation(SiteValue, Protocol):
+    """What is done at one point of the step, one of a tuple that is applied in order.
+
+    lookback_steps: how many steps of the past it reads, 0 for none.
+    """
+
+    lookback_steps: ClassVar[int] = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing by its own parameters; whoever applies operations leaves it out."""
+        return False
+
+    def meets(self, other: Any) -> bool:
+        """Whether both would set one value, which no order of the two makes right."""
+        return False
+
+
+@dataclass(frozen=True)
+class Moment:
+    """All that a random operation may depend on: the run's seed, the step (from 0) and the vocabulary's size."""
+
+    seed: int
+    step: int
+    vocab_size: int
+
+    def generator(self, purpose: str) -> np.random.Generator:
+        """A generator that is a pure function of seed, step and purpose; no two purposes share their draws."""
+        return np.random.Generator(np.random.PCG64((self.seed, self.step, *purpose.encode())))
+
+
+class TensorOperation(Operation, Protocol):
+    """An operation on named tensors: tokens, gradients or weights."""
+
+    def touches(self, names: Iterable[str]) -> list[str]:
+        """Those of the names whose tensors it changes."""
+
+    def apply(self, x: Tensor, moment: Moment) -> Tensor:
+        """The changed tensor, of the shape and dtype of x, which stays as it is."""
+
+
+class OptimizerOperation(Operation, Protocol):
+    """An operation on an optimizer before its update; its constants are restored afterwards."""
+
+    def apply(self, optimizer: torch.optim.Optimizer) -> None: ...

@@ -1,0 +1,74 @@
+"""The marked points of the training step: how their operations are applied, and what they changed is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from faults.operation import Moment, OptimizerOperation, TensorOperation
+from models.batch import inputs_and_targets
+from models.corruption import Log
+
+
+@torch.no_grad()
+def corrupt_tensors(
+    point: str,
+    tensors: Mapping[str, Tensor],
+    operations: Sequence[TensorOperation],
+    moment: Moment,
+    log: Log | None = None,
+) -> None:
+    """Apply the operations of one point in order, in place. point: the field of ``Sites``; tensors: by name."""
+    for operation in operations:
+        for name in [] if operation.idle else operation.touches(tensors):
+            before = tensors[name]
+            after = operation.apply(before, moment)
+            if log is not None:
+                log.add(point, operation, name, before, after)
+            before.copy_(after)
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Those that there are, by the names of their parameters."""
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def corrupt_batch(
+    batch_BT1: Tensor, operations: Sequence[TensorOperation], moment: Moment, log: Log | None = None
+) -> Tensor:
+    """A batch of tokens (B, T + 1), as it is without operations, else its inputs and targets apart, (B, 2, T)."""
+    if all(operation.idle for operation in operations):
+        return batch_BT1
+    pair_B2T = torch.stack(inputs_and_targets(batch_BT1), dim=1)
+    corrupt_tensors("batch", {"inputs": pair_B2T[:, 0], "targets": pair_B2T[:, 1]}, operations, moment, log)
+    return pair_B2T
+
+
+@contextmanager
+def corrupted_optimizer(
+    optimizer: torch.optim.Optimizer, operations: Sequence[OptimizerOperation], log: Log | None = None
+) -> Iterator[None]:
+    """Apply the operations of an update to the optimizer; its constants are as before once the context is closed."""
+    healthy = [{key: group[key] for key in CONSTANTS} for group in optimizer.param_groups] if operations else []
+    for operation in operations:
+        before = _constants(optimizer)
+        operation.apply(optimizer)
+        if log is not None:
+            log.add("optimizer", operation, "constants", before, _constants(optimizer))
+    try:
+        yield
+    finally:
+        for group, constants in zip(optimizer.param_groups, healthy, strict=False):
+            group.update(constants)
+
+
+CONSTANTS = ("betas", "eps")
+"""The keys of a parameter group that an operation may change."""
+
+
+def _constants(optimizer: torch.optim.Optimizer) -> Tensor:
+    """beta_1, beta_2 and epsilon of every parameter group, (groups, 3) in FP64."""
+    return torch.tensor([[*group["betas"], group["eps"]] for group in optimizer.param_groups], dtype=torch.float64)
