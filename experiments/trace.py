@@ -78,17 +78,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     lost = next((key for key in REQUIRED if key not in manifest), None)
     if lost is not None:
         raise damaged(path, f"it has no {lost}", folder)
-    return as_of_today(manifest, path)
+    try:
+        return as_of_today(manifest, path)
+    except (TypeError, ValueError, KeyError) as error:
+        raise damaged(path, error, folder) from None
 
 
 def as_of_today(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A manifest of this schema version or an older one. Raises TraceError, with ``path``, where it is another."""
+    """A manifest of this schema version or of version 2.
+
+    Raises TraceError, with ``path``, where it is of another, and TypeError, ValueError or KeyError where it describes
+    no signals.
+    """
     version = manifest.get("schema")
     if version == 2:
-        try:
-            return from_schema_2(manifest)
-        except (TypeError, ValueError, KeyError) as error:
-            raise damaged(path, error, path.parent) from None
+        return from_schema_2(manifest)
     if version != SCHEMA_VERSION:
         raise TraceError(
             f"{path} has schema version {version}, and this code reads {SCHEMA_VERSION} and 2: train the run again, or "
@@ -211,7 +215,7 @@ class Trace:
         try:
             return {name: read_signal({"name": name, **signal}) for name, signal in self.manifest["signals"].items()}
         except (TypeError, ValueError, KeyError) as error:
-            raise damaged(self.folder / "manifest.json", error, self.folder) from None
+            raise TraceError(f"run {self.run_id} in {self.folder} does not describe its signals: {error}") from None
 
     @cached_property
     def signals(self) -> Mapping[str, Series]:

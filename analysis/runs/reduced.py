@@ -90,5 +90,7 @@ def read(folder: Path) -> dict[str, Trace]:
             manifest = trace.as_of_today(merged(records["shared"], records["runs"][run_id]), folder / RUNS)
         except KeyError as error:
             raise damaged(path, f"run {run_id} has no {error}") from None
+        except (TypeError, ValueError) as error:
+            raise damaged(path, f"run {run_id}: {error}") from None
         found[run_id] = ReducedTrace(run_id, folder, manifest, series)
     return found

@@ -133,9 +133,9 @@ def test_what_the_manifest_says_of_a_signal_is_read(folder):
 
 
 @pytest.mark.parametrize("signal", [{"unit": "1"}, {"unit": "1", "bad": "up", "axes": [], "mood": "good"}])
-def test_a_manifest_that_describes_no_signal_is_damaged(folder, signal):
+def test_a_manifest_that_describes_no_signal_is_named(folder, signal):
     trace.write_manifest(folder, MANIFEST | {"signals": {"loss": signal}})
-    with pytest.raises(TraceError, match=r"manifest\.json is damaged \(.*(axes|mood)"):
+    with pytest.raises(TraceError, match="does not describe its signals: .*(axes|mood)"):
         _ = trace.read(folder).described
 
 
