@@ -10,7 +10,6 @@ from analysis.detect.alarms import conformal_rank
 from analysis.detect.bands import MIN_REFERENCE_RUNS
 from analysis.detect.controls import CONTROLS
 from analysis.detect.rules import make_rule
-from analysis.locate.laws import law_of
 from analysis.reports.kinds.by_name import BY_SIZE, CASES, DRAWINGS, NEEDED
 from analysis.runs.checks import check_alike
 from analysis.runs.experiment import HEALTHY
@@ -143,7 +142,7 @@ def check_runs(
     for name in experiment.get("drift", []):
         if signals[name].axes != ("layer", "head"):
             raise ValueError(f"experiment.drift={name!r} is not allowed: a signal of layers and heads")
-    if experiment["draw"] == "localise" and not any(law_of(name) for name in signals):
+    if experiment["draw"] == "localise" and not any(signal.law for signal in signals.values()):
         raise ValueError("experiment.draw=localise is not allowed: no configured monitor has a conservation law")
     if experiment["draw"] in BY_SIZE and not any(run.config["fault"].get("bits") for run in runs):
         raise ValueError(

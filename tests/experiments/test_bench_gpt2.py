@@ -18,7 +18,7 @@ from experiments.monitor_costs import history_seconds, monitor_seconds, period, 
 from experiments.plain_config import construct, monitors_of
 from experiments.training.loop import train
 from models.transformer import Transformer
-from monitors.base import Signal
+from monitors.base import Needs, Signal
 from monitors.watch import Watch
 
 PARTS = ("steps", "monitors", "profile")
@@ -113,7 +113,7 @@ class Counted:
     """A monitor that is due at every step, and has more to read at every tenth."""
 
     signals = (Signal("a", "1", "up"), Signal("b", "1", "up", every_steps=10))
-    lookbacks = ()
+    needs = Needs()
 
     def __init__(self):
         self.steps = []

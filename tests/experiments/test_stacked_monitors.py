@@ -18,7 +18,7 @@ from experiments.training.stacked_history import SliceHistory
 from experiments.training.stacked_watch import StackedWatch, _SeenAs, _WithRules, slice_view, stackable
 from models.bits import truncate
 from models.trees import tensors_of
-from monitors.base import StepView, due_readings, state_of, tapped
+from monitors.base import Needs, StepView, due_readings, state_of, tapped
 from monitors.optimization import Loss
 from tests.experiments.reading_bounds import ROUNDINGS, error_bound
 from tests.other_order import OtherBatchedOrder
@@ -115,7 +115,7 @@ def test_each_run_gets_its_own_memory_back(make_run, order):
 
 def test_a_monitor_that_watches_run_by_run_reads_of_each_run_that_is_still_recorded(make_run):
     class Alone(Loss):
-        stackable = False
+        needs = Needs()
 
     runs = [replace(make_run(*fault), monitors={"alone": Alone()}) for fault in FAULTS]
     for watch, view, of_runs in views(runs, break_one=False):
