@@ -52,7 +52,7 @@ def names(files):
 
 @pytest.mark.parametrize(("stacked", "engine"), [("1", "single_engine"), ("2", "stacked_engine")])
 def test_every_module_that_an_engine_runs_is_a_source_or_named_as_none(make_run, stacked, engine):
-    """But for kernels of other backends and what monitors share, which an engine hands on."""
+    """But for kernels of other backends, and the log that counts what a fault has changed."""
     run = make_run(f"train.stack={stacked}", "model.backend=reference")
 
     def ours(name, path):
@@ -64,7 +64,8 @@ def test_every_module_that_an_engine_runs_is_a_source_or_named_as_none(make_run,
     flash = {name for name in left_out if name.startswith("flash") or name == "tiles"}
     assert left_out - flash <= {*INSTRUMENTS, "stacked", "compiled"}
     rest = {path.relative_to(ROOT).as_posix() for path in imported - known if path.parent.name != "models"}
-    assert {path for path in rest if not path.endswith("__init__.py")} <= set()
+    counts = {"faults/log.py", "faults/logged_numerics.py"}
+    assert {path for path in rest if not path.endswith("__init__.py")} <= counts
 
 
 def test_another_fault_or_monitor_is_no_source_of_a_run(make_run):
@@ -101,12 +102,15 @@ def test_data_that_is_spelled_otherwise_is_the_same(make_run, text, tmp_path):
 
 PLUGIN = """
 from dataclasses import dataclass, replace
+from faults.base import WindowedFault
+from faults.card import InjectionCard
 from {helper} import FACTOR
 @dataclass(frozen=True)
-class Mine:
-    onset: int = 0
+class Mine(WindowedFault):
     def sites(self, step, healthy):
         return replace(healthy, lr_scale=healthy.lr_scale.times(FACTOR))
+    def describe(self):
+        return InjectionCard(self.family, (self.injection("scale", {{"point": "lr_scale"}}, {{"factor": FACTOR}}),))
 """
 
 
