@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.csv_table import read_table
-from analysis.inference import bca_interval, max_t_test
+from analysis.runs.csv_table import read_table
+from analysis.scores.inference import bca_interval, max_t_test
 from experiments.usage import fail, misused, show_help
 from experiments.validation import check_distinct
 

@@ -13,27 +13,28 @@ Labels that need the whole training loss are computed before it is thinned.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.align import hold, thin
-from analysis.tracks import DeclinedSignal, ReferenceBand
+from analysis.detect.bands import DeclinedSignal, ReferenceBand
+from analysis.runs.align import hold, thin
+from analysis.runs.load import load
+from analysis.runs.reduced import CHECKSUMS, INDEX, RUNS, SIGNALS, read
+from analysis.scores.sensitivity import other_labels
 from experiments import trace
-from experiments.files import read_checked, sha256, write_whole
+from experiments.files import sha256, write_whole
 from experiments.trace import Series, Trace, TraceError
 from experiments.usage import misused, show_help
 
+__all__ = ["main", "read", "write"]
+
 SHARE_OF_SPREAD = 1 / 32
-INDEX, SIGNALS, RUNS, CHECKSUMS = "experiment.json", "signals.parquet", "runs.json", "checksums.json"
 
 
 def rounded(values: np.ndarray, quantum: np.ndarray) -> np.ndarray:
@@ -74,14 +75,6 @@ def without(record: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, A
         elif value != shared[key]:
             rest[key] = without(value, shared[key])
     return rest
-
-
-def merged(shared: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of which ``common`` and ``without`` made two."""
-    record = dict(shared)
-    for key, value in rest.items():
-        record[key] = merged(shared[key], value) if isinstance(shared.get(key), Mapping) else value
-    return record
 
 
 def _rows(run: Trace, signals: Mapping[str, tuple[np.ndarray, np.ndarray]], every: int) -> pa.Table:
@@ -162,70 +155,8 @@ def write_checksums(folder: Path, known: Mapping[str, str]) -> None:
     write_whole(folder / CHECKSUMS, f"{json.dumps(known, indent=1)}\n".encode())
 
 
-def content(folder: Path, name: str) -> bytes:
-    """A file of a reduced folder. Raises TraceError where it is missing or, if the folder has checksums, damaged."""
-    path = folder / CHECKSUMS
-    try:
-        known = json.loads(path.read_bytes())[name] if path.exists() else None
-        path = folder / name
-        return path.read_bytes() if known is None else read_checked(path, known)
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        raise damaged(path, error) from None
-
-
-def damaged(path: Path, reason: object) -> TraceError:
-    """The error for a file of a reduced folder that is not what was written, with what to do."""
-    return TraceError(
-        f"{path} is damaged ({str(reason).splitlines()[0]}): git checkout -- {shlex.quote(str(path.parent))}, or "
-        f"python -m analysis.reduced report=DIR runs=DIR out={shlex.quote(str(path.parent))} for runs of your own"
-    )
-
-
-class ReducedTrace(Trace):
-    """A run out of a reduced folder; its signals are there already."""
-
-    def __init__(self, run_id: str, folder: Path, manifest: Mapping[str, Any], signals: Mapping[str, Series]) -> None:
-        super().__init__(run_id, folder, manifest)
-        self.__dict__["signals"] = signals
-
-
-def is_reduced(folder: Path) -> bool:
-    return (folder / SIGNALS).exists() or (folder / CHECKSUMS).exists()
-
-
-def read(folder: Path) -> dict[str, Trace]:
-    """Every run of a reduced folder, by id. Raises TraceError where it is damaged or of another schema version."""
-    path = folder / SIGNALS
-    try:
-        table = pq.read_table(pa.BufferReader(content(folder, SIGNALS)))
-        path = folder / RUNS
-        records = json.loads(content(folder, RUNS))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise damaged(path, error) from None
-    version = (table.schema.metadata or {}).get(b"foreshock.schema", b"none").decode()
-    if version != str(trace.SCHEMA_VERSION):
-        raise TraceError(f"{folder / SIGNALS} has schema version {version}, this code reads {trace.SCHEMA_VERSION}")
-    signal = table.column_names.index("signal")
-    table = table.set_column(signal, "signal", pc.dictionary_encode(table["signal"])).sort_by("run")
-    runs = table["run"].to_numpy()
-    bounds = [0, *(np.flatnonzero(runs[1:] != runs[:-1]) + 1).tolist(), len(runs)]
-    found = {}
-    for start, stop in pairwise(bounds):
-        run_id = runs[start]
-        try:
-            series = trace.series_of(table.slice(start, stop - start), run_id)
-            manifest = merged(records["shared"], records["runs"][run_id])
-        except KeyError as error:
-            raise damaged(path, f"run {run_id} has no {error}") from None
-        found[run_id] = ReducedTrace(run_id, folder, manifest, series)
-    return found
-
-
 def main(arguments: list[str]) -> None:
     show_help(arguments, __doc__)
-    from analysis.experiment import load
-    from analysis.sensitivity import other_labels
-
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != {"report", "runs", "out"} or len(given) != len(arguments):
         misused("python -m analysis.reduced report=DIR runs=DIR out=DIR")

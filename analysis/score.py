@@ -1,83 +1,105 @@
-"""One run, one alarm, one divergence: what the monitor is worth."""
+"""Score saved runs again, in seconds, with any detector: python -m analysis.score runs=DIR out=DIR
+
+runs=DIR            reduced folders, folders with experiment.json beside their runs, or bare run folders
+out=DIR             tables: leaderboard, runs, labels, charts, halves, selectivity, cross_talk, diagnosis, confusion
+detector=FILE.py    one's own detector (analysis/detect/entrants.py); may be given again
+time_limit_s=120    what a detector's answers may take together, on one track of one experiment
+memory_limit_gib=4  what its process may have
+alarms=FILE.csv     one's own alarms: run_id, monitor, step; may be given again
+rule=NAME           a file of conf/rule for every signal, instead of the experiment's own
+alpha=NUMBER        false-alarm rate of a run, instead of the experiment's own
+threshold=maximum   the largest of all calibration runs; without it conformal, at the rate of alpha
+tracks=A,B          of reference, self, floor, published, universal; all by default
+singles=true        every signal by itself too
+allow_mixed=true    accept runs of different sources, data or torch, and say so
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
+from rich.console import Console
 
-OUTCOMES = ("lead", "late", "missed", "false_alarm", "benign_alarm", "quiet")
-IN_TIME = ("lead", "benign_alarm")
-"""Outcomes of a faulty run in which its fault is detected: an alarm from onset on, before divergence or the end."""
+from analysis.detect.isolation import DEFAULT_LIMITS, Limits
+from analysis.detect.tracks import TRACKS
+from analysis.reports.boards import Request, score_runs
+from analysis.reports.leaderboard_print import print_board
+from analysis.scores.outcome import score
+from experiments.trace import TraceError
+from experiments.usage import show_help
 
+__all__ = ["main", "score"]
 
-@dataclass(frozen=True)
-class Score:
-    """outcome: one of ``OUTCOMES``; restricted_lead_steps: None for runs that do not diverge by the horizon."""
-
-    outcome: str
-    restricted_lead_steps: int | None
-
-
-def score(*, alarm: int | None, onset: int | None, divergence: int | None, horizon: int) -> Score:
-    """Outcome and restricted lead of one run. All arguments are steps, or all tokens; ``onset=None`` is a healthy run.
-
-    ``lead``: onset <= alarm < divergence. ``late``: alarm at or after divergence. ``missed``: divergence
-    without alarm. ``false_alarm``: alarm before onset, or any in a healthy run. ``benign_alarm``: alarm
-    after onset of a fault that does not diverge by the horizon. ``quiet``: neither. The restricted lead
-    is divergence - alarm for ``lead`` and 0 for late, missed and false_alarm. Divergence after the
-    horizon counts as none. Raises ValueError for an alarm beyond the horizon.
-    """
-    if alarm is not None and alarm > horizon:
-        raise ValueError(f"alarm={alarm} is beyond the horizon of {horizon}")
-    diverges = divergence is not None and divergence <= horizon
-    if alarm is not None and (onset is None or alarm < onset):
-        return Score("false_alarm", 0 if diverges else None)
-    if not diverges:
-        return Score("quiet" if alarm is None else "benign_alarm", None)
-    if alarm is None:
-        return Score("missed", 0)
-    if alarm >= divergence:
-        return Score("late", 0)
-    return Score("lead", divergence - alarm)
+LIMITS = {"time_limit_s": DEFAULT_LIMITS.time_s, "memory_limit_gib": DEFAULT_LIMITS.memory_gib}
 
 
-def restricted_mean_lead(scores: Sequence[Score]) -> float:
-    """RMLT: the mean restricted lead over the runs that diverge, misses included as 0; NaN if none diverges."""
-    leads = [s.restricted_lead_steps for s in scores if s.restricted_lead_steps is not None]
-    return float(np.mean(leads)) if leads else float("nan")
+def _number(key: str, given: str | float) -> float:
+    try:
+        return float(given)
+    except ValueError:
+        raise ValueError(f"{key}={given} is not allowed: a number above 0") from None
 
 
-def relative_lead(
-    alarm: int | None, baseline: int | None, *, onset: int | None, divergence: int | None, reach: int
-) -> int | None:
-    """How much earlier a run's alarm is than the baseline's, both at most its reach; None where it does not diverge.
+def _request(arguments: Sequence[str]) -> Request:
+    given: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        given.setdefault(key, []).append(value)
+    several = {"detector": "detectors", "alarms": "alarms"}
+    single = {"runs", "out", "rule", "alpha", "threshold", "tracks", "singles", "allow_mixed", *LIMITS}
+    for key, values in given.items():
+        if key not in several and key not in single:
+            raise ValueError(f"{key} is not an option: {', '.join(sorted({*several, *single}))}")
+        if key in single and len(values) > 1:
+            raise ValueError(f"{key} is given {len(values)} times")
+    for key in ("runs", "out"):
+        if not given.get(key, [""])[0]:
+            raise ValueError(f"{key}=DIR is missing: python -m analysis.score runs=DIR out=DIR")
+    for key in ("singles", "allow_mixed"):
+        if given.get(key, ["false"])[0] not in ("true", "false"):
+            raise ValueError(f"{key}={given[key][0]} is not allowed: true or false")
+    if given.get("threshold", ["conformal"])[0] not in ("conformal", "maximum"):
+        raise ValueError(f"threshold={given['threshold'][0]} is not allowed: conformal or maximum")
+    if "alpha" in given and given.get("threshold") == ["maximum"]:
+        raise ValueError("alpha has no effect with threshold=maximum: the calibration runs are all that sets it")
+    alpha = given.get("alpha", [None])[0]
+    try:
+        rate = None if alpha is None else float(alpha)
+    except ValueError:
+        raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1") from None
+    if rate is not None and not 0 < rate < 1:
+        raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1")
+    limits = Limits(*(_number(key, given.get(key, [default])[0]) for key, default in LIMITS.items()))
+    return Request(
+        runs=Path(given["runs"][0]),
+        out=Path(given["out"][0]),
+        detectors=tuple(Path(path) for path in given.get("detector", ())),
+        alarms=tuple(Path(path) for path in given.get("alarms", ())),
+        rule=given.get("rule", [None])[0],
+        alpha=rate,
+        tracks=tuple(given["tracks"][0].split(",")) if "tracks" in given else tuple(TRACKS),
+        maximum=given.get("threshold") == ["maximum"],
+        singles=given.get("singles", ["false"])[0] == "true",
+        allow_mixed=given.get("allow_mixed", ["false"])[0] == "true",
+        limits=limits,
+    )
 
-    alarm, baseline: where they are raised, None for never, which counts as the reach. reach: where the scoring of the
-    run ends, its horizon (``analysis.experiment.ScoredRun``), not its divergence. An alarm before the onset counts as
-    none, on either side. Under a fault that does no harm there is nothing to be early for.
-    """
-    if onset is None or divergence is None:
-        return None
-    at, other = (reach if one is None or one < onset else min(one, reach) for one in (alarm, baseline))
-    return other - at
 
-
-def best_baseline(leads: Mapping[str, float], keeping: Collection[str]) -> str | None:
-    """The baseline of the largest mean lead, the first of several; None where none has one (NaN).
-
-    keeping: who keeps its false-alarm rate. A baseline that does not is best only where no other has a lead.
-    """
-    known = {name: lead for name, lead in leads.items() if not math.isnan(lead)}
-    known = {name: lead for name, lead in known.items() if name in keeping} or known
-    return max(known, key=known.__getitem__) if known else None
+def main(arguments: Sequence[str]) -> None:
+    show_help(arguments, __doc__)
+    try:
+        request = _request(arguments)
+        tables = score_runs(request)
+    except (ValueError, OSError, TraceError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    console = Console(width=None if sys.stdout.isatty() else 150)  # of the lines between its tables
+    print_board(tables.get("leaderboard"), console)
+    written = ", ".join(f"{name}.csv" for name in tables.parts)
+    console.print(f"{request.out}: {written}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":
-    import sys
-
-    from analysis.replay import main
-
     main(sys.argv[1:])

@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.alarms import chart_statistics, conformal_rank, first_alarm, fitted, make_rule
-from analysis.detection import Chart, Detection
-from analysis.experiment import Experiment, load
-from analysis.score import score
-from analysis.table import median_step
-from analysis.tracks import DeclinedSignal
+from analysis.detect.alarms import chart_statistics, conformal_rank, first_alarm, fitted
+from analysis.detect.bands import DeclinedSignal
+from analysis.detect.detection import Chart, Detection
+from analysis.detect.rules import make_rule
+from analysis.runs.experiment import Experiment
+from analysis.runs.load import load
+from analysis.scores.outcome import score
+from analysis.scores.table import median_step
 from experiments.trace import TraceError
 from experiments.usage import fail, misused, show_help
 

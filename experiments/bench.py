@@ -25,8 +25,8 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from analysis.costs import MonitorCost, costs_of, detector_cost, taps_share
-from analysis.simulated import simulate_experiment
+from analysis.runs.simulated import simulate_experiment
+from analysis.scores.costs import MonitorCost, costs_of, detector_cost, taps_share
 from experiments.build import ROOT, Run, build_run
 from experiments.cli import CONF
 from experiments.trace import write_whole
@@ -172,7 +172,7 @@ def expert_costs(model: str, dense: str) -> dict[str, float]:
 
 
 def monitor_shares(model: str) -> dict[str, Any]:
-    """Each monitor by itself: the cost column of the leaderboard, read by ``analysis.costs``.
+    """Each monitor by itself: the cost column of the leaderboard, read by ``analysis.scores.costs``.
 
     share_of_step: what it computes, and its copies of weights; signals; every_steps: its cadences; taps: by place that
     it taps, what tapping adds to a step at which it reads.

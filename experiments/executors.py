@@ -116,6 +116,5 @@ def executor_of(launcher: Mapping[str, Any]) -> Executor:
         return Processes(settings)
     if kind in ("SlurmLauncher", "LocalLauncher"):
         return Cluster(kind.removesuffix("Launcher").lower(), settings)
-    raise ValueError(
-        f"hydra/launcher={kind} is not allowed for an experiment: one of local, joblib, basic, submitit_slurm, submitit_local"
-    )
+    known = "local, joblib, basic, submitit_slurm, submitit_local"
+    raise ValueError(f"hydra/launcher={kind} is not allowed for an experiment: one of {known}")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from analysis.index import read_index
+from analysis.runs.index import read_index
 from experiments import trace
 from experiments.build import Run, build_run
 from experiments.usage import fail, misused, show_help

@@ -22,9 +22,9 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.align import AXES
-from analysis.index import check_parts
 from analysis.report import make_report
+from analysis.runs.align import AXES
+from analysis.runs.index import check_parts
 from experiments.build import Run, build_run
 from experiments.cli import COMPOSE_ERRORS, CONF, explain, guarded, one_line_errors
 from experiments.executors import Executor, executor_of

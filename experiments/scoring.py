@@ -6,15 +6,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.alarms import conformal_rank, make_rule
-from analysis.attribution import HEALTHY
-from analysis.contest import ALL_FAULTS
-from analysis.controls import CONTROLS
-from analysis.experiment import check_alike
-from analysis.index import Seeds
-from analysis.laws import law_of
+from analysis.detect.alarms import conformal_rank
+from analysis.detect.bands import MIN_REFERENCE_RUNS
+from analysis.detect.controls import CONTROLS
+from analysis.detect.rules import make_rule
+from analysis.locate.laws import law_of
 from analysis.report import CASES, DRAWINGS
-from analysis.tracks import MIN_REFERENCE_RUNS
+from analysis.runs.checks import check_alike
+from analysis.runs.experiment import HEALTHY
+from analysis.runs.index import Seeds
+from analysis.scores.contest import ALL_FAULTS
 from experiments.build import Run
 from experiments.plan import PlannedRun
 from experiments.trace import Trace

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,14 @@ from torch import Tensor
 from models.arithmetic import ORDINARY, Arithmetic
 from models.bits import BitOperation
 
-if TYPE_CHECKING:
-    from models.transformer import TransformerConfig
+
+class Heads(Protocol):
+    """What a model has of layers, heads, and key-value heads (``models.transformer.TransformerConfig``)."""
+
+    n_layers: int
+    n_heads: int
+    kv_heads: int
+
 
 BF16_SITES = ("q", "k", "v", "p", "o", "do", "ds", "dq", "dk", "dv")
 """Attention tensors that a flash-attention kernel stores or multiplies in BF16."""
@@ -128,7 +134,7 @@ class AttentionNumerics:
         arithmetic = other.arithmetic if self.arithmetic == ORDINARY else self.arithmetic
         return AttentionNumerics(self.faults + other.faults, arithmetic)
 
-    def check_fits(self, model: TransformerConfig, train: Any) -> None:
+    def check_fits(self, model: Heads, train: Any) -> None:
         """Raise ValueError if a fault names a layer or head that the model does not have."""
         for fault in self.faults:
             shared = fault.site in KEY_VALUE_SITES and model.kv_heads != model.n_heads

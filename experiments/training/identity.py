@@ -54,8 +54,8 @@ def training_sources(config: Config) -> Iterator[tuple[str, Path]]:
     for path in (ROOT / "models").glob("*.py"):
         if path.name not in left_out:
             yield f"models.{path.stem}", path
-    yield from _with_imports_from_beside("faults.base")
-    yield from _with_imports_from_beside("faults.points")
+    for module in ("faults.base", "faults.points", "faults.logged_numerics"):
+        yield from _with_imports_from_beside(module)
 
 
 def fault_sources(node: Config) -> Iterator[tuple[str, Path]]:

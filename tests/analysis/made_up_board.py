@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.replay import Request, replay
+from analysis.reports.boards import Request, score_runs
+from analysis.runs.experiment import Experiment
+from analysis.scores.contest import Contest, contest
 
 SIGNALS = {
     "qk_delta2_spectrum.entropy.w50": {"unit": "nats", "bad": "down", "axes": ["layer", "head"], "every_steps": 10},
@@ -25,5 +27,10 @@ FAULTS = {
 
 def scored(folder: Path, out: Path, **options) -> pd.DataFrame:
     """The leaderboard of a folder of runs, by track, fault and detector. options: of ``Request``."""
-    table = replay(Request(runs=folder, out=out, **options)).get("leaderboard")
+    table = score_runs(Request(runs=folder, out=out, **options)).get("leaderboard")
     return table.set_index(["track", "fault", "detector"]).sort_index()
+
+
+def with_singles(experiment: Experiment) -> Contest:
+    """What a report shows: the contest of an experiment on the reference track, every signal by itself too."""
+    return contest(experiment, "reference", singles=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.align import Aligned, hold, positions, thin
+from analysis.runs.align import Aligned, hold, positions, thin
 from experiments.trace import Series
 
 

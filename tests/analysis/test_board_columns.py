@@ -8,16 +8,16 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from analysis.contest import contest, run_scores
-from analysis.experiment import load
-from analysis.headline import headline
-from analysis.leaderboard import board
-from analysis.leaderboard_print import print_board
-from analysis.overall import MIN_FAULTS
-from analysis.score import best_baseline, relative_lead
-from analysis.table import lead_table
+from analysis.reports.headline import headline
+from analysis.reports.leaderboard_print import print_board
+from analysis.runs.load import load
+from analysis.scores.contest import contest, run_scores
+from analysis.scores.leaderboard import board
+from analysis.scores.outcome import best_baseline, relative_lead
+from analysis.scores.overall import MIN_FAULTS
+from analysis.scores.table import lead_table
 from experiments.build import ROOT
-from tests.analysis.made_up_board import COUNTS, DETECTORS, EARLY, FAULTS, LATE, SIGNALS
+from tests.analysis.made_up_board import COUNTS, DETECTORS, EARLY, FAULTS, LATE, SIGNALS, with_singles
 
 THREE = {**DETECTORS, "held out": ["held_out_loss"]}
 BASELINES = ["late", "held out", "early"]
@@ -36,7 +36,7 @@ def rows_of(experiment, track="reference"):
 
 def test_report_and_board_show_the_same_number_on_the_same_runs(three):
     on_board = rows_of(three)
-    report = lead_table(three)
+    report = lead_table(with_singles(three))
     report = report[report["kind"] == "detector"].set_index(["fault", "detector"]).sort_index()
     columns = ["relative_lead_steps", "detected", "rmlt_steps", "late", "missed", "false_alarm", "threshold"]
     pd.testing.assert_frame_equal(report[columns], on_board.loc[report.index, columns], check_dtype=False)
@@ -89,17 +89,16 @@ def test_a_baseline_that_breaks_its_false_alarm_rate_is_best_only_where_all_do()
 @pytest.fixture
 def noisy(three):
     """The best baseline of each fault alarms in every healthy test run as well."""
+    held = with_singles(three)
     for name in ("early", "late"):
-        detector = three.detectors[name]
+        detector = held.detectors[name]
         false = {run.trace.run_id: 10 for run in three.of("test")}
-        three.detectors[name] = replace(detector, alarms={**detector.alarms, **false})
-    return three
+        held.detectors[name] = replace(detector, alarms={**detector.alarms, **false})
+    return held
 
 
 def test_others_are_tested_against_a_baseline_that_keeps_its_rate(noisy):
-    one = contest(noisy, "reference")
-    alarms = {name: noisy.detectors[name].alarms for name in ("early", "late")}
-    one = replace(one, detectors={**one.detectors, **one.with_alarms(alarms).detectors})
+    one = noisy.without_singles()
     table = board(one, run_scores(one)).set_index(["fault", "detector"]).sort_index()
     assert table.loc["attention", "baseline"].eq("held out").all() and table.loc["all", "baseline"].eq("held out").all()
     assert table.loc[("attention", "either"), "p_beats_baseline"] <= 1
@@ -118,10 +117,11 @@ def test_detectors_are_tested_against_the_best_baseline_which_is_not_tested(thre
 
 
 def test_an_alarm_before_the_onset_is_no_answer_to_the_fault(three):
-    detector = three.detectors["early"]
+    held = with_singles(three)
+    detector = held.detectors["early"]
     false = {run.trace.run_id: 10 for run in three.of("faulty", fault="attention")}
-    three.detectors["early"] = replace(detector, alarms={**detector.alarms, **false})
-    table = lead_table(three)
+    held.detectors["early"] = replace(detector, alarms={**detector.alarms, **false})
+    table = lead_table(held)
     rows = table[table["fault"] == "attention"].set_index("detector")
     assert rows.loc["early", "median_alarm_step"] == 10 and np.isnan(rows.loc["early", "median_alarm_from_onset_step"])
     assert rows.loc["late", "median_alarm_from_onset_step"] == rows.loc["late", "median_alarm_step"] > 301

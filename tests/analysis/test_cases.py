@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import cases
-from analysis.cases import ALL_LAWS, case_rows, totals
-from analysis.cases_figure import cases_figure
-from analysis.tracks import universal_threshold
+from analysis.detect.tracks import universal_threshold
+from analysis.figures.cases import cases_figure
+from analysis.scores import cases
+from analysis.scores.cases import ALL_LAWS, case_rows, totals
 from experiments.trace import Series
 
 LAWS = {"one": "one.over_noise", "two": "two.over_noise"}

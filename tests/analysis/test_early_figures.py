@@ -10,15 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import early_figures
-from analysis.contest import contest, run_scores
-from analysis.delays import Size, blind_table, broken_kernels, delays, oracles, size, smallest_table
-from analysis.early_figures import cost_faults, cost_figure, pareto_front, size_figure
-from analysis.experiment import load
-from analysis.inference import chance_of_alarms
-from analysis.labelling import label_points
-from analysis.leaderboard import board
+from analysis.figures import early
+from analysis.figures.early import cost_faults, cost_figure, pareto_front, size_figure
+from analysis.figures.point_names import label_points
+from analysis.locate.fault_truth import broken_kernels
 from analysis.report import make_report
+from analysis.runs.load import load
+from analysis.scores.contest import contest, run_scores
+from analysis.scores.delays import Size, blind_table, delays, oracles, size, smallest_table
+from analysis.scores.inference import chance_of_alarms
+from analysis.scores.leaderboard import board
 
 EARLY, SLOW, NORM = "key_shift_residual.over_noise", "qk_delta2_spectrum.entropy.w50", "grad_global_norm"
 ORACLE = "delta_bias_oracle"
@@ -53,14 +54,14 @@ def folder(made):
 
 def test_delays_are_from_onset_and_never_before(folder):
     experiment = load(folder, folder)
-    found = delays(experiment).set_index(["detector", "fault"])["delay_steps"]
+    found = delays(contest(experiment, "reference")).set_index(["detector", "fault"])["delay_steps"]
     assert found.loc["laws", "late5"].median() == 9
     assert found.loc["Delta2 entropy", "late5"].median() == pytest.approx(409, abs=20)
     assert (found.dropna() >= 0).all()
 
 
 def test_the_smallest_fault_that_is_felt(folder):
-    table = smallest_table(load(folder, folder)).set_index(["detector", "fault"])
+    table = smallest_table(contest(load(folder, folder), "reference")).set_index(["detector", "fault"])
     assert set(table.index.get_level_values("fault")) == {"o1", "o5", "late5"}
     assert table.loc[("laws", "o1"), ["within_10", "within_100", "smallest"]].tolist() == [0, 0, False]
     assert table.loc[("laws", "o5"), ["within_10", "within_100", "smallest"]].tolist() == [0, 1, True]
@@ -70,7 +71,7 @@ def test_the_smallest_fault_that_is_felt(folder):
 
 
 def test_what_the_family_does_not_detect(folder):
-    table = blind_table(load(folder, folder)).set_index("fault")
+    table = blind_table(contest(load(folder, folder), "reference")).set_index("fault")
     assert list(table.index) == ["lr"]
     assert table.loc["lr", "soonest"] == "gradient norm" and table.loc["lr", "median_delay_steps"] == pytest.approx(9)
     alarms = round(table.loc["lr", "family_alarms"] * table.loc["lr", "runs"])
@@ -80,7 +81,7 @@ def test_what_the_family_does_not_detect(folder):
 def test_a_control_is_no_blind_spot(folder):
     experiment = load(folder, folder)
     experiment.index["experiment"]["controls"] = ["lr"]
-    assert blind_table(experiment).empty
+    assert blind_table(contest(experiment, "reference")).empty
 
 
 def test_an_oracle_bounds_and_does_not_compete(folder):
@@ -94,8 +95,8 @@ def test_an_oracle_bounds_and_does_not_compete(folder):
 
 
 def test_a_model_without_measured_costs_still_has_its_figure(folder, drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(early_figures, "monitor_costs", lambda model: {})
-    cost_figure(load(folder, folder), tmp_path / "figure.png")
+    monkeypatch.setattr(early, "monitor_costs", lambda model: {})
+    cost_figure(contest(load(folder, folder), "reference"), tmp_path / "figure.png")
     assert "no cost was measured" in drawn["figure.png"][0]
 
 
@@ -103,7 +104,7 @@ def test_a_family_that_is_no_detector_is_an_error(folder):
     experiment = load(folder, folder)
     experiment.index["experiment"]["family"] = "lores"
     with pytest.raises(ValueError, match=r"experiment\.family='lores' is not allowed"):
-        blind_table(experiment)
+        blind_table(contest(experiment, "reference"))
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def drawn(monkeypatch):
         legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
         figures[path.name] = "\n".join([*legends, *(t.get_text() for t in figure.findobj(plt.Text))]), figure
 
-    monkeypatch.setattr(early_figures, "save", keep)
+    monkeypatch.setattr(early, "save", keep)
     yield figures
     plt.close("all")
 
@@ -124,8 +125,8 @@ def drawn(monkeypatch):
 def test_figures_are_written_and_hold_all_detectors(folder, drawn, tmp_path):
     experiment = load(folder, folder)
     assert cost_faults(experiment) == broken_kernels(experiment) == ["o1", "o5", "late5"]
-    cost_figure(experiment, tmp_path / "cost.png")
-    caption = size_figure(experiment, tmp_path / "size.png")
+    cost_figure(contest(experiment, "reference"), tmp_path / "cost.png")
+    caption = size_figure(contest(experiment, "reference"), tmp_path / "size.png")
     for name in ("cost.png", "size.png"):
         said = drawn[name][0] + (caption if name == "size.png" else "")
         assert (tmp_path / name).stat().st_size > 10_000
@@ -140,7 +141,7 @@ def test_figures_are_written_and_hold_all_detectors(folder, drawn, tmp_path):
 def test_the_cost_figure_takes_the_faults_that_it_is_told(folder, drawn, tmp_path):
     experiment = load(folder, folder)
     experiment.index["experiment"]["cost_faults"] = ["lr"]
-    assert "Faults: lr." in cost_figure(experiment, tmp_path / "cost.png")
+    assert "Faults: lr." in cost_figure(contest(experiment, "reference"), tmp_path / "cost.png")
 
 
 def test_the_report_has_them_all(folder, capsys):

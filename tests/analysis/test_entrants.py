@@ -9,21 +9,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import entrants, score
-from analysis.alarms import conformal_threshold, make_rule
-from analysis.entrants import BadEntrant, entrant_of
-from analysis.experiment import load
-from analysis.external import read_alarms
-from analysis.found import CONF, conf
-from analysis.isolation import Limits
-from analysis.replay import main
+from analysis.detect import river
+from analysis.detect.alarms import conformal_threshold
+from analysis.detect.entrants import BadEntrant, entrant_of
+from analysis.detect.external import read_alarms
+from analysis.detect.isolation import Limits
+from analysis.detect.rules import make_rule
+from analysis.runs.conf import CONF, conf
+from analysis.runs.load import load
+from analysis.score import main
+from analysis.scores import outcome
 from tests.analysis.made_up_board import EARLY, scored
 
 ROOT = Path(__file__).resolve().parents[2]
 RISE = np.concatenate((np.zeros(60), np.full(60, 8.0)))
 
 
-@pytest.mark.parametrize("name", entrants.RIVER)
+@pytest.mark.parametrize("name", river.RIVER)
 def test_rivers_detectors_count_the_drifts_they_have_reported(name):
     noise = 0.1 * np.random.default_rng(0).normal(size=(3, len(RISE)))
     drifts = make_rule(**conf("rule", name)).statistic(noise + [[0.0], [1.0], [0.0]] * RISE)
@@ -53,7 +55,7 @@ def test_kswin_counts_the_same_on_all_cores(monkeypatch):
     rule, runs = make_rule(**conf("rule", "kswin")), np.random.default_rng(1).normal(size=(4, 3000)).cumsum(axis=1)
     alone = np.stack([rule.statistic(run) for run in runs])
     assert alone[:, -1].min() > 0
-    monkeypatch.setattr(entrants, "MANY_SAMPLES", runs.size)
+    monkeypatch.setattr(river, "MANY_SAMPLES", runs.size)
     assert np.array_equal(rule.statistic(runs), alone)
 
 
@@ -127,8 +129,8 @@ HOSTILE = {
 """Detectors that break what they can, and what their row says."""
 
 MEDDLERS = {
-    "patcher": "import sys\nsys.path.append({root!r})\nimport analysis.score, analysis.contest\n"
-    "analysis.score.score = analysis.contest.score = lambda **what: 1 / 0\n",
+    "patcher": "import sys\nsys.path.append({root!r})\nimport analysis.scores.outcome, analysis.scores.contest\n"
+    "analysis.scores.outcome.score = analysis.scores.contest.score = lambda **what: 1 / 0\n",
     "mover": "import os\nos.chdir('/')\nos.environ.clear()\n",
     "printer": "import os, sys\nprint('hello')\nos.write(2, b'hello')\nsys.stdin.read()\n",
     "looker": "import gc, sys\nseen = [o for o in gc.get_objects() if type(o).__module__.startswith('analysis')]\n"
@@ -145,11 +147,11 @@ def test_a_hostile_detector_has_a_reason_and_changes_no_other_row(folder, tmp_pa
     for name, code in codes.items():
         paths.append(tmp_path / f"{name}.py")
         paths[-1].write_text(f"signals = [{EARLY!r}]\n{code}")
-    here, before = os.getcwd(), score.score
+    here, before = os.getcwd(), outcome.score
     alone = scored(folder, tmp_path / "alone", tracks=("reference",))
     limits = Limits(memory_gib=1.0)
     with_them = scored(folder, tmp_path / "out", tracks=("reference",), detectors=tuple(paths), limits=limits)
-    assert os.getcwd() == here and score.score is before
+    assert os.getcwd() == here and outcome.score is before
     assert "hello" not in "".join(capfd.readouterr())
     rows = with_them.loc[("reference", "all")]
     for name, (_, reason) in HOSTILE.items():

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from analysis import fault_truth
-from analysis.fault_truth import HEALTHY, OTHER, Truth, truth, truth_of
+from analysis.locate import fault_truth
+from analysis.locate.fault_truth import HEALTHY, OTHER, Truth, truth, truth_of
 from models import numerics
 
 ATTENTION = {"bits": 2, "rounding": "truncate", "phase": "backward", "layers": None, "heads": None, "onset": 0}

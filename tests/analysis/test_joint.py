@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from analysis.alarms import EWMA, conformal_threshold
-from analysis.detection import Detection
-from analysis.experiment import load
-from analysis.joint import MIN_RUNS, Scale, member_scales
-from tests.analysis.made_up_board import COUNTS
+from analysis.detect.alarms import conformal_threshold
+from analysis.detect.charts import EWMA
+from analysis.detect.detection import Detection
+from analysis.detect.joint import MIN_RUNS, Scale, member_scales
+from analysis.runs.load import load
+from tests.analysis.made_up_board import COUNTS, with_singles
 
 HEAVY = {
     "quiet": {"unit": "1", "bad": "up", "axes": [], "every_steps": 10},
@@ -76,7 +77,7 @@ def test_members_are_scaled_by_reference_runs_that_had_no_part_in_their_band(mad
 
 def test_one_threshold_cuts_each_member_at_its_own_height(made):
     folder = made(COUNTS, HEAVY, {"both": ["quiet", "heavy"]}, FAULTS, baseline="both")
-    detector = load(folder, folder).detectors["both"]
+    detector = with_singles(load(folder, folder)).detectors["both"]
     limits = detector.limits()
     for run, charts in detector.charts.items():
         crossed = [w[s > limit][:1] for (w, s), limit in zip(charts, limits, strict=True)]

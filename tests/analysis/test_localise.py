@@ -8,13 +8,25 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.align import Aligned
-from analysis.experiment import load
-from analysis.inference import clopper_pearson_interval
-from analysis.laws import ATTENTION, DK, DQ, DV, KEY_SHIFT, QK_GAUGE, RECOMPUTED, VALUE_SHIFT, VO_GAUGE, Law, law_of
-from analysis.localise import confusion, localise, shares_right
-from analysis.place import NO_ALARM, WINDOW, Levels, name_place, nearest_class, rolling_rms
+from analysis.locate.laws import (
+    ATTENTION,
+    DK,
+    DQ,
+    DV,
+    KEY_SHIFT,
+    QK_GAUGE,
+    RECOMPUTED,
+    VALUE_SHIFT,
+    VO_GAUGE,
+    Law,
+    law_of,
+)
+from analysis.locate.localise import confusion, localise, shares_right
+from analysis.locate.naming import NO_ALARM, WINDOW, Levels, name_place, nearest_class, rolling_rms
 from analysis.report import make_report
+from analysis.runs.align import Aligned
+from analysis.runs.load import load
+from analysis.scores.inference import clopper_pearson_interval
 
 KEY, VALUE = "key_shift_residual.over_noise", "value_shift_residual.over_noise"
 QK, VO = "qk_gauge_residual.matrix.over_noise", "vo_gauge_residual.matrix.over_noise"

@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 
 from analysis import reduced
-from analysis.contest import contest
-from analysis.detection import Detection
-from analysis.experiment import load, read_index
-from analysis.sensitivity import label_sensitivity, other_labels
+from analysis.detect.detection import Detection
+from analysis.runs.index import read_index
+from analysis.runs.load import load
+from analysis.runs.reduced import merged
+from analysis.scores.contest import contest
+from analysis.scores.sensitivity import label_sensitivity, other_labels
 from experiments import trace
 from experiments.build import ROOT
 from tests.analysis.made_up_board import EARLY, LATE, scored
@@ -57,7 +59,7 @@ def test_manifests_are_put_together_again():
     records = [{"a": 1, "b": {"c": 2, "d": i}, "e": i, "f": {"g": 1}} for i in range(3)]
     shared = reduced.common(records)
     assert shared == {"a": 1, "b": {"c": 2}, "f": {"g": 1}}
-    assert [reduced.merged(shared, reduced.without(record, shared)) for record in records] == records
+    assert [merged(shared, reduced.without(record, shared)) for record in records] == records
 
 
 def test_every_flipped_bit_of_a_reduced_folder_is_an_error(folder, tmp_path):

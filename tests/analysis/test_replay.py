@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.contest import contest, run_scores
-from analysis.controls import random_timer
-from analysis.experiment import load
-from analysis.replay import main
-from analysis.sensitivity import halves, label_sensitivity
+from analysis.detect.controls import random_timer
+from analysis.runs.load import load
+from analysis.score import main
+from analysis.scores.contest import contest, run_scores
+from analysis.scores.sensitivity import halves, label_sensitivity
 from experiments import trace
 from tests.analysis.made_up_board import COUNTS, DETECTORS, FAULTS, LATE, SIGNALS, scored
 

@@ -11,13 +11,15 @@ import pandas as pd
 import pytest
 from matplotlib.text import Annotation
 
-from analysis import figures
-from analysis.experiment import HEALTHY_ROLES, load
-from analysis.readings import curve
+from analysis.figures import leads
+from analysis.locate.selectivity import alarm_matrix, off_diagonal
 from analysis.report import make_report
-from analysis.selectivity import alarm_matrix, off_diagonal
-from analysis.table import lead_table, median_step, run_table
+from analysis.runs.experiment import HEALTHY_ROLES
+from analysis.runs.load import load
+from analysis.runs.readings import curve
+from analysis.scores.table import lead_table, median_step, run_table
 from experiments import trace
+from tests.analysis.made_up_board import with_singles
 
 STEPS, EVERY, TOKENS = 1000, 10, 64
 SIGNALS = {
@@ -149,7 +151,7 @@ def experiment_folders(tmp_path) -> tuple[Path, Path]:
 
 
 def test_the_table_says_what_was_put_in(experiment_folders):
-    table = lead_table(load(*experiment_folders)).set_index("detector")
+    table = lead_table(with_singles(load(*experiment_folders))).set_index("detector")
     assert set(table["median_divergence_step"].dropna()) == {DIVERGES}
     early, late, blind = (table.loc[name] for name in ("early warning", "late warning", "blind"))
     assert FAULT_SHOWS["early"] <= early["median_alarm_step"] <= FAULT_SHOWS["early"] + 50
@@ -236,10 +238,11 @@ def test_the_page_says_what_came_out_before_it_shows_it(experiment_folders, caps
 
 def test_the_lead_that_is_drawn_is_the_lead_of_the_table(experiment_folders, monkeypatch, tmp_path):
     experiment = load(*experiment_folders)
-    table = lead_table(experiment).set_index("detector")["rmlt_steps"]
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    held = with_singles(experiment)
+    table = lead_table(held).set_index("detector")["rmlt_steps"]
+    monkeypatch.setattr(leads, "save", lambda figure, path: drawn.append(figure))
     drawn: list = []
-    figures.lead_figure(experiment, tmp_path / "x.png")
+    leads.lead_figure(held, tmp_path / "x.png")
     (axis,) = drawn[0].axes
     names = [label.get_text() for label in axis.get_yticklabels()]
     bars = {name: bar.get_width() for name, bar in zip(names, axis.patches, strict=True)}
@@ -294,16 +297,17 @@ def test_a_smaller_batch_is_judged_at_equal_tokens(experiment_folders):
     for seed in range(3000, 3003):
         shrink(runs / f"faulty{seed}", 4)
     experiment = load(report, runs, axis="tokens")
+    held = with_singles(experiment)
     assert experiment.horizon == STEPS * TOKENS
     for run in experiment.of("faulty"):
         assert run.horizon == STEPS * TOKENS // 4
         assert run.divergence == pytest.approx(DIVERGES * TOKENS / 4, abs=EVERY * TOKENS)
-        alarm = experiment.detectors["early warning"].alarms[run.trace.run_id]
+        alarm = held.detectors["early warning"].alarms[run.trace.run_id]
         assert FAULT_SHOWS["early"] * TOKENS / 4 <= alarm <= 200 * TOKENS
     assert {run.horizon for run in experiment.of("calibration")} == {STEPS * TOKENS}
-    table = lead_table(experiment).set_index("detector")
-    alarms = [experiment.detectors["early warning"].alarms[run.trace.run_id] for run in experiment.of("faulty")]
-    late = [experiment.detectors["late warning"].alarms[run.trace.run_id] for run in experiment.of("faulty")]
+    table = lead_table(held).set_index("detector")
+    alarms = [held.detectors["early warning"].alarms[run.trace.run_id] for run in experiment.of("faulty")]
+    late = [held.detectors["late warning"].alarms[run.trace.run_id] for run in experiment.of("faulty")]
     reach = STEPS * TOKENS // 4
     expected = np.mean([min(b or reach, reach) - min(a, reach) for a, b in zip(alarms, late, strict=True)])
     assert table.loc["early warning", "relative_lead_steps"] == pytest.approx(expected)
@@ -326,13 +330,13 @@ def test_healthy_runs_of_different_lengths_are_refused_and_faulty_ones_are_not(e
 def test_the_share_of_alarms_is_the_matrix_of_selectivity(experiment_folders):
     report, runs = experiment_folders
     experiment = load(report, runs)
-    matrix = alarm_matrix(experiment)
+    held = with_singles(experiment)
+    matrix = alarm_matrix(held)
     assert list(matrix.columns) == ["healthy", "broken"]
     assert matrix.loc["early warning", "broken"] == 1.0
     assert "flat" not in matrix.index and "of another model" not in matrix.index
     counted = [
-        experiment.score(experiment.detectors["blind"], run).outcome in ("lead", "benign_alarm")
-        for run in experiment.of("faulty")
+        held.score(held.detectors["blind"], run).outcome in ("lead", "benign_alarm") for run in experiment.of("faulty")
     ]
     assert matrix.loc["blind", "broken"] == np.mean(counted)
     index = {"should_ignore": {"blind": ["broken"], "nobody": ["broken"]}}
@@ -389,7 +393,7 @@ def test_a_run_that_ends_before_a_signals_first_sample_is_scored(experiment_fold
         part.unlink()
     trace.write_part(folder, 0, 30, {name: [getattr(row, name) for row in short] for name in trace.SCHEMA.names})
     trace.write_manifest(folder, {**trace.read_manifest(folder), "end_reason": "non_finite", "steps_done": 30})
-    table = run_table(load(report, runs)).set_index(["detector", "run_id"])
+    table = run_table(with_singles(load(report, runs))).set_index(["detector", "run_id"])
     assert pd.isna(table.loc[("early warning", "faulty3000"), "alarm_step"])
     make_report(report, runs)
 
@@ -412,7 +416,7 @@ def test_impossible_run_sets_are_errors(experiment_folders, change, error, messa
     index = json.loads((report / "experiment.json").read_text())
     (report / "experiment.json").write_text(json.dumps({**index, "runs": change(index["runs"])}))
     with pytest.raises(error, match=message):
-        _ = load(report, runs).detectors
+        with_singles(load(report, runs))
 
 
 def test_a_median_of_alarms_counts_never_as_late():

@@ -7,12 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.alarms import (
-    CUSUM,
-    EWMA,
-    GLR,
-    Shewhart,
-    ShiryaevRoberts,
+from analysis.detect.alarms import (
     anytime_threshold,
     chart_statistics,
     conformal_threshold,
@@ -20,10 +15,11 @@ from analysis.alarms import (
     fitted,
     oriented,
 )
-from analysis.align import Aligned
-from analysis.entrants import RiverDetector
-from analysis.score import score
-from analysis.tracks import ReferenceBand, SelfBand
+from analysis.detect.bands import ReferenceBand, SelfBand
+from analysis.detect.charts import CUSUM, EWMA, GLR, Shewhart, ShiryaevRoberts
+from analysis.detect.river import RiverDetector
+from analysis.runs.align import Aligned
+from analysis.scores.outcome import score
 
 ALPHA, N, SAMPLES, TRIALS = 0.10, 9, 50, 2000
 CHARTS = {

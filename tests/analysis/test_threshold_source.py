@@ -5,16 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.experiment import load
+from analysis.runs.load import load
 from analysis.threshold_source import charts, main, peaks, threshold_source
-from tests.analysis.made_up_board import LATE
+from tests.analysis.made_up_board import LATE, with_singles
 
 MOE = Path(__file__).parents[2] / "results" / "reference_set" / "moe"
 
 
 def test_the_threshold_is_the_one_that_scoring_uses(folder):
     experiment = load(folder, folder)
-    detector = experiment.detectors["late"]
+    detector = with_singles(experiment).detectors["late"]
     whole, rows = threshold_source(experiment, LATE, "attention")
     assert rows.loc[0, "threshold"] == detector.threshold == whole.loc[whole["sets_threshold"], "largest"].item()
     assert len(whole) == len(experiment.of("calibration")) and whole["largest"].is_monotonic_decreasing

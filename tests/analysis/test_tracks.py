@@ -1,21 +1,10 @@
 import numpy as np
 import pytest
 
-from analysis.align import Aligned
-from analysis.tracks import (
-    TRACKS,
-    UNHEARD_OF,
-    DeclinedSignal,
-    Floor,
-    PublishedRule,
-    ReferenceBand,
-    SelfBand,
-    catalogue,
-    family,
-    fit_band,
-    left_out_z,
-    published_rule,
-)
+from analysis.detect.bands import UNHEARD_OF, DeclinedSignal, Floor, ReferenceBand, SelfBand, left_out_z
+from analysis.detect.catalogue import PublishedRule, catalogue, family, published_rule
+from analysis.detect.tracks import TRACKS
+from analysis.runs.align import Aligned
 
 
 def aligned(values, undefined=None) -> Aligned:
@@ -83,16 +72,17 @@ def test_short_input_has_no_z():
 def test_the_floor_track_takes_ratios_only():
     values = aligned([0.5, 2.0, np.inf, 1.0])
     assert Floor().z(values).ravel().tolist() == [0.5, 2.0, np.inf, np.inf]
-    assert isinstance(fit_band("floor", "delta_w_flip_edge.q.w50", []), Floor)
+    TRACKS["floor"].check_has_say("delta_w_flip_edge.q.w50")
+    assert TRACKS["floor"].band("delta_w_flip_edge.q.w50", []) == Floor()
     with pytest.raises(DeclinedSignal, match="no ratio to predicted noise"):
-        fit_band("floor", "grad_global_norm", [])
+        TRACKS["floor"].check_has_say("grad_global_norm")
 
 
 def test_a_residual_over_its_noise_is_measured_from_one_and_the_residual_itself_declined():
-    band = fit_band("floor", "key_shift_residual.over_noise", [])
+    band = TRACKS["floor"].band("key_shift_residual.over_noise", [])
     assert band.z(aligned([1.0, 3.0])).ravel().tolist() == [0.0, 2.0]
     with pytest.raises(DeclinedSignal, match="no ratio to predicted noise"):
-        fit_band("floor", "key_shift_residual", [])
+        TRACKS["floor"].check_has_say("key_shift_residual")
 
 
 def test_a_published_rule_is_strict_and_reads_raw_values():
@@ -134,7 +124,5 @@ def test_a_left_out_run_has_no_score_where_the_others_have_no_spread():
     assert np.isnan(left_out_z(runs)[2]).all() and np.isfinite(left_out_z(runs)[0]).any()
 
 
-def test_an_unknown_track_is_an_error():
-    with pytest.raises(ValueError, match="track='published' gives no z-scores"):
-        fit_band("published", "s", [])
-    assert TRACKS == ("reference", "self", "floor", "published", "universal")
+def test_there_are_five_tracks():
+    assert tuple(TRACKS) == ("reference", "self", "floor", "published", "universal")

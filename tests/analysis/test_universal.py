@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from analysis.contest import contest, run_scores
-from analysis.detection import Detection
-from analysis.experiment import load
-from analysis.leaderboard import board
-from analysis.replay import Request, replay
-from analysis.tracks import OVER_NOISE, DeclinedSignal, check_has_say, universal_threshold
+from analysis.detect.bands import DeclinedSignal
+from analysis.detect.detection import Detection
+from analysis.detect.tracks import OVER_NOISE, TRACKS, universal_threshold
+from analysis.reports.boards import Request, score_runs
+from analysis.runs.load import load
+from analysis.scores.contest import contest, run_scores
+from analysis.scores.leaderboard import board
 from monitors.attention_laws import AttentionLaws
 from monitors.attention_recomputed import AttentionRecomputed
 from monitors.linear_laws import LinearLaws
@@ -85,9 +86,9 @@ def test_the_universal_track_judges_attention_alone():
     names = [signal.name for monitor in monitors for signal in monitor.signals if signal.name.endswith(OVER_NOISE)]
     judged = set()
     for name in names:
-        check_has_say("floor", name)
+        TRACKS["floor"].check_has_say(name)
         try:
-            check_has_say("universal", name)
+            TRACKS["universal"].check_has_say(name)
             judged.add(name)
         except DeclinedSignal as error:
             assert str(error) == f"{name}: its predicted noise is a scale, and gives no threshold by itself"
@@ -99,7 +100,7 @@ def test_a_reading_that_is_not_finite_is_an_alarm(folder):
     experiment = load(folder, folder)
     run = experiment.of("test")[0]
     run.trace.signals[OTHER].values[40] = np.nan
-    detector = Detection(experiment, "universal").detect("laws", [OTHER], None, 0.10)
+    detector = Detection(experiment, TRACKS["universal"]).detect("laws", [OTHER], None, 0.10)
     assert detector.alarms[run.trace.run_id] == 410
 
 
@@ -108,10 +109,10 @@ def test_a_board_on_which_nothing_has_a_prediction_gets_no_rows(made, tmp_path):
     detectors = {"residual": ["key_shift_residual"], "loss": ["grad_global_norm"]}
     folder = made(COUNTS, signals, detectors, FAULT, baseline="loss", name="bare")
     tracks = ("reference", "universal")
-    board = replay(Request(runs=folder, out=tmp_path / "out", tracks=tracks)).get("leaderboard")
+    board = score_runs(Request(runs=folder, out=tmp_path / "out", tracks=tracks)).get("leaderboard")
     assert set(board["track"]) == {"reference"}
 
 
 def test_all_tracks_stand_on_one_board(folder, tmp_path):
-    board = replay(Request(runs=folder, out=tmp_path / "out")).get("leaderboard")
+    board = score_runs(Request(runs=folder, out=tmp_path / "out")).get("leaderboard")
     assert {"reference", "floor", "universal"} <= set(board["track"])

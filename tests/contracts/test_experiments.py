@@ -11,8 +11,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from analysis.cases import ALL_CASES
 from analysis.report import DRAWINGS
+from analysis.scores.cases import ALL_CASES
 from experiments import reproduce
 from experiments.build import ROOT, build_run
 from experiments.plan import FIRST_CASE_SEED, FIRST_SEED, plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.index import read_index
+from analysis.runs.index import read_index
 from experiments import trace
 from experiments.files import sealed, unsealed
 from experiments.sweep import left_to_train

@@ -7,9 +7,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from analysis.experiment import label_runs, load
-from analysis.found import conf, find
 from analysis.report import make_report
+from analysis.runs.conf import conf
+from analysis.runs.discover import find
+from analysis.runs.load import label_runs, load
 from experiments.build import ROOT
 from experiments.cli import CONF
 from experiments.names import check_index_names, check_name

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save
 
-from analysis.found import conf
+from analysis.runs.conf import conf
 from experiments import trace
 from experiments.natural_rounding import KERNELS, alignment, conditions, main, output_bias, trained
 from experiments.plain_config import CONF, construct

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from analysis.entrants import check_causal, entrant_of
+from analysis.detect.entrants import check_causal, entrant_of
 from experiments import trace
 from experiments.build import ROOT, construct
 from experiments.training.loop import train

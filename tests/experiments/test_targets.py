@@ -37,7 +37,7 @@ def plugin(tmp_path, monkeypatch):
         {"monitor": {"loss": {"_target_": "odd_faults.Odd"}}},
         {"rule": {"charts": [{"_target_": "faultsy.base.Window"}]}},
         {"data": {"_target_": "faults"}},
-        {"fault": {"_target_": "analysis.isolation.Worker", "path": "mine.py"}},
+        {"fault": {"_target_": "analysis.detect.isolation.Worker", "path": "mine.py"}},
         {"fault": {"faults": {"x": {"_target_": "experiments.training.data.Corpus"}}}},
         {"model": {"_target_": "monitors.loss.Loss"}},
         {"train": {"_target_": ["faults.none.NoFault"]}},

@@ -2,11 +2,11 @@ import importlib
 
 import pytest
 
-from analysis import replay
+from analysis import score
 from experiments import bench_stack
 
 COMMANDS = (
-    "analysis.order", "analysis.reduced", "analysis.replay", "analysis.report", "analysis.threshold_source",
+    "analysis.order", "analysis.reduced", "analysis.score", "analysis.report", "analysis.threshold_source",
     "experiments.bench", "experiments.bench_gpt2", "experiments.runs",
     "experiments.bench_stack", "experiments.gpu_check", "experiments.gpu_tiles", "experiments.natural_rounding",
 )  # fmt: skip
@@ -31,10 +31,10 @@ def test_wrong_arguments_end_a_command_with_one_line_and_code_2(command, capsys)
 
 def test_help_names_every_option_of_scoring(capsys):
     with pytest.raises(SystemExit):
-        replay.main(["--help"])
+        score.main(["--help"])
     options = {line.split("=")[0] for line in capsys.readouterr().out.splitlines() if "=" in line.split(" ")[0]}
     with pytest.raises(ValueError, match="is not an option") as refused:
-        replay._request(["nonsense=1"])
+        score._request(["nonsense=1"])
     assert options == set(str(refused.value).split(": ")[1].split(", "))
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import reduced
-from analysis.contest import contest, run_scores
-from analysis.experiment import load
-from analysis.leaderboard import board
-from analysis.table import lead_table
+from analysis.runs.load import load
+from analysis.scores.contest import contest, run_scores
+from analysis.scores.leaderboard import board
+from analysis.scores.table import lead_table
 from experiments import trace
 
 KEEP = {"reference": 4, "calibration": 9, "test": 0, "faulty": 3}
@@ -53,7 +53,12 @@ def main(report: Path, runs: Path, out: Path) -> None:
         columns = {name: rows[name].to_numpy() for name in trace.SCHEMA.names}
         manifest["files"] = trace.write_part(target, 0, manifest["steps_done"], columns)
         trace.write_manifest(target, manifest)
-    lead_table(load(out, out / "runs")).to_csv(out / "expected.csv", index=False)
+    golden_leads(out).to_csv(out / "expected.csv", index=False)
+
+
+def golden_leads(folder: Path) -> pd.DataFrame:
+    """The lead-time table of a folder of golden runs."""
+    return lead_table(contest(load(folder, folder / "runs"), "reference", singles=True))
 
 
 REDUCED_KEEP = {"reference": 4, "calibration": 9, "test": 3, "faulty": 3}
@@ -90,7 +95,9 @@ def golden_leaderboard(folder: Path) -> pd.DataFrame:
 def main_tables() -> None:
     here = Path(__file__).parent
     attention, reference_set = here / "paper_attention", here / "reference_set"
-    lead_table(load(attention, attention / "runs")).to_csv(attention / "expected.csv", index=False)
+    lead_table(contest(load(attention, attention / "runs"), "reference", singles=True)).to_csv(
+        attention / "expected.csv", index=False
+    )
     golden_leaderboard(reference_set).to_csv(reference_set / "expected.csv", index=False)
 
 

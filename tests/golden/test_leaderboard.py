@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.contest import contest, run_scores
-from analysis.costs import costs_of, detector_cost
-from analysis.found import find
-from analysis.leaderboard import board
 from analysis.order import leads, order_table
+from analysis.runs.discover import find
+from analysis.scores.contest import contest, run_scores
+from analysis.scores.costs import costs_of, detector_cost
+from analysis.scores.leaderboard import board
 from experiments.build import ROOT
 
 RUNS, TABLE = ROOT / "results" / "reference_set", ROOT / "results" / "leaderboard.csv"

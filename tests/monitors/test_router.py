@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from analysis.alarms import oriented
+from analysis.detect.alarms import oriented
 from models.moe import MoEConfig, Routing
 from monitors.base import Masked
 from monitors.router import (

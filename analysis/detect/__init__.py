@@ -1,0 +1,1 @@
+"""When a detector alarms: tracks, charts, thresholds on healthy runs, and detectors from elsewhere."""

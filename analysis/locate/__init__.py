@@ -1,0 +1,1 @@
+"""What an alarm speaks for: the fault, and the kernel in which it sits."""

@@ -1,0 +1,1 @@
+"""Pages, sentences and terminal tables of scored runs."""

@@ -1,0 +1,152 @@
+"""Boards: every experiment of a folder scored on every track, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.detect.catalogue import family
+from analysis.detect.detection import Detection
+from analysis.detect.entrants import Entrant, entrant_of
+from analysis.detect.external import read_alarms
+from analysis.detect.isolation import DEFAULT_LIMITS, Limits
+from analysis.detect.river import RIVER
+from analysis.detect.rules import make_rule
+from analysis.detect.tracks import TRACKS, Track
+from analysis.figures.leaderboard import leaderboard_figure
+from analysis.locate.attribution import alarm_probabilities, cross_talk, diagnose, selectivity
+from analysis.locate.selectivity import any_alarm, designed_for
+from analysis.runs.conf import conf
+from analysis.runs.discover import find
+from analysis.runs.experiment import HEALTHY, LABEL_SIGNAL, Experiment
+from analysis.scores.contest import Contest, contest, run_scores
+from analysis.scores.costs import monitor_costs
+from analysis.scores.leaderboard import RANKED, board
+from analysis.scores.other_charts import charts
+from analysis.scores.profiles import profiles
+from analysis.scores.sensitivity import halves, label_sensitivity
+from experiments.validation import check_distinct
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line."""
+
+    runs: Path
+    out: Path
+    detectors: tuple[Path, ...] = ()
+    alarms: tuple[Path, ...] = ()
+    rule: str | None = None
+    alpha: float | None = None
+    tracks: tuple[str, ...] = tuple(TRACKS)
+    maximum: bool = False
+    singles: bool = False
+    allow_mixed: bool = False
+    limits: Limits = DEFAULT_LIMITS
+
+
+@dataclass
+class Tables:
+    """Every table of the boards, by the name of its file."""
+
+    parts: dict[str, list[pd.DataFrame]] = field(default_factory=dict)
+
+    def add(self, name: str, table: pd.DataFrame) -> None:
+        if len(table):
+            self.parts.setdefault(name, []).append(table)
+
+    def get(self, name: str) -> pd.DataFrame:
+        return pd.concat(self.parts[name], ignore_index=True) if name in self.parts else pd.DataFrame()
+
+    def write(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in self.parts:
+            self.get(name).to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
+
+
+def entrants(request: Request, experiment: Experiment, track: Track) -> Iterator[Entrant]:
+    """river's detectors on the first baseline's first signal, and the files that were given, on tracks with charts."""
+    watched = experiment.named_detectors[experiment.baselines[0]][:1]
+    if track.primary:
+        for name in RIVER:
+            yield Entrant(f"river {name}", watched, make_rule(**conf("rule", name)))
+    if track.takes_files:
+        for path in request.detectors:
+            with entrant_of(path, request.limits) as entrant:
+                yield entrant
+
+
+def score_runs(request: Request) -> Tables:
+    """Score every experiment of the folder on every track. Raises ValueError, OSError or TraceError in one line."""
+    unknown = [track for track in request.tracks if track not in TRACKS]
+    if unknown:
+        raise ValueError(f"tracks={unknown[0]} is not allowed: of {', '.join(TRACKS)}")
+    check_distinct(request.tracks, "tracks")
+    tracks = [TRACKS[name] for name in request.tracks]
+    primary = [track.name for track in TRACKS.values() if track.primary]
+    open_to_files = [track.name for track in TRACKS.values() if track.takes_files]
+    for given, key, judges in ((request.alarms, "alarms", primary), (request.detectors, "detector", open_to_files)):
+        if given and not set(judges) & set(request.tracks):
+            raise ValueError(f"{key}={given[0]} has no effect without tracks={' or '.join(judges)}")
+    rule = None if request.rule is None else make_rule(**conf("rule", request.rule))
+    experiments, tables = find(request.runs, request.allow_mixed), Tables()
+    external = read_alarms(request.alarms, experiments)
+    for experiment, alarms in zip(experiments, external, strict=True):
+        for track in tracks:
+            detection = Detection(experiment, track)
+            one = contest(
+                experiment,
+                track.name,
+                detection=detection,
+                rule=rule,
+                alpha=request.alpha,
+                maximum=request.maximum,
+                entrants=entrants(request, experiment, track),
+                external=alarms if track.primary else None,
+                singles=request.singles,
+            )
+            if not track.lists_declined and all(detector.declined for detector in one.own.values()):
+                continue
+            _score(one, tables)
+            if track.primary:
+                rows = tables.parts["leaderboard"][-1]
+                request.out.mkdir(parents=True, exist_ok=True)
+                name = experiment.index["experiment"]["name"]
+                leaderboard_figure(one, rows, request.out / f"{name}-{experiment.model}.png")
+                tables.add("charts", charts(detection, one, rule or make_rule(**experiment.index["rule"])))
+                tables.add("labels", label_sensitivity(one))
+    if "leaderboard" not in tables.parts:
+        raise ValueError(f"tracks={','.join(request.tracks)} is not allowed: no monitor of these runs has a say on it")
+    tables.write(request.out)
+    return tables
+
+
+def _score(one: Contest, tables: Tables) -> None:
+    scores = run_scores(one)
+    tables.add("runs", scores)
+    tables.add("leaderboard", board(one, scores, monitor_costs(one.experiment.model)))
+    keys = one.keys
+    if any(detector.maxima and not detector.declined for detector in one.detectors.values()):
+        half, tau = halves(one)
+        tables.add("halves", half.assign(**keys, tau=tau))
+    tables.add("profiles", profiles(one, scores))
+    competing = scores[scores["kind"].isin(RANKED)]
+    if competing.empty:  # no signal has a say on this track
+        return
+    matrix = alarm_probabilities(competing)
+    tables.add(
+        "selectivity",
+        matrix.assign(selectivity=selectivity(matrix)).rename_axis("detector").reset_index().assign(**keys),
+    )
+    ours = {n: d.signals[0] for n, d in one.detectors.items() if one.kinds[n] in ("detector", "baseline")}
+    families = {name: family(signal) for name, signal in ours.items() if signal != LABEL_SIGNAL}
+    tables.add("cross_talk", cross_talk(matrix, families, designed_for(one)).assign(**keys))
+    faulty = competing[competing["fault"] != HEALTHY]
+    if one.track.primary and competing["fault"].nunique() > 1 and faulty["seed"].nunique() > 1:
+        found = diagnose(any_alarm(competing))
+        summary = {"accuracy": found.accuracy, "null_accuracy": found.null_accuracy, "p_value": found.p_value}
+        tables.add("diagnosis", pd.DataFrame([{**keys, "runs": len(found.predictions), **summary}]))
+        tables.add("confusion", found.confusion.reset_index().assign(**keys))

@@ -1,0 +1,9 @@
+"""The paper's figure: signals against step, with alarms and divergence."""
+
+from analysis.figures.leads import central_figure
+from analysis.reports.kinds.base import Kind
+
+
+class Central(Kind):
+    name = "central"
+    pictures = (("figure", central_figure),)

@@ -1,0 +1,26 @@
+"""How soon each monitor alarms, under faults of one bit and more, and what that costs."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis.figures.early import cost_figure, size_figure
+from analysis.figures.routers import selectivity_figure
+from analysis.reports.kinds.base import Kind
+from analysis.reports.kinds.selectivity import selectivity_tables
+from analysis.scores.contest import Contest
+from analysis.scores.delays import blind_table, smallest_table
+
+
+class EarlyWarning(Kind):
+    name = "early_warning"
+    pictures = (("figure", cost_figure), ("sizes", size_figure), ("selectivity", selectivity_figure))
+    every_model = True
+    needs = ("family",)
+    by_size = True
+
+    def model_tables(self, contest: Contest) -> dict[str, pd.DataFrame]:
+        return {"smallest": smallest_table(contest), "blind": blind_table(contest)}
+
+    def tables(self, contest: Contest) -> dict[str, pd.DataFrame]:
+        return selectivity_tables(contest)

@@ -1,0 +1,9 @@
+"""Several faults on one step axis: first alarms and divergence of each."""
+
+from analysis.figures.leads import fault_figure
+from analysis.reports.kinds.base import Kind
+
+
+class Faults(Kind):
+    name = "faults"
+    pictures = (("figure", fault_figure),)

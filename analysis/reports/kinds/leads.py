@@ -1,0 +1,9 @@
+"""The leaderboard of the experiment: mean leads, alarms and false alarms of every detector."""
+
+from analysis.figures.leaderboard import leads_figure
+from analysis.reports.kinds.base import Kind
+
+
+class Leads(Kind):
+    name = "leads"
+    pictures = (("figure", leads_figure),)

@@ -1,0 +1,20 @@
+"""Faults against a control of the same seeds."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis.figures.paired import paired_figure
+from analysis.reports.kinds.base import Kind
+from analysis.scores.contest import Contest
+from analysis.scores.paired import drift_table, paired_table
+
+
+class Paired(Kind):
+    name = "paired"
+    pictures = (("figure", lambda contest, path: paired_figure(contest.experiment, path)),)
+    every_model = True
+    needs = ("control", "drift")
+
+    def model_tables(self, contest: Contest) -> dict[str, pd.DataFrame]:
+        return {"paired": paired_table(contest.experiment), "drift": drift_table(contest.experiment)}

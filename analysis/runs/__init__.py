@@ -1,0 +1,1 @@
+"""What was recorded: experiments' indices, traces, labels, and signals on a common axis."""

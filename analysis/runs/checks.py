@@ -1,0 +1,75 @@
+"""Whether runs can be scored together: what an index must list, and what its runs must have alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.trace import Trace, TraceError
+
+
+def check_roles(cells: Sequence[Mapping[str, Any]]) -> None:
+    for role in ("calibration", "faulty"):
+        if not any(cell["role"] == role for cell in cells):
+            raise ValueError(f"scale.seeds.{role}=0: scoring needs at least one {role} run")
+    healthy_seeds = [cell["seed"] for cell in cells if cell["fault"] is None]
+    if len(set(healthy_seeds)) != len(healthy_seeds):
+        raise ValueError("a healthy seed serves two roles: reference, calibration and test must be disjoint")
+    both = sorted(set(healthy_seeds) & {cell["seed"] for cell in cells if cell["role"] == "faulty"})
+    if both:
+        raise ValueError(f"seed {both[0]} is healthy and faulty: a faulty run must not share what set its threshold")
+    ids = [cell["run_id"] for cell in cells]
+    twice = next((run_id for run_id in ids if ids.count(run_id) > 1), None)
+    if twice:
+        raise ValueError(f"run {twice} is listed twice: every run has one role")
+
+
+FAULTY_ALONE = ("fault.", "seed", "train.steps", "train.stop_drawup_nats")
+"""Keys of a configuration in which a faulty run may differ from the healthy ones."""
+
+
+def check_cells(cells: Sequence[Mapping[str, Any]], traces: Sequence[Trace]) -> None:
+    """Raises TraceError where a run is not what the index says: another seed, healthy or not, another fault."""
+    designs: dict[str, tuple[str, Any]] = {}
+    for cell, one in zip(cells, traces, strict=True):
+        if one.manifest.get("seed", cell["seed"]) != cell["seed"]:
+            raise TraceError(f"run {one.run_id} has seed {one.manifest['seed']}, the index says {cell['seed']}")
+        if (one.onset is None) != (cell["fault"] is None):
+            said = "is healthy" if one.onset is None else "has a fault"
+            raise TraceError(f"run {one.run_id} {said}, the index says {cell['fault'] or 'healthy'}")
+        if cell["fault"] is not None:
+            first, design = designs.setdefault(cell["fault"], (one.run_id, one.manifest["config"].get("fault")))
+            if one.manifest["config"].get("fault") != design:
+                raise TraceError(f"runs {first} and {one.run_id} of fault {cell['fault']!r} have different faults")
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {path: node}
+    return {key: v for name, child in node.items() for key, v in _flat(child, f"{path}.{name}".lstrip(".")).items()}
+
+
+def check_alike(traces: Sequence[Trace]) -> None:
+    """Healthy runs set one threshold together: all but the seed is one configuration; a faulty one adds its fault.
+
+    Raises TraceError that names the key, both values and runs.
+    """
+    configs = [_flat(one.manifest["config"]) for one in traces]
+    healthy = next(config for config, one in zip(configs, traces, strict=True) if one.onset is None)
+    first = next(one.run_id for one in traces if one.onset is None)
+    for config, one in zip(configs, traces, strict=True):
+        free = ("seed",) if one.onset is None else FAULTY_ALONE
+        for key in dict.fromkeys((*healthy, *config)):
+            if config.get(key) != healthy.get(key) and not key.startswith(free):
+                what = "healthy runs of one calibration" if one.onset is None else "a faulty run and its healthy ones"
+                raise TraceError(
+                    f"{what} differ in {key}: {json.dumps(healthy.get(key))} in {first}, "
+                    f"{json.dumps(config.get(key))} in {one.run_id}; score them apart"
+                )
+
+
+def differences(traces: Sequence[Trace]) -> tuple[str, ...]:
+    """What determines results and is not the same in all traces."""
+    found = {what: sorted({t.manifest[what] for t in traces}) for what in ("source_sha256", "data_sha256", "torch")}
+    return tuple(f"{what} {', '.join(v[:12] for v in values)}" for what, values in found.items() if len(values) > 1)

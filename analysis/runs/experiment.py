@@ -1,0 +1,126 @@
+"""The runs of one experiment of one model, labelled and on one axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from experiments.trace import Series, Trace, TraceError
+
+LABEL_SIGNAL = "held_out_loss"
+HEALTHY = "healthy"
+"""What tables call a run without a fault."""
+HEALTHY_ROLES = ("reference", "calibration", "test")
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """A run with its role, fault name (None = healthy) and label, on the axis of its experiment.
+
+    onset, divergence: positions, or None; horizon: where its scoring ends, the experiment's or its own end.
+    """
+
+    role: str
+    fault: str | None
+    seed: int
+    trace: Trace
+    onset: int | None
+    divergence: int | None
+    degraded: bool
+    horizon: int
+
+    def signal(self, name: str) -> Series:
+        """One signal of the run; empty where the run ended before its first sample. Raises TraceError if unknown."""
+        if name in self.trace.signals:
+            return self.trace.signals[name]
+        if name in self.trace.manifest["signals"]:
+            return Series(np.empty(0, int), np.empty(0, int), np.empty((0, 1, 1)), np.empty((0, 1, 1), bool))
+        raise TraceError(f"run {self.trace.run_id} has no signal {name!r}: it was trained without its monitor")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment's saved runs of one model, aligned by ``axis``. ``index``: the content of ``experiment.json``.
+
+    horizon: the healthy runs' length on that axis. Runs may be shorter (a small batch that does not get as
+    far in tokens) or longer (the rest is not looked at).
+    """
+
+    index: Mapping[str, Any]
+    model: str
+    axis: str
+    runs: tuple[ScoredRun, ...]
+    horizon: int
+    drawup_threshold_nats: float
+    mixed: tuple[str, ...] = ()
+
+    @property
+    def alpha(self) -> float:
+        return self.index["scale"]["alpha"]
+
+    @property
+    def score_every(self) -> int:
+        """Detectors see samples at multiples of so many steps; 1 unless the experiment says otherwise."""
+        return self.index["experiment"].get("score_every", 1)
+
+    @property
+    def faults(self) -> list[str]:
+        return list(self.index["experiment"]["faults"])
+
+    def label(self, fault: str | None) -> str:
+        """A fault's name for people."""
+        return "healthy" if fault is None else self.index["experiment"]["faults"][fault].get("label", fault)
+
+    def of(self, *roles: str, fault: str | None = None) -> list[ScoredRun]:
+        return [run for run in self.runs if run.role in roles and (fault is None or run.fault == fault)]
+
+    @cached_property
+    def signals(self) -> Mapping[str, Mapping[str, Any]]:
+        """Every signal of these runs with its unit, bad direction, axes and cadence."""
+        return self.runs[0].trace.manifest["signals"]
+
+    @cached_property
+    def named_detectors(self) -> dict[str, tuple[str, ...]]:
+        """The experiment's detectors, without the signals (and detectors) that this model does not have."""
+        named = {
+            name: tuple(signal for signal in signals if signal in self.signals)
+            for name, signals in self.index["experiment"]["detectors"].items()
+        }
+        return {name: signals for name, signals in named.items() if signals}
+
+    @cached_property
+    def baselines(self) -> tuple[str, ...]:
+        """The named detectors that others are read against, without those that this model does not have.
+
+        Raises ValueError where the index names one that is no detector, or none that these runs have.
+        """
+        given, detectors = self.index["experiment"]["baseline"], self.index["experiment"]["detectors"]
+        names = (given,) if isinstance(given, str) else tuple(given)
+        unknown = [name for name in names if name not in detectors]
+        if unknown:
+            raise ValueError(f"experiment.baseline={unknown[0]!r} is not allowed: of {', '.join(detectors)}")
+        recorded = tuple(name for name in names if name in self.named_detectors)
+        if not recorded:
+            raise ValueError(f"experiment.baseline={', '.join(names)}: no run of {self.model} has their signals")
+        return recorded
+
+    @cached_property
+    def fault_families(self) -> dict[str, str]:
+        """By fault its family: the class of what was injected, which its runs' configurations name."""
+        designs = {run.fault: run.trace.manifest["config"].get("fault") or {} for run in self.of("faulty")}
+        return {fault: str(designs.get(fault, {}).get("_target_", fault)) for fault in self.faults}
+
+    @cached_property
+    def panels(self) -> dict[str, Mapping[str, Any]]:
+        """The figure's panels, without those whose signals this model does not have."""
+        panels = self.index["experiment"]["figure"]
+        return {name: panel for name, panel in panels.items() if set(panel["signals"]) <= set(self.signals)}
+
+    @cached_property
+    def single_signals(self) -> dict[str, tuple[str, ...]]:
+        """Every signal but the label's, as a detector by itself."""
+        return {name: (name,) for name in sorted(self.signals) if name != LABEL_SIGNAL}

@@ -1,0 +1,119 @@
+"""Reading an experiment: its index, its runs' traces, and the label of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.runs import reduced
+from analysis.runs.align import AXES, hold, positions
+from analysis.runs.checks import check_alike, check_cells, check_roles, differences
+from analysis.runs.experiment import LABEL_SIGNAL, Experiment, ScoredRun
+from analysis.runs.index import read_index
+from analysis.runs.labels import divergence_step, drawup_threshold, is_degraded
+from experiments import trace
+from experiments.names import check_index_names
+from experiments.trace import Trace
+
+
+def views(report: Path) -> list[tuple[str, str]]:
+    """The (model, axis) pairs that an experiment is scored under, from its index."""
+    index = read_index(report)
+    return [(model, axis) for model in index["experiment"]["models"] for axis in index["experiment"]["align"]]
+
+
+def has_cases(report: Path) -> bool:
+    """Whether an experiment's runs are judged each by itself, not against healthy ones beside them."""
+    return "cases" in read_index(report)["experiment"]
+
+
+def read_runs(folder: Path, run_ids: Sequence[str]) -> list[Trace]:
+    """Finished runs by id, from run folders or from a reduced folder. Raises TraceError where one is missing."""
+    if not reduced.is_reduced(folder):
+        return [trace.read(folder / run_id) for run_id in run_ids]
+    known = reduced.read(folder)
+    missing = [run_id for run_id in run_ids if run_id not in known]
+    if missing:
+        raise trace.TraceError(f"{folder} has no run {missing[0]}")
+    return [known[run_id] for run_id in run_ids]
+
+
+def load(
+    report: Path, runs: Path, allow_mixed: bool = False, model: str | None = None, axis: str | None = None
+) -> Experiment:
+    """Read an experiment's index from ``report`` and its traces from ``runs``, and label every run.
+
+    model, axis: one of the experiment's views, or None for its first. Runs made by different sources, data or
+    torch versions are refused unless ``allow_mixed``, and then named. Raises TraceError where runs are missing,
+    unfinished, damaged, mixed, or healthy ones differ in more than the seed; ValueError where a role has no run, seeds
+    of two roles overlap, or the view does not exist.
+    """
+    return label_runs(read_index(report), runs, allow_mixed, model, axis)
+
+
+def label_runs(
+    index: Mapping[str, Any], runs: Path, allow_mixed: bool = False, model: str | None = None, axis: str | None = None
+) -> Experiment:
+    """The runs that an index lists, read from ``runs`` and labelled: ``load`` for an index that is no file."""
+    check_index_names(index)
+    model = index["experiment"]["models"][0] if model is None else model
+    axis = index["experiment"]["align"][0] if axis is None else axis
+    if axis not in AXES:
+        raise ValueError(f"align={axis!r} is not allowed: one of {', '.join(AXES)}")
+    cells = [cell for cell in index["runs"] if cell["model"] == model]
+    check_roles(cells)
+    try:
+        traces = read_runs(runs, [cell["run_id"] for cell in cells])
+        unlabelled = next((one.run_id for one in traces if LABEL_SIGNAL not in one.signals), None)
+    except trace.TraceError as error:
+        trained_here = "command" in index and not reduced.is_reduced(runs)
+        raise trace.TraceError(f"{error}: {index['command']}" if trained_here else error) from None
+    mixed = differences(traces)
+    if mixed and not allow_mixed:
+        raise trace.TraceError(
+            f"the runs in {runs} differ in {'; '.join(mixed)}: train them again together, or pass allow_mixed=true"
+        )
+    check_cells(cells, traces)
+    check_alike(traces)
+    settings = index["label"]
+    if unlabelled:
+        raise trace.TraceError(f"run {unlabelled} has no {LABEL_SIGNAL}, which tells whether it diverged")
+    raw = [t.signals[LABEL_SIGNAL] for t in traces]
+    healthy = [i for i, cell in enumerate(cells) if cell["fault"] is None]
+    longest = max(healthy, key=lambda i: len(raw[i].steps))  # a healthy run that broke off must not cut the others
+    grid = positions(raw[longest], axis)
+    horizon = traces[longest].horizon if axis == "steps" else traces[longest].manifest["tokens_done"]
+    held_out = [hold(series, axis, grid) for series in raw]
+    losses = {
+        role: [s.values.ravel() for s, cell in zip(held_out, cells, strict=True) if cell["role"] == role]
+        for role in ("reference", "calibration")
+    }
+    threshold = drawup_threshold(losses["reference"], **{k: v for k, v in settings.items() if k != "consecutive"})
+    scored = []
+    for cell, one, label in zip(cells, traces, held_out, strict=True):
+        loss = label.values.ravel()
+        divergence = divergence_step(
+            loss,
+            healthy_losses=losses["reference"],
+            steps=label.positions,
+            stopped=one.end_reason == "diverged",
+            **settings,
+        )
+        done = one.manifest["steps_done" if axis == "steps" else "tokens_done"]
+        reached = horizon if one.end_reason != "completed" else min(horizon, done)
+        finals = [healthy[: len(loss)] for healthy in losses["calibration"]]
+        degraded = divergence is None and is_degraded(loss, finals, settings["ema_span"])
+        onset = None if one.onset is None else _position_of_step(one, axis, one.onset)
+        scored.append(ScoredRun(cell["role"], cell["fault"], cell["seed"], one, onset, divergence, degraded, reached))
+    return Experiment(index, model, axis, tuple(scored), horizon, threshold, mixed)
+
+
+def _position_of_step(run: Trace, axis: str, step: int) -> int:
+    """A step on the axis, exact where some signal has a sample at every step, else linear between samples."""
+    if axis == "steps":
+        return step
+    densest = max(run.signals.values(), key=lambda series: len(series.steps))
+    return int(np.interp(step, densest.steps, densest.tokens))

@@ -1,0 +1,98 @@
+"""Which module imports which, from the syntax trees: no circle, rooms of analysis import down only, no torch there."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("faults", "models", "monitors", "experiments", "analysis")
+ROOMS = ("runs", "detect", "scores", "locate", "figures", "reports")
+"""Folders of analysis, the lowest first: each may import itself and those before it. Its commands are above all."""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def named_modules(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, wherever it stands: nested ones and TYPE_CHECKING ones count.
+
+    ``from a import b`` names ``a.b`` where that is a module, else ``a``.
+    """
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in SOURCES else node.module
+
+
+NAMED = {module: set(named_modules(path)) for module, path in SOURCES.items()}
+GRAPH = {module: sorted((names & SOURCES.keys()) - {module}) for module, names in NAMED.items()}
+
+
+def a_circle(graph: Mapping[str, list[str]]) -> list[str] | None:
+    """Modules that import each other, each the next and the last the first; None where there is no circle."""
+    done: set[str] = set()
+
+    def search(module: str, path: list[str]) -> list[str] | None:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return None
+        circles = (search(other, [*path, module]) for other in graph[module])
+        circle = next((circle for circle in circles if circle), None)
+        done.add(module)
+        return circle
+
+    return next((circle for module in graph if (circle := search(module, []))), None)
+
+
+def room(module: str) -> str:
+    """The room of a module of analysis; ``commands`` for those that lie in no folder."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "commands"
+
+
+def test_no_module_imports_itself_through_others():
+    assert a_circle(GRAPH) is None
+
+
+def test_a_circle_is_found():
+    assert a_circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c"]
+    assert a_circle({"a": ["b", "c"], "b": ["c"], "c": []}) is None
+
+
+@pytest.mark.parametrize("lower", ROOMS)
+def test_rooms_of_analysis_import_down_only(lower):
+    above = {*ROOMS[ROOMS.index(lower) + 1 :], "commands"}
+    arrows = {
+        f"{module} -> {other}"
+        for module, others in GRAPH.items()
+        for other in others
+        if module.startswith(f"analysis.{lower}.") and other.startswith("analysis.") and room(other) in above
+    }
+    assert not arrows
+
+
+def test_every_folder_of_analysis_is_a_room():
+    folders = {path.parent.name for path in (ROOT / "analysis").glob("*/__init__.py")}
+    assert folders == set(ROOMS)
+
+
+def test_analysis_imports_no_torch():
+    """Neither itself nor through a module of ours."""
+    reached = [module for module in GRAPH if module.startswith("analysis")]
+    for module in reached:
+        reached += [other for other in GRAPH[module] if other not in reached]
+    assert not [module for module in reached if any(name.split(".")[0] == "torch" for name in NAMED[module])]
