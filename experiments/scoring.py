@@ -20,6 +20,7 @@ from experiments.plan import PlannedRun
 from experiments.trace import Trace
 from experiments.training.run_writer import HELD_OUT
 from experiments.validation import check_named, check_node, nearest
+from faults.base import Fault
 
 
 def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], given: Sequence[str]) -> None:
@@ -144,12 +145,18 @@ def check_runs(
             raise ValueError(f"experiment.drift={name!r} is not allowed: a signal of layers and heads")
     if experiment["draw"] == "localise" and not any(signal.law for signal in signals.values()):
         raise ValueError("experiment.draw=localise is not allowed: no configured monitor has a conservation law")
-    if experiment["draw"] in BY_SIZE and not any(run.config["fault"].get("bits") for run in runs):
+    if experiment["draw"] in BY_SIZE and not any(_has_bits(run.fault) for run in runs):
         raise ValueError(
             f"experiment.draw={experiment['draw']} is not allowed: no fault of this experiment has a number of bits"
         )
     _check_evaluations(settings["label"]["consecutive"], runs)
     _check_faults(planned, runs)
+
+
+def _has_bits(fault: Fault) -> bool:
+    """Whether it is one bit operation that changes something."""
+    card = fault.describe()
+    return len(card.injections) == 1 and "bits" in card.injections[0].size and not card.control
 
 
 def _check_signals(names: Sequence[str], known: Mapping[str, Any], where: str) -> None:

@@ -63,7 +63,6 @@ def training_sources(config: Config) -> Iterator[tuple[str, Path]]:
             yield f"models.{path.stem}", path
     for module in ("faults.base", "faults.points", "faults.logged_numerics"):
         yield from _with_imports_from_beside(module)
-    yield from _with_imports_from_beside("faults.points")
 
 
 def fault_sources(node: Config) -> Iterator[tuple[str, Path]]:
