@@ -1,12 +1,18 @@
-# make reproduce | make test | make bench: each builds .venv from the lock by itself.
+# make help tells what there is. All but the gpu commands build .venv from the lock by themselves.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 ROUTER_EXPERIMENTS := paper_router_lr paper_router_batch paper_aux_loss paper_combined paper_router_grid paper_selectivity paper_router_ramp
 
-.PHONY: setup reproduce routers reference-set leaderboard test test-cpus bench gpu-check gpu-gpt2 clean
+.PHONY: setup reproduce routers reference-set leaderboard test test-all test-cpus lint bench gpu-check gpu-gpt2 clean help
 
+# What there is to make, from the comments above it.
+help:
+	@awk '/^# /{said = said substr($$0, 2); next} /^[a-z0-9-]+:/{if (said) printf "%-14s%s\n", substr($$1, 1, index($$1, ":") - 1), said} {said = ""}' $(MAKEFILE_LIST)
+
+# The environment of everything below, from requirements.lock.
 setup: $(VENV)/.locked
 
 # The stamp is newer than the lock only after every install has succeeded.
@@ -37,9 +43,17 @@ reference-set: setup
 leaderboard: setup
 	$(BIN)/python -m analysis.score runs=results/reference_set out=report/leaderboard $(ARGS)
 
-# On all cores, four at most: ARGS="tests/models -n 0" for a few in one process.
+# All tests but the slow ones, on all cores, four at most: ARGS="tests/models -n 0" for a few in one process.
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# Every test: ARGS="-m slow" for those that make test leaves out.
+test-all: setup
+	$(PYTEST) $(ARGS)
+
+# Style, and types where they are strict.
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # The numeric tests under six settings of vector instructions, one line each, as older processors would run them.
 test-cpus: setup
@@ -61,5 +75,6 @@ gpu-gpt2:
 	@$(PYTHON) -c 'import importlib.util as u, sys; lacks = [n for n in ("torch", "triton", "numpy", "yaml", "scipy") if not u.find_spec(n)]; sys.exit(f"gpu-gpt2 needs {lacks[0]}, and $(PYTHON) has none: make gpu-gpt2 PYTHON=..." if lacks else 0)'
 	$(PYTHON) -m experiments.bench_gpt2 $(ARGS)
 
+# Forget the environment and the reports; runs stay.
 clean:
 	rm -rf $(VENV) report

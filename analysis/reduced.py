@@ -129,7 +129,7 @@ def write(index: Mapping[str, Any], runs: Sequence[Trace], labels: Mapping[str, 
     shared = common(list(manifests.values()))
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table.replace_schema_metadata({"foreshock.schema": str(trace.SCHEMA_VERSION)}),
+        table.replace_schema_metadata({"foreshock.schema": str(trace.COLUMNS_VERSION)}),
         sink,
         compression="zstd",
         compression_level=19,

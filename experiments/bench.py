@@ -84,7 +84,7 @@ def _monitor_seconds(view: StepView, groups: Mapping[str, Mapping[str, Monitor]]
     training does, so the weights are nudged, not trained.
     """
     histories = {
-        group: WeightHistory(lookback for monitor in monitors.values() for lookback in monitor.lookbacks)
+        group: WeightHistory(lookback for monitor in monitors.values() for lookback in monitor.needs.history)
         for group, monitors in groups.items()
     }
     spent, windows = dict.fromkeys(groups, 0.0), 500
@@ -161,7 +161,7 @@ def expert_costs(model: str, dense: str) -> dict[str, float]:
     runs = {name: build_run(compose("config", overrides=[f"model={name}"])) for name in (model, dense)}
     steps = {name: _step_of(run) for name, run in runs.items()}
     typical = _alternate(steps, STEPS[dense])
-    router = [name for name, monitor in runs[model].monitors.items() if getattr(monitor, "needs_experts", False)]
+    router = [name for name, monitor in runs[model].monitors.items() if monitor.needs.experts]
     alone = replace(runs[model], monitors={name: runs[model].monitors[name] for name in router})
     readings = _monitor_seconds(_watched(alone), {"router": alone.monitors})["router"] / typical[model]
     return {

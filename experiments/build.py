@@ -187,17 +187,13 @@ class Run:
         return SingleEngine(self.new_model(), self.train, self.corpus, self.seed)
 
 
-def _left_out(monitors: Mapping[str, Any], model: TransformerConfig) -> list[str]:
+def _left_out(monitors: Mapping[str, Monitor], model: TransformerConfig) -> list[str]:
     """The names of the configured monitors that the model cannot have: those of experts, on a dense model.
 
     A configuration with most files of conf/monitor asks for whatever fits. One with fewer chooses among them, and
     choosing one that does not fit is an error.
     """
-    unfit = [
-        name
-        for name, node in sorted(monitors.items())
-        if model.moe is None and getattr(_class_of(node, f"monitor.{name}"), "needs_experts", False)
-    ]
+    unfit = [name for name, monitor in monitors.items() if monitor.needs.experts and model.moe is None]
     every = {path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml")}
     if unfit and len(every & set(monitors)) <= len(every) / 2:
         raise ValueError(f"monitor.{unfit[0]} needs experts, and the model has none: leave it out, or model=moe_nano")
@@ -237,7 +233,7 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     every = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
     for name, monitor in every.items():
         _check_kind(f"monitor.{name}", monitor, Monitor)
-    left_out = _left_out(plain["monitor"], model)
+    left_out = _left_out(every, model)
     plain["monitor"] = {name: node for name, node in plain["monitor"].items() if name not in left_out}
     monitors = {name: monitor for name, monitor in every.items() if name not in left_out}
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from monitors.base import Masked, Reading, Signal
+from monitors.signal import EXACT
 
 WINDOW_SAMPLES = 10
 LIMIT = 12.0
@@ -29,7 +30,7 @@ class LiveAlarms:
 
     def __init__(self, signals: Iterable[Signal], stacked: bool = False) -> None:
         self._stacked = stacked
-        self._signals = {signal.name: signal for signal in signals if not signal.constant_when_healthy}
+        self._signals = {signal.name: signal for signal in signals if signal.kind != EXACT}
         self._recent: dict[str, deque[Tensor]] = {name: deque(maxlen=2 * WINDOW_SAMPLES + 1) for name in self._signals}
 
     def add(self, readings: Mapping[str, Reading]) -> None:

@@ -37,7 +37,7 @@ def period(monitors: Mapping[str, Monitor]) -> int:
 def filled_watch(training: Training, monitors: Mapping[str, Monitor], now: int) -> Watch:
     """A watch with the weights of all steps that a reading at ``now`` asks for, one update apart."""
     watch = Watch(training.model, monitors)
-    for steps in sorted({lookback.steps for m in monitors.values() for lookback in m.lookbacks}, reverse=True):
+    for steps in sorted({lookback.steps for m in monitors.values() for lookback in m.needs.history}, reverse=True):
         watch.record(now - steps)
         training.step(now - steps)
     return watch
@@ -45,7 +45,7 @@ def filled_watch(training: Training, monitors: Mapping[str, Monitor], now: int) 
 
 def history_seconds(training: Training, monitors: Mapping[str, Monitor]) -> float:
     """Of the copies of weights, a step, over the period of those who ask for them."""
-    lookbacks = [lookback for monitor in monitors.values() for lookback in monitor.lookbacks]
+    lookbacks = [lookback for monitor in monitors.values() for lookback in monitor.needs.history]
     steps = math.lcm(*(lookback.every_steps for lookback in lookbacks))
     history = WeightHistory(lookbacks)
     spent = [seconds(lambda s=s: history.record(s, training.model), training.device) for s in range(2 * steps)]

@@ -46,8 +46,5 @@ def construct(group: str, name: str, **changes: Any) -> Any:
 def monitors_of(experts: bool) -> dict[str, Any]:
     """Every monitor of ``conf/monitor``, by name; those that need experts only for a model that has them."""
     names = sorted(path.stem for path in (CONF / "monitor").glob("*.yaml"))
-    return {
-        name: construct("monitor", name)
-        for name in names
-        if experts or not getattr(class_of("monitor", read("monitor", name)), "needs_experts", False)
-    }
+    monitors = {name: construct("monitor", name) for name in names}
+    return {name: monitor for name, monitor in monitors.items() if experts or not monitor.needs.experts}

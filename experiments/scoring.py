@@ -10,7 +10,6 @@ from analysis.detect.alarms import conformal_rank
 from analysis.detect.bands import MIN_REFERENCE_RUNS
 from analysis.detect.controls import CONTROLS
 from analysis.detect.rules import make_rule
-from analysis.locate.laws import law_of
 from analysis.reports.kinds.by_name import BY_SIZE, CASES, DRAWINGS, NEEDED
 from analysis.runs.checks import check_alike
 from analysis.runs.experiment import HEALTHY
@@ -21,6 +20,7 @@ from experiments.plan import PlannedRun
 from experiments.trace import Trace
 from experiments.training.run_writer import HELD_OUT
 from experiments.validation import check_named, check_node, nearest
+from faults.base import Fault
 
 
 def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], given: Sequence[str]) -> None:
@@ -143,14 +143,20 @@ def check_runs(
     for name in experiment.get("drift", []):
         if signals[name].axes != ("layer", "head"):
             raise ValueError(f"experiment.drift={name!r} is not allowed: a signal of layers and heads")
-    if experiment["draw"] == "localise" and not any(law_of(name) for name in signals):
+    if experiment["draw"] == "localise" and not any(signal.law for signal in signals.values()):
         raise ValueError("experiment.draw=localise is not allowed: no configured monitor has a conservation law")
-    if experiment["draw"] in BY_SIZE and not any(run.config["fault"].get("bits") for run in runs):
+    if experiment["draw"] in BY_SIZE and not any(_has_bits(run.fault) for run in runs):
         raise ValueError(
             f"experiment.draw={experiment['draw']} is not allowed: no fault of this experiment has a number of bits"
         )
     _check_evaluations(settings["label"]["consecutive"], runs)
     _check_faults(planned, runs)
+
+
+def _has_bits(fault: Fault) -> bool:
+    """Whether it is one bit operation that changes something."""
+    card = fault.describe()
+    return len(card.injections) == 1 and "bits" in card.injections[0].size and not card.control
 
 
 def _check_signals(names: Sequence[str], known: Mapping[str, Any], where: str) -> None:

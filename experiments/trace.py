@@ -26,10 +26,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.files import damage, read_checked, sealed, sha256, unsealed, write_whole
+from experiments.migration import from_schema_2
+from monitors.signal import Signal, read_signal
 
 TRACE, WEIGHTS = "trace", "weights.safetensors"
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""Of the manifest. Version 2 is read too (``experiments.migration``)."""
+
+COLUMNS_VERSION = 2
+"""Of the columns of a part."""
 
 SCHEMA = pa.schema(
     [
@@ -41,7 +47,7 @@ SCHEMA = pa.schema(
         ("value", pa.float64()),
         ("undefined", pa.bool_()),
     ],
-    metadata={"foreshock.schema": str(SCHEMA_VERSION)},
+    metadata={"foreshock.schema": str(COLUMNS_VERSION)},
 )
 
 FINAL_REASONS = ("completed", "diverged", "non_finite")
@@ -69,12 +75,30 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise damaged(path, error, folder) from None
-    if manifest.get("schema") != SCHEMA_VERSION:
-        raise TraceError(f"{path} has schema version {manifest.get('schema')}, this code reads {SCHEMA_VERSION}")
     lost = next((key for key in REQUIRED if key not in manifest), None)
     if lost is not None:
         raise damaged(path, f"it has no {lost}", folder)
-    return manifest
+    try:
+        return as_of_today(manifest, path)
+    except (TypeError, ValueError, KeyError) as error:
+        raise damaged(path, error, folder) from None
+
+
+def as_of_today(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A manifest of this schema version or of version 2.
+
+    Raises TraceError, with ``path``, where it is of another, and TypeError, ValueError or KeyError where it describes
+    no signals.
+    """
+    version = manifest.get("schema")
+    if version == 2:
+        return from_schema_2(manifest)
+    if version != SCHEMA_VERSION:
+        raise TraceError(
+            f"{path} has schema version {version}, and this code reads {SCHEMA_VERSION} and 2: train the run again, or "
+            "read it with the release that wrote it"
+        )
+    return dict(manifest)
 
 
 def damaged(path: Path, reason: object, folder: Path) -> TraceError:
@@ -184,6 +208,14 @@ class Trace:
     @property
     def horizon(self) -> int:
         return self.manifest["config"]["train"]["steps"]
+
+    @cached_property
+    def described(self) -> Mapping[str, Signal]:
+        """What the manifest says of each signal, by name. Raises TraceError where that is no signal."""
+        try:
+            return {name: read_signal({"name": name, **signal}) for name, signal in self.manifest["signals"].items()}
+        except (TypeError, ValueError, KeyError) as error:
+            raise TraceError(f"run {self.run_id} in {self.folder} does not describe its signals: {error}") from None
 
     @cached_property
     def signals(self) -> Mapping[str, Series]:

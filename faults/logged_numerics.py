@@ -14,7 +14,7 @@ from models.stacked import StackedNumerics
 
 
 class _LoggedLayer(LayerNumerics):
-    """A layer's numerics with the logs of the runs that follow one another in the batch."""
+    """A layer's numerics with the logs of the runs of one fault that follow one another in the batch."""
 
     __slots__ = ("_logs",)
 
@@ -24,7 +24,7 @@ class _LoggedLayer(LayerNumerics):
 
     def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor, window: int | None = None) -> Tensor:
         out, change = super().apply(site, phase, x_BHT, nonfinite, window), ("numerics", f"{site} {phase}", site)
-        if out is not x_BHT and any(log.wants(*change) for log in self._logs):
+        if out is not x_BHT and self._logs[0].wants(*change):  # they have measured the same steps
             runs = len(self._logs)
             for log, before, after in zip(self._logs, x_BHT.chunk(runs), out.chunk(runs), strict=True):
                 log.add(*change, before, after)

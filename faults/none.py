@@ -13,11 +13,10 @@ from faults.card import InjectionCard
 class NoFault:
     """Every step is healthy; there is no onset."""
 
-    family: str = "healthy"
     onset: ClassVar[int | None] = None
 
     def sites(self, step: int, healthy: Sites) -> Sites:
         return healthy
 
     def describe(self) -> InjectionCard:
-        return InjectionCard(self.family)
+        return InjectionCard("healthy")

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
+
+OUT_OF_DATE = 2.3
+"""The RMS of an update above which StableAdamW holds that v is out of date."""
 
 
 def _debias(beta: float, steps: Tensor) -> Tensor:
@@ -66,13 +69,12 @@ class AdamUpdateRMS:
     untied head, what the source watches in its patch embedding. In [0, 1 / sqrt(1 - beta2)]; NaN gives NaN.
     """
 
-    lookbacks = ()
-    stackable = True
+    needs = Needs(view=("optimizer",), stackable=True)
 
     def __init__(self, every_steps: int) -> None:
         self.signals = (
-            Signal("adam_update_rms", "1", "up", ("layer",), every_steps),
-            Signal("adam_update_rms.embedding", "1", "up", every_steps=every_steps),
+            Signal("adam_update_rms", "1", "up", ("layer",), every_steps, family="optimization", above=OUT_OF_DATE),
+            Signal("adam_update_rms.embedding", "1", "up", (), every_steps, family="optimization", above=OUT_OF_DATE),
         )
 
     @torch.no_grad()

@@ -9,16 +9,18 @@ from torch import Tensor
 
 from monitors import conservation, rounding
 from monitors.attention_twin import Twin, twin_of
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 from monitors.dot_product import DotProductStep
 from monitors.kernel_rounding import kernel_rounding
-from monitors.rounding import OVER_NOISE, beyond_rounding
+from monitors.law import IN_ATTENTION, KEY_SHIFT, QK_GAUGE, VALUE_SHIFT, VO_GAUGE, Law
+from monitors.rounding import beyond_rounding
+from monitors.signal import OVER_NOISE, with_ratio
 
-Law = Callable[[DotProductStep], conservation.Difference]
+Residual = Callable[[DotProductStep], conservation.Difference]
 Noise = Callable[[Twin], Tensor]
 
-LAWS: Mapping[str, tuple[Law, Noise]] = {
+LAWS: Mapping[str, tuple[Residual, Noise]] = {
     "key_shift_residual": (
         lambda t: conservation.key_shift(t.dk),
         rounding.key_shift_noise,
@@ -46,6 +48,16 @@ LAWS: Mapping[str, tuple[Law, Noise]] = {
 }
 """By signal: its law, and the mean square that rounding alone gives what the law leaves, (B, G)."""
 
+PARTS: Mapping[str, str] = {
+    "key_shift_residual": KEY_SHIFT,
+    "value_shift_residual": VALUE_SHIFT,
+    "qk_gauge_residual": QK_GAUGE,
+    "qk_gauge_residual.matrix": QK_GAUGE,
+    "vo_gauge_residual": VO_GAUGE,
+    "vo_gauge_residual.matrix": VO_GAUGE,
+}
+"""By signal, the name of its law: trace and matrix form are one law."""
+
 
 def over_noise(t: DotProductStep, twin: Twin) -> dict[str, Tensor]:
     """By law, what is broken beyond rounding over what rounding alone predicts, (B, G)."""
@@ -65,16 +77,18 @@ class AttentionLaws:
     law by itself, so fewer rows cost less and blur more. every_steps: cadence.
     """
 
-    lookbacks = ()
-    taps = ("dot_product",)
-    stackable = True
+    needs = Needs(taps=("dot_product",), stackable=True)
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps
         self.signals = tuple(
-            Signal(f"{law}{suffix}", "1", "up", ("layer", "head"), every_steps)
-            for law in LAWS
-            for suffix in ("", f".{OVER_NOISE}")
+            signal
+            for name in LAWS
+            for signal in with_ratio(
+                Signal(name, "1", "up", ("layer", "head"), every_steps, family="conservation"),
+                Law(IN_ATTENTION, PARTS[name]),
+                universal=True,
+            )
         )
 
     @torch.no_grad()

@@ -14,15 +14,19 @@ from torch import Tensor
 
 from monitors.attention_laws import over_rows
 from monitors.attention_twin import twin_of
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 from monitors.conservation import over_group, relative, squared_norm
 from monitors.dot_product import DotProductStep
 from monitors.kernel_rounding import UNROUNDED, KernelRounding, kernel_rounding
-from monitors.rounding import FP32_U, OVER_NOISE
+from monitors.law import DK, DQ, DV, IN_ATTENTION, Law
+from monitors.rounding import FP32_U
+from monitors.signal import OVER_NOISE, with_ratio
 
 NAME = "attention_recomputed"
 PARTS = ("o", "dq", "dk", "dv")
+LAWS = {part: Law(IN_ATTENTION, name) for part, name in (("dq", DQ), ("dk", DK), ("dv", DV))}
+"""That a gradient agrees with the one computed again tells a site's class; that O does tells none."""
 
 Found = Mapping[str, Tensor]
 """By part, the norm over tokens and components, (B, G); those of o and dq are summed over a group."""
@@ -70,16 +74,18 @@ class AttentionRecomputed:
     every_steps: cadence.
     """
 
-    lookbacks = ()
-    taps = ("dot_product",)
-    stackable = True
+    needs = Needs(taps=("dot_product",), stackable=True)
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps
         self.signals = tuple(
-            Signal(f"{NAME}.{part}{suffix}", "1", "up", ("layer", "head"), every_steps)
+            signal
             for part in PARTS
-            for suffix in ("", f".{OVER_NOISE}")
+            for signal in with_ratio(
+                Signal(f"{NAME}.{part}", "1", "up", ("layer", "head"), every_steps, family="recomputation"),
+                LAWS.get(part),
+                universal=True,
+            )
         )
 
     @torch.no_grad()

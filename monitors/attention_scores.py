@@ -11,7 +11,7 @@ from torch import Tensor
 from models.numerics import at_least_fp32
 from models.taps import Tap
 from models.visibility import score_mask
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 from monitors.conservation import per_query_head
 from monitors.trailing import on_trailing_axes
@@ -57,15 +57,13 @@ class AttentionScores:
     rows: how many rows of the batch are looked at, in turn; 0 for all. NaN in q or k gives NaN.
     """
 
-    lookbacks = ()
-    taps = ("dot_product",)
-    stackable = True
+    needs = Needs(taps=("dot_product",), stackable=True)
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps
         self.signals = (
-            Signal("max_attn_logit", "1", "up", ("layer", "head"), every_steps),
-            Signal("attn_entropy", "nats", "both", ("layer", "head"), every_steps),
+            Signal("max_attn_logit", "1", "up", ("layer", "head"), every_steps, family="model_behavior", above=100.0),
+            Signal("attn_entropy", "nats", "both", ("layer", "head"), every_steps, family="model_behavior"),
         )
 
     @torch.no_grad()

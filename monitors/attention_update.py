@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from models.transformer import Transformer, TransformerConfig
-from monitors.base import Lookback, Masked, Reading, Signal, StepView
+from monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
 from monitors.spectra import qk_increment, singular_values, spectral_entropy, stable_rank
 
 MATRICES = ("q", "k", "v", "o")
 PER_HEAD = ("layer", "head")
 PER_LAYER = ("layer",)
+FAMILY = "attention_update"
 
 
 def is_attention_matrix(name: str) -> bool:
@@ -55,6 +56,11 @@ def check_windows(every_steps: int, windows: Sequence[int]) -> None:
         raise ValueError(f"monitor.every_steps={every_steps} is not allowed: at least 1")
     if not windows or len(set(windows)) != len(windows) or min(windows) < 1:
         raise ValueError(f"monitor.windows={list(windows)} is not allowed: distinct, at least 1 step each")
+
+
+def lookbacks(windows: Sequence[int], every_steps: int) -> tuple[Lookback, ...]:
+    """The attention matrices as they were each window ago."""
+    return tuple(Lookback(window, every_steps, is_attention_matrix) for window in windows)
 
 
 def _spectrum_readings(name: str, suffix: str, spectrum: Tensor) -> dict[str, Reading]:
@@ -93,16 +99,14 @@ class DeltaW:
     windows: steps; every_steps: cadence. Raises ValueError on impossible ones.
     """
 
-    stackable = True
-
     def __init__(self, every_steps: int, windows: Sequence[int], whole: bool) -> None:
         check_windows(every_steps, windows)
         self.windows, self.whole, self.every_steps = tuple(windows), whole, every_steps
-        self.lookbacks = tuple(Lookback(w, every_steps, is_attention_matrix) for w in windows)
+        self.needs = Needs(history=lookbacks(windows, every_steps), stackable=True)
         blocks = [(matrix, PER_HEAD) for matrix in MATRICES]
         blocks += [(f"{matrix}_whole", PER_LAYER) for matrix in MATRICES] if whole else []
         self.signals = tuple(
-            Signal(f"{name}.{block}.w{window}", unit, bad, axes, every_steps)
+            Signal(f"{name}.{block}.w{window}", unit, bad, axes, every_steps, family=FAMILY)
             for window in windows
             for block, axes in blocks
             for name, unit, bad in (
@@ -150,14 +154,12 @@ class QKIncrement:
     updates (bad: up). Where the window changed nothing, a reading is masked.
     """
 
-    stackable = True
-
     def __init__(self, every_steps: int, windows: Sequence[int]) -> None:
         check_windows(every_steps, windows)
         self.windows, self.every_steps = tuple(windows), every_steps
-        self.lookbacks = tuple(Lookback(w, every_steps, is_attention_matrix) for w in windows)
+        self.needs = Needs(history=lookbacks(windows, every_steps), stackable=True)
         self.signals = tuple(
-            Signal(f"{name}.w{window}", unit, bad, PER_HEAD, every_steps)
+            Signal(f"{name}.w{window}", unit, bad, PER_HEAD, every_steps, family=FAMILY)
             for window in windows
             for name, unit, bad in (
                 *(
@@ -207,12 +209,11 @@ class AttentionWeight:
     The paper's baselines that see nothing: ``weight_norm.q`` ... and ``weight_stable_rank.q`` ...
     """
 
-    lookbacks = ()
-    stackable = True
+    needs = Needs(stackable=True)
 
     def __init__(self, every_steps: int) -> None:
         self.signals = tuple(
-            Signal(f"{name}.{matrix}", "1", bad, PER_LAYER, every_steps)
+            Signal(f"{name}.{matrix}", "1", bad, PER_LAYER, every_steps, family=FAMILY)
             for name, bad in (("weight_norm", "both"), ("weight_stable_rank", "down"))
             for matrix in MATRICES
         )

@@ -13,45 +13,8 @@ from models.moe import Routing
 from models.numerics import HEALTHY, AttentionNumerics
 from models.taps import NO_TAPS, Taps
 from models.transformer import Transformer
-
-DIRECTIONS = ("up", "down", "both")
-
-
-@dataclass(frozen=True)
-class Signal:
-    """One named time series of a monitor.
-
-    name: the catalogue's id first, then what distinguishes it: ``qk_delta2_spectrum.entropy.w50``;
-    unit; bad: the direction of harm, ``up``, ``down`` or ``both``; axes: ``()``, ``("layer",)`` or
-    ``("layer", "head")``, the shape of every reading; every_steps: cadence;
-    constant_when_healthy: a counter that stays put on a healthy run (exempt from the liveness check).
-    """
-
-    name: str
-    unit: str
-    bad: str
-    axes: tuple[str, ...] = ()
-    every_steps: int = 1
-    constant_when_healthy: bool = False
-
-    def __post_init__(self) -> None:
-        if self.bad not in DIRECTIONS:
-            raise ValueError(f"signal {self.name}: bad={self.bad!r} is not allowed: one of {', '.join(DIRECTIONS)}")
-        if self.every_steps < 1:
-            raise ValueError(f"monitor.every_steps={self.every_steps} is not allowed: at least 1")
-
-
-@dataclass(frozen=True)
-class Lookback:
-    """A monitor's wish to see, at every multiple of ``every_steps``, some weights as they were ``steps`` ago."""
-
-    steps: int
-    every_steps: int
-    wants: Callable[[str], bool]
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"monitor.windows={self.steps} is not allowed: at least 1 step")
+from monitors.needs import Lookback, Needs
+from monitors.signal import Signal
 
 
 @dataclass(frozen=True)
@@ -113,8 +76,8 @@ class StepView:
 
     step: updates applied so far, this one included; tokens: training tokens seen so far;
     loss: this batch's mean NLL (0-dim, nats); grad_norm: global L2 norm before the clip (0-dim);
-    model: after the update; history: earlier weights, by ``Lookback``; routings: what each layer's router
-    did with this batch, before the update; empty for a dense model; taps: what a monitor with ``taps`` asked for. With
+    model: after the update; history: earlier weights, by ``Needs.history``; routings: what each layer's router
+    did with this batch, before the update; empty for a dense model; taps: of the places in ``Needs.taps``. With
     ``train.micro_batch`` or ``train.watched_sequences`` routings, taps and objective_at are of the batch's last
     sequences alone. optimizer: after the update, each ``grad`` still as it took it, clipped; numerics: what this step's
     attention was made to do, for oracles alone; objective_at: this step's training objective, NLL plus auxiliary losses
@@ -144,21 +107,16 @@ class StepView:
 class Monitor(Protocol):
     """A read-only observer; its constructor's arguments are the keys of ``conf/monitor/<name>.yaml``.
 
+    signals: the series that it gives, each described whole; needs: what it reads for them.
+
     The loop calls ``observe`` at every step that is a multiple of some signal's cadence, and takes
     the signals that are due. Values are 0-dim, per-layer or per-layer-and-head tensors on the
     device: no ``.item()``. A signal that has no reading yet is left out.
-    A monitor with memory also has ``state_dict`` and ``load_state_dict``; one that reads routers says so
-    by a class attribute ``needs_experts = True``; one that reads activations or their gradients names the places
-    (``models.taps.PLACES``) in an attribute ``taps``; an oracle, which reads what the fault does and is a bound and no
-    rival, says so by ``oracle = True``; one that may watch stacked runs in one call, by ``stackable = True``:
-    ``torch.vmap`` then runs ``observe`` over them, so that it branches on no tensor's value, keeps its memory in
-    ``state_dict`` alone, takes a learning rate for a tensor, and asks for the objective by a function
-    ``on_trailing_axes`` (``monitors.trailing``).
-    Any other monitor watches them run by run.
+    A monitor with memory also has ``state_dict`` and ``load_state_dict``.
     """
 
     signals: Sequence[Signal]
-    lookbacks: Sequence[Lookback]
+    needs: Needs
 
     def observe(self, view: StepView) -> Mapping[str, Reading]: ...
 
@@ -170,7 +128,7 @@ def state_of(monitor: Monitor) -> Any:
 
 def tapped(monitors: Iterable[Monitor]) -> frozenset[str]:
     """The places that these monitors want tapped."""
-    return frozenset(place for monitor in monitors for place in getattr(monitor, "taps", ()))
+    return frozenset(place for monitor in monitors for place in monitor.needs.taps)
 
 
 def due_readings(monitor: Monitor, step: int, readings: Mapping[str, Reading]) -> dict[str, Reading]:

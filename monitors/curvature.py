@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from monitors.adam import AdamState
-from monitors.base import Masked, Reading, Signal, StepView
+from monitors.base import Masked, Needs, Reading, Signal, StepView
 from monitors.trailing import on_trailing_axes
 
 FIRST_ITERATIONS = 4
@@ -74,8 +74,7 @@ class GradientCurvature:
     a reading. A zero gradient has no curvature: masked. NaN gives NaN, from then on in the second.
     """
 
-    lookbacks = ()
-    stackable = True
+    needs = Needs(view=("optimizer", "objective_at"), stackable=True)
 
     def __init__(self, every_steps: int, power_iterations: int) -> None:
         if power_iterations < 1:
@@ -83,7 +82,7 @@ class GradientCurvature:
         self.power_iterations = power_iterations
         self._top: dict[str, Tensor] | None = None
         self.signals = tuple(
-            Signal(f"gradient_curvature{suffix}", "1", "up", every_steps=every_steps)
+            Signal(f"gradient_curvature{suffix}", "1", "up", (), every_steps, family="optimization", above=1.0)
             for suffix in ("", ".preconditioned")
         )
 

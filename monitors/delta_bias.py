@@ -6,7 +6,7 @@ import torch
 
 from models.numerics import at_least_fp32
 from monitors.attention_scores import causal_scores, tapped_inputs, window_of
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 
 
@@ -27,14 +27,11 @@ class DeltaBiasOracle:
     not save, would show here though it does not reach the backward. NaN and Inf propagate.
     """
 
-    lookbacks = ()
-    taps = ("dot_product",)
-    oracle = True
-    stackable = True
+    needs = Needs(view=("numerics",), taps=("dot_product",), stackable=True)
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps
-        self.signals = (Signal("delta_bias_oracle", "nats", "both", ("layer", "head"), every_steps),)
+        self.signals = (Signal("delta_bias_oracle", "nats", "both", ("layer", "head"), every_steps, family="oracle"),)
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from monitors.attention_scores import causal_scores, tapped_inputs, window_of
 from monitors.attention_update import attention_weights, stack_matrix
-from monitors.base import Masked, Reading, Signal, StepView
+from monitors.base import Masked, Needs, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 from monitors.eigen import eigenvalues, eigenvectors, small_singular_values
 from monitors.spectra import singular_values
@@ -98,15 +98,13 @@ class AttentionFragility:
     masked. NaN gives NaN, and stays in the maximum. In a context of one token softmax amplifies nothing: 0.
     """
 
-    lookbacks = ()
-    taps = ("dot_product",)
-    stackable = True
+    needs = Needs(taps=("dot_product",), stackable=True)
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps
         self._peak: Tensor | None = None
         self.signals = tuple(
-            Signal(f"attn_fragility{suffix}", "1", "up", ("layer", "head"), every_steps)
+            Signal(f"attn_fragility{suffix}", "1", "up", ("layer", "head"), every_steps, family="model_behavior")
             for suffix in ("", ".softmax", ".softmax_max")
         )
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from models.taps import Tap
 from monitors import autocast_rounding, conservation, fp32_rounding
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
 from monitors.batch_rows import check_stride, every
 from monitors.conservation import relative
 from monitors.fp32_rounding import LinearStep
-from monitors.rounding import OVER_NOISE
+from monitors.law import LINEAR, ROUTER, Law
+from monitors.signal import OVER_NOISE, with_ratio
 
 ATTENTION = {part: f"attention.{part}" for part in "qkvo"}
 DENSE = {part: f"mlp.{part}" for part in ("input", "gate", "output")}
@@ -27,7 +28,7 @@ ROUTED = {**EXPERTS, **SHARED, "router": "mlp.router"}
 READERS = {"qkv": ("attention_norm", ("q", "k", "v")), "mlp": ("mlp_norm", ("input", "gate"))}
 """By signal: the norm whose output is read, whose gradient is the input's, and the parts that alone read it."""
 
-Law = tuple[Tensor, Tensor, Tensor]
+BrokenLaw = tuple[Tensor, Tensor, Tensor]
 """What is broken, the scale of its residual, and the mean square that rounding predicts: by layer, (L,) or (L, n)."""
 
 
@@ -48,20 +49,13 @@ class LinearLaws:
     takes all. every_steps: cadence.
     """
 
-    lookbacks = ()
-    taps = ("dot_product", "linear", "norm")
-
-    stackable = True
+    needs = Needs(view=("routings",), taps=("dot_product", "linear", "norm"), stackable=True)
 
     def __init__(self, every_steps: int, token_stride: int) -> None:
         self.token_stride, self.every_steps = check_stride(token_stride), every_steps
-        names = [f"linear_euler_residual.{part}" for part in (*ATTENTION, *DENSE, *ROUTED, "head")]
-        names += [f"linear_input_residual.{part}" for part in (*READERS, "o", "head")]
-        self.signals = tuple(
-            Signal(f"{name}{suffix}", "1", "up", () if name.endswith(".head") else ("layer",), every_steps)
-            for name in names
-            for suffix in ("", f".{OVER_NOISE}")
-        )
+        laws = [("linear_euler_residual", part) for part in (*ATTENTION, *DENSE, *ROUTED, "head")]
+        laws += [("linear_input_residual", part) for part in (*READERS, "o", "head")]
+        self.signals = tuple(signal for law, part in laws for signal in _signals(law, part, every_steps))
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
@@ -74,7 +68,7 @@ class LinearLaws:
         slots = torch.stack([routing.counts_E for routing in view.routings]) if view.routings else None
         tapped: set[str] = {"head"}
         steps: dict[str, LinearStep] = {}
-        euler: dict[str, Law] = {}
+        euler: dict[str, BrokenLaw] = {}
         for part, name in (ATTENTION | (DENSE if slots is None else ROUTED)).items():
             taps = of_blocks("linear", name)
             tapped |= {part} if taps else set()
@@ -93,7 +87,7 @@ class LinearLaws:
         for name, (norm, parts) in READERS.items():
             inputs[name] = [tap.output_grad for tap in of_blocks("norm", norm)], parts
         inputs["head"] = [view.taps.at("norm")["final_norm"].output_grad], ("head",)
-        by_input: dict[str, Law] = {}
+        by_input: dict[str, BrokenLaw] = {}
         for name, (dx, parts) in inputs.items():
             readers = [steps[part] for part in parts if part in steps]
             if readers and len(readers) == sum(part in tapped for part in parts) and _take_alike(readers):
@@ -105,14 +99,21 @@ class LinearLaws:
         return every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
 
 
-def _euler(taps: Sequence[Tap], step: LinearStep) -> Law:
+def _signals(law: str, part: str, every_steps: int) -> tuple[Signal, Signal]:
+    """The residual of a law of one part and its ratio; experts take the place of an MLP, so that their law is its."""
+    axes = () if part == "head" else ("layer",)
+    residual = Signal(f"{law}.{part}", "1", "up", axes, every_steps, family="conservation")
+    return with_ratio(residual, Law(ROUTER, ROUTER) if part == "router" else Law(LINEAR, part.removeprefix("experts_")))
+
+
+def _euler(taps: Sequence[Tap], step: LinearStep) -> BrokenLaw:
     """Over all tokens of the taps, the prediction from the sampled ones."""
     laws = [conservation.linear_euler(tap.w, tap.dw, tap.output, tap.output_grad) for tap in taps]
     broken, scale = (torch.stack(parts) for parts in zip(*laws, strict=True))
     return broken, scale, _rounding(step).linear_euler_noise(step)
 
 
-def _input(dx: Tensor, readers: Sequence[LinearStep]) -> Law:
+def _input(dx: Tensor, readers: Sequence[LinearStep]) -> BrokenLaw:
     """Over the sampled tokens; dx: (L, n, in), of the input that all readers multiplied, if they did."""
     x_dx = readers[0].x * dx if readers[0].dx is None else sum(reader.x * reader.dx for reader in readers)
     broken, scale = conservation.linear_input(x_dx, [reader.y_dy for reader in readers])
@@ -137,7 +138,7 @@ def _rounding(step: LinearStep) -> ModuleType:
     return autocast_rounding if step.in_bf16 else fp32_rounding
 
 
-def _readings(law: str, found: Mapping[str, Law]) -> dict[str, Reading]:
+def _readings(law: str, found: Mapping[str, BrokenLaw]) -> dict[str, Reading]:
     """Residuals and ratios of one law, the root mean square over tokens where it is per token; all in one go."""
     broken, scale, noise = (torch.cat(parts) for parts in zip(*found.values(), strict=True))
     readings: dict[str, Reading] = {}

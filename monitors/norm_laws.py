@@ -10,11 +10,12 @@ from torch import Tensor
 
 from models.taps import Tap
 from monitors import conservation, fp32_rounding
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 from monitors.conservation import relative
 from monitors.fp32_rounding import NormStep
-from monitors.rounding import OVER_NOISE
+from monitors.law import NORM, Law
+from monitors.signal import OVER_NOISE, with_ratio
 
 BLOCK_NORMS = {
     "attention": "attention_norm",
@@ -36,17 +37,15 @@ class NormLaws:
     cadence.
     """
 
-    lookbacks = ()
-    taps = ("norm",)
-    stackable = True
+    needs = Needs(taps=("norm",), stackable=True)
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps
         self.signals = tuple(
-            Signal(f"{law}.{norm}{suffix}", "1", "up", () if norm == "final" else ("layer",), every_steps)
+            signal
             for law in (LAW, f"{LAW}.shift")
             for norm in (*BLOCK_NORMS, "final")
-            for suffix in ("", f".{OVER_NOISE}")
+            for signal in _signals(law, norm, every_steps)
         )
 
     @torch.no_grad()
@@ -64,6 +63,12 @@ class NormLaws:
                 for norm, value in zip(group, values.split([len(own) for own in group.values()]), strict=True):
                     readings[f"{law}.{norm}{suffix}"] = value[0] if norm == "final" else value
         return readings
+
+
+def _signals(law: str, norm: str, every_steps: int) -> tuple[Signal, Signal]:
+    """The residual of a law of one norm and its ratio."""
+    axes = () if norm == "final" else ("layer",)
+    return with_ratio(Signal(f"{law}.{norm}", "1", "up", axes, every_steps, family="conservation"), Law(NORM, norm))
 
 
 def _laws(taps: Sequence[Tap], rows: int, reading: int) -> dict[tuple[str, str], Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
+from monitors.signal import EXACT
 
 
 class NonFinite:
@@ -14,14 +15,13 @@ class NonFinite:
     Inf and Inf into a finite number. A non-finite weight shows in the next loss. Bad: up.
     """
 
-    lookbacks = ()
-    stackable = True
+    needs = Needs(stackable=True)
 
     def __init__(self, every_steps: int) -> None:
         if every_steps != 1:
             raise ValueError(f"monitor.non_finite.every_steps={every_steps} is not allowed: it counts every step, 1")
         self._updates: torch.Tensor | None = None
-        self.signals = (Signal("nan_inf_events", "count", "up", constant_when_healthy=True),)
+        self.signals = (Signal("nan_inf_events", "count", "up", family="observability", kind=EXACT, above=0.0),)
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monitors.base import Lookback, Masked, Reading, Signal, StepView
+from monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
+
+FAMILY = "optimization"
 
 
 class Loss:
@@ -16,8 +18,7 @@ class Loss:
     EMA_t = beta EMA_(t-1) + (1 - beta) loss_t from EMA_1 = loss_1. Bad: up. NaN and Inf stay in the EMA.
     """
 
-    lookbacks = ()
-    stackable = True
+    needs = Needs(stackable=True)
 
     def __init__(self, every_steps: int, beta: float) -> None:
         if not 0 < beta < 1:
@@ -26,7 +27,9 @@ class Loss:
             raise ValueError(f"monitor.loss.every_steps={every_steps} is not allowed: an EMA takes every step, 1")
         self.beta = beta
         self._ema: Tensor | None = None
-        self.signals = (Signal("train_loss_raw", "nats/token", "up"), Signal("train_loss_ema", "nats/token", "up"))
+        self.signals = tuple(
+            Signal(name, "nats/token", "up", family=FAMILY) for name in ("train_loss_raw", "train_loss_ema")
+        )
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
@@ -44,14 +47,18 @@ class Loss:
 class GradientNorm:
     """``grad_global_norm``: L2 norm of all gradients before the clip. Bad: up."""
 
-    lookbacks = ()
-    stackable = True
+    needs = Needs(stackable=True)
 
     def __init__(self, every_steps: int) -> None:
-        self.signals = (Signal("grad_global_norm", "1", "up", every_steps=every_steps),)
+        self.signals = (Signal("grad_global_norm", "1", "up", every_steps=every_steps, family=FAMILY),)
 
     def observe(self, view: StepView) -> dict[str, Reading]:
         return {"grad_global_norm": view.grad_norm.detach()}
+
+
+def is_in_a_block(name: str) -> bool:
+    """Whether a parameter belongs to some layer."""
+    return name.startswith("blocks.")
 
 
 class UpdateToWeight:
@@ -60,11 +67,11 @@ class UpdateToWeight:
     A block of zeros has no relative update: masked. NaN gives NaN, Inf gives Inf or NaN.
     """
 
-    stackable = True
-
     def __init__(self, every_steps: int) -> None:
-        self.signals = (Signal("update_to_weight", "1", "both", ("layer",), every_steps),)
-        self.lookbacks = (Lookback(1, every_steps, lambda name: name.startswith("blocks.")),)
+        self.signals = (
+            Signal("update_to_weight", "1", "both", ("layer",), every_steps, family=FAMILY, above=1e-2, below=1e-4),
+        )
+        self.needs = Needs(history=(Lookback(1, every_steps, is_in_a_block),), stackable=True)
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from models.numerics import at_least_fp32
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
 from monitors.batch_rows import check_rows, in_turn
 
 
@@ -17,13 +17,11 @@ class OutputLogZ:
     rows: how many rows of the batch are looked at, in turn; 0 for all.
     """
 
-    lookbacks = ()
-    taps = ("linear",)
-    stackable = True
+    needs = Needs(taps=("linear",), stackable=True)
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps
-        self.signals = (Signal("output_log_z", "nats^2", "up", every_steps=every_steps),)
+        self.signals = (Signal("output_log_z", "nats^2", "up", every_steps=every_steps, family="model_behavior"),)
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:

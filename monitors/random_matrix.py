@@ -13,7 +13,6 @@ Shapes: H heads, D d_head, E d_model, F sign matrices. Everything is FP64.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -26,11 +25,11 @@ from monitors.attention_update import (
     attention_weights,
     check_windows,
     head_blocks,
-    is_attention_matrix,
     keys_per_query_head,
+    lookbacks,
     stack_matrix,
 )
-from monitors.base import Lookback, Masked, Reading, Signal, StepView
+from monitors.base import Masked, Needs, Reading, Signal, StepView
 from monitors.spectra import increment_singular_values, singular_values, spectral_entropy
 from monitors.trailing import on_trailing_axes
 
@@ -121,8 +120,6 @@ class RandomMatrix:
     window: steps; flips: sign-flipped copies. Raises ValueError on impossible ones.
     """
 
-    stackable = True
-
     def __init__(self, every_steps: int, window: int, flips: int) -> None:
         if window < 1:
             raise ValueError(f"monitor.random_matrix.window={window} is not allowed: at least 1 step")
@@ -130,17 +127,14 @@ class RandomMatrix:
         if flips < 1:
             raise ValueError(f"monitor.random_matrix.flips={flips} is not allowed: at least 1")
         self.window, self.flips = window, flips
-        self.lookbacks = (Lookback(window, every_steps, is_attention_matrix),)
-        names: Sequence[tuple[str, str]] = (
-            *(
-                (f"delta_w_{score}.{matrix}", "1")
-                for matrix in "qk"
-                for score in ("flip_edge", "bbp_edge", "tracy_widom")
-            ),
-            ("qk_delta2_flip_edge", "1"),
-            ("qk_delta2_flip_deficit", "nats"),
+        self.needs = Needs(history=lookbacks([window], every_steps), stackable=True)
+        limits = {"flip_edge": 1.0, "bbp_edge": 1.0, "tracy_widom": TRACY_WIDOM_95}
+        scores = [(f"delta_w_{score}.{matrix}", "1", limit) for matrix in "qk" for score, limit in limits.items()]
+        scores += [("qk_delta2_flip_edge", "1", 1.0), ("qk_delta2_flip_deficit", "nats", None)]
+        self.signals = tuple(
+            Signal(f"{name}.w{window}", unit, "up", PER_HEAD, every_steps, family="random_matrix", above=limit)
+            for name, unit, limit in scores
         )
-        self.signals = tuple(Signal(f"{name}.w{window}", unit, "up", PER_HEAD, every_steps) for name, unit in names)
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:

@@ -38,9 +38,6 @@ from torch import Tensor
 from monitors.attention_twin import Twin
 from monitors.conservation import over_group, per_query_head, relative, size, squared_norm
 
-OVER_NOISE = "over_noise"
-"""Ends the name of a signal that divides what is broken of a law by what rounding alone predicts."""
-
 FP32_U = 2.0**-24
 """Largest relative error of one rounding to FP32."""
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monitors.base import Masked, Reading, Signal, StepView
+from monitors.base import Masked, Needs, Reading, Signal, StepView
 
 PER_LAYER = ("layer",)
+FAMILY = "router"
 
 
 def weight_similarity(W: Tensor) -> Tensor:
@@ -99,12 +100,11 @@ class RouterWeight:
     A zero row has no direction and a zero mean row no ratio: those readings are masked.
     """
 
-    needs_experts = True
-    lookbacks = ()
+    needs = Needs(experts=True)
 
     def __init__(self, every_steps: int) -> None:
         self.signals = tuple(
-            Signal(name, unit, bad, PER_LAYER, every_steps)
+            Signal(name, unit, bad, PER_LAYER, every_steps, family=FAMILY)
             for name, unit, bad in (
                 ("router_weight_similarity", "1", "up"),
                 ("router_conditioning_ratio", "1", "both"),
@@ -130,14 +130,13 @@ class RoutingProbability:
     (bad: down), ``router_topk_margin`` (both; absent where every expert is chosen). See the functions of this file.
     """
 
-    needs_experts = True
-    lookbacks = ()
+    needs = Needs(view=("routings",), experts=True)
 
     def __init__(self, every_steps: int) -> None:
         self.signals = (
-            Signal("routing_entropy", "nats", "down", PER_LAYER, every_steps),
-            Signal("routing_entropy.fraction", "1", "down", PER_LAYER, every_steps),
-            Signal("router_topk_margin", "1", "both", PER_LAYER, every_steps),
+            Signal("routing_entropy", "nats", "down", PER_LAYER, every_steps, family=FAMILY),
+            Signal("routing_entropy.fraction", "1", "down", PER_LAYER, every_steps, family=FAMILY),
+            Signal("router_topk_margin", "1", "both", PER_LAYER, every_steps, family=FAMILY),
         )
 
     @torch.no_grad()
@@ -165,8 +164,7 @@ class ExpertLoad:
     NaN, as long as the step is in the window.
     """
 
-    needs_experts = True
-    lookbacks = ()
+    needs = Needs(view=("routings",), experts=True)
 
     def __init__(self, every_steps: int, window: int) -> None:
         if window < 1:
@@ -174,11 +172,11 @@ class ExpertLoad:
         self.every_steps, self.window = every_steps, window
         self._counts: list[Tensor] = []
         self.signals = (
-            Signal("moe_drop_rate", "%", "up", PER_LAYER),
-            Signal("moe_load_balance_loss", "1", "both", PER_LAYER),
-            Signal("moe_util_entropy", "1", "both", PER_LAYER, every_steps),
-            Signal("moe_util_entropy.cv", "1", "both", PER_LAYER, every_steps),
-            Signal("moe_util_entropy.max_vio", "1", "both", PER_LAYER, every_steps),
+            Signal("moe_drop_rate", "%", "up", PER_LAYER, family=FAMILY, above=1.0),
+            Signal("moe_load_balance_loss", "1", "both", PER_LAYER, family=FAMILY),
+            Signal("moe_util_entropy", "1", "both", PER_LAYER, every_steps, family=FAMILY),
+            Signal("moe_util_entropy.cv", "1", "both", PER_LAYER, every_steps, family=FAMILY),
+            Signal("moe_util_entropy.max_vio", "1", "both", PER_LAYER, every_steps, family=FAMILY),
         )
 
     @torch.no_grad()

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from models.numerics import at_least_fp32
 from monitors import autocast_rounding, conservation, fp32_rounding
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
 from monitors.batch_rows import check_stride, every
 from monitors.conservation import Broken, relative
 from monitors.fp32_rounding import LinearStep
+from monitors.law import LOSS, ROUTER, Law
 from monitors.linear_laws import all_seen
-from monitors.rounding import OVER_NOISE
+from monitors.signal import OVER_NOISE, with_ratio
 
 
 def _both(name: str, broken: Broken, noise: Tensor) -> dict[str, Tensor]:
@@ -31,15 +32,14 @@ class LogitLaws:
     every_steps: cadence.
     """
 
-    lookbacks = ()
-    taps = ("linear",)
-    stackable = True
+    needs = Needs(taps=("linear",), stackable=True)
 
     def __init__(self, every_steps: int, token_stride: int) -> None:
         self.token_stride, self.every_steps = check_stride(token_stride), every_steps
         self.signals = tuple(
-            Signal(f"logit_shift_residual{suffix}", "1", "up", (), every_steps)
-            for suffix in ("", f".{OVER_NOISE}", ".head", f".head.{OVER_NOISE}")
+            signal
+            for name in ("logit_shift_residual", "logit_shift_residual.head")
+            for signal in with_ratio(Signal(name, "1", "up", (), every_steps, family="conservation"), Law(LOSS, LOSS))
         )
 
     @torch.no_grad()
@@ -71,14 +71,12 @@ class RouterLaws:
     every_steps: cadence.
     """
 
-    needs_experts = True
-    lookbacks = ()
-    taps = ("linear",)
+    needs = Needs(view=("routings",), taps=("linear",), experts=True)
 
     def __init__(self, every_steps: int) -> None:
-        self.signals = tuple(
-            Signal(f"router_shift_residual{suffix}", "1", "up", ("layer",), every_steps)
-            for suffix in ("", f".{OVER_NOISE}")
+        self.signals = with_ratio(
+            Signal("router_shift_residual", "1", "up", ("layer",), every_steps, family="conservation"),
+            Law(ROUTER, ROUTER),
         )
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from models.numerics import at_least_fp32
-from monitors.base import Masked, Reading, Signal, StepView
+from monitors.base import Masked, Needs, Reading, Signal, StepView
 from monitors.eigen import eigenvectors
 
 LAYERS = {
@@ -56,12 +56,13 @@ class SpectralAlignment:
     no direction: masked. NaN or Inf in weight or inputs gives NaN.
     """
 
-    lookbacks = ()
-    taps = ("linear",)
-    stackable = True
+    needs = Needs(taps=("linear",), stackable=True)
 
     def __init__(self, every_steps: int) -> None:
-        self.signals = tuple(Signal(f"spectral_alignment.{s}", "1", "up", ("layer",), every_steps) for s in LAYERS)
+        self.signals = tuple(
+            Signal(f"spectral_alignment.{layer}", "1", "up", ("layer",), every_steps, family="model_behavior")
+            for layer in LAYERS
+        )
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:

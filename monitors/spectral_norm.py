@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from monitors.attention_update import PER_HEAD, attention_weights, head_blocks, stack_matrix
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
 from monitors.spectra import singular_values
 
 
@@ -16,11 +16,12 @@ class SpectralNorm:
     arXiv:2510.04212). FP64, (layers, heads of the matrix), from 0; NaN or Inf in a weight gives NaN.
     """
 
-    lookbacks = ()
-    stackable = True
+    needs = Needs(stackable=True)
 
     def __init__(self, every_steps: int) -> None:
-        self.signals = tuple(Signal(f"spectral_radius.{m}", "1", "up", PER_HEAD, every_steps) for m in "qk")
+        self.signals = tuple(
+            Signal(f"spectral_radius.{m}", "1", "up", PER_HEAD, every_steps, family="weight_structure") for m in "qk"
+        )
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monitors.base import Reading, Signal, StepView
+from monitors.base import Needs, Reading, Signal, StepView
+from monitors.signal import EXACT
 
 SIGMAS = 7.0
 """Standard deviations from the rolling mean at which OLMo 2 calls a value a spike."""
@@ -26,8 +27,7 @@ class SpikeScore:
     every_steps: how often the scores are read; every value is judged all the same.
     """
 
-    lookbacks = ()
-    stackable = True
+    needs = Needs(stackable=True)
 
     def __init__(self, every_steps: int, window: int, minimum: int, beta: float) -> None:
         if not 0 < beta < 1:
@@ -42,9 +42,9 @@ class SpikeScore:
         self._values: Tensor | None = None  # (2, up to window), those before
         self._spikes: Tensor | None = None  # (2, up to window), the verdicts
         self.signals = (
-            Signal("grad_spike_score", "1", "up"),
+            Signal("grad_spike_score", "1", "up", family="optimization", above=2.0),
             *(
-                Signal(name, "%", "up", every_steps=every_steps, constant_when_healthy=True)
+                Signal(name, "%", "up", every_steps=every_steps, family="optimization", kind=EXACT)
                 for name in ("loss_spike_score", "loss_spike_score.grad_norm")
             ),
         )

@@ -25,7 +25,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, monitors: Mapping[str, Monitor]) -> None:
         self._model, self._monitors = model, monitors
-        self.history = WeightHistory(lookback for monitor in monitors.values() for lookback in monitor.lookbacks)
+        self.history = WeightHistory(lookback for monitor in monitors.values() for lookback in monitor.needs.history)
         self._cadences = {name: cadences(monitor) for name, monitor in monitors.items()}
 
     def due(self, step: int) -> list[str]:

@@ -160,3 +160,13 @@ class Floor:
     def z(self, series: Aligned) -> np.ndarray:
         """The values less what is expected, (T, layers, heads); NaN where a sample is missing, Inf kept."""
         return finite_or_inf(series) - self.expected
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A signal that is 0 in every healthy run: any other reading is as bad as can be, on either side."""
+
+    def z(self, series: Aligned) -> np.ndarray:
+        """0 or ``UNHEARD_OF``, (T, layers, heads); NaN where a sample is missing, Inf kept."""
+        x = finite_or_inf(series)
+        return np.where(np.isfinite(x) & (x != 0), UNHEARD_OF, x)

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from analysis.detect.alarms import chart_statistics, conformal_threshold, first_alarm, fitted, oriented
-from analysis.detect.bands import DeclinedSignal
+from analysis.detect.bands import DeclinedSignal, Exact
 from analysis.detect.charts import AlarmRule
 from analysis.detect.entrants import BadEntrant, FromFile, check_causal
 from analysis.detect.joint import Scale, member_scales
@@ -17,6 +17,7 @@ from analysis.detect.tracks import TRACKS, Raw, Track
 from analysis.runs.align import Aligned, hold, positions, thin
 from analysis.runs.experiment import Experiment, ScoredRun
 from experiments.trace import Series, TraceError
+from monitors.signal import EXACT, Signal
 
 Chart = tuple[np.ndarray, np.ndarray]
 """Positions and statistic of one signal in one run, both (T,)."""
@@ -100,30 +101,40 @@ class Detection:
         if signal not in self._left_out_sides:
             sides = self.sides(signal)
             judged = [sides[run].series for run in self._runs("reference")]
-            bad = self.experiment.signals[signal]["bad"]
-            self._left_out_sides[signal] = self.track.left_out(self._reference[signal], judged, bad)
+            described = self.experiment.signals[signal]
+            if described.kind != EXACT:
+                judged = self.track.left_out(self._reference[signal], judged, described.bad)
+            self._left_out_sides[signal] = judged
         return self._left_out_sides[signal]
+
+    def _described(self, signal: str) -> Signal:
+        """What the signal is. Raises DeclinedSignal where no run has it."""
+        if signal not in self.experiment.signals:
+            raise DeclinedSignal(f"{signal}: no run of {self.experiment.model} has this signal")
+        return self.experiment.signals[signal]
 
     def aligned(self, signal: str) -> dict[str, Aligned]:
         """By run id, the signal on the positions of the reference runs."""
-        experiment = self.experiment
-        if signal not in experiment.signals:
-            raise DeclinedSignal(f"{signal}: no run of {experiment.model} has this signal")
+        experiment, every = self.experiment, self._described(signal).every_steps
         runs = [(run, thin(run.signal(signal), experiment.score_every)) for run in experiment.runs]
         reference = next((series for run, series in runs if run.role == "reference" and len(series.steps)), None)
         if reference is None:
             raise DeclinedSignal(f"{signal}: no sample in {experiment.horizon:,} {experiment.axis}")
         for run, series in runs:
-            _check_whole(signal, run, series, reference, experiment.signals[signal]["every_steps"])
+            _check_whole(signal, run, series, reference, every)
         grid = positions(reference, experiment.axis)
         return {run.trace.run_id: hold(series, experiment.axis, grid) for run, series in runs}
 
     def _judge(self, signal: str) -> dict[str, Sides]:
-        self.track.check_has_say(signal)
+        described = self._described(signal)
+        self.track.check_has_say(described)
         aligned = self.aligned(signal)
         self._reference[signal] = [aligned[run.trace.run_id] for run in self.experiment.of("reference")]
-        band = self.track.band(signal, self._reference[signal])
-        bad, judged = self.experiment.signals[signal]["bad"], {}
+        if described.kind == EXACT:
+            band, bad = Exact(), "up"
+        else:
+            band, bad = self.track.band(described, self._reference[signal]), described.bad
+        judged = {}
         for runs, together in _side_by_side(aligned):
             z = np.stack(np.split(band.z(together), len(runs), axis=2))
             for run, *series in zip(runs, *oriented(z, bad), strict=True):
@@ -217,7 +228,8 @@ class Detection:
     def _detect_raw(self, track: Raw, name: str, signals: Sequence[str], alpha: float) -> Detector:
         """The detector of raw readings, each signal by itself, at the number of the track."""
         try:
-            for signal in signals:
+            described = {signal: self._described(signal) for signal in signals}
+            for signal in described.values():
                 track.check_has_say(signal)
             aligned = {signal: self.aligned(signal) for signal in signals}
         except (DeclinedSignal, TraceError) as reason:
@@ -225,7 +237,9 @@ class Detection:
         looks = sum(max(runs[run].values.size for run in self._runs("reference")) for runs in aligned.values())
         limit = track.limit(looks, alpha)
         charts = {
-            run: [(runs[run].positions, track.statistic(signal, runs[run])) for signal, runs in aligned.items()]
+            run: [
+                (runs[run].positions, track.statistic(described[signal], runs[run])) for signal, runs in aligned.items()
+            ]
             for run in self._runs("faulty", *track.healthy_roles)
         }
         threshold = limit if track.thresholds_are_scales else float("nan")

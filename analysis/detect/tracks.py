@@ -3,7 +3,7 @@
 ``reference``: the per-sample median of healthy reference runs (the paper's own setting, not deployable).
 ``self``: the run's own lagged window (deployable; it cannot see a fault that is there from step 0).
 ``floor``: nothing; the signal is already a ratio to what noise alone would give.
-``published``: the number that the source of the signal gives (``monitors/catalogue.csv``).
+``published``: the number that the source of the signal gives.
 ``universal``: the number that a prediction gives by itself: no ratio to predicted noise should ever pass it.
 The first three give z-scores, (T samples, layers, heads), which charts and a conformal threshold follow; the last two
 judge raw readings at a number that no run sets.
@@ -27,16 +27,12 @@ from analysis.detect.bands import (
     finite_or_inf,
     left_out_z,
 )
-from analysis.detect.catalogue import family, published_rule
+from analysis.detect.published import published_rule
 from analysis.runs.align import Aligned
+from monitors.signal import RATIO, Signal
 
-OVER_NOISE = ".over_noise"
-"""How the name of a signal ends that is a residual over its predicted rounding noise."""
-
-LAWS_OF_ATTENTION = ("key_shift", "value_shift", "qk_gauge", "vo_gauge")
-OF_ATTENTION = (*(f"{law}_residual" for law in LAWS_OF_ATTENTION), "attention_recomputed")
-"""Begins the signals whose predicted rounding is a threshold by itself: the kernel's own arithmetic is computed again.
-Of other laws it is a scale: it takes tokens as independent, or one library's order of sums as given."""
+RANDOM_MATRIX = "random_matrix"
+"""The family of scores that are 0 where there is nothing but noise."""
 
 Band = ReferenceBand | SelfBand | Floor
 
@@ -58,14 +54,14 @@ class Track:
     lists_declined: ClassVar[bool] = True
     healthy_roles: ClassVar[tuple[str, ...]] = ("test",)
 
-    def check_has_say(self, signal: str) -> None:
+    def check_has_say(self, signal: Signal) -> None:
         """Raise DeclinedSignal where the track has nothing to say of a signal, whatever its values."""
 
     def lacks_baselines(self, declined: int, baselines: int) -> bool:
         """Whether a contest is void where so many of its baselines cannot be judged."""
         return False
 
-    def kind_of(self, signal: str) -> str:
+    def kind_of(self, signal: Signal) -> str:
         """The kind of the row of a detector that begins with a signal."""
         return "detector"
 
@@ -77,8 +73,8 @@ class Track:
 class Charted(Track):
     """A track of z-scores, with a chart and a conformal threshold on calibration runs."""
 
-    def band(self, signal: str, reference: Sequence[Aligned]) -> Band:
-        """The band of a signal. Raises DeclinedSignal where the track cannot judge it."""
+    def band(self, signal: Signal, reference: Sequence[Aligned]) -> Band:
+        """The band of a signal that is not ``exact``. Raises DeclinedSignal where the track cannot judge it."""
         raise NotImplementedError
 
     def left_out(
@@ -94,8 +90,8 @@ class Charted(Track):
 class ReferenceTrack(Charted):
     name, primary, takes_files = "reference", True, True
 
-    def band(self, signal: str, reference: Sequence[Aligned]) -> ReferenceBand:
-        return ReferenceBand.fit(signal, reference)
+    def band(self, signal: Signal, reference: Sequence[Aligned]) -> ReferenceBand:
+        return ReferenceBand.fit(signal.name, reference)
 
     def left_out(
         self, reference: Sequence[Aligned], series: Sequence[tuple[np.ndarray, ...]], bad: str
@@ -111,7 +107,7 @@ class SelfTrack(Charted):
 
     name, takes_files, thresholds_are_scales = "self", True, False
 
-    def band(self, signal: str, reference: Sequence[Aligned]) -> SelfBand:
+    def band(self, signal: Signal, reference: Sequence[Aligned]) -> SelfBand:
         return SelfBand()
 
     def lacks_baselines(self, declined: int, baselines: int) -> bool:
@@ -126,18 +122,18 @@ class SelfTrack(Charted):
 class FloorTrack(Charted):
     name = "floor"
 
-    def check_has_say(self, signal: str) -> None:
-        if family(signal) != "random_matrix":
-            check_over_noise(signal, self.name)
+    def check_has_say(self, signal: Signal) -> None:
+        if signal.family != RANDOM_MATRIX:
+            check_ratio(signal, self.name)
 
-    def band(self, signal: str, reference: Sequence[Aligned]) -> Floor:
-        return Floor(1.0 if signal.endswith(OVER_NOISE) else 0.0)
+    def band(self, signal: Signal, reference: Sequence[Aligned]) -> Floor:
+        return Floor(1.0 if signal.kind == RATIO else 0.0)
 
 
 class Raw(Track):
     """A track of raw readings, each signal by itself, at a number that no run sets."""
 
-    def statistic(self, signal: str, series: Aligned) -> np.ndarray:
+    def statistic(self, signal: Signal, series: Aligned) -> np.ndarray:
         """(T,): what passes ``limit`` where the signal alarms; NaN where it is missing."""
         raise NotImplementedError
 
@@ -151,14 +147,14 @@ class PublishedTrack(Raw):
 
     name, promises_rate, thresholds_are_scales = "published", False, False
 
-    def check_has_say(self, signal: str) -> None:
+    def check_has_say(self, signal: Signal) -> None:
         published_rule(signal)
 
-    def kind_of(self, signal: str) -> str:
+    def kind_of(self, signal: Signal) -> str:
         """A number of random-matrix theory is no rule that a source proposes for monitoring."""
-        return "theory" if family(signal) == "random_matrix" else "detector"
+        return "theory" if signal.family == RANDOM_MATRIX else "detector"
 
-    def statistic(self, signal: str, series: Aligned) -> np.ndarray:
+    def statistic(self, signal: Signal, series: Aligned) -> np.ndarray:
         return published_rule(signal).broken_at(series).astype(float)
 
     def limit(self, looks: int, alpha: float) -> float:
@@ -170,12 +166,12 @@ class UniversalTrack(Raw):
 
     name, lists_declined, healthy_roles = "universal", False, ("test", "calibration")
 
-    def check_has_say(self, signal: str) -> None:
-        check_over_noise(signal, self.name)
-        if not signal.startswith(OF_ATTENTION):
-            raise DeclinedSignal(f"{signal}: its predicted noise is a scale, and gives no threshold by itself")
+    def check_has_say(self, signal: Signal) -> None:
+        check_ratio(signal, self.name)
+        if not signal.universal:
+            raise DeclinedSignal(f"{signal.name}: its predicted noise is a scale, and gives no threshold by itself")
 
-    def statistic(self, signal: str, series: Aligned) -> np.ndarray:
+    def statistic(self, signal: Signal, series: Aligned) -> np.ndarray:
         return worst(finite_or_inf(series))
 
     def limit(self, looks: int, alpha: float) -> float:
@@ -187,10 +183,10 @@ TRACKS: dict[str, Track] = {
 }
 
 
-def check_over_noise(signal: str, track: str) -> None:
-    """Raise DeclinedSignal for a signal that is no residual over its predicted noise."""
-    if not signal.endswith(OVER_NOISE):
-        raise DeclinedSignal(f"{signal}: no ratio to predicted noise, so the {track} track has no say")
+def check_ratio(signal: Signal, track: str) -> None:
+    """Raise DeclinedSignal for a signal that is no ratio to its predicted noise."""
+    if signal.kind != RATIO:
+        raise DeclinedSignal(f"{signal.name}: no ratio to predicted noise, so the {track} track has no say")
 
 
 def universal_threshold(looks: int, alpha: float) -> float:

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter
 
 from analysis.runs.experiment import Experiment, ScoredRun
 from analysis.runs.readings import curve
+from monitors.signal import RATIO
 
 COLOURS = sns.color_palette("colorblind")
 HEALTHY, FAULTY, ALARM = COLOURS[0], COLOURS[3], "#222222"
@@ -51,7 +52,7 @@ def drawn_curve(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]
     """
     values = curve(experiment, run, panel)
     healthy = curve(experiment, experiment.of("reference")[0], panel)
-    dense = experiment.signals[panel["signals"][0]]["every_steps"] < 5
+    dense = experiment.signals[panel["signals"][0]].every_steps < 5
     if len(values) < 2 or len(healthy) < 2:
         return values
     ratio = max(1, round((healthy.index[1] - healthy.index[0]) / (values.index[1] - values.index[0])))
@@ -61,13 +62,13 @@ def drawn_curve(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]
 
 def value_label(experiment: Experiment, name: str, panel: Mapping[str, Any]) -> str:
     signal = experiment.signals[panel["signals"][0]]
-    unit = "" if signal["unit"] == "1" else f"\n({signal['unit']})"
-    if all(name.endswith(".over_noise") for name in panel["signals"]):
+    unit = "" if signal.unit == "1" else f"\n({signal.unit})"
+    if all(experiment.signals[name].kind == RATIO for name in panel["signals"]):
         unit = "\n(ratio to rounding)"
     name = textwrap.fill(pretty(name), 22)
     if panel.get("reduce") == "mean":
         return f"{name}\nlayer mean{unit}"
-    worst = {0: "", 1: "\nworst layer", 2: "\nworst head"}[len(signal["axes"])]
+    worst = {0: "", 1: "\nworst layer", 2: "\nworst head"}[len(signal.axes)]
     return f"{name}{worst}{unit}"
 
 

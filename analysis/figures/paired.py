@@ -32,7 +32,7 @@ def paired_figure(experiment: Experiment, path: Path) -> str:
             if np.isfinite(row["low"]):
                 axis.plot([row["low"], row["high"]], [faults.index(fault)] * 2, color=ALARM, linewidth=2.2, zorder=4)
             axis.plot(row["mean_difference"], faults.index(fault), "D", color=ALARM, markersize=6, zorder=5)
-        unit = experiment.signals[panel["signals"][0]]["unit"]
+        unit = experiment.signals[panel["signals"][0]].unit
         axis.set_xlabel(f"{pretty(name)},\ndifference" + ("" if unit == "1" else f" ({unit})"))
     for axis, signal in zip(axes[0][len(experiment.panels) :], signals, strict=True):
         axis.axvline(1, color=HEALTHY, linewidth=1.4, zorder=0)

@@ -18,7 +18,7 @@ from analysis.detect.alarms import conformal_threshold
 from analysis.detect.bands import DeclinedSignal
 from analysis.detect.detection import Detection
 from analysis.locate.fault_truth import HEALTHY, OTHER, Truth, truth_of
-from analysis.locate.laws import CLASSES, INPUTS, law_of
+from analysis.locate.laws import CLASSES, INPUTS
 from analysis.locate.naming import NO_ALARM, Levels, Verdict, name_place, rolling_rms
 from analysis.runs.experiment import Experiment, ScoredRun
 from analysis.scores.inference import clopper_pearson_interval
@@ -67,9 +67,8 @@ def _statistics(experiment: Experiment) -> tuple[dict[str, dict[str, Levels]], d
     """By signal and run, its levels; and what has none."""
     detection = Detection(experiment)
     found, declined = {}, {}
-    for signal, meta in experiment.signals.items():
-        law = law_of(signal)
-        if law is None or not any(signal in run.trace.signals for run in experiment.runs):
+    for signal, described in experiment.signals.items():
+        if described.law is None or not any(signal in run.trace.signals for run in experiment.runs):
             continue  # a law of a part that this model does not have
         try:
             rms = {run: (one.positions, rolling_rms(one)) for run, one in detection.aligned(signal).items()}
@@ -83,9 +82,9 @@ def _statistics(experiment: Experiment) -> tuple[dict[str, dict[str, Levels]], d
                 f"{signal}: reference runs give no level, their median {usual:.3g}, their most {reach:.3g}"
             )
             continue
-        axes = tuple(meta["axes"])
         with np.errstate(divide="ignore"):
             levels = {run: (where, np.log(x / usual) / np.log(reach / usual)) for run, (where, x) in rms.items()}
+        law, axes = described.law, described.axes
         found[signal] = {run: Levels(law, axes, where, level) for run, (where, level) in levels.items()}
     return found, declined
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.detect.catalogue import catalogue
 from analysis.locate.attribution import alarm_probabilities
+from analysis.runs.catalogue import catalogue
 from analysis.runs.experiment import HEALTHY, Experiment
 from analysis.scores.contest import Contest
 from analysis.scores.table import run_table

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.detect.catalogue import family
 from analysis.detect.detection import Detection
 from analysis.detect.entrants import Entrant, entrant_of
 from analysis.detect.external import read_alarms
@@ -142,7 +141,7 @@ def _score(one: Contest, tables: Tables) -> None:
         matrix.assign(selectivity=selectivity(matrix)).rename_axis("detector").reset_index().assign(**keys),
     )
     ours = {n: d.signals[0] for n, d in one.detectors.items() if one.kinds[n] in ("detector", "baseline")}
-    families = {name: family(signal) for name, signal in ours.items() if signal != LABEL_SIGNAL}
+    families = {name: one.experiment.signals[signal].family for name, signal in ours.items() if signal != LABEL_SIGNAL}
     tables.add("cross_talk", cross_talk(matrix, families, designed_for(one)).assign(**keys))
     faulty = competing[competing["fault"] != HEALTHY]
     if one.track.primary and competing["fault"].nunique() > 1 and faulty["seed"].nunique() > 1:

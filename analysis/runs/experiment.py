@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.trace import Series, Trace, TraceError
+from monitors.signal import Signal
 
 LABEL_SIGNAL = "held_out_loss"
 HEALTHY = "healthy"
@@ -79,9 +80,9 @@ class Experiment:
         return [run for run in self.runs if run.role in roles and (fault is None or run.fault == fault)]
 
     @cached_property
-    def signals(self) -> Mapping[str, Mapping[str, Any]]:
-        """Every signal of these runs with its unit, bad direction, axes and cadence."""
-        return self.runs[0].trace.manifest["signals"]
+    def signals(self) -> Mapping[str, Signal]:
+        """What each signal of these runs is, by name."""
+        return self.runs[0].trace.described
 
     @cached_property
     def named_detectors(self) -> dict[str, tuple[str, ...]]:

@@ -39,7 +39,7 @@ def _reduced(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]) -
     if reduce == "mean":
         reduced = table.mean(axis=1)
     else:
-        reduced = table.min(axis=1) if experiment.signals[signals[0]]["bad"] == "down" else table.max(axis=1)
+        reduced = table.min(axis=1) if experiment.signals[signals[0]].bad == "down" else table.max(axis=1)
     return reduced[reduced.index <= experiment.horizon]
 
 

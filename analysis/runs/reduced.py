@@ -76,8 +76,8 @@ def read(folder: Path) -> dict[str, Trace]:
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(path, error) from None
     version = (table.schema.metadata or {}).get(b"foreshock.schema", b"none").decode()
-    if version != str(trace.SCHEMA_VERSION):
-        raise TraceError(f"{folder / SIGNALS} has schema version {version}, this code reads {trace.SCHEMA_VERSION}")
+    if version != str(trace.COLUMNS_VERSION):
+        raise TraceError(f"{folder / SIGNALS} has schema version {version}, this code reads {trace.COLUMNS_VERSION}")
     signal = table.column_names.index("signal")
     table = table.set_column(signal, "signal", pc.dictionary_encode(table["signal"])).sort_by("run")
     runs = table["run"].to_numpy()
@@ -87,8 +87,10 @@ def read(folder: Path) -> dict[str, Trace]:
         run_id = runs[start]
         try:
             series = trace.series_of(table.slice(start, stop - start), run_id)
-            manifest = merged(records["shared"], records["runs"][run_id])
+            manifest = trace.as_of_today(merged(records["shared"], records["runs"][run_id]), folder / RUNS)
         except KeyError as error:
             raise damaged(path, f"run {run_id} has no {error}") from None
+        except (TypeError, ValueError) as error:
+            raise damaged(path, f"run {run_id}: {error}") from None
         found[run_id] = ReducedTrace(run_id, folder, manifest, series)
     return found

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from analysis.detect.catalogue import family
 from analysis.detect.charts import AlarmRule
 from analysis.detect.controls import CONTROLS
 from analysis.detect.detection import Detection, Detector
@@ -106,9 +105,10 @@ def contest(
     detection, baselines = detection or Detection(experiment, TRACKS[track]), experiment.baselines
     chosen = experiment.named_detectors | (experiment.single_signals if singles else {})
     detectors = {name: detection.detect(name, signals, rule, alpha) for name, signals in chosen.items()}
-    kinds = {name: detection.track.kind_of(signals[0]) for name, signals in chosen.items()}
+    first = {name: experiment.signals[signals[0]] for name, signals in chosen.items()}
+    kinds = {name: detection.track.kind_of(signal) for name, signal in first.items()}
     kinds |= dict.fromkeys(baselines, "baseline")
-    kinds |= {name: "oracle" for name, signals in chosen.items() if family(signals[0]) == "oracle"}
+    kinds |= {name: "oracle" for name, signal in first.items() if signal.family == "oracle"}
     for entrant in entrants:
         if entrant.name in detectors or entrant.name in CONTROLS:
             raise ValueError(f"detector {entrant.name!r} is on the board already: give it a name of its own")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.detect.catalogue import family as track_family
 from analysis.runs.experiment import HEALTHY, Experiment
 from analysis.scores.contest import Contest
 from analysis.scores.inference import CHANCE, chance_of_alarms
@@ -86,7 +85,7 @@ def delays(contest: Contest) -> pd.DataFrame:
 def oracles(experiment: Experiment) -> list[str]:
     """The detectors that read the fault itself: they bound what a monitor could know, and compete with none."""
     named = experiment.named_detectors.items()
-    return [name for name, signals in named if any(track_family(signal) == "oracle" for signal in signals)]
+    return [name for name, signals in named if any(experiment.signals[signal].family == "oracle" for signal in signals)]
 
 
 def median_delay(delays: pd.Series) -> float:
@@ -104,7 +103,7 @@ def smallest_table(contest: Contest) -> pd.DataFrame:
     all_delays, known = delays(contest), sizes(experiment)
     rows = []
     for (name, fault), runs in all_delays[all_delays["fault"].isin(known)].groupby(["detector", "fault"], sort=False):
-        every = [experiment.signals[signal]["every_steps"] for signal in experiment.named_detectors[name]]
+        every = [experiment.signals[signal].every_steps for signal in experiment.named_detectors[name]]
         rows.append(
             {
                 "detector": name,

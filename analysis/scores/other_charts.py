@@ -48,7 +48,7 @@ def charts(detection: Detection, primary: Contest, own_rule: AlarmRule) -> pd.Da
 def _anytime_alarms(detector: Detector, detection: Detection, alpha: float) -> dict[str, int | None]:
     """A union over the signals of a family and the sides of each shares alpha; the theory is of charts as they are."""
     samples = max(len(where) for charts in detector.charts.values() for where, _ in charts)
-    sides = sum(2 if detection.experiment.signals[s]["bad"] == "both" else 1 for s in detector.signals)
+    sides = sum(2 if detection.experiment.signals[s].bad == "both" else 1 for s in detector.signals)
     return replace(detector, scales=()).alarms_at(anytime_threshold(samples, alpha / sides))
 
 

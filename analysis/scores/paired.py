@@ -76,8 +76,8 @@ def drift_table(experiment: Experiment) -> pd.DataFrame:
     """
     rows = []
     for name in _named(experiment, "drift"):
-        axes = experiment.signals.get(name, {}).get("axes")
-        if axes != ["layer", "head"]:
+        signal = experiment.signals.get(name)
+        if signal is None or signal.axes != ("layer", "head"):
             raise ValueError(f"experiment.drift={name!r} is not allowed: a signal of layers and heads")
         for fault in experiment.faults:
             for run in experiment.of("faulty", fault=fault):

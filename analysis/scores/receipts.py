@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from analysis.detect.catalogue import catalogue, family
 from analysis.detect.detection import Detector
+from analysis.runs.catalogue import catalogue
 from analysis.runs.experiment import Experiment, ScoredRun
 from analysis.scores.contest import Contest
 from analysis.scores.inference import MIN_SEEDS, clopper_pearson_interval, false_alarm_law
@@ -66,12 +66,13 @@ def receipt(contest: Contest, run: ScoredRun) -> dict[str, Any]:
 
 def _alarm(contest: Contest, detector: Detector, run: ScoredRun) -> dict[str, Any]:
     experiment, known = contest.experiment, catalogue()
-    families = sorted({family(signal) for signal in detector.signals})
+    described = {name: experiment.signals[name] for name in detector.signals}
+    families = sorted({signal.family for signal in described.values()})
     said: dict[str, Any] = {
         "detector": detector.name,
         "module": [MODULES.get(name, name) for name in families],
         "signals": {
-            signal: known["definition"].get(signal.split(".")[0], "not in the catalogue") for signal in detector.signals
+            name: known["definition"].get(one.reference, "not in the catalogue") for name, one in described.items()
         },
     }
     if detector.declined:

@@ -27,7 +27,14 @@ INSTRUMENTS = ("taps", "stacked_taps", "products", "objective")
 TRITON = ("flash*", "tiles")
 """Modules of ``models`` that a run on another backend does not use."""
 
-CONTRACT = ("monitors.base", "monitors.watch")
+CONTRACT = (
+    "monitors.base",
+    "monitors.choices",
+    "monitors.law",
+    "monitors.needs",
+    "monitors.signal",
+    "monitors.watch",
+)
 """What all monitors share, which has no number in it."""
 WITHOUT_EFFECT = ("piece_s", "checkpoint_every_steps")
 """Keys of the training that change no weight."""
@@ -56,7 +63,6 @@ def training_sources(config: Config) -> Iterator[tuple[str, Path]]:
             yield f"models.{path.stem}", path
     for module in ("faults.base", "faults.points", "faults.logged_numerics"):
         yield from _with_imports_from_beside(module)
-    yield from _with_imports_from_beside("faults.points")
 
 
 def fault_sources(node: Config) -> Iterator[tuple[str, Path]]:

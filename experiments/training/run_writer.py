@@ -19,7 +19,7 @@ from experiments.training.recorder import Recorder
 from monitors.base import Signal
 from monitors.watch import Watch
 
-HELD_OUT = Signal("held_out_loss", "nats/token", "up")
+HELD_OUT = Signal("held_out_loss", "nats/token", "up", family="evaluation", reference="val_loss")
 """The label signal: mean NLL on the fixed held-out batch."""
 
 

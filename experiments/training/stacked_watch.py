@@ -26,11 +26,11 @@ from monitors.watch import Watch, load_memory
 
 def stackable(monitor: Monitor) -> bool:
     """Whether the monitor may watch stacked runs in one call."""
-    return getattr(monitor, "stackable", False)
+    return monitor.needs.stackable
 
 
 def _is_oracle(monitor: Monitor) -> bool:
-    return getattr(monitor, "oracle", False)
+    return monitor.needs.oracle
 
 
 class StackedWatch(Watch):
@@ -236,7 +236,7 @@ class _Seen:
     @classmethod
     def of(cls, view: StepView, monitors: Collection[Monitor]) -> _Seen:
         """Of a stack's view, what these monitors may ask for at this step."""
-        model, lookbacks = view.model, [lookback for monitor in monitors for lookback in monitor.lookbacks]
+        model, lookbacks = view.model, [lookback for monitor in monitors for lookback in monitor.needs.history]
         past = {view.step - lookback.steps for lookback in lookbacks if view.step % lookback.every_steps == 0}
         return cls(
             view.loss,

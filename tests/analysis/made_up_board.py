@@ -9,11 +9,12 @@ import pandas as pd
 from analysis.reports.boards import Request, score_runs
 from analysis.runs.experiment import Experiment
 from analysis.scores.contest import Contest, contest
+from tests.described import described
 
 SIGNALS = {
-    "qk_delta2_spectrum.entropy.w50": {"unit": "nats", "bad": "down", "axes": ["layer", "head"], "every_steps": 10},
-    "grad_global_norm": {"unit": "1", "bad": "up", "axes": [], "every_steps": 5},
-    "update_to_weight": {"unit": "1", "bad": "both", "axes": ["layer"], "every_steps": 10},
+    "qk_delta2_spectrum.entropy.w50": described("qk_delta2_spectrum.entropy.w50"),
+    "grad_global_norm": described("grad_global_norm", every_steps=5),
+    "update_to_weight": described("update_to_weight"),
 }
 EARLY, LATE = "qk_delta2_spectrum.entropy.w50", "grad_global_norm"
 DETECTORS = {"early": [EARLY], "late": [LATE], "either": [EARLY, LATE], "elsewhere": ["absent"]}

@@ -226,6 +226,7 @@ def test_a_fault_confined_to_its_own_seeds_has_no_evidence():
     assert diagnose(outcomes, permutations=9).p_value == 1.0
 
 
+@pytest.mark.slow
 def test_alarms_that_ignore_the_fault_give_uniform_p_values_and_chance_accuracy():
     generator = np.random.default_rng(3)
     results = [diagnose(random_table(generator), permutations=39, seed=i) for i in range(60)]

@@ -20,11 +20,13 @@ from analysis.scores.contest import contest, run_scores
 from analysis.scores.delays import Size, blind_table, delays, oracles, size, smallest_table
 from analysis.scores.inference import chance_of_alarms
 from analysis.scores.leaderboard import board
+from tests.described import described
 
 EARLY, SLOW, NORM = "key_shift_residual.over_noise", "qk_delta2_spectrum.entropy.w50", "grad_global_norm"
 ORACLE = "delta_bias_oracle"
 META = {"unit": "1", "bad": "up", "axes": [], "every_steps": 10}
-SIGNALS = dict.fromkeys((EARLY, SLOW, NORM, "weight_norm.q", "unmeasured", ORACLE), META)
+SIGNALS = {name: described(name, bad="up", axes=()) for name in (EARLY, SLOW, NORM, "weight_norm.q", ORACLE)}
+SIGNALS["unmeasured"] = META
 DETECTORS = {
     "told": [ORACLE],
     "laws": [EARLY],

@@ -140,6 +140,7 @@ MEDDLERS = {
 """Detectors that reach for what is not theirs, and then do as the chart ``same``."""
 
 
+@pytest.mark.slow
 def test_a_hostile_detector_has_a_reason_and_changes_no_other_row(folder, tmp_path, capfd):
     codes = {name: code for name, (code, _) in HOSTILE.items()}
     codes |= {name: code.format(root=str(ROOT)) + ENTRANTS["same"] for name, code in MEDDLERS.items()}
@@ -174,6 +175,7 @@ def test_a_hostile_detector_has_a_reason_and_changes_no_other_row(folder, tmp_pa
     pd.testing.assert_frame_equal(with_them.loc[alone.index, own], alone[own], check_exact=True, check_dtype=False)
 
 
+@pytest.mark.slow
 def test_rows_that_are_declined_leave_every_byte_of_the_others(folder, tmp_path):
     path = tmp_path / "leaver.py"
     path.write_text(HOSTILE["leaver"][0])

@@ -55,6 +55,7 @@ def test_impossible_totals_and_counts_are_an_error(totals, counts, message):
             function(totals, counts)
 
 
+@pytest.mark.slow
 def test_bca_covers_the_pooled_mean_at_30_seeds():
     """Near-normal leads with a fifth missed: 95.2 % in 8,000 sets; without the expansion it would be 93.7 %.
 

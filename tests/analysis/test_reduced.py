@@ -10,14 +10,16 @@ from analysis import reduced
 from analysis.detect.detection import Detection
 from analysis.runs.index import read_index
 from analysis.runs.load import load
-from analysis.runs.reduced import merged
+from analysis.runs.reduced import RUNS, merged
 from analysis.scores.contest import contest
 from analysis.scores.sensitivity import label_sensitivity, other_labels
 from experiments import trace
 from experiments.build import ROOT
+from monitors.signal import read_signal
 from tests.analysis.made_up_board import EARLY, LATE, scored
 
 
+@pytest.mark.slow
 def test_a_reduced_folder_scores_as_its_runs_do(folder, tmp_path):
     experiment = load(folder, folder)
     small = tmp_path / "small"
@@ -83,6 +85,15 @@ def test_every_flipped_bit_of_a_reduced_folder_is_an_error(folder, tmp_path):
 
 
 @pytest.mark.parametrize("half", ["dense", "moe"])
+def test_the_committed_runs_describe_their_signals_as_today(half):
+    records = json.loads((ROOT / "results" / "reference_set" / half / RUNS).read_text())
+    assert records["shared"]["schema"] == trace.SCHEMA_VERSION
+    for name, signal in records["shared"]["signals"].items():
+        meaning = read_signal(signal)
+        assert meaning.name == name and meaning.family != "unknown", name
+
+
+@pytest.mark.parametrize("half", ["dense", "moe"])
 def test_the_committed_runs_have_checksums(half):
     committed = ROOT / "results" / "reference_set" / half
     assert set(json.loads((committed / reduced.CHECKSUMS).read_text())) == {
@@ -92,7 +103,7 @@ def test_the_committed_runs_have_checksums(half):
 
 def test_a_reduced_folder_of_another_schema_is_refused(folder, tmp_path, monkeypatch):
     experiment = load(folder, folder)
-    monkeypatch.setattr(trace, "SCHEMA_VERSION", 1)
+    monkeypatch.setattr(trace, "COLUMNS_VERSION", 1)
     reduced.write(experiment.index, [run.trace for run in experiment.runs], other_labels(experiment), tmp_path / "old")
     monkeypatch.undo()
     with pytest.raises(trace.TraceError, match="schema version 1, this code reads 2"):

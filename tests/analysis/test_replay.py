@@ -213,6 +213,7 @@ def test_the_command_is_that_of_the_readme():
     assert "runs=DIR is missing" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_largest_calibration_run_is_a_threshold_of_its_own_name(folder, tmp_path):
     usual, maximum = (
         scored(folder, tmp_path / "out", tracks=("reference",), alpha=0.2, maximum=chosen).loc[("reference", "all")]

@@ -57,6 +57,7 @@ def alarm_rate(band_of, charts, trials: int, alpha: float = ALPHA, bad: str = "b
     return {name: count / trials for name, count in alarms.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("track", ["reference", "self"])
 def test_a_fresh_healthy_run_alarms_at_the_rate_whatever_chart_and_autocorrelation(track):
     """2,000 calibrations; four standard errors of the Monte-Carlo estimate, over ten rates."""

@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
 
-from analysis.detect.bands import UNHEARD_OF, DeclinedSignal, Floor, ReferenceBand, SelfBand, left_out_z
-from analysis.detect.catalogue import PublishedRule, catalogue, family, published_rule
+from analysis.detect.bands import UNHEARD_OF, DeclinedSignal, Exact, Floor, ReferenceBand, SelfBand, left_out_z
+from analysis.detect.published import PublishedRule, published_rule
 from analysis.detect.tracks import TRACKS
 from analysis.runs.align import Aligned
+from analysis.runs.catalogue import catalogue
+from monitors.signal import Signal
+from tests.described import DECLARED
 
 
 def aligned(values, undefined=None) -> Aligned:
@@ -72,30 +75,37 @@ def test_short_input_has_no_z():
 def test_the_floor_track_takes_ratios_only():
     values = aligned([0.5, 2.0, np.inf, 1.0])
     assert Floor().z(values).ravel().tolist() == [0.5, 2.0, np.inf, np.inf]
-    TRACKS["floor"].check_has_say("delta_w_flip_edge.q.w50")
-    assert TRACKS["floor"].band("delta_w_flip_edge.q.w50", []) == Floor()
+    TRACKS["floor"].check_has_say(DECLARED["delta_w_flip_edge.q.w50"])
+    assert TRACKS["floor"].band(DECLARED["delta_w_flip_edge.q.w50"], []) == Floor()
     with pytest.raises(DeclinedSignal, match="no ratio to predicted noise"):
-        TRACKS["floor"].check_has_say("grad_global_norm")
+        TRACKS["floor"].check_has_say(DECLARED["grad_global_norm"])
 
 
 def test_a_residual_over_its_noise_is_measured_from_one_and_the_residual_itself_declined():
-    band = TRACKS["floor"].band("key_shift_residual.over_noise", [])
+    band = TRACKS["floor"].band(DECLARED["key_shift_residual.over_noise"], [])
     assert band.z(aligned([1.0, 3.0])).ravel().tolist() == [0.0, 2.0]
     with pytest.raises(DeclinedSignal, match="no ratio to predicted noise"):
-        TRACKS["floor"].check_has_say("key_shift_residual")
+        TRACKS["floor"].check_has_say(DECLARED["key_shift_residual"])
+
+
+def test_an_exact_signal_is_judged_by_itself():
+    band = Exact()
+    z = band.z(aligned([0.0, 1.0, -1e-9, 5.0, np.nan], [False, False, False, True, True])).ravel()
+    assert z[:3].tolist() == [0.0, UNHEARD_OF, UNHEARD_OF] and np.isnan(z[3:]).all()
+    assert band.z(aligned([0.0, np.nan])).ravel().tolist() == [0.0, np.inf]
 
 
 def test_a_published_rule_is_strict_and_reads_raw_values():
-    rule = published_rule("update_to_weight")
+    rule = published_rule(DECLARED["update_to_weight"])
     assert (rule.above, rule.below) == (1e-2, 1e-4)
     series = aligned([1e-3, 1e-2, 1.01e-2, 5e-5, np.nan])
     assert rule.broken_at(series).tolist() == [False, False, True, True, True]
     missing = aligned([np.nan, 1e-3], [True, False])
     assert rule.broken_at(missing).tolist() == [False, False]
-    assert published_rule("moe_drop_rate") == PublishedRule(1.0, -np.inf)  # percent, as the signal is
+    assert published_rule(DECLARED["moe_drop_rate"]) == PublishedRule(1.0, -np.inf)  # percent, as the signal is
 
 
-@pytest.mark.parametrize("signal", ["qk_delta2_spectrum.entropy.w50", "grad_global_norm", "no_such_monitor"])
+@pytest.mark.parametrize("signal", [DECLARED["grad_global_norm"], Signal("mine", "1", "up")], ids=lambda one: one.name)
 def test_a_rule_without_a_number_is_declined(signal):
     with pytest.raises(DeclinedSignal, match="no published threshold"):
         published_rule(signal)
@@ -105,10 +115,8 @@ def test_the_catalogue_is_whole():
     known = catalogue()
     assert known.index.is_unique
     assert len(known) >= 107 + 5 + 2  # of the paper's field, random-matrix scores, the law of inputs, attention again
-    limits = known[["alarm_above", "alarm_below"]].dropna(how="all")
-    assert known.loc[limits.index, "published_rule"].notna().all()  # a number needs the words that it comes from
-    assert family("qk_delta2_spectrum.entropy.w50") == "attention_update"
-    assert family("mine.q") == "unknown"
+    limited = {signal.reference for signal in DECLARED.values() if (signal.above, signal.below) != (None, None)}
+    assert known.loc[sorted(limited), "published_rule"].notna().all()  # a number needs the words that it comes from
 
 
 def test_a_left_out_run_is_judged_by_the_band_of_the_others():

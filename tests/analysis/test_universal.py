@@ -8,7 +8,7 @@ from scipy.stats import norm
 
 from analysis.detect.bands import DeclinedSignal
 from analysis.detect.detection import Detection
-from analysis.detect.tracks import OVER_NOISE, TRACKS, universal_threshold
+from analysis.detect.tracks import TRACKS, universal_threshold
 from analysis.reports.boards import Request, score_runs
 from analysis.runs.load import load
 from analysis.scores.contest import contest, run_scores
@@ -17,11 +17,17 @@ from monitors.attention_laws import AttentionLaws
 from monitors.attention_recomputed import AttentionRecomputed
 from monitors.linear_laws import LinearLaws
 from monitors.norm_laws import NormLaws
+from monitors.signal import OVER_NOISE
 from monitors.softmax_laws import LogitLaws, RouterLaws
+from tests.described import described
 
 RATIO, OTHER = "key_shift_residual.over_noise", "qk_gauge_residual.matrix.over_noise"
-META = {"unit": "1", "bad": "up", "axes": ["layer", "head"], "every_steps": 10}
-SIGNALS = {RATIO: META, OTHER: META | {"axes": []}, "key_shift_residual": META, "grad_global_norm": META}
+SIGNALS = {
+    RATIO: described(RATIO),
+    OTHER: described(OTHER, axes=()),
+    "key_shift_residual": described("key_shift_residual"),
+    "grad_global_norm": described("grad_global_norm", axes=("layer", "head")),
+}
 DETECTORS = {"laws": [RATIO, OTHER], "residual": ["key_shift_residual"], "loss": ["grad_global_norm"]}
 COUNTS = {"reference": 4, "calibration": 9, "test": 3, "faulty": 2}
 FAULT = {"o": {"shows": {RATIO: 301}, "onset": 301}, "none": {"onset": 301}}
@@ -83,17 +89,17 @@ def test_the_universal_track_judges_attention_alone():
     """Every ratio to predicted noise has a say on the floor track; outside attention the prediction is a scale."""
     of_others = [LinearLaws(1, 1), LogitLaws(1, 1), NormLaws(1, 1), RouterLaws(1)]
     monitors = [AttentionLaws(1, 1), AttentionRecomputed(1, 1), *of_others]
-    names = [signal.name for monitor in monitors for signal in monitor.signals if signal.name.endswith(OVER_NOISE)]
+    ratios = [signal for monitor in monitors for signal in monitor.signals if signal.name.endswith(f".{OVER_NOISE}")]
     judged = set()
-    for name in names:
-        TRACKS["floor"].check_has_say(name)
+    for signal in ratios:
+        TRACKS["floor"].check_has_say(signal)
         try:
-            TRACKS["universal"].check_has_say(name)
-            judged.add(name)
+            TRACKS["universal"].check_has_say(signal)
+            judged.add(signal)
         except DeclinedSignal as error:
-            assert str(error) == f"{name}: its predicted noise is a scale, and gives no threshold by itself"
-    of_attention = [signal.name for monitor in monitors[:2] for signal in monitor.signals]
-    assert judged == {name for name in of_attention if name.endswith(OVER_NOISE)} and len(judged) < len(names)
+            assert str(error) == f"{signal.name}: its predicted noise is a scale, and gives no threshold by itself"
+    of_attention = {signal for monitor in monitors[:2] for signal in monitor.signals}
+    assert judged == of_attention & set(ratios) and len(judged) < len(ratios)
 
 
 def test_a_reading_that_is_not_finite_is_an_alarm(folder):

@@ -40,10 +40,16 @@ FILES = sorted((CONF / "experiment").glob("*.yaml"))
 OF_CASES = [path.stem for path in FILES if "cases" in OmegaConf.load(path)]
 EXPERIMENTS = [path.stem for path in FILES if path.stem not in OF_CASES]
 SCALES = sorted(path.stem for path in (CONF / "scale").glob("*.yaml"))
+QUICK = ("paper_attention", "paper_router_lr")
+"""One experiment of a dense model and one of experts, which every suite composes and trains; the others are slow."""
+
+
+def slow_but(quick, names):
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", slow_but(QUICK, EXPERIMENTS))
 def test_every_cell_composes_and_builds(experiment, scale, text):
     given = [f"experiment={experiment}", f"scale={scale}", "data=text", f"data.path={text}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -97,6 +103,7 @@ def test_every_name_that_a_claim_uses_exists(experiment):
         assert family in settings["detectors"] and set(ignored) <= faults
 
 
+@pytest.mark.slow
 def test_experiments_of_a_scale_share_their_healthy_runs(text):
     """At laptop scale router experiments have one set of healthy runs, dense ones another, paper_attention its own."""
     healthy: dict[str, set[str]] = {}
@@ -119,7 +126,7 @@ def train_healthy(members, out):
         train(run, out)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", slow_but(QUICK, EXPERIMENTS))
 def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, once, tmp_path, monkeypatch):
     """The real command with its launcher, on the tiny model: three faults, few seeds and 60 steps at most.
 
@@ -160,7 +167,7 @@ def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, on
     assert len(trained) == len(models) * len(faults[:3])
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", slow_but(("laptop",), SCALES))
 @pytest.mark.parametrize("experiment", OF_CASES)
 def test_every_case_composes_and_differs_from_the_others(experiment, scale, text):
     given = [f"experiment={experiment}", f"scale={scale}", "data=text", f"data.path={text}"]

@@ -5,15 +5,16 @@ import torch
 import torch.nn as nn
 
 from experiments import bench
-from monitors.base import Lookback, Signal, StepView
+from monitors.base import Lookback, Needs, Signal, StepView
 
 
 class Watcher:
     def __init__(self, every_steps, taps=(), lookbacks=()):
-        self.signals, self.taps, self.lookbacks = (Signal("a", "1", "up", (), every_steps),), taps, lookbacks
+        self.signals = (Signal("a", "1", "up", (), every_steps),)
+        self.needs = Needs(taps=taps, history=lookbacks)
 
     def observe(self, view):
-        return {"a": view.weights_before(50) if self.lookbacks else torch.zeros(())}
+        return {"a": view.weights_before(50) if self.needs.history else torch.zeros(())}
 
 
 def test_a_monitor_is_paid_at_the_steps_at_which_it_reads(monkeypatch):

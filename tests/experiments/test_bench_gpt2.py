@@ -18,7 +18,7 @@ from experiments.monitor_costs import history_seconds, monitor_seconds, period, 
 from experiments.plain_config import construct, monitors_of
 from experiments.training.loop import train
 from models.transformer import Transformer
-from monitors.base import Signal
+from monitors.base import Needs, Signal
 from monitors.watch import Watch
 
 PARTS = ("steps", "monitors", "profile")
@@ -35,6 +35,7 @@ def rehearsal(once):
     return json.loads((once("rehearsal", rehearse) / "cpu-gpt2-tiny.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_piece_is_rehearsed(rehearsal):
     assert rehearsal["complete"] and not rehearsal["not_reached"]
     names = [name for part in PARTS for name in rehearsal[part]]
@@ -112,7 +113,7 @@ class Counted:
     """A monitor that is due at every step, and has more to read at every tenth."""
 
     signals = (Signal("a", "1", "up"), Signal("b", "1", "up", every_steps=10))
-    lookbacks = ()
+    needs = Needs()
 
     def __init__(self):
         self.steps = []

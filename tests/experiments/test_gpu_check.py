@@ -62,6 +62,7 @@ def wrong_kernel(monkeypatch):
     return install
 
 
+@pytest.mark.slow
 def test_a_right_kernel_passes_every_check():
     assert check_healthy(Shape(2, 1, 9, 37, 24), DEVICE, SMALL_TILES)["ok"]
     assert check_faults(GROUPED, "backward", "truncate", 1.0, DEVICE, ONE_TILE)["ok"]
@@ -71,6 +72,7 @@ def test_a_right_kernel_passes_every_check():
     assert check_compiled(Shape(1, 1, None, 5, 16), DEVICE, ONE_TILE, faulty(7), backend="aot_eager")["ok"]
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_fails_them(wrong_kernel):
     wrong_kernel(window=8)
     assert not check_healthy(Shape(2, 1, 9, 37, 24), DEVICE, SMALL_TILES)["ok"]

@@ -143,3 +143,19 @@ def test_what_does_not_stack_says_so(make_run, name):
     assert why_single(make_run(*FAULTS[name])) == (
         f"fault: {operation} is not allowed with train.stack: it is applied in single runs alone"
     )
+
+
+def test_the_log_goes_on_after_a_resume(make_run):
+    run = make_run("fault=gradient_scale")
+    healthy = run.healthy_sites()
+    sites = run.fault.sites(0, healthy)
+    whole, first, resumed = (run.new_engine() for _ in range(3))
+    for step in range(12):
+        whole.step(step, [sites])
+    for step in range(4):
+        first.step(step, [sites])
+    resumed.load([first.state_of(0)])
+    for step in range(4, 12):
+        resumed.step(step, [sites])
+    assert resumed.logs[0].entries() == whole.logs[0].entries()
+    assert {entry["steps"] for entry in resumed.logs[0].entries()} == {10}

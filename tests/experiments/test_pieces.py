@@ -44,6 +44,7 @@ def test_a_run_that_leaves_off_says_so_in_one_line(tiny, text, tmp_path, monkeyp
     assert (next(tmp_path.iterdir()) / "weights.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_an_experiment_goes_on_piece_by_piece_until_its_report(tiny, text, tmp_path, monkeypatch, capsys):
     arguments = [
         "data=text", f"data.path={text}", *tiny, "train.steps=60", "scale.attention_steps=60",

@@ -5,6 +5,7 @@ from experiments.train import run_one
 from experiments.training.loop import train_stack
 
 
+@pytest.mark.slow
 def test_an_experiment_stacks_its_runs_and_trains_the_others_one_by_one(text, tiny, tmp_path, monkeypatch):
     """The real command with its launcher: the attention fault and an LR ramp stack, a smaller batch does not."""
     arguments = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -220,15 +221,21 @@ def test_a_finished_run_is_skipped_by_its_stack(make_stack, tmp_path):
     assert weights.stat().st_mtime_ns == before
 
 
-def test_monitors_that_know_nothing_of_stacks_watch_run_by_run(make_stack, tmp_path, monkeypatch):
+def test_monitors_that_know_nothing_of_stacks_watch_run_by_run(make_stack, tmp_path):
     """Training has the same bits; readings are of the same tensors, in another order of sums."""
     overrides = (*RMSNORM, "train.steps=20", "train.checkpoint_every_steps=8")
     whole = [tmp_path / "whole" / one["run_id"] for one in train_stack(make_stack(*overrides), tmp_path / "whole")]
-    for unaware in (Loss, AttentionScores, DeltaW, AdamUpdateRMS, GradientCurvature, DeltaBiasOracle):
-        monkeypatch.delattr(unaware, "stackable")
+    unaware = (Loss, AttentionScores, DeltaW, AdamUpdateRMS, GradientCurvature, DeltaBiasOracle)
+
+    def unaware_stack():
+        runs = make_stack(*overrides)
+        for monitor in (one for run in runs for one in run.monitors.values() if isinstance(one, unaware)):
+            monitor.needs = replace(monitor.needs, stackable=False)
+        return runs
+
     with pytest.raises(Killed):
-        train_stack(make_stack(*overrides), tmp_path / "out", stop_at(12))
-    train_stack(make_stack(*overrides), tmp_path / "out")
+        train_stack(unaware_stack(), tmp_path / "out", stop_at(12))
+    train_stack(unaware_stack(), tmp_path / "out")
     for one in whole:
         other = tmp_path / "out" / one.name
         assert (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()

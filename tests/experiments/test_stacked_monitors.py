@@ -18,7 +18,7 @@ from experiments.training.stacked_history import SliceHistory
 from experiments.training.stacked_watch import StackedWatch, _SeenAs, _WithRules, slice_view, stackable
 from models.bits import truncate
 from models.trees import tensors_of
-from monitors.base import StepView, due_readings, state_of, tapped
+from monitors.base import Needs, StepView, due_readings, state_of, tapped
 from monitors.optimization import Loss
 from tests.experiments.reading_bounds import ROUNDINGS, error_bound
 from tests.other_order import OtherBatchedOrder
@@ -115,7 +115,7 @@ def test_each_run_gets_its_own_memory_back(make_run, order):
 
 def test_a_monitor_that_watches_run_by_run_reads_of_each_run_that_is_still_recorded(make_run):
     class Alone(Loss):
-        stackable = False
+        needs = Needs()
 
     runs = [replace(make_run(*fault), monitors={"alone": Alone()}) for fault in FAULTS]
     for watch, view, of_runs in views(runs, break_one=False):
@@ -125,6 +125,7 @@ def test_a_monitor_that_watches_run_by_run_reads_of_each_run_that_is_still_recor
         assert reading.value[[0, 2]].tolist() == [of_runs[0].loss.item(), of_runs[2].loss.item()]
 
 
+@pytest.mark.slow
 def test_a_step_of_a_watched_stack_takes_as_many_operations_for_8_runs_as_for_4(monkeypatch):
     """Two faults and two learning rates in either; from step 81 to 100 every monitor but the curvature's reads."""
     small = replace(bench_stack.NANO, d_model=16, d_ff=32, context_length=16)

@@ -40,6 +40,7 @@ def alive(pid: int) -> bool:
     return state != "" and not state.startswith("Z")
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent_and_the_same_command_resumes_to_the_same_bits(tiny, text, tmp_path):
     """SIGTERM, then SIGKILL, of an experiment with two workers; the third time it is left alone."""
     out = tmp_path / "runs"

@@ -1,5 +1,6 @@
 import errno
 import os
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -7,6 +8,7 @@ import pytest
 
 from experiments import trace
 from experiments.trace import TraceError
+from monitors.signal import Signal
 
 MANIFEST = {
     "schema": trace.SCHEMA_VERSION,
@@ -124,6 +126,28 @@ def test_repeated_steps_are_an_error(folder):
         _ = trace.read(folder).signals
 
 
+def test_what_the_manifest_says_of_a_signal_is_read(folder):
+    loss = Signal("loss", "nats/token", "up", family="optimization")
+    trace.write_manifest(folder, MANIFEST | {"signals": {"loss": asdict(loss)}})
+    assert trace.read(folder).described == {"loss": loss}
+
+
+@pytest.mark.parametrize("signal", [{"unit": "1"}, {"unit": "1", "bad": "up", "axes": [], "mood": "good"}])
+def test_a_manifest_that_describes_no_signal_is_named(folder, signal):
+    trace.write_manifest(folder, MANIFEST | {"signals": {"loss": signal}})
+    with pytest.raises(TraceError, match="does not describe its signals: .*(axes|mood)"):
+        _ = trace.read(folder).described
+
+
+def test_an_older_manifest_is_read_as_today_s(folder):
+    old = {"name": "nan_inf_events", "unit": "count", "bad": "up", "axes": [], "every_steps": 1}
+    old |= {"constant_when_healthy": True}
+    trace.write_manifest(folder, MANIFEST | {"schema": 2, "signals": {"nan_inf_events": old}})
+    read = trace.read(folder)
+    assert read.manifest["schema"] == trace.SCHEMA_VERSION
+    assert read.described["nan_inf_events"].family == "observability"
+
+
 def test_an_older_run_without_checksums_is_read_unchecked(folder):
     trace.write_manifest(folder, MANIFEST)
     trace.write_part(folder, 31, 31, columns([31]))
@@ -133,7 +157,7 @@ def test_an_older_run_without_checksums_is_read_unchecked(folder):
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ({"schema": 99}, "schema version 99, this code reads 2"),
+        ({"schema": 99}, "schema version 99, and this code reads 3 and 2: train the run again"),
         ({"end_reason": "running"}, "unfinished"),
         ({"end_reason": "failed"}, "unfinished"),
     ],

@@ -21,6 +21,7 @@ INDUCTOR = pytest.param(  # fuses, and so leaves out roundings to BF16: two of t
     "inductor",
     2.5 * BF16,
     marks=[
+        pytest.mark.slow,
         pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler"),
         pytest.mark.skipif(VECTORS == "DEFAULT", reason="inductor's vector code does not compile under this setting"),
     ],

@@ -128,7 +128,7 @@ def test_the_fp32_o_is_that_of_fp32_sums_and_is_not_returned(tiles):
     assert torch.equal(kept, kept_too) and torch.equal(kept.bfloat16(), ordinary) and not torch.equal(kept, ordinary)
 
 
-@pytest.mark.parametrize("tiles", [ONE_TILE, SMALL_TILES])
+@pytest.mark.parametrize("tiles", [ONE_TILE, pytest.param(SMALL_TILES, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arithmetic", [Arithmetic(delta="p"), Arithmetic(stored_o="fp32"), Arithmetic("bf16")])
 def test_a_fault_meets_every_arithmetic_as_in_the_reference(arithmetic, tiles):
     """Each site in a group of heads of its own: one kernel shows them all."""

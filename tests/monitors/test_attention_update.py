@@ -284,7 +284,7 @@ def test_attention_weight_reads_the_weights_themselves(tiny_run):
     monitor = AttentionWeight(5)
     run = tiny_run(monitor)
     got = monitor.observe(run.advance())
-    assert monitor.lookbacks == () and {signal.every_steps for signal in monitor.signals} == {5}
+    assert monitor.needs.history == () and {signal.every_steps for signal in monitor.signals} == {5}
     for matrix, layer in itertools.product(MATRICES, range(LAYERS)):
         expected = statistics(run.past[1][name_of(layer, matrix)])
         close(got[f"weight_norm.{matrix}"][layer], expected["norm"])

@@ -83,6 +83,7 @@ def test_the_laws_are_those_of_fp32():
         assert ratios(watched(name)).keys() == ratios(watched(name, precision="fp32")).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 def test_it_holds_at_gpt2_s_width(trained_steps, mlp):
     monitor = LinearLaws(every_steps=1, token_stride=1)

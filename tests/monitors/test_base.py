@@ -1,9 +1,9 @@
-"""Signals, and the history that hands every lookback the weights of its step."""
+"""The history that hands every lookback the weights of its step, and a monitor's memory."""
 
 import pytest
 import torch
 
-from monitors.base import Lookback, Monitor, Signal, state_of
+from monitors.base import Lookback, Monitor, Needs, state_of
 from monitors.optimization import GradientNorm, Loss, UpdateToWeight
 
 
@@ -13,7 +13,7 @@ class Watcher:
     signals = ()
 
     def __init__(self, *lookbacks):
-        self.lookbacks = lookbacks
+        self.needs = Needs(history=lookbacks)
 
     def observe(self, view):
         return {}
@@ -115,23 +115,6 @@ def test_a_step_that_nobody_asked_for_is_not_there(tiny_run):
     assert run.history.at(-1) is None
     with pytest.raises(KeyError):
         run.history.at(1)
-
-
-def test_an_impossible_lookback_is_refused():
-    with pytest.raises(ValueError, match=r"monitor\.windows=0 "):
-        Lookback(0, 1, every_name)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"bad": "sideways"}, "signal x: bad='sideways' .*up, down, both"),
-        ({"bad": "up", "every_steps": 0}, "monitor.every_steps=0 "),
-    ],
-)
-def test_an_impossible_signal_is_refused_by_name(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Signal("x", "1", **arguments)
 
 
 def test_only_a_monitor_with_memory_has_a_state():

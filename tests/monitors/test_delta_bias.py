@@ -104,7 +104,7 @@ def test_it_says_that_it_is_an_oracle_and_does_not_count_the_fault_twice(trained
     counted = [block.attention.nonfinite.item() for block in run.model.blocks]
     assert counted[1] > 0
     got = monitor.observe(view)["delta_bias_oracle"]
-    assert monitor.oracle and got[1, 0].isnan()
+    assert monitor.needs.oracle and got[1, 0].isnan()
     assert [block.attention.nonfinite.item() for block in run.model.blocks] == counted
 
 

@@ -81,7 +81,7 @@ def test_observing_changes_nothing(tiny_run):
 
 def test_it_is_a_counter_that_stays_put_on_a_healthy_run():
     (signal,) = NonFinite(1).signals
-    assert signal.constant_when_healthy and signal.bad == "up" and signal.name == "nan_inf_events"
+    assert signal.kind == "exact" and signal.bad == "up" and signal.name == "nan_inf_events"
 
 
 @pytest.mark.parametrize("every_steps", [0, 2])

@@ -1,0 +1,59 @@
+"""What a monitor needs of the run that it watches, declared in one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from models.taps import PLACES
+from monitors.choices import check_choice
+
+VIEW = ("batch", "routings", "optimizer", "numerics", "objective_at")
+"""Fields of ``StepView`` that not every loop can fill."""
+
+
+@dataclass(frozen=True)
+class Lookback:
+    """A monitor's wish to see, at every multiple of ``every_steps``, some weights as they were ``steps`` ago."""
+
+    steps: int
+    every_steps: int
+    wants: Callable[[str], bool]
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"monitor.windows={self.steps} is not allowed: at least 1 step")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a monitor needs beside the weights, the loss and the gradient norm, which every step shows.
+
+    view: the fields of ``StepView`` that it reads, of ``VIEW``. A monitor that reads ``numerics``, what the fault does,
+        is an oracle: a bound, and no rival.
+    taps: the places whose activations and gradients it reads, of ``models.taps.PLACES``.
+    history: the earlier weights that it compares with.
+    experts: whether the model must have routers. A monitor that needs them is left out of a dense run.
+    stackable: whether ``torch.vmap`` may run ``observe`` over a stack of runs. It then branches on no tensor's value,
+        keeps its memory in ``state_dict`` alone, takes a learning rate for a tensor, and asks for the objective by a
+        function ``on_trailing_axes`` (``monitors.trailing``). Any other monitor watches a stack run by run.
+
+    Raises ValueError for an unknown field or place, with the nearest one.
+    """
+
+    view: tuple[str, ...] = ()
+    taps: tuple[str, ...] = ()
+    history: tuple[Lookback, ...] = ()
+    experts: bool = False
+    stackable: bool = False
+
+    def __post_init__(self) -> None:
+        for field in self.view:
+            check_choice("needs.view", field, VIEW)
+        for place in self.taps:
+            check_choice("needs.taps", place, PLACES)
+
+    @property
+    def oracle(self) -> bool:
+        """Whether the monitor reads what the fault does."""
+        return "numerics" in self.view
