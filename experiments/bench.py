@@ -21,19 +21,18 @@ from statistics import median
 from typing import Any
 
 import torch
+from foreshock.analysis.runs.simulated import simulate_experiment
+from foreshock.analysis.scores.costs import MonitorCost, costs_of, detector_cost, taps_share
+from foreshock.experiments.build import ROOT, Run, build_run
+from foreshock.experiments.cli import CONF
+from foreshock.experiments.trace import write_whole
+from foreshock.experiments.usage import fail, misused, show_help
+from foreshock.monitors.base import Monitor, StepView, WeightHistory, tapped
+from foreshock.monitors.spectra import qk_increment
+from foreshock.monitors.watch import cadences, is_due
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
-
-from analysis.runs.simulated import simulate_experiment
-from analysis.scores.costs import MonitorCost, costs_of, detector_cost, taps_share
-from experiments.build import ROOT, Run, build_run
-from experiments.cli import CONF
-from experiments.trace import write_whole
-from experiments.usage import fail, misused, show_help
-from monitors.base import Monitor, StepView, WeightHistory, tapped
-from monitors.spectra import qk_increment
-from monitors.watch import cadences, is_due
 
 STEPS = {"mha_nano": 120, "mha_small": 24}
 CONSERVATION = ("attention_laws", "linear_laws", "logit_laws", "norm_laws", "router_laws")

@@ -16,20 +16,25 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import torch
+from foreshock.experiments.targets import check_targets, target_class
+from foreshock.experiments.training.data import Corpus, DataConfig
+from foreshock.experiments.training.equivalences import canonical
+from foreshock.experiments.training.identity import (
+    WITHOUT_EFFECT,
+    fault_sources,
+    identifier,
+    observation_id,
+    training_sources,
+)
+from foreshock.experiments.training.single_engine import SingleEngine
+from foreshock.experiments.training.source_code import digest_of
+from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
+from foreshock.faults.base import Fault, Sites
+from foreshock.faults.fit import check_fits
+from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.monitors.base import Monitor, Signal
 from omegaconf import DictConfig, OmegaConf
-
-from experiments.targets import check_targets, target_class
-from experiments.training.data import Corpus, DataConfig
-from experiments.training.equivalences import canonical
-from experiments.training.identity import WITHOUT_EFFECT, fault_sources, identifier, observation_id, training_sources
-from experiments.training.single_engine import SingleEngine
-from experiments.training.source_code import digest_of
-from experiments.training.train_config import TrainConfig
-from experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
-from faults.base import Fault, Sites
-from faults.fit import check_fits
-from models.transformer import Transformer, TransformerConfig
-from monitors.base import Monitor, Signal
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_KEYS = ("seed", "fault", "model", "data", "train", "monitor")

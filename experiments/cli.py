@@ -10,20 +10,19 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from foreshock.experiments.build import ROOT
+from foreshock.experiments.multirun import in_multirun, run_job, run_jobs
+from foreshock.experiments.pieces import UNFINISHED_CODE, Unfinished
+from foreshock.experiments.trace import TraceError
+from foreshock.experiments.training.checkpoint import RunError
+from foreshock.experiments.training.out_of_memory import OutOfMemory
+from foreshock.experiments.training.stopping import Stopped, stoppable
+from foreshock.experiments.validation import did_you_mean
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
-from experiments.build import ROOT
-from experiments.multirun import in_multirun, run_job, run_jobs
-from experiments.pieces import UNFINISHED_CODE, Unfinished
-from experiments.trace import TraceError
-from experiments.training.checkpoint import RunError
-from experiments.training.out_of_memory import OutOfMemory
-from experiments.training.stopping import Stopped, stoppable
-from experiments.validation import did_you_mean
 
 CONF = str(ROOT / "conf")
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from foreshock.experiments.training.checkpoint import RunError
+from foreshock.experiments.training.stopping import check_in
 from joblib import Parallel, delayed, effective_n_jobs
-
-from experiments.training.checkpoint import RunError
-from experiments.training.stopping import check_in
 
 Job, Result = TypeVar("Job"), TypeVar("Result")
 

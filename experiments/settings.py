@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from foreshock.experiments.validation import Distinct, Node, check_node
 from pydantic import ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
-
-from experiments.validation import Distinct, Node, check_node
 
 
 class TrainCommand(Node):

@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from foreshock.faults.card import InjectionCard
+from foreshock.faults.corrupt import Corrupt, OperationFault
+from foreshock.faults.operation import Moment, Operation, Training
+from foreshock.models.transformer import PARAMETER_GROUPS, TransformerConfig, parameter_group, skeleton
 from torch import Tensor
-
-from faults.card import InjectionCard
-from faults.corrupt import Corrupt, OperationFault
-from faults.operation import Moment, Operation, Training
-from models.transformer import PARAMETER_GROUPS, TransformerConfig, parameter_group, skeleton
 
 
 @dataclass(frozen=True)

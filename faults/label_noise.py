@@ -9,11 +9,10 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
+from foreshock.faults.card import InjectionCard
+from foreshock.faults.corrupt import Corrupt, OperationFault
+from foreshock.faults.operation import Moment, Operation
 from torch import Tensor
-
-from faults.card import InjectionCard
-from faults.corrupt import Corrupt, OperationFault
-from faults.operation import Moment, Operation
 
 
 @dataclass(frozen=True)

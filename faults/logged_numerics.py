@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from foreshock.faults.log import InjectionLog
+from foreshock.models.numerics import AttentionNumerics, LayerNumerics
+from foreshock.models.stacked import StackedNumerics
 from torch import Tensor
-
-from faults.log import InjectionLog
-from models.numerics import AttentionNumerics, LayerNumerics
-from models.stacked import StackedNumerics
 
 
 class _LoggedLayer(LayerNumerics):

@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from foreshock.models.transformer import TransformerConfig
 from torch import Tensor
-
-from models.transformer import TransformerConfig
 
 
 class Training(Protocol):

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from foreshock.faults.operation import Moment, OptimizerOperation, TensorOperation
+from foreshock.models.batch import inputs_and_targets
+from foreshock.models.corruption import Log
 from torch import Tensor, nn
-
-from faults.operation import Moment, OptimizerOperation, TensorOperation
-from models.batch import inputs_and_targets
-from models.corruption import Log
 
 
 @torch.no_grad()

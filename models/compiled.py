@@ -19,9 +19,8 @@ from types import MethodType
 from typing import Any
 
 import torch
+from foreshock.models.transformer import Block, Transformer
 from torch import Tensor
-
-from models.transformer import Block, Transformer
 
 
 def _before_attention(block: Block, x_BTE: Tensor) -> tuple[Tensor, ...]:

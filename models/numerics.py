@@ -8,10 +8,9 @@ from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
+from foreshock.models.arithmetic import ORDINARY, Arithmetic
+from foreshock.models.bits import BitOperation
 from torch import Tensor
-
-from models.arithmetic import ORDINARY, Arithmetic
-from models.bits import BitOperation
 
 
 class Heads(Protocol):

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from foreshock.models.numerics import at_least_fp32
+from foreshock.models.taps import Tap
 from torch import Tensor
-
-from models.numerics import at_least_fp32
-from models.taps import Tap
 
 
 @dataclass(frozen=True)

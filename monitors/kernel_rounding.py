@@ -12,10 +12,9 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from foreshock.models.taps import Tap
+from foreshock.monitors.fast_exp import fast_exp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from models.taps import Tap
-from monitors.fast_exp import fast_exp
 
 
 @dataclass(frozen=True)

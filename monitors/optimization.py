@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from foreshock.monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
 from torch import Tensor
-
-from monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
 
 FAMILY = "optimization"
 

@@ -33,10 +33,9 @@ predictions are mean squares, (B, G), in the squared unit of the law's numerator
 from __future__ import annotations
 
 import torch
+from foreshock.monitors.attention_twin import Twin
+from foreshock.monitors.conservation import over_group, per_query_head, relative, size, squared_norm
 from torch import Tensor
-
-from monitors.attention_twin import Twin
-from monitors.conservation import over_group, per_query_head, relative, size, squared_norm
 
 FP32_U = 2.0**-24
 """Largest relative error of one rounding to FP32."""

@@ -11,9 +11,8 @@ import math
 from collections.abc import Sequence
 
 import torch
+from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from torch import Tensor
-
-from monitors.base import Masked, Needs, Reading, Signal, StepView
 
 PER_LAYER = ("layer",)
 FAMILY = "router"

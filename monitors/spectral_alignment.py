@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
+from foreshock.models.numerics import at_least_fp32
+from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
+from foreshock.monitors.eigen import eigenvectors
 from torch import Tensor
-
-from models.numerics import at_least_fp32
-from monitors.base import Masked, Needs, Reading, Signal, StepView
-from monitors.eigen import eigenvectors
 
 LAYERS = {
     "q": "attention.q",

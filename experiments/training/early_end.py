@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
+from foreshock.experiments.training.train_config import TrainConfig
 from torch import Tensor
-
-from experiments.training.train_config import TrainConfig
 
 
 def drawup_limit(config: TrainConfig) -> float:

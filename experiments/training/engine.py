@@ -20,11 +20,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from foreshock.faults.base import Sites
+from foreshock.faults.log import InjectionLog
+from foreshock.monitors.base import StepView
 from torch import Tensor, nn
-
-from faults.base import Sites
-from faults.log import InjectionLog
-from monitors.base import StepView
 
 NOTHING: frozenset[str] = frozenset()
 

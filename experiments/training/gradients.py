@@ -6,12 +6,11 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from foreshock.faults.base import Sites
+from foreshock.models.moe import Routing
+from foreshock.models.taps import Taps
+from foreshock.models.transformer import Transformer
 from torch import Tensor
-
-from faults.base import Sites
-from models.moe import Routing
-from models.taps import Taps
-from models.transformer import Transformer
 
 
 class Backward(NamedTuple):

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-
-from experiments.build import Run
+from foreshock.experiments.build import Run
 
 
 class OutOfMemory(Exception):

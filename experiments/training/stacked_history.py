@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from foreshock.models.trees import stack_trees
+from foreshock.monitors.base import WeightHistory
 from torch import Tensor
-
-from models.trees import stack_trees
-from monitors.base import WeightHistory
 
 
 class SliceHistory(WeightHistory):

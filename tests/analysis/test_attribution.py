@@ -3,11 +3,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import kstest
-from sklearn.model_selection import LeaveOneGroupOut
-from sklearn.naive_bayes import BernoulliNB
-
-from analysis.locate.attribution import (
+from foreshock.analysis.locate.attribution import (
     PEAK_POWER,
     _named,
     alarm_probabilities,
@@ -17,6 +13,9 @@ from analysis.locate.attribution import (
     seed_folds,
     selectivity,
 )
+from scipy.stats import kstest
+from sklearn.model_selection import LeaveOneGroupOut
+from sklearn.naive_bayes import BernoulliNB
 
 
 def table(*runs):

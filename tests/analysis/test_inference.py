@@ -3,9 +3,7 @@ import warnings
 
 import numpy as np
 import pytest
-from scipy import stats
-
-from analysis.scores.inference import (
+from foreshock.analysis.scores.inference import (
     bca_interval,
     chance_of_alarms,
     clopper_pearson_interval,
@@ -22,6 +20,7 @@ from analysis.scores.inference import (
     seed_mean,
     wilson_interval,
 )
+from scipy import stats
 
 FAULTS = 5
 

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-
-from experiments.training.data import Corpus, DataConfig
+from foreshock.experiments.training.data import Corpus, DataConfig
 
 CONTEXT = 16
 

@@ -1,10 +1,9 @@
 """Objects of ``conf/`` built without Hydra are those that it builds."""
 
 import pytest
+from foreshock.experiments import build
+from foreshock.experiments.plain_config import construct, monitors_of
 from omegaconf import OmegaConf
-
-from experiments import build
-from experiments.plain_config import construct, monitors_of
 
 
 def told(monitor):

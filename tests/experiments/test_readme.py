@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-
-from analysis.detect.entrants import check_causal, entrant_of
-from experiments import trace
-from experiments.build import ROOT, construct
-from experiments.training.loop import train
-from faults.base import Fault, LearningRateScale, Sites
-from monitors.base import Monitor, StepView, due_readings
+from foreshock.analysis.detect.entrants import check_causal, entrant_of
+from foreshock.experiments import trace
+from foreshock.experiments.build import ROOT, construct
+from foreshock.experiments.training.loop import train
+from foreshock.faults.base import Fault, LearningRateScale, Sites
+from foreshock.monitors.base import Monitor, StepView, due_readings
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

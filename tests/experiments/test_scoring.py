@@ -3,13 +3,12 @@
 import copy
 
 import pytest
+from foreshock.experiments.cli import CONF
+from foreshock.experiments.plan import PlannedRun
+from foreshock.experiments.reproduce import chosen_experiment
+from foreshock.experiments.scoring import check_runs, check_settings
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-
-from experiments.cli import CONF
-from experiments.plan import PlannedRun
-from experiments.reproduce import chosen_experiment
-from experiments.scoring import check_runs, check_settings
 
 
 def settings_of(*given):

@@ -3,9 +3,8 @@
 import sys
 
 import pytest
-
-from experiments.cli import check_overrides
-from experiments.targets import check_targets, target_class
+from foreshock.experiments.cli import check_overrides
+from foreshock.experiments.targets import check_targets, target_class
 
 PLUGIN = """
 import subprocess

@@ -5,10 +5,9 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 import pytest
-
-from experiments import trace
-from experiments.trace import TraceError
-from monitors.signal import Signal
+from foreshock.experiments import trace
+from foreshock.experiments.trace import TraceError
+from foreshock.monitors.signal import Signal
 
 MANIFEST = {
     "schema": trace.SCHEMA_VERSION,

@@ -3,12 +3,11 @@
 import dataclasses
 
 import pytest
-
-from faults.base import Fault, LearningRateScale, Sites, Window
-from faults.bf16_shift import BF16Shift
-from faults.none import NoFault
-from models.numerics import HEALTHY
-from models.transformer import PARAMETER_GROUPS
+from foreshock.faults.base import Fault, LearningRateScale, Sites, Window
+from foreshock.faults.bf16_shift import BF16Shift
+from foreshock.faults.none import NoFault
+from foreshock.models.numerics import HEALTHY
+from foreshock.models.transformer import PARAMETER_GROUPS
 
 HEALTHY_SITES = Sites(batch_size=16)
 

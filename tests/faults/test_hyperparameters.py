@@ -1,11 +1,10 @@
 """Learning-rate, batch and auxiliary-loss faults: what they do to a step's sites, and what they refuse."""
 
 import pytest
-
-from faults.aux_loss_off import AuxLossOff
-from faults.base import LearningRateScale, Sites
-from faults.batch_shrink import BatchShrink
-from faults.lr_scale import LRScale
+from foreshock.faults.aux_loss_off import AuxLossOff
+from foreshock.faults.base import LearningRateScale, Sites
+from foreshock.faults.batch_shrink import BatchShrink
+from foreshock.faults.lr_scale import LRScale
 
 HEALTHY = Sites(batch_size=16)
 

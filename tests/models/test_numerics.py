@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
-from models.bits import ROUNDINGS, round_half_up, truncate
-from models.numerics import (
+from foreshock.models.bits import ROUNDINGS, round_half_up, truncate
+from foreshock.models.numerics import (
     FORWARD_SITES,
     HEALTHY,
     HEALTHY_LAYER,

@@ -1,8 +1,7 @@
 """What a monitor needs is declared in one value, and an unknown need is named."""
 
 import pytest
-
-from monitors.needs import Lookback, Needs
+from foreshock.monitors.needs import Lookback, Needs
 
 
 @pytest.mark.parametrize(
