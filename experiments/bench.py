@@ -272,7 +272,7 @@ def scoring_cost(signals: int = 100) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "runs"
         simulate_experiment(runs, counts, meta, detectors, faults, baseline="baseline", steps=2500, alpha=0.05)
-        command = [sys.executable, "-m", "analysis.score", f"runs={runs}", f"out={folder}/scores"]
+        command = [sys.executable, "-m", "foreshock.analysis.score", f"runs={runs}", f"out={folder}/scores"]
         wall = _seconds(lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {"scoring_wall_s": wall, "scoring_peak_gib": peak / 2**20}

@@ -92,7 +92,16 @@ def _check_kind(where: str, value: Any, kind: Any) -> None:
             _check_kind(f"{where}.{name}", one, get_args(kind)[1])
     elif not _is_a(value, kind):
         wanted, made = getattr(kind, "__name__", str(kind)), type(value).__name__
-        raise ValueError(f"{where}._target_ is not allowed: it makes a {made}, and a {wanted} is needed")
+        lacks = [name for name in _members(kind) if not hasattr(value, name)]
+        why = f": it has no {', no '.join(lacks)}" if lacks else ""
+        raise ValueError(f"{where}._target_ is not allowed: it makes a {made}, and a {wanted} is needed{why}")
+
+
+def _members(kind: Any) -> list[str]:
+    """What a protocol asks for; nothing for any other class."""
+    if not getattr(kind, "_is_protocol", False):
+        return []
+    return [*getattr(kind, "__annotations__", {}), *(name for name in vars(kind) if not name.startswith("_"))]
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -54,7 +54,7 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str
             and "/" not in key
             and not line.startswith("+")
             and isinstance(node, DictConfig)
-            and leaf not in node.keys()  # which also lists what has to be given
+            and leaf not in set(node.keys())  # which also lists what has to be given
         ):
             known = {str(name) for name in node if name != "_target_"} | (set() if parent else _groups())
             return f"{key} is not a key of the configuration{did_you_mean(leaf, sorted(known))}"

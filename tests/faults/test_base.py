@@ -93,7 +93,7 @@ def test_an_intermittent_fault_acts_once_a_period(make_run):
 
 
 def test_two_module_faults_on_one_tensor_meet(make_run):
-    with pytest.raises(ValueError, match="ModuleFault.* and ModuleFault.* meet: only one of them"):
+    with pytest.raises(ValueError, match=r"ModuleFault.* and ModuleFault.* meet: only one of them"):
         make_run(
             "fault=combined",
             "~fault.faults.attention",

@@ -1,4 +1,4 @@
-"""Layers that multiply FP8 or INT8 numbers keep the laws of what they multiplied, and break them where a product is wrong."""
+"""Layers that multiply FP8 or INT8 numbers keep the laws of what they multiplied; a wrong product breaks them."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def overall(values):
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_every_law_stands_at_what_rounding_predicts(format_):
-    """Over 16 batches. Sums of products of short numbers round less often in FP32 than those of full ones: no lower end."""
+    """Over 16 batches. Sums of products of short numbers round less often in FP32 than of full ones: no lower end."""
     runs = [ratios(watched(format_, seed)) for seed in range(16)]
     for law in runs[0]:
         found = overall([run[law] for run in runs])
