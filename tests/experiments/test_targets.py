@@ -89,7 +89,7 @@ def test_a_run_takes_a_plugin_by_the_key(make_run, plugin):
     overrides = ["fault=none", "fault._target_=odd_faults.Odd"]
     with pytest.raises(ValueError, match=r"fault._target_='odd_faults.Odd' is not allowed"):
         make_run(*overrides)
-    overrides = [*overrides, "~fault.family", f"plugins=[{plugin}]"]
+    overrides = [*overrides, f"plugins=[{plugin}]"]
     run = make_run(*overrides)
     assert run.fault.onset == 3 and "plugins" not in run.config
     with pytest.raises(ValueError, match="it makes a Half, and a Fault is needed: it has no describe"):
