@@ -8,11 +8,11 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import foreshock.faults.base
 import pytest
-from foreshock.experiments.build import ROOT
 
-import faults.base
+import foreshock.faults.base
+import foreshock.faults.base
+from foreshock.experiments.build import ROOT
 from foreshock.names import FOLDERS
 
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]

@@ -3,11 +3,12 @@
 import sys
 
 import pytest
+
 from foreshock.experiments.cli import check_overrides
 from foreshock.experiments.targets import check_targets, target_class
 
 PLUGIN = """
-from faults.card import InjectionCard
+from foreshock.faults.card import InjectionCard
 import subprocess
 from dataclasses import dataclass
 print("imported")
