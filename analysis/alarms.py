@@ -1,5 +1,5 @@
 """The threshold of a monitor of one's own: the public name of what ``analysis.detect.alarms`` computes."""
 
-from analysis.detect.alarms import conformal_threshold
+from foreshock.analysis.detect.alarms import conformal_threshold
 
 __all__ = ["conformal_threshold"]

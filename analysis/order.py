@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.runs.csv_table import read_table
-from analysis.scores.inference import bca_interval, max_t_test
-from experiments.usage import fail, misused, show_help
-from experiments.validation import check_distinct
+from foreshock.analysis.runs.csv_table import read_table
+from foreshock.analysis.scores.inference import bca_interval, max_t_test
+from foreshock.experiments.usage import fail, misused, show_help
+from foreshock.experiments.validation import check_distinct
 
 OPTIONS = {"table", "detector", "against", "fault", "model", "track"}
 DEFAULTS = {"fault": "attention", "track": "reference"}

@@ -22,15 +22,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.detect.bands import DeclinedSignal, ReferenceBand
-from analysis.runs.align import hold, thin
-from analysis.runs.load import load
-from analysis.runs.reduced import CHECKSUMS, INDEX, RUNS, SIGNALS, read
-from analysis.scores.sensitivity import other_labels
-from experiments import trace
-from experiments.files import sha256, write_whole
-from experiments.trace import Series, Trace, TraceError
-from experiments.usage import misused, show_help
+from foreshock.analysis.detect.bands import DeclinedSignal, ReferenceBand
+from foreshock.analysis.runs.align import hold, thin
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.runs.reduced import CHECKSUMS, INDEX, RUNS, SIGNALS, read
+from foreshock.analysis.scores.sensitivity import other_labels
+from foreshock.experiments import trace
+from foreshock.experiments.files import sha256, write_whole
+from foreshock.experiments.trace import Series, Trace, TraceError
+from foreshock.experiments.usage import misused, show_help
 
 __all__ = ["main", "read", "write"]
 

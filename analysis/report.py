@@ -12,21 +12,21 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from analysis.figures.leads import lead_figure
-from analysis.reports.cases import make_case_report
-from analysis.reports.kinds.base import one_of_each_model
-from analysis.reports.kinds.by_name import kind_of
-from analysis.reports.page import page, verdict
-from analysis.reports.summary import print_summary
-from analysis.runs.experiment import Experiment
-from analysis.runs.load import has_cases, load, views
-from analysis.runs.readings import end_table
-from analysis.scores.claims import check_claims
-from analysis.scores.contest import Contest, contest
-from analysis.scores.receipts import write_receipts
-from analysis.scores.table import in_unit, lead_table, run_table
-from experiments.trace import TraceError
-from experiments.usage import misused, show_help
+from foreshock.analysis.figures.leads import lead_figure
+from foreshock.analysis.reports.cases import make_case_report
+from foreshock.analysis.reports.kinds.base import one_of_each_model
+from foreshock.analysis.reports.kinds.by_name import kind_of
+from foreshock.analysis.reports.page import page, verdict
+from foreshock.analysis.reports.summary import print_summary
+from foreshock.analysis.runs.experiment import Experiment
+from foreshock.analysis.runs.load import has_cases, load, views
+from foreshock.analysis.runs.readings import end_table
+from foreshock.analysis.scores.claims import check_claims
+from foreshock.analysis.scores.contest import Contest, contest
+from foreshock.analysis.scores.receipts import write_receipts
+from foreshock.analysis.scores.table import in_unit, lead_table, run_table
+from foreshock.experiments.trace import TraceError
+from foreshock.experiments.usage import misused, show_help
 
 
 def _draw(contests: Sequence[Contest], report: Path) -> list[tuple[str, Path]]:

@@ -22,13 +22,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from analysis.detect.isolation import DEFAULT_LIMITS, Limits
-from analysis.detect.tracks import TRACKS
-from analysis.reports.boards import Request, score_runs
-from analysis.reports.leaderboard_print import print_board
-from analysis.scores.outcome import score
-from experiments.trace import TraceError
-from experiments.usage import show_help
+from foreshock.analysis.detect.isolation import DEFAULT_LIMITS, Limits
+from foreshock.analysis.detect.tracks import TRACKS
+from foreshock.analysis.reports.boards import Request, score_runs
+from foreshock.analysis.reports.leaderboard_print import print_board
+from foreshock.analysis.scores.outcome import score
+from foreshock.experiments.trace import TraceError
+from foreshock.experiments.usage import show_help
 
 __all__ = ["main", "score"]
 

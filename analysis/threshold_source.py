@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.detect.alarms import chart_statistics, conformal_rank, first_alarm, fitted
-from analysis.detect.bands import DeclinedSignal
-from analysis.detect.detection import Chart, Detection
-from analysis.detect.rules import make_rule
-from analysis.runs.experiment import Experiment
-from analysis.runs.load import load
-from analysis.scores.outcome import score
-from analysis.scores.table import median_step
-from experiments.trace import TraceError
-from experiments.usage import fail, misused, show_help
+from foreshock.analysis.detect.alarms import chart_statistics, conformal_rank, first_alarm, fitted
+from foreshock.analysis.detect.bands import DeclinedSignal
+from foreshock.analysis.detect.detection import Chart, Detection
+from foreshock.analysis.detect.rules import make_rule
+from foreshock.analysis.runs.experiment import Experiment
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.scores.outcome import score
+from foreshock.analysis.scores.table import median_step
+from foreshock.experiments.trace import TraceError
+from foreshock.experiments.usage import fail, misused, show_help
 
 
 def charts(experiment: Experiment, signal: str) -> dict[str, Chart]:

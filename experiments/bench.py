@@ -25,15 +25,15 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from analysis.runs.simulated import simulate_experiment
-from analysis.scores.costs import MonitorCost, costs_of, detector_cost, taps_share
-from experiments.build import ROOT, Run, build_run
-from experiments.cli import CONF
-from experiments.trace import write_whole
-from experiments.usage import fail, misused, show_help
-from monitors.base import Monitor, StepView, WeightHistory, tapped
-from monitors.spectra import qk_increment
-from monitors.watch import cadences, is_due
+from foreshock.analysis.runs.simulated import simulate_experiment
+from foreshock.analysis.scores.costs import MonitorCost, costs_of, detector_cost, taps_share
+from foreshock.experiments.build import ROOT, Run, build_run
+from foreshock.experiments.cli import CONF
+from foreshock.experiments.trace import write_whole
+from foreshock.experiments.usage import fail, misused, show_help
+from foreshock.monitors.base import Monitor, StepView, WeightHistory, tapped
+from foreshock.monitors.spectra import qk_increment
+from foreshock.monitors.watch import cadences, is_due
 
 STEPS = {"mha_nano": 120, "mha_small": 24}
 CONSERVATION = ("attention_laws", "linear_laws", "logit_laws", "norm_laws", "router_laws")
@@ -273,7 +273,7 @@ def scoring_cost(signals: int = 100) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "runs"
         simulate_experiment(runs, counts, meta, detectors, faults, baseline="baseline", steps=2500, alpha=0.05)
-        command = [sys.executable, "-m", "analysis.score", f"runs={runs}", f"out={folder}/scores"]
+        command = [sys.executable, "-m", "foreshock.analysis.score", f"runs={runs}", f"out={folder}/scores"]
         wall = _seconds(lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {"scoring_wall_s": wall, "scoring_peak_gib": peak / 2**20}

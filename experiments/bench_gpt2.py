@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from experiments.gpt2_pieces import pieces
-from experiments.gpt2_sizes import SIZES, Size
-from experiments.gpu_record import ROOT, Record, check_gpu, end, file_name, machine
-from experiments.usage import fail, show_help
+from foreshock.experiments.gpt2_pieces import pieces
+from foreshock.experiments.gpt2_sizes import SIZES, Size
+from foreshock.experiments.gpu_record import ROOT, Record, check_gpu, end, file_name, machine
+from foreshock.experiments.usage import fail, show_help
 
 LIMIT_S = 480.0
 LONGEST_PIECE_S = 100.0

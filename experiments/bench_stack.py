@@ -25,20 +25,20 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experiments.gpt2_training import RandomTokens
-from experiments.plain_config import construct, monitors_of
-from experiments.training.engine import Engine
-from experiments.training.recorder import Recorder
-from experiments.training.single_engine import SingleEngine
-from experiments.training.stacked_engine import StackedEngine
-from experiments.training.stacked_watch import StackedWatch
-from experiments.training.train_config import TrainConfig
-from experiments.usage import fail, misused, show_help
-from faults.base import LearningRateScale, Sites
-from models.numerics import AttentionNumerics, SiteFault
-from models.transformer import Transformer, TransformerConfig
-from monitors.base import Monitor
-from monitors.watch import Watch
+from foreshock.experiments.gpt2_training import RandomTokens
+from foreshock.experiments.plain_config import construct, monitors_of
+from foreshock.experiments.training.engine import Engine
+from foreshock.experiments.training.recorder import Recorder
+from foreshock.experiments.training.single_engine import SingleEngine
+from foreshock.experiments.training.stacked_engine import StackedEngine
+from foreshock.experiments.training.stacked_watch import StackedWatch
+from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.experiments.usage import fail, misused, show_help
+from foreshock.faults.base import LearningRateScale, Sites
+from foreshock.models.numerics import AttentionNumerics, SiteFault
+from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.monitors.base import Monitor
+from foreshock.monitors.watch import Watch
 
 NANO = TransformerConfig(d_model=64, n_layers=2, n_heads=2, d_ff=256, context_length=64, vocab_size=256)
 BATCH_SIZE = 16

@@ -18,18 +18,24 @@ from typing import Any, Union, get_args, get_origin
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.targets import check_targets, target_class
-from experiments.training.data import Corpus, DataConfig
-from experiments.training.equivalences import canonical
-from experiments.training.identity import WITHOUT_EFFECT, fault_sources, identifier, observation_id, training_sources
-from experiments.training.single_engine import SingleEngine
-from experiments.training.source_code import digest_of
-from experiments.training.train_config import TrainConfig
-from experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
-from faults.base import Fault, Sites
-from faults.fit import check_fits
-from models.transformer import Transformer, TransformerConfig
-from monitors.base import Monitor, Signal
+from foreshock.experiments.targets import check_targets, target_class
+from foreshock.experiments.training.data import Corpus, DataConfig
+from foreshock.experiments.training.equivalences import canonical
+from foreshock.experiments.training.identity import (
+    WITHOUT_EFFECT,
+    fault_sources,
+    identifier,
+    observation_id,
+    training_sources,
+)
+from foreshock.experiments.training.single_engine import SingleEngine
+from foreshock.experiments.training.source_code import digest_of
+from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
+from foreshock.faults.base import Fault, Sites
+from foreshock.faults.fit import check_fits
+from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.monitors.base import Monitor, Signal
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_KEYS = ("seed", "fault", "model", "data", "train", "monitor")
@@ -87,7 +93,16 @@ def _check_kind(where: str, value: Any, kind: Any) -> None:
             _check_kind(f"{where}.{name}", one, get_args(kind)[1])
     elif not _is_a(value, kind):
         wanted, made = getattr(kind, "__name__", str(kind)), type(value).__name__
-        raise ValueError(f"{where}._target_ is not allowed: it makes a {made}, and a {wanted} is needed")
+        lacks = [name for name in _members(kind) if not hasattr(value, name)]
+        why = f": it has no {', no '.join(lacks)}" if lacks else ""
+        raise ValueError(f"{where}._target_ is not allowed: it makes a {made}, and a {wanted} is needed{why}")
+
+
+def _members(kind: Any) -> list[str]:
+    """What a protocol asks for; nothing for any other class."""
+    if not getattr(kind, "_is_protocol", False):
+        return []
+    return [*getattr(kind, "__annotations__", {}), *(name for name in vars(kind) if not name.startswith("_"))]
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -16,14 +16,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.build import ROOT
-from experiments.multirun import in_multirun, run_job, run_jobs
-from experiments.pieces import UNFINISHED_CODE, Unfinished
-from experiments.trace import TraceError
-from experiments.training.checkpoint import RunError
-from experiments.training.out_of_memory import OutOfMemory
-from experiments.training.stopping import Stopped, stoppable
-from experiments.validation import did_you_mean
+from foreshock.experiments.build import ROOT
+from foreshock.experiments.multirun import in_multirun, run_job, run_jobs
+from foreshock.experiments.pieces import UNFINISHED_CODE, Unfinished
+from foreshock.experiments.trace import TraceError
+from foreshock.experiments.training.checkpoint import RunError
+from foreshock.experiments.training.out_of_memory import OutOfMemory
+from foreshock.experiments.training.stopping import Stopped, stoppable
+from foreshock.experiments.validation import did_you_mean
 
 CONF = str(ROOT / "conf")
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
@@ -55,7 +55,7 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str
             and "/" not in key
             and not line.startswith("+")
             and isinstance(node, DictConfig)
-            and leaf not in node.keys()  # which also lists what has to be given
+            and leaf not in set(node.keys())  # which also lists what has to be given
         ):
             known = {str(name) for name in node if name != "_target_"} | (set() if parent else _groups())
             return f"{key} is not a key of the configuration{did_you_mean(leaf, sorted(known))}"

@@ -14,8 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 from joblib import Parallel, delayed, effective_n_jobs
 
-from experiments.training.checkpoint import RunError
-from experiments.training.stopping import check_in
+from foreshock.experiments.training.checkpoint import RunError
+from foreshock.experiments.training.stopping import check_in
 
 Job, Result = TypeVar("Job"), TypeVar("Result")
 

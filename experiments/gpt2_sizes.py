@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from experiments.gpt2_training import Training
-from experiments.plain_config import construct
-from experiments.training.train_config import TrainConfig
-from faults.base import Sites
-from models.numerics import HEALTHY, AttentionNumerics
-from models.transformer import TransformerConfig
+from foreshock.experiments.gpt2_training import Training
+from foreshock.experiments.plain_config import construct
+from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.faults.base import Sites
+from foreshock.models.numerics import HEALTHY, AttentionNumerics
+from foreshock.models.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)

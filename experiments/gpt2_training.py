@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.training.gradients import Backward
-from experiments.training.single_engine import SingleEngine
-from experiments.training.train_config import TrainConfig
-from faults.base import Sites
-from models.numerics import AttentionNumerics
-from models.transformer import Transformer, TransformerConfig
-from monitors.base import StepView
+from foreshock.experiments.training.gradients import Backward
+from foreshock.experiments.training.single_engine import SingleEngine
+from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.faults.base import Sites
+from foreshock.models.numerics import AttentionNumerics
+from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.monitors.base import StepView
 
 
 class RandomTokens:

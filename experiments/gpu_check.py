@@ -13,10 +13,10 @@ from functools import partial
 
 import torch
 
-from experiments.gpu_correctness import checks
-from experiments.gpu_record import Record, begin, end
-from experiments.gpu_speed import Case, cases, measure
-from experiments.usage import show_help
+from foreshock.experiments.gpu_correctness import checks
+from foreshock.experiments.gpu_record import Record, begin, end
+from foreshock.experiments.gpu_speed import Case, cases, measure
+from foreshock.experiments.usage import show_help
 
 LIMIT_S = 540.0
 SPEED_FROM_S = 300.0

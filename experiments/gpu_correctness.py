@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.arithmetic import Arithmetic
-from models.attention import attention
-from models.bits import ROUNDINGS
-from models.numerics import (
+from foreshock.models.arithmetic import Arithmetic
+from foreshock.models.attention import attention
+from foreshock.models.bits import ROUNDINGS
+from foreshock.models.numerics import (
     FORWARD_SITES,
     HEALTHY_LAYER,
     KEY_VALUE_SITES,
@@ -27,8 +27,8 @@ from models.numerics import (
     LayerNumerics,
     SiteFault,
 )
-from models.tiles import Tiles, pinned_tiles
-from models.visibility import visible_keys
+from foreshock.models.tiles import Tiles, pinned_tiles
+from foreshock.models.visibility import visible_keys
 
 NAMES = ("o", "dq", "dk", "dv")
 Check = Callable[[], dict[str, Any]]

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.gpu_record import first_line
-from models.flash import flash_attention_triton
-from models.numerics import HEALTHY_LAYER, LayerNumerics, SiteFault
-from models.tiles import Tiles, pinned_tiles
+from foreshock.experiments.gpu_record import first_line
+from foreshock.models.flash import flash_attention_triton
+from foreshock.models.numerics import HEALTHY_LAYER, LayerNumerics, SiteFault
+from foreshock.models.tiles import Tiles, pinned_tiles
 
 TOKENS, HEADS = 16384, 16
 D_HEADS = (64, 128)

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from experiments.gpu_record import Record, begin, end, first_line
-from experiments.gpu_speed import Case, in_turns, passes, triton_attention
-from experiments.usage import show_help
-from models.numerics import HEALTHY_LAYER
-from models.tiles import Tile, Tiles, pinned_tiles
+from foreshock.experiments.gpu_record import Record, begin, end, first_line
+from foreshock.experiments.gpu_speed import Case, in_turns, passes, triton_attention
+from foreshock.experiments.usage import show_help
+from foreshock.models.numerics import HEALTHY_LAYER
+from foreshock.models.tiles import Tile, Tiles, pinned_tiles
 
 DEVICE = torch.device("cuda")
 LIMIT_S, LONGEST_PIECE_S = 540.0, 60.0

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from monitors.base import Masked, Reading, Signal
-from monitors.signal import EXACT
+from foreshock.monitors.base import Masked, Reading, Signal
+from foreshock.monitors.signal import EXACT
 
 WINDOW_SAMPLES = 10
 LIMIT = 12.0

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from monitors.signal import read_signal
+from foreshock.monitors.signal import read_signal
 
 ADDITIONS = Path(__file__).with_name("signals_of_schema_2.json")
 WINDOW = re.compile(r"\.w\d+$")

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from experiments.gpt2_training import Training, in_turns, seconds
-from experiments.gpu_record import first_line
-from monitors.base import Monitor, StepView, WeightHistory, tapped
-from monitors.watch import Watch, cadences, is_due
+from foreshock.experiments.gpt2_training import Training, in_turns, seconds
+from foreshock.experiments.gpu_record import first_line
+from foreshock.monitors.base import Monitor, StepView, WeightHistory, tapped
+from foreshock.monitors.watch import Watch, cadences, is_due
 
 TURNS = 5
 LONG_S = 0.5

@@ -16,9 +16,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from experiments.files import write_whole
-from experiments.pieces import UNFINISHED_CODE, Unfinished
-from experiments.training.stopping import asked, end_if_orphaned, end_with_parent, launching, sweep_folder
+from foreshock.experiments.files import write_whole
+from foreshock.experiments.pieces import UNFINISHED_CODE, Unfinished
+from foreshock.experiments.training.stopping import asked, end_if_orphaned, end_with_parent, launching, sweep_folder
 
 BAD_JOB = "bad-job-"
 

@@ -20,16 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from analysis.runs.index import read_index
-from experiments import trace
-from experiments.build import Run, build_run
-from experiments.usage import fail, misused, show_help
-from experiments.validation import check_named
-from models.arithmetic import ROUNDS_TO_ONE, Arithmetic
-from models.numerics import HEALTHY, AttentionNumerics, SiteFault, to_bf16_grid
-from models.taps import Taps
-from models.transformer import Transformer
-from monitors.attention_scores import causal_scores, tapped_inputs, window_of
+from foreshock.analysis.runs.index import read_index
+from foreshock.experiments import trace
+from foreshock.experiments.build import Run, build_run
+from foreshock.experiments.usage import fail, misused, show_help
+from foreshock.experiments.validation import check_named
+from foreshock.models.arithmetic import ROUNDS_TO_ONE, Arithmetic
+from foreshock.models.numerics import HEALTHY, AttentionNumerics, SiteFault, to_bf16_grid
+from foreshock.models.taps import Taps
+from foreshock.models.transformer import Transformer
+from foreshock.monitors.attention_scores import causal_scores, tapped_inputs, window_of
 
 BATCHES = 16
 BELOW_FREXP = 9

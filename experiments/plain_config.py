@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from experiments.targets import check_targets, target_class
+from foreshock.experiments.targets import check_targets, target_class
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

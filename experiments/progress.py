@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
-from experiments.live import LiveAlarms
-from monitors.base import Reading, Signal
+from foreshock.experiments.live import LiveAlarms
+from foreshock.monitors.base import Reading, Signal
 
 REFRESH_S = 0.5
 ALARMS_SHARE = 0.01

@@ -22,21 +22,21 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.report import make_report
-from analysis.runs.align import AXES
-from analysis.runs.index import check_parts
-from experiments.build import Run, build_run
-from experiments.cli import COMPOSE_ERRORS, CONF, explain, guarded, one_line_errors
-from experiments.executors import Executor, executor_of
-from experiments.files import sealed, write_whole
-from experiments.names import check_name
-from experiments.plan import PlannedRun, plan, plan_cases
-from experiments.scoring import check_runs, check_settings
-from experiments.settings import ReproduceCommand, check_command
-from experiments.sweep import sweep
-from experiments.train import describe
-from experiments.training.data import load_once
-from experiments.validation import check_named
+from foreshock.analysis.report import make_report
+from foreshock.analysis.runs.align import AXES
+from foreshock.analysis.runs.index import check_parts
+from foreshock.experiments.build import Run, build_run
+from foreshock.experiments.cli import COMPOSE_ERRORS, CONF, explain, guarded, one_line_errors
+from foreshock.experiments.executors import Executor, executor_of
+from foreshock.experiments.files import sealed, write_whole
+from foreshock.experiments.names import check_name
+from foreshock.experiments.plan import PlannedRun, plan, plan_cases
+from foreshock.experiments.scoring import check_runs, check_settings
+from foreshock.experiments.settings import ReproduceCommand, check_command
+from foreshock.experiments.sweep import sweep
+from foreshock.experiments.train import describe
+from foreshock.experiments.training.data import load_once
+from foreshock.experiments.validation import check_named
 
 CONFIG_NAME = "reproduce"
 

@@ -22,14 +22,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments import trace
-from experiments.build import Run, build_run
-from experiments.training import equivalences
-from experiments.training.identity import observation_id, trajectory_sources
-from experiments.training.loop import CHECKSUM_EVERY_STEPS
-from experiments.training.run_writer import weights_sha256
-from experiments.training.source_code import digest_of
-from experiments.usage import fail, misused, show_help
+from foreshock.experiments import trace
+from foreshock.experiments.build import Run, build_run
+from foreshock.experiments.training import equivalences
+from foreshock.experiments.training.identity import observation_id, trajectory_sources
+from foreshock.experiments.training.loop import CHECKSUM_EVERY_STEPS
+from foreshock.experiments.training.run_writer import weights_sha256
+from foreshock.experiments.training.source_code import digest_of
+from foreshock.experiments.usage import fail, misused, show_help
 
 USAGE = "python -m experiments.runs [list|adopt|prune] [out=runs] [delete=true]"
 COMMANDS = ("list", "adopt", "prune")

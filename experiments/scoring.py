@@ -6,21 +6,21 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.detect.alarms import conformal_rank
-from analysis.detect.bands import MIN_REFERENCE_RUNS
-from analysis.detect.controls import CONTROLS
-from analysis.detect.rules import make_rule
-from analysis.reports.kinds.by_name import BY_SIZE, CASES, DRAWINGS, NEEDED
-from analysis.runs.checks import check_alike
-from analysis.runs.experiment import HEALTHY
-from analysis.runs.index import Seeds
-from analysis.scores.contest import ALL_FAULTS
-from experiments.build import Run
-from experiments.plan import PlannedRun
-from experiments.trace import Trace
-from experiments.training.run_writer import HELD_OUT
-from experiments.validation import check_named, check_node, nearest
-from faults.base import Fault
+from foreshock.analysis.detect.alarms import conformal_rank
+from foreshock.analysis.detect.bands import MIN_REFERENCE_RUNS
+from foreshock.analysis.detect.controls import CONTROLS
+from foreshock.analysis.detect.rules import make_rule
+from foreshock.analysis.reports.kinds.by_name import BY_SIZE, CASES, DRAWINGS, NEEDED
+from foreshock.analysis.runs.checks import check_alike
+from foreshock.analysis.runs.experiment import HEALTHY
+from foreshock.analysis.runs.index import Seeds
+from foreshock.analysis.scores.contest import ALL_FAULTS
+from foreshock.experiments.build import Run
+from foreshock.experiments.plan import PlannedRun
+from foreshock.experiments.trace import Trace
+from foreshock.experiments.training.run_writer import HELD_OUT
+from foreshock.experiments.validation import check_named, check_node, nearest
+from foreshock.faults.base import Fault
 
 
 def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], given: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from experiments.validation import Distinct, Node, check_node
+from foreshock.experiments.validation import Distinct, Node, check_node
 
 
 class TrainCommand(Node):

@@ -11,20 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments import trace
-from experiments.build import Run, build_run
-from experiments.cli import USER_ERRORS
-from experiments.executors import Executor
-from experiments.pieces import Unfinished, in_pieces
-from experiments.plan import PlannedRun
-from experiments.progress import RunInSweep, StackProgress, SweepProgress
-from experiments.train import signals_of, train_shown
-from experiments.training.checkpoint import RunError
-from experiments.training.data import load_once
-from experiments.training.loop import train_stack
-from experiments.training.missing_readings import is_complete
-from experiments.training.stacking import stacks, why_single
-from experiments.training.stopping import asked, end_if_orphaned, end_with_parent, launching
+from foreshock.experiments import trace
+from foreshock.experiments.build import Run, build_run
+from foreshock.experiments.cli import USER_ERRORS
+from foreshock.experiments.executors import Executor
+from foreshock.experiments.pieces import Unfinished, in_pieces
+from foreshock.experiments.plan import PlannedRun
+from foreshock.experiments.progress import RunInSweep, StackProgress, SweepProgress
+from foreshock.experiments.train import signals_of, train_shown
+from foreshock.experiments.training.checkpoint import RunError
+from foreshock.experiments.training.data import load_once
+from foreshock.experiments.training.loop import train_stack
+from foreshock.experiments.training.missing_readings import is_complete
+from foreshock.experiments.training.stacking import stacks, why_single
+from foreshock.experiments.training.stopping import asked, end_if_orphaned, end_with_parent, launching
 
 Config = Mapping[str, Any]
 """What ``build_run`` takes."""

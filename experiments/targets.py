@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from foreshock.names import importable, short
+
 PACKAGES = {
     "fault": ("faults",),
     "model": ("models",),
@@ -54,11 +56,11 @@ def target_class(target: str, where: str) -> type:
     """
     module, _, name = target.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(importable(module)), name)
     except Exception as error:  # a plugin may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{where}={target!r} cannot be loaded: {reason}{_nearest(target)}") from None
-    if not isinstance(found, type) or not _is_within(found.__module__, (module,)):
+    if not isinstance(found, type) or not _is_within(short(found.__module__), (module,)):
         raise ValueError(f"{where}={target!r} is not allowed: {module} defines no class {name}{_nearest(target)}")
     return found
 

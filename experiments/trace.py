@@ -25,9 +25,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.files import damage, read_checked, sealed, sha256, unsealed, write_whole
-from experiments.migration import from_schema_2
-from monitors.signal import Signal, read_signal
+from foreshock.experiments.files import damage, read_checked, sealed, sha256, unsealed, write_whole
+from foreshock.experiments.migration import from_schema_2
+from foreshock.monitors.signal import Signal, read_signal
 
 TRACE, WEIGHTS = "trace", "weights.safetensors"
 

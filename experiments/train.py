@@ -10,16 +10,16 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.build import Run, build_run
-from experiments.cli import CONF, guarded, one_line_errors
-from experiments.pieces import Unfinished
-from experiments.progress import RunProgress
-from experiments.settings import TrainCommand, check_command
-from experiments.training.data import Corpus, DataConfig
-from experiments.training.loop import train
-from experiments.training.stopping import asked
-from models.transformer import Transformer
-from monitors.base import Signal
+from foreshock.experiments.build import Run, build_run
+from foreshock.experiments.cli import CONF, guarded, one_line_errors
+from foreshock.experiments.pieces import Unfinished
+from foreshock.experiments.progress import RunProgress
+from foreshock.experiments.settings import TrainCommand, check_command
+from foreshock.experiments.training.data import Corpus, DataConfig
+from foreshock.experiments.training.loop import train
+from foreshock.experiments.training.stopping import asked
+from foreshock.models.transformer import Transformer
+from foreshock.monitors.base import Signal
 
 
 def describe(run: Run) -> str:

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from faults.card import InjectionCard
-from faults.corrupt import Corrupt, OperationFault
-from faults.operation import Operation, Training
-from models.transformer import TransformerConfig
+from foreshock.faults.card import InjectionCard
+from foreshock.faults.corrupt import Corrupt, OperationFault
+from foreshock.faults.operation import Operation, Training
+from foreshock.models.transformer import TransformerConfig
 
 EPSILON = 1e-8
 """Adam's epsilon in a healthy run, PyTorch's default."""

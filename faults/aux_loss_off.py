@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from faults.base import Sites, WindowedFault
-from faults.card import InjectionCard
+from foreshock.faults.base import Sites, WindowedFault
+from foreshock.faults.card import InjectionCard
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from faults.card import Injection, InjectionCard
-from faults.operation import Operation, OptimizerOperation, SiteValue, TensorOperation, Training
-from faults.window import Window
-from models.arithmetic import ORDINARY
-from models.backend import FAULT_SITES
-from models.corruption import ModuleFault
-from models.flash import check_numerics
-from models.numerics import HEALTHY, AttentionNumerics
-from models.transformer import PARAMETER_GROUPS, TransformerConfig
+from foreshock.faults.card import Injection, InjectionCard
+from foreshock.faults.operation import Operation, OptimizerOperation, SiteValue, TensorOperation, Training
+from foreshock.faults.window import Window
+from foreshock.models.arithmetic import ORDINARY
+from foreshock.models.backend import FAULT_SITES
+from foreshock.models.corruption import ModuleFault
+from foreshock.models.flash import check_numerics
+from foreshock.models.numerics import HEALTHY, AttentionNumerics
+from foreshock.models.transformer import PARAMETER_GROUPS, TransformerConfig
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from faults.base import Sites, WindowedFault
-from faults.card import InjectionCard
+from foreshock.faults.base import Sites, WindowedFault
+from foreshock.faults.card import InjectionCard
 
 LR_RULES = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
 """Exponent of (new batch / healthy batch) on the learning rate."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from faults.card import InjectionCard
-from faults.corrupt import Corrupt, OperationFault
-from models.numerics import AttentionNumerics, SiteFault
+from foreshock.faults.card import InjectionCard
+from foreshock.faults.corrupt import Corrupt, OperationFault
+from foreshock.models.numerics import AttentionNumerics, SiteFault
 
 
 @dataclass(frozen=True)

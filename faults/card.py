@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from faults.window import Window
+from foreshock.faults.window import Window
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from faults.base import Fault, Sites
-from faults.card import InjectionCard
+from foreshock.faults.base import Fault, Sites
+from foreshock.faults.card import InjectionCard
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from faults.base import Sites, WindowedFault
-from faults.window import Window
+from foreshock.faults.base import Sites, WindowedFault
+from foreshock.faults.window import Window
 
 
 @dataclass(frozen=True)

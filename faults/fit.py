@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from faults.base import Fault, Sites
-from faults.combined import Combined
-from faults.operation import Training
-from models.transformer import TransformerConfig
+from foreshock.faults.base import Fault, Sites
+from foreshock.faults.combined import Combined
+from foreshock.faults.operation import Training
+from foreshock.models.transformer import TransformerConfig
 
 
 def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:

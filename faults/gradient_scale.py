@@ -9,10 +9,10 @@ from functools import cached_property
 
 from torch import Tensor
 
-from faults.card import InjectionCard
-from faults.corrupt import Corrupt, OperationFault
-from faults.operation import Moment, Operation, Training
-from models.transformer import PARAMETER_GROUPS, TransformerConfig, parameter_group, skeleton
+from foreshock.faults.card import InjectionCard
+from foreshock.faults.corrupt import Corrupt, OperationFault
+from foreshock.faults.operation import Moment, Operation, Training
+from foreshock.models.transformer import PARAMETER_GROUPS, TransformerConfig, parameter_group, skeleton
 
 
 @dataclass(frozen=True)

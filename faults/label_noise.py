@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from faults.card import InjectionCard
-from faults.corrupt import Corrupt, OperationFault
-from faults.operation import Moment, Operation
+from foreshock.faults.card import InjectionCard
+from foreshock.faults.corrupt import Corrupt, OperationFault
+from foreshock.faults.operation import Moment, Operation
 
 
 @dataclass(frozen=True)

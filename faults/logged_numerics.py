@@ -8,9 +8,9 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from faults.log import InjectionLog
-from models.numerics import AttentionNumerics, LayerNumerics
-from models.stacked import StackedNumerics
+from foreshock.faults.log import InjectionLog
+from foreshock.models.numerics import AttentionNumerics, LayerNumerics
+from foreshock.models.stacked import StackedNumerics
 
 
 class _LoggedLayer(LayerNumerics):

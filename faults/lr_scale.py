@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from faults.base import Sites, WindowedFault
-from faults.card import InjectionCard
-from models.transformer import PARAMETER_GROUPS
+from foreshock.faults.base import Sites, WindowedFault
+from foreshock.faults.card import InjectionCard
+from foreshock.models.transformer import PARAMETER_GROUPS
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from faults.card import InjectionCard
-from faults.corrupt import Corrupt, OperationFault
-from models.corruption import ModuleFault
+from foreshock.faults.card import InjectionCard
+from foreshock.faults.corrupt import Corrupt, OperationFault
+from foreshock.models.corruption import ModuleFault
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from faults.card import InjectionCard
-from faults.corrupt import Corrupt, OperationFault
-from models.arithmetic import ORDINARY, Arithmetic
-from models.numerics import AttentionNumerics
+from foreshock.faults.card import InjectionCard
+from foreshock.faults.corrupt import Corrupt, OperationFault
+from foreshock.models.arithmetic import ORDINARY, Arithmetic
+from foreshock.models.numerics import AttentionNumerics
 
 
 @dataclass(frozen=True)

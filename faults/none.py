@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from faults.base import Sites
-from faults.card import InjectionCard
+from foreshock.faults.base import Sites
+from foreshock.faults.card import InjectionCard
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.transformer import TransformerConfig
+from foreshock.models.transformer import TransformerConfig
 
 
 class Training(Protocol):

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from faults.operation import Moment, OptimizerOperation, TensorOperation
-from models.batch import inputs_and_targets
-from models.corruption import Log
+from foreshock.faults.operation import Moment, OptimizerOperation, TensorOperation
+from foreshock.models.batch import inputs_and_targets
+from foreshock.models.corruption import Log
 
 
 @torch.no_grad()

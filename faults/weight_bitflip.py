@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from faults.card import InjectionCard
-from faults.corrupt import Corrupt, OperationFault
-from faults.operation import Moment, Operation, Training
-from models.transformer import TransformerConfig, skeleton
+from foreshock.faults.card import InjectionCard
+from foreshock.faults.corrupt import Corrupt, OperationFault
+from foreshock.faults.operation import Moment, Operation, Training
+from foreshock.models.transformer import TransformerConfig, skeleton
 
 SIGN_BIT = 32
 

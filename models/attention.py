@@ -33,11 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.arithmetic import product_in_bf16, row_shift
-from models.flash import flash_attention_triton
-from models.numerics import HEALTHY_LAYER, LayerNumerics, to_bf16_grid
-from models.tiles import Tiles
-from models.visibility import check_shapes, score_mask, visible_keys
+from foreshock.models.arithmetic import product_in_bf16, row_shift
+from foreshock.models.flash import flash_attention_triton
+from foreshock.models.numerics import HEALTHY_LAYER, LayerNumerics, to_bf16_grid
+from foreshock.models.tiles import Tiles
+from foreshock.models.visibility import check_shapes, score_mask, visible_keys
 
 LOG2_E = math.log2(math.e)
 """Kernels take exp(x) as exp2(x log2 e); so do we, and on a CPU it is the fast one at -inf."""

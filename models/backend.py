@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from models.flash import D_HEADS, load_kernels, takes_d_head
+from foreshock.models.flash import D_HEADS, load_kernels, takes_d_head
 
 BACKENDS = ("auto", "reference", "triton", "sdpa")
 """``reference``: ``models.attention``, plain PyTorch on any device. ``triton``: ``models.flash``, the same with the

@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from models.visibility import visible_keys
+from foreshock.models.visibility import visible_keys
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 

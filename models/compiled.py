@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.transformer import Block, Transformer
+from foreshock.models.transformer import Block, Transformer
 
 
 def _before_attention(block: Block, x_BTE: Tensor) -> tuple[Tensor, ...]:

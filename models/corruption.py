@@ -19,9 +19,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from models.attention import DotProduct
-from models.bits import BitOperation
-from models.transformer import TransformerConfig, skeleton
+from foreshock.models.attention import DotProduct
+from foreshock.models.bits import BitOperation
+from foreshock.models.transformer import TransformerConfig, skeleton
 
 MODULE_SITES = ("y", "dy", "dx", "dw")
 """Of a module: its output; the gradient that arrives at its output (of the head: what the loss kernel computed); the

@@ -17,11 +17,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from models.flash_arithmetic import KernelArithmetic, encode_arithmetic
-from models.flash_faults import BACKWARD, FORWARD, AttentionShape, constants, encode, fault_table, operation
-from models.numerics import SITES, LayerNumerics
-from models.tiles import Tiles
-from models.visibility import check_shapes
+from foreshock.models.flash_arithmetic import KernelArithmetic, encode_arithmetic
+from foreshock.models.flash_faults import BACKWARD, FORWARD, AttentionShape, constants, encode, fault_table, operation
+from foreshock.models.numerics import SITES, LayerNumerics
+from foreshock.models.tiles import Tiles
+from foreshock.models.visibility import check_shapes
 
 FORBIDDEN = 2
 """``torch.get_deterministic_debug_mode`` where what is not deterministic is an error, and not a warning."""
@@ -40,13 +40,13 @@ def load_kernels(device: torch.device) -> SimpleNamespace:
     Raises ModuleNotFoundError without it, and ValueError for a CPU outside Triton's interpreter.
     """
     try:
-        from models.flash_backward import delta_kernel
-        from models.flash_bits import INTERPRETED
-        from models.flash_delta import delta_of_p_kernel
-        from models.flash_forward import forward_kernel
-        from models.flash_key_gradient import key_gradient_kernel
-        from models.flash_query_gradient import query_gradient_kernel
-        from models.flash_query_sum import query_sum_kernel
+        from foreshock.models.flash_backward import delta_kernel
+        from foreshock.models.flash_bits import INTERPRETED
+        from foreshock.models.flash_delta import delta_of_p_kernel
+        from foreshock.models.flash_forward import forward_kernel
+        from foreshock.models.flash_key_gradient import key_gradient_kernel
+        from foreshock.models.flash_query_gradient import query_gradient_kernel
+        from foreshock.models.flash_query_sum import query_sum_kernel
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from models.arithmetic import Arithmetic
+from foreshock.models.arithmetic import Arithmetic
 
 ONCE = -1
 """``pv_block`` of a running sum that is rounded once, before the division by the row sum."""

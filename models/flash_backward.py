@@ -14,10 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.flash_bits import round_to_bf16, widen
-from models.flash_scores import base_2, scores
-from models.flash_sites import DELTA, DO, DP, DS, O, P, corrupt
-from models.flash_tiles import LOG2_E, load_tile
+from foreshock.models.flash_bits import round_to_bf16, widen
+from foreshock.models.flash_scores import base_2, scores
+from foreshock.models.flash_sites import DELTA, DO, DP, DS, O, P, corrupt
+from foreshock.models.flash_tiles import LOG2_E, load_tile
 
 
 @triton.jit(do_not_specialize=["T"])

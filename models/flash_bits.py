@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.flash_faults import OPERATION_NUMBERS
+from foreshock.models.flash_faults import OPERATION_NUMBERS
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 TRUNCATE, ROUND_HALF_UP, FLIP = (

@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.flash_backward import probability
-from models.flash_bits import product
-from models.flash_sites import DELTA, DO, DP, LSE, K, Q, V, corrupt
-from models.flash_tiles import key_range, load_rows, load_tile, sees
+from foreshock.models.flash_backward import probability
+from foreshock.models.flash_bits import product
+from foreshock.models.flash_sites import DELTA, DO, DP, LSE, K, Q, V, corrupt
+from foreshock.models.flash_tiles import key_range, load_rows, load_tile, sees
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -15,10 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.flash_bits import product, round_to_bf16, widen
-from models.flash_scores import base_2, moved_maximum, scores
-from models.flash_sites import K, O, P, Q, V, corrupt, operation
-from models.flash_tiles import LN_2, LOG2_E, key_range, load_tile, sees, store_tile
+from foreshock.models.flash_bits import product, round_to_bf16, widen
+from foreshock.models.flash_scores import base_2, moved_maximum, scores
+from foreshock.models.flash_sites import K, O, P, Q, V, corrupt, operation
+from foreshock.models.flash_tiles import LN_2, LOG2_E, key_range, load_tile, sees, store_tile
 
 
 @triton.jit

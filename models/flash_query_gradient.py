@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.flash_backward import probability, score_gradient
-from models.flash_bits import product, round_to_bf16
-from models.flash_sites import DO, DQ, LSE, K, Q, V, corrupt
-from models.flash_tiles import key_range, load_rows, load_tile, sees, store_tile
+from foreshock.models.flash_backward import probability, score_gradient
+from foreshock.models.flash_bits import product, round_to_bf16
+from foreshock.models.flash_sites import DO, DQ, LSE, K, Q, V, corrupt
+from foreshock.models.flash_tiles import key_range, load_rows, load_tile, sees, store_tile
 
 
 @triton.jit

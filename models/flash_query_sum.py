@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models.flash_bits import round_to_bf16
-from models.flash_sites import DQ, corrupt
-from models.flash_tiles import load_tile, store_tile
+from foreshock.models.flash_bits import round_to_bf16
+from foreshock.models.flash_sites import DQ, corrupt
+from foreshock.models.flash_tiles import load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models import arithmetic
-from models.flash_bits import product
-from models.flash_sites import K, S, corrupt, operation
-from models.flash_tiles import LOG2_E, load_tile, sees
+from foreshock.models import arithmetic
+from foreshock.models.flash_bits import product
+from foreshock.models.flash_sites import K, S, corrupt, operation
+from foreshock.models.flash_tiles import LOG2_E, load_tile, sees
 
 ROUNDS_TO_ONE = tl.constexpr(arithmetic.ROUNDS_TO_ONE)
 

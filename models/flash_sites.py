@@ -13,10 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from models import flash_faults
-from models.bits import GOLDEN as GOLDEN_RATIO
-from models.flash_bits import operate, round_to_bf16, widen
-from models.numerics import SITES
+from foreshock.models import flash_faults
+from foreshock.models.bits import GOLDEN as GOLDEN_RATIO
+from foreshock.models.flash_bits import operate, round_to_bf16, widen
+from foreshock.models.numerics import SITES
 
 Q, K, V, P, O, DO, DS, DQ, DK, DV, S, LSE, DP, DELTA = (  # noqa: E741
     tl.constexpr(SITES.index(site))

@@ -16,9 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.mlp import MLP
-from models.numerics import at_least_fp32
-from models.precision import as_autocast, outside_autocast
+from foreshock.models.mlp import MLP
+from foreshock.models.numerics import at_least_fp32
+from foreshock.models.precision import as_autocast, outside_autocast
 
 MOST_EXPERTS, MOST_SHARED = 4096, 2**20
 """The largest number of experts, and width of the shared one."""

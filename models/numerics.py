@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from models.arithmetic import ORDINARY, Arithmetic
-from models.bits import BitOperation
+from foreshock.models.arithmetic import ORDINARY, Arithmetic
+from foreshock.models.bits import BitOperation
 
 
 class Heads(Protocol):

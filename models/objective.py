@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.attention import DotProduct
-from models.transformer import Transformer
+from foreshock.models.attention import DotProduct
+from foreshock.models.transformer import Transformer
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from models.moe import GroupedLinear
+from foreshock.models.moe import GroupedLinear
 
 ROWS, COLUMNS = "rows", "columns"
 

@@ -21,10 +21,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import DotProduct
-from models.moe import Routing
-from models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
-from models.transformer import RMSNorm, Transformer, parameter_group
+from foreshock.models.attention import DotProduct
+from foreshock.models.moe import Routing
+from foreshock.models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
+from foreshock.models.transformer import RMSNorm, Transformer, parameter_group
 
 
 def _over_axes(weight_ND: Tensor, like: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from models.stacked import StackedTransformer
-from models.taps import Tap, Taps
-from models.transformer import Transformer
-from models.trees import map_tensors
+from foreshock.models.stacked import StackedTransformer
+from foreshock.models.taps import Tap, Taps
+from foreshock.models.transformer import Transformer
+from foreshock.models.trees import map_tensors
 
 
 def with_modules_of(model: Transformer, taps: Mapping[str, Tap]) -> dict[str, Tap]:

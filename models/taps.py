@@ -17,9 +17,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from models.attention import DotProduct
-from models.moe import GroupedLinear
-from models.products import Product, Watching, product_of
+from foreshock.models.attention import DotProduct
+from foreshock.models.moe import GroupedLinear
+from foreshock.models.products import Product, Watching, product_of
 
 PLACES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "dot_product": (DotProduct,),

@@ -15,14 +15,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import DotProduct
-from models.backend import BACKENDS, resolve_backend
-from models.batch import inputs_and_targets
-from models.mlp import KINDS, MLP
-from models.moe import MoE, MoEConfig, Routing, auxiliary_loss
-from models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
-from models.precision import as_autocast, in_own_precision, outside_autocast
-from models.tiles import Tiles, pinned_tiles
+from foreshock.models.attention import DotProduct
+from foreshock.models.backend import BACKENDS, resolve_backend
+from foreshock.models.batch import inputs_and_targets
+from foreshock.models.mlp import KINDS, MLP
+from foreshock.models.moe import MoE, MoEConfig, Routing, auxiliary_loss
+from foreshock.models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
+from foreshock.models.precision import as_autocast, in_own_precision, outside_autocast
+from foreshock.models.tiles import Tiles, pinned_tiles
 
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),

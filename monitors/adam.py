@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.base import Needs, Reading, Signal, StepView
 
 OUT_OF_DATE = 2.3
 """The RMS of an update above which StableAdamW holds that v is out of date."""

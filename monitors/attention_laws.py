@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from monitors import conservation, rounding
-from monitors.attention_twin import Twin, twin_of
-from monitors.base import Needs, Reading, Signal, StepView
-from monitors.batch_rows import check_rows, in_turn
-from monitors.dot_product import DotProductStep
-from monitors.kernel_rounding import kernel_rounding
-from monitors.law import IN_ATTENTION, KEY_SHIFT, QK_GAUGE, VALUE_SHIFT, VO_GAUGE, Law
-from monitors.rounding import beyond_rounding
-from monitors.signal import OVER_NOISE, with_ratio
+from foreshock.monitors import conservation, rounding
+from foreshock.monitors.attention_twin import Twin, twin_of
+from foreshock.monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.batch_rows import check_rows, in_turn
+from foreshock.monitors.dot_product import DotProductStep
+from foreshock.monitors.kernel_rounding import kernel_rounding
+from foreshock.monitors.law import IN_ATTENTION, KEY_SHIFT, QK_GAUGE, VALUE_SHIFT, VO_GAUGE, Law
+from foreshock.monitors.rounding import beyond_rounding
+from foreshock.monitors.signal import OVER_NOISE, with_ratio
 
 Residual = Callable[[DotProductStep], conservation.Difference]
 Noise = Callable[[Twin], Tensor]

@@ -12,16 +12,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from monitors.attention_laws import over_rows
-from monitors.attention_twin import twin_of
-from monitors.base import Needs, Reading, Signal, StepView
-from monitors.batch_rows import check_rows, in_turn
-from monitors.conservation import over_group, relative, squared_norm
-from monitors.dot_product import DotProductStep
-from monitors.kernel_rounding import UNROUNDED, KernelRounding, kernel_rounding
-from monitors.law import DK, DQ, DV, IN_ATTENTION, Law
-from monitors.rounding import FP32_U
-from monitors.signal import OVER_NOISE, with_ratio
+from foreshock.monitors.attention_laws import over_rows
+from foreshock.monitors.attention_twin import twin_of
+from foreshock.monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.batch_rows import check_rows, in_turn
+from foreshock.monitors.conservation import over_group, relative, squared_norm
+from foreshock.monitors.dot_product import DotProductStep
+from foreshock.monitors.kernel_rounding import UNROUNDED, KernelRounding, kernel_rounding
+from foreshock.monitors.law import DK, DQ, DV, IN_ATTENTION, Law
+from foreshock.monitors.rounding import FP32_U
+from foreshock.monitors.signal import OVER_NOISE, with_ratio
 
 NAME = "attention_recomputed"
 PARTS = ("o", "dq", "dk", "dv")

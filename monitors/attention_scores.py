@@ -8,13 +8,13 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from models.numerics import at_least_fp32
-from models.taps import Tap
-from models.visibility import score_mask
-from monitors.base import Needs, Reading, Signal, StepView
-from monitors.batch_rows import check_rows, in_turn
-from monitors.conservation import per_query_head
-from monitors.trailing import on_trailing_axes
+from foreshock.models.numerics import at_least_fp32
+from foreshock.models.taps import Tap
+from foreshock.models.visibility import score_mask
+from foreshock.monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.batch_rows import check_rows, in_turn
+from foreshock.monitors.conservation import per_query_head
+from foreshock.monitors.trailing import on_trailing_axes
 
 
 def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, Tensor]:

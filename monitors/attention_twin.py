@@ -21,13 +21,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from models.numerics import to_bf16_grid
-from models.visibility import score_mask
-from monitors.attention_scores import masked_scores
-from monitors.conservation import over_group, per_query_head, squared_norm
-from monitors.dot_product import DotProductStep
-from monitors.fast_exp import fast_exp
-from monitors.kernel_rounding import KernelRounding
+from foreshock.models.numerics import to_bf16_grid
+from foreshock.models.visibility import score_mask
+from foreshock.monitors.attention_scores import masked_scores
+from foreshock.monitors.conservation import over_group, per_query_head, squared_norm
+from foreshock.monitors.dot_product import DotProductStep
+from foreshock.monitors.fast_exp import fast_exp
+from foreshock.monitors.kernel_rounding import KernelRounding
 
 TILE = 64
 """Queries computed at a time where the kernel does not fix it: keys after the last of them are not read."""

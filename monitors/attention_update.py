@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from models.transformer import Transformer, TransformerConfig
-from monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
-from monitors.spectra import qk_increment, singular_values, spectral_entropy, stable_rank
+from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
+from foreshock.monitors.spectra import qk_increment, singular_values, spectral_entropy, stable_rank
 
 MATRICES = ("q", "k", "v", "o")
 PER_HEAD = ("layer", "head")

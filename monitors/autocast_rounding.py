@@ -32,8 +32,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monitors.conservation import squared_norm, squared_norm_fp64
-from monitors.fp32_rounding import LinearStep
+from foreshock.monitors.conservation import squared_norm, squared_norm_fp64
+from foreshock.monitors.fp32_rounding import LinearStep
 
 BF16_U2 = 2.0**-14 / 24
 """Mean square of the relative error of one rounding to BF16, over a uniform mantissa."""

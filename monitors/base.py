@@ -9,12 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from models.moe import Routing
-from models.numerics import HEALTHY, AttentionNumerics
-from models.taps import NO_TAPS, Taps
-from models.transformer import Transformer
-from monitors.needs import Lookback, Needs
-from monitors.signal import Signal
+from foreshock.models.moe import Routing
+from foreshock.models.numerics import HEALTHY, AttentionNumerics
+from foreshock.models.taps import NO_TAPS, Taps
+from foreshock.models.transformer import Transformer
+from foreshock.monitors.needs import Lookback, Needs
+from foreshock.monitors.signal import Signal
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monitors.adam import AdamState
-from monitors.base import Masked, Needs, Reading, Signal, StepView
-from monitors.trailing import on_trailing_axes
+from foreshock.monitors.adam import AdamState
+from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
+from foreshock.monitors.trailing import on_trailing_axes
 
 FIRST_ITERATIONS = 4
 """Power iterations of the first reading, which has no vector to start from but the gradient."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.numerics import at_least_fp32
-from models.taps import Tap
+from foreshock.models.numerics import at_least_fp32
+from foreshock.models.taps import Tap
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from monitors.trailing import on_trailing_axes
+from foreshock.monitors.trailing import on_trailing_axes
 
 Solver = Callable[[Tensor], tuple[Tensor, ...]]
 

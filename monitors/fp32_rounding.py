@@ -42,9 +42,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from models.numerics import at_least_fp32
-from models.taps import Tap
-from monitors.conservation import squared_norm, squared_norm_fp64
+from foreshock.models.numerics import at_least_fp32
+from foreshock.models.taps import Tap
+from foreshock.monitors.conservation import squared_norm, squared_norm_fp64
 
 FP32_U2 = 2.0**-46 / 24
 """Mean square of the relative error of one rounding to FP32."""

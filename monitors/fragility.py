@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monitors.attention_scores import causal_scores, tapped_inputs, window_of
-from monitors.attention_update import attention_weights, stack_matrix
-from monitors.base import Masked, Needs, Reading, Signal, StepView
-from monitors.batch_rows import check_rows, in_turn
-from monitors.eigen import eigenvalues, eigenvectors, small_singular_values
-from monitors.spectra import singular_values
+from foreshock.monitors.attention_scores import causal_scores, tapped_inputs, window_of
+from foreshock.monitors.attention_update import attention_weights, stack_matrix
+from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
+from foreshock.monitors.batch_rows import check_rows, in_turn
+from foreshock.monitors.eigen import eigenvalues, eigenvectors, small_singular_values
+from foreshock.monitors.spectra import singular_values
 
 BISECTIONS = 40
 """Halvings of an interval no longer than 1: about 1e-12."""

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.taps import Tap
-from monitors.fast_exp import fast_exp
+from foreshock.models.taps import Tap
+from foreshock.monitors.fast_exp import fast_exp
 
 
 @dataclass(frozen=True)

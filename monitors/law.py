@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from monitors.choices import check_choice
+from foreshock.monitors.choices import check_choice
 
 IN_ATTENTION, LINEAR, NORM, ROUTER, LOSS = "attention", "linear layer", "norm", "router", "loss kernel"
 KINDS = (IN_ATTENTION, LINEAR, NORM, ROUTER, LOSS)

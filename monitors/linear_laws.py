@@ -9,14 +9,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from models.taps import Tap
-from monitors import autocast_rounding, conservation, fp32_rounding
-from monitors.base import Needs, Reading, Signal, StepView
-from monitors.batch_rows import check_stride, every
-from monitors.conservation import relative
-from monitors.fp32_rounding import LinearStep
-from monitors.law import LINEAR, ROUTER, Law
-from monitors.signal import OVER_NOISE, with_ratio
+from foreshock.models.taps import Tap
+from foreshock.monitors import autocast_rounding, conservation, fp32_rounding
+from foreshock.monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.batch_rows import check_stride, every
+from foreshock.monitors.conservation import relative
+from foreshock.monitors.fp32_rounding import LinearStep
+from foreshock.monitors.law import LINEAR, ROUTER, Law
+from foreshock.monitors.signal import OVER_NOISE, with_ratio
 
 ATTENTION = {part: f"attention.{part}" for part in "qkvo"}
 DENSE = {part: f"mlp.{part}" for part in ("input", "gate", "output")}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models.taps import PLACES
-from monitors.choices import check_choice
+from foreshock.models.taps import PLACES
+from foreshock.monitors.choices import check_choice
 
 VIEW = ("batch", "routings", "optimizer", "numerics", "objective_at")
 """Fields of ``StepView`` that not every loop can fill."""

@@ -8,14 +8,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from models.taps import Tap
-from monitors import conservation, fp32_rounding
-from monitors.base import Needs, Reading, Signal, StepView
-from monitors.batch_rows import check_rows, in_turn
-from monitors.conservation import relative
-from monitors.fp32_rounding import NormStep
-from monitors.law import NORM, Law
-from monitors.signal import OVER_NOISE, with_ratio
+from foreshock.models.taps import Tap
+from foreshock.monitors import conservation, fp32_rounding
+from foreshock.monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.batch_rows import check_rows, in_turn
+from foreshock.monitors.conservation import relative
+from foreshock.monitors.fp32_rounding import NormStep
+from foreshock.monitors.law import NORM, Law
+from foreshock.monitors.signal import OVER_NOISE, with_ratio
 
 BLOCK_NORMS = {
     "attention": "attention_norm",

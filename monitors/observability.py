@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from monitors.base import Needs, Reading, Signal, StepView
-from monitors.signal import EXACT
+from foreshock.monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.signal import EXACT
 
 
 class NonFinite:

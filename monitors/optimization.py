@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
+from foreshock.monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
 
 FAMILY = "optimization"
 

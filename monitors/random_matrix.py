@@ -20,7 +20,7 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from torch import Tensor
 
-from monitors.attention_update import (
+from foreshock.monitors.attention_update import (
     PER_HEAD,
     attention_weights,
     check_windows,
@@ -29,9 +29,9 @@ from monitors.attention_update import (
     lookbacks,
     stack_matrix,
 )
-from monitors.base import Masked, Needs, Reading, Signal, StepView
-from monitors.spectra import increment_singular_values, singular_values, spectral_entropy
-from monitors.trailing import on_trailing_axes
+from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
+from foreshock.monitors.spectra import increment_singular_values, singular_values, spectral_entropy
+from foreshock.monitors.trailing import on_trailing_axes
 
 TRACY_WIDOM_95 = 0.9793
 """95 % quantile of the Tracy-Widom law of real matrices (beta = 1)."""

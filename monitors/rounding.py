@@ -35,8 +35,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monitors.attention_twin import Twin
-from monitors.conservation import over_group, per_query_head, relative, size, squared_norm
+from foreshock.monitors.attention_twin import Twin
+from foreshock.monitors.conservation import over_group, per_query_head, relative, size, squared_norm
 
 FP32_U = 2.0**-24
 """Largest relative error of one rounding to FP32."""

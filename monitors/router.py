@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monitors.base import Masked, Needs, Reading, Signal, StepView
+from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 
 PER_LAYER = ("layer",)
 FAMILY = "router"

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
-from monitors.choices import check_choice
-from monitors.law import Law
+from foreshock.monitors.choices import check_choice
+from foreshock.monitors.law import Law
 
 DIRECTIONS = ("up", "down", "both")
 AXES = ((), ("layer",), ("layer", "head"))

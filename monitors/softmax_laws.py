@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.numerics import at_least_fp32
-from monitors import autocast_rounding, conservation, fp32_rounding
-from monitors.base import Needs, Reading, Signal, StepView
-from monitors.batch_rows import check_stride, every
-from monitors.conservation import Broken, relative
-from monitors.fp32_rounding import LinearStep
-from monitors.law import LOSS, ROUTER, Law
-from monitors.linear_laws import all_seen
-from monitors.signal import OVER_NOISE, with_ratio
+from foreshock.models.numerics import at_least_fp32
+from foreshock.monitors import autocast_rounding, conservation, fp32_rounding
+from foreshock.monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.batch_rows import check_stride, every
+from foreshock.monitors.conservation import Broken, relative
+from foreshock.monitors.fp32_rounding import LinearStep
+from foreshock.monitors.law import LOSS, ROUTER, Law
+from foreshock.monitors.linear_laws import all_seen
+from foreshock.monitors.signal import OVER_NOISE, with_ratio
 
 
 def _both(name: str, broken: Broken, noise: Tensor) -> dict[str, Tensor]:

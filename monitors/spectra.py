@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from monitors.eigen import eigenvalues
-from monitors.trailing import on_trailing_axes
+from foreshock.monitors.eigen import eigenvalues
+from foreshock.monitors.trailing import on_trailing_axes
 
 
 def spectral_entropy(singular_values: Tensor, alpha: float = 2.0) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from models.numerics import at_least_fp32
-from monitors.base import Masked, Needs, Reading, Signal, StepView
-from monitors.eigen import eigenvectors
+from foreshock.models.numerics import at_least_fp32
+from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
+from foreshock.monitors.eigen import eigenvectors
 
 LAYERS = {
     "q": "attention.q",

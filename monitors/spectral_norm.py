@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from monitors.attention_update import PER_HEAD, attention_weights, head_blocks, stack_matrix
-from monitors.base import Needs, Reading, Signal, StepView
-from monitors.spectra import singular_values
+from foreshock.monitors.attention_update import PER_HEAD, attention_weights, head_blocks, stack_matrix
+from foreshock.monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.spectra import singular_values
 
 
 class SpectralNorm:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monitors.base import Needs, Reading, Signal, StepView
-from monitors.signal import EXACT
+from foreshock.monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.signal import EXACT
 
 SIGMAS = 7.0
 """Standard deviations from the rolling mean at which OLMo 2 calls a value a spike."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from monitors.base import Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
+from foreshock.monitors.base import Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
 
 
 class Watch:

@@ -16,7 +16,7 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.build import ROOT, build_run
+from foreshock.experiments.build import ROOT, build_run
 
 CONF = ROOT / "conf"
 TINY = [

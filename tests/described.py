@@ -3,8 +3,8 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from experiments.plain_config import monitors_of
-from monitors.signal import Signal
+from foreshock.experiments.plain_config import monitors_of
+from foreshock.monitors.signal import Signal
 
 DECLARED: dict[str, Signal] = {
     signal.name: signal for monitor in monitors_of(experts=True).values() for signal in monitor.signals

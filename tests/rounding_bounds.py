@@ -37,8 +37,8 @@ def likely(roundings: int, unit: float, sigmas: float = 6.0) -> float:
 def once_stored_in_bf16(roundings: int) -> float:
     """Of two FP32 computations whose numbers were rounded to BF16 once on the way, relative, in a tensor's norm.
 
-    Two results lie up to 2 gamma_n apart, and BF16 numbers u to 2 u, u = ``BF16``: a share of up to 2 gamma_n / u of the
-    numbers rounds to another one, and moves by up to 2 u. A fault of one bit moves half of them by as much.
+    Two results lie up to 2 gamma_n apart, and BF16 numbers u to 2 u, u = ``BF16``: a share of up to 2 gamma_n / u of
+    the numbers rounds to another one, and moves by up to 2 u. A fault of one bit moves half of them by as much.
     """
     return 2 * BF16 * math.sqrt(2 * gamma(roundings, FP32) / BF16)
 

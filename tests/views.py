@@ -7,12 +7,12 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from experiments.training.gradients import backward
-from faults.base import Sites
-from models.corruption import Corrupted, ModuleFault
-from models.numerics import HEALTHY, AttentionNumerics
-from models.transformer import Transformer
-from monitors.base import StepView
+from foreshock.experiments.training.gradients import backward
+from foreshock.faults.base import Sites
+from foreshock.models.corruption import Corrupted, ModuleFault
+from foreshock.models.numerics import HEALTHY, AttentionNumerics
+from foreshock.models.transformer import Transformer
+from foreshock.monitors.base import StepView
 
 
 def view_of_gradients(

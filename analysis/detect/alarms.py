@@ -11,7 +11,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from analysis.detect.charts import AlarmRule, Chart, Persistent
+from foreshock.analysis.detect.charts import AlarmRule, Chart, Persistent
 
 
 def worst(z: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.detect.rounding import mean_resolution
-from analysis.runs.align import Aligned, broken
+from foreshock.analysis.detect.rounding import mean_resolution
+from foreshock.analysis.runs.align import Aligned, broken
 
 MAD_TO_SIGMA = 1.4826
 MIN_REFERENCE_RUNS = 4

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from scipy.signal import lfilter
 
-from analysis.detect.rounding import mean_resolution
+from foreshock.analysis.detect.rounding import mean_resolution
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable
 
-from analysis.runs.experiment import Experiment, ScoredRun
+from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 
 Alarm = Callable[[ScoredRun, Experiment, float], int | None]
 """Of a run, its experiment and the false-alarm rate alpha."""

@@ -8,16 +8,16 @@ from functools import cached_property
 
 import numpy as np
 
-from analysis.detect.alarms import chart_statistics, conformal_threshold, first_alarm, fitted, oriented
-from analysis.detect.bands import DeclinedSignal, Exact
-from analysis.detect.charts import AlarmRule
-from analysis.detect.entrants import BadEntrant, FromFile, check_causal
-from analysis.detect.joint import Scale, member_scales
-from analysis.detect.tracks import TRACKS, Raw, Track
-from analysis.runs.align import Aligned, hold, positions, thin
-from analysis.runs.experiment import Experiment, ScoredRun
-from experiments.trace import Series, TraceError
-from monitors.signal import EXACT, Signal
+from foreshock.analysis.detect.alarms import chart_statistics, conformal_threshold, first_alarm, fitted, oriented
+from foreshock.analysis.detect.bands import DeclinedSignal, Exact
+from foreshock.analysis.detect.charts import AlarmRule
+from foreshock.analysis.detect.entrants import BadEntrant, FromFile, check_causal
+from foreshock.analysis.detect.joint import Scale, member_scales
+from foreshock.analysis.detect.tracks import TRACKS, Raw, Track
+from foreshock.analysis.runs.align import Aligned, hold, positions, thin
+from foreshock.analysis.runs.experiment import Experiment, ScoredRun
+from foreshock.experiments.trace import Series, TraceError
+from foreshock.monitors.signal import EXACT, Signal
 
 Chart = tuple[np.ndarray, np.ndarray]
 """Positions and statistic of one signal in one run, both (T,)."""

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.detect.charts import AlarmRule
-from analysis.detect.isolation import DEFAULT_LIMITS, Failed, Limits, Worker
+from foreshock.analysis.detect.charts import AlarmRule
+from foreshock.analysis.detect.isolation import DEFAULT_LIMITS, Failed, Limits, Worker
 
 
 class BadEntrant(ValueError):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.detect.controls import CONTROLS
-from analysis.runs.csv_table import read_table
-from analysis.runs.experiment import Experiment, ScoredRun
+from foreshock.analysis.detect.controls import CONTROLS
+from foreshock.analysis.runs.csv_table import read_table
+from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 
 
 def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> list[dict[str, dict[str, int | None]]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.detect.rounding import mean_resolution
+from foreshock.analysis.detect.rounding import mean_resolution
 
 MIN_RUNS = 10
 """Under so many reference runs, members share one spread: their root mean square."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.detect.bands import DeclinedSignal, finite_or_inf
-from analysis.runs.align import Aligned
-from monitors.signal import Signal
+from foreshock.analysis.detect.bands import DeclinedSignal, finite_or_inf
+from foreshock.analysis.runs.align import Aligned
+from foreshock.monitors.signal import Signal
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 from joblib import Parallel, cpu_count, delayed
 from pydantic import Field
 
-from analysis.detect.charts import Chart
-from experiments.validation import Node, check_node
+from foreshock.analysis.detect.charts import Chart
+from foreshock.experiments.validation import Node, check_node
 
 RIVER = {"adwin": "ADWIN", "page_hinkley": "PageHinkley", "kswin": "KSWIN"}
 """Names of conf/rule and classes of river.drift."""

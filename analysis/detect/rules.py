@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from analysis.detect.charts import CHARTS, AlarmRule, Persistent
-from analysis.detect.river import RIVER, RiverDetector, check_river
-from experiments.validation import check_arguments, check_named, parameters_of
+from foreshock.analysis.detect.charts import CHARTS, AlarmRule, Persistent
+from foreshock.analysis.detect.river import RIVER, RiverDetector, check_river
+from foreshock.experiments.validation import check_arguments, check_named, parameters_of
 
 
 def make_rule(chart: str, persistence: int = 1, **parameters: Any) -> AlarmRule:

@@ -17,8 +17,8 @@ from typing import ClassVar
 import numpy as np
 from scipy.stats import norm
 
-from analysis.detect.alarms import oriented, worst
-from analysis.detect.bands import (
+from foreshock.analysis.detect.alarms import oriented, worst
+from foreshock.analysis.detect.bands import (
     SELF_WINDOW,
     DeclinedSignal,
     Floor,
@@ -27,9 +27,9 @@ from analysis.detect.bands import (
     finite_or_inf,
     left_out_z,
 )
-from analysis.detect.published import published_rule
-from analysis.runs.align import Aligned
-from monitors.signal import RATIO, Signal
+from foreshock.analysis.detect.published import published_rule
+from foreshock.analysis.runs.align import Aligned
+from foreshock.monitors.signal import RATIO, Signal
 
 RANDOM_MATRIX = "random_matrix"
 """The family of scores that are 0 where there is nothing but noise."""

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from analysis.figures.drawing import COLOURS, FAULTY, HEALTHY, save, style
+from foreshock.analysis.figures.drawing import COLOURS, FAULTY, HEALTHY, save, style
 
 INSIDE = (0.9, 1.1)
 """Root mean squares that the prediction is held to."""

@@ -15,9 +15,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import FuncFormatter
 
-from analysis.runs.experiment import Experiment, ScoredRun
-from analysis.runs.readings import curve
-from monitors.signal import RATIO
+from foreshock.analysis.runs.experiment import Experiment, ScoredRun
+from foreshock.analysis.runs.readings import curve
+from foreshock.monitors.signal import RATIO
 
 COLOURS = sns.color_palette("colorblind")
 HEALTHY, FAULTY, ALARM = COLOURS[0], COLOURS[3], "#222222"

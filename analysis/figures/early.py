@@ -12,14 +12,14 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.figures.drawing import ALARM, COLOURS, HEALTHY, PLAIN, pretty, save, style
-from analysis.figures.point_names import label_points
-from analysis.locate.fault_truth import broken_kernels
-from analysis.runs.experiment import Experiment
-from analysis.scores.contest import Contest
-from analysis.scores.costs import detector_cost, monitor_costs
-from analysis.scores.delays import delays, median_delay, oracles, sizes
-from analysis.scores.table import median_step
+from foreshock.analysis.figures.drawing import ALARM, COLOURS, HEALTHY, PLAIN, pretty, save, style
+from foreshock.analysis.figures.point_names import label_points
+from foreshock.analysis.locate.fault_truth import broken_kernels
+from foreshock.analysis.runs.experiment import Experiment
+from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.costs import detector_cost, monitor_costs
+from foreshock.analysis.scores.delays import delays, median_delay, oracles, sizes
+from foreshock.analysis.scores.table import median_step
 
 NEVER = "none by\nthe end"
 MARKERS = "osD^vPX"

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
-from analysis.figures.drawing import (
+from foreshock.analysis.figures.drawing import (
     ALARM,
     COLOURS,
     FAULTY,
@@ -26,10 +26,10 @@ from analysis.figures.drawing import (
     style,
     value_label,
 )
-from analysis.runs.experiment import HEALTHY_ROLES, ScoredRun
-from analysis.scores.contest import Contest
-from analysis.scores.outcome import restricted_mean_lead
-from analysis.scores.table import median_step
+from foreshock.analysis.runs.experiment import HEALTHY_ROLES, ScoredRun
+from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.outcome import restricted_mean_lead
+from foreshock.analysis.scores.table import median_step
 
 PANEL_INCHES = 1.95
 

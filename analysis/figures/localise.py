@@ -9,12 +9,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from analysis.figures.drawing import save, style
-from analysis.locate.fault_truth import HEALTHY, OTHER
-from analysis.locate.laws import ATTENTION
-from analysis.locate.localise import confusion, localise
-from analysis.locate.naming import NO_ALARM
-from analysis.runs.experiment import Experiment
+from foreshock.analysis.figures.drawing import save, style
+from foreshock.analysis.locate.fault_truth import HEALTHY, OTHER
+from foreshock.analysis.locate.laws import ATTENTION
+from foreshock.analysis.locate.localise import confusion, localise
+from foreshock.analysis.locate.naming import NO_ALARM
+from foreshock.analysis.runs.experiment import Experiment
 
 SYMBOLS = {"delta": "δ", "dp": "dP", "ds": "dS", "do": "dO", "dv": "dV", "dq": "dQ", "dk": "dK"}
 

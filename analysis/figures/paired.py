@@ -8,9 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from analysis.figures.drawing import ALARM, FAULTY, HEALTHY, pretty, save, style
-from analysis.runs.experiment import Experiment
-from analysis.scores.paired import control_of, differences, drift_table, paired_table
+from foreshock.analysis.figures.drawing import ALARM, FAULTY, HEALTHY, pretty, save, style
+from foreshock.analysis.runs.experiment import Experiment
+from foreshock.analysis.scores.paired import control_of, differences, drift_table, paired_table
 
 
 def paired_figure(experiment: Experiment, path: Path) -> str:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from analysis.figures.drawing import (
+from foreshock.analysis.figures.drawing import (
     ALARM,
     COLOURS,
     HEALTHY,
@@ -26,10 +26,10 @@ from analysis.figures.drawing import (
     style,
     value_label,
 )
-from analysis.locate.selectivity import alarm_matrix
-from analysis.runs.experiment import HEALTHY_ROLES, Experiment
-from analysis.runs.readings import at_end, common_end, runs_of
-from analysis.scores.contest import Contest
+from foreshock.analysis.locate.selectivity import alarm_matrix
+from foreshock.analysis.runs.experiment import HEALTHY_ROLES, Experiment
+from foreshock.analysis.runs.readings import at_end, common_end, runs_of
+from foreshock.analysis.scores.contest import Contest
 
 
 def _fault_colours(faults: Sequence[str], doses: bool) -> dict[str, tuple]:

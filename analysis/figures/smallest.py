@@ -10,9 +10,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.colors import LogNorm
 
-from analysis.figures.drawing import save, style
-from analysis.scores.contest import Contest
-from analysis.scores.delays import smallest_table
+from foreshock.analysis.figures.drawing import save, style
+from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.delays import smallest_table
 
 NEVER = "–"
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from sklearn.model_selection import LeaveOneGroupOut
 
-from analysis.runs.experiment import HEALTHY
-from analysis.scores.outcome import IN_TIME, OUTCOMES
+from foreshock.analysis.runs.experiment import HEALTHY
+from foreshock.analysis.scores.outcome import IN_TIME, OUTCOMES
 
 PEAK_POWER = 0.20
 COLUMNS = ("run_id", "seed", "fault", "detector", "outcome")

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.locate.laws import ATTENTION, INPUTS, LINEAR, LOSS, NORM, ROUTER
-from analysis.runs.experiment import Experiment
-from experiments.trace import Trace
+from foreshock.analysis.locate.laws import ATTENTION, INPUTS, LINEAR, LOSS, NORM, ROUTER
+from foreshock.analysis.runs.experiment import Experiment
+from foreshock.experiments.trace import Trace
 
 KEY_VALUE_SITES = ("k", "v", "dk", "dv")
 """Attention sites whose heads are key-value heads; the heads of the others are query heads."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from monitors.law import DK, DQ, DV, KEY_SHIFT, LINEAR, LOSS, NORM, QK_GAUGE, ROUTER, VALUE_SHIFT, VO_GAUGE
+from foreshock.monitors.law import DK, DQ, DV, KEY_SHIFT, LINEAR, LOSS, NORM, QK_GAUGE, ROUTER, VALUE_SHIFT, VO_GAUGE
 
 ATTENTION: Mapping[str, frozenset[str]] = {
     "o delta dp ds v": frozenset({KEY_SHIFT}),

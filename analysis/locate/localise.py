@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.detect.alarms import conformal_threshold
-from analysis.detect.bands import DeclinedSignal
-from analysis.detect.detection import Detection
-from analysis.locate.fault_truth import HEALTHY, OTHER, Truth, truth_of
-from analysis.locate.laws import CLASSES, INPUTS
-from analysis.locate.naming import NO_ALARM, Levels, Verdict, name_site, rolling_rms
-from analysis.runs.experiment import Experiment, ScoredRun
-from analysis.scores.inference import clopper_pearson_interval
-from experiments.trace import TraceError
+from foreshock.analysis.detect.alarms import conformal_threshold
+from foreshock.analysis.detect.bands import DeclinedSignal
+from foreshock.analysis.detect.detection import Detection
+from foreshock.analysis.locate.fault_truth import HEALTHY, OTHER, Truth, truth_of
+from foreshock.analysis.locate.laws import CLASSES, INPUTS
+from foreshock.analysis.locate.naming import NO_ALARM, Levels, Verdict, name_site, rolling_rms
+from foreshock.analysis.runs.experiment import Experiment, ScoredRun
+from foreshock.analysis.scores.inference import clopper_pearson_interval
+from foreshock.experiments.trace import TraceError
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.detect.bands import finite_or_inf
-from analysis.locate.laws import ATTENTION, EITHER, RECOMPUTED
-from analysis.runs.align import Aligned
-from monitors.law import Law
+from foreshock.analysis.detect.bands import finite_or_inf
+from foreshock.analysis.locate.laws import ATTENTION, EITHER, RECOMPUTED
+from foreshock.analysis.runs.align import Aligned
+from foreshock.monitors.law import Law
 
 WINDOW = 10
 """Readings; as long as the past of the self track. A truncated bit raises a ratio by a half or more: 10 show that."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.locate.attribution import alarm_probabilities
-from analysis.runs.catalogue import catalogue
-from analysis.runs.experiment import HEALTHY, Experiment
-from analysis.scores.contest import Contest
-from analysis.scores.table import run_table
+from foreshock.analysis.locate.attribution import alarm_probabilities
+from foreshock.analysis.runs.catalogue import catalogue
+from foreshock.analysis.runs.experiment import HEALTHY, Experiment
+from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.table import run_table
 
 
 def alarm_matrix(contest: Contest) -> pd.DataFrame:

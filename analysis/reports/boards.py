@@ -8,26 +8,26 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.detect.detection import Detection
-from analysis.detect.entrants import Entrant, entrant_of
-from analysis.detect.external import read_alarms
-from analysis.detect.isolation import DEFAULT_LIMITS, Limits
-from analysis.detect.river import RIVER
-from analysis.detect.rules import make_rule
-from analysis.detect.tracks import TRACKS, Track
-from analysis.figures.leaderboard import leaderboard_figure
-from analysis.locate.attribution import alarm_probabilities, cross_talk, diagnose, selectivity
-from analysis.locate.selectivity import any_alarm, designed_for
-from analysis.runs.conf import conf
-from analysis.runs.discover import find
-from analysis.runs.experiment import HEALTHY, LABEL_SIGNAL, Experiment
-from analysis.scores.contest import Contest, contest, run_scores
-from analysis.scores.costs import monitor_costs
-from analysis.scores.leaderboard import RANKED, board
-from analysis.scores.other_charts import charts
-from analysis.scores.profiles import profiles
-from analysis.scores.sensitivity import halves, label_sensitivity
-from experiments.validation import check_distinct
+from foreshock.analysis.detect.detection import Detection
+from foreshock.analysis.detect.entrants import Entrant, entrant_of
+from foreshock.analysis.detect.external import read_alarms
+from foreshock.analysis.detect.isolation import DEFAULT_LIMITS, Limits
+from foreshock.analysis.detect.river import RIVER
+from foreshock.analysis.detect.rules import make_rule
+from foreshock.analysis.detect.tracks import TRACKS, Track
+from foreshock.analysis.figures.leaderboard import leaderboard_figure
+from foreshock.analysis.locate.attribution import alarm_probabilities, cross_talk, diagnose, selectivity
+from foreshock.analysis.locate.selectivity import any_alarm, designed_for
+from foreshock.analysis.runs.conf import conf
+from foreshock.analysis.runs.discover import find
+from foreshock.analysis.runs.experiment import HEALTHY, LABEL_SIGNAL, Experiment
+from foreshock.analysis.scores.contest import Contest, contest, run_scores
+from foreshock.analysis.scores.costs import monitor_costs
+from foreshock.analysis.scores.leaderboard import RANKED, board
+from foreshock.analysis.scores.other_charts import charts
+from foreshock.analysis.scores.profiles import profiles
+from foreshock.analysis.scores.sensitivity import halves, label_sensitivity
+from foreshock.experiments.validation import check_distinct
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from analysis.figures.cases import cases_figure
-from analysis.runs.index import read_index
-from analysis.scores.cases import ALL_LAWS, case_table
+from foreshock.analysis.figures.cases import cases_figure
+from foreshock.analysis.runs.index import read_index
+from foreshock.analysis.scores.cases import ALL_LAWS, case_table
 
 
 def make_case_report(report: Path, runs: Path) -> pd.DataFrame:

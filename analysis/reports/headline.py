@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.figures.drawing import pretty
-from analysis.runs.experiment import Experiment
+from foreshock.analysis.figures.drawing import pretty
+from foreshock.analysis.runs.experiment import Experiment
 
 ALARM = "median_alarm_from_onset_step"
 """An alarm before the onset is no answer to the fault."""

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from analysis.reports.terminal import print_whole
-from analysis.scores.contest import ALL_FAULTS
-from analysis.scores.overall import MIN_FAULTS
+from foreshock.analysis.reports.terminal import print_whole
+from foreshock.analysis.scores.contest import ALL_FAULTS
+from foreshock.analysis.scores.overall import MIN_FAULTS
 
 SURE = 0.05
 """A p-value below it is marked."""

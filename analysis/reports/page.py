@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from analysis.reports.headline import headline
-from analysis.reports.summary import shown_rows, summary
-from analysis.scores.contest import Contest
+from foreshock.analysis.reports.headline import headline
+from foreshock.analysis.reports.summary import shown_rows, summary
+from foreshock.analysis.scores.contest import Contest
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),

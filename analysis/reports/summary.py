@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from analysis.figures.drawing import pretty
-from analysis.reports.headline import headline
-from analysis.reports.kinds.by_name import kind_of
-from analysis.reports.terminal import print_whole
-from analysis.runs.experiment import HEALTHY_ROLES
-from analysis.scores.contest import Contest
+from foreshock.analysis.figures.drawing import pretty
+from foreshock.analysis.reports.headline import headline
+from foreshock.analysis.reports.kinds.by_name import kind_of
+from foreshock.analysis.reports.terminal import print_whole
+from foreshock.analysis.runs.experiment import HEALTHY_ROLES
+from foreshock.analysis.scores.contest import Contest
 
 COLUMNS = {
     "detector": "detector",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.trace import Series
+from foreshock.experiments.trace import Series
 
 AXES = ("steps", "tokens")
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.trace import Trace, TraceError
+from foreshock.experiments.trace import Trace, TraceError
 
 
 def check_roles(cells: Sequence[Mapping[str, Any]]) -> None:

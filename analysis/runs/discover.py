@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.runs.conf import conf
-from analysis.runs.experiment import Experiment
-from analysis.runs.index import read_index
-from analysis.runs.load import label_runs
-from experiments import trace
-from experiments.plan import FIRST_SEED, ROLES
-from experiments.trace import TraceError
+from foreshock.analysis.runs.conf import conf
+from foreshock.analysis.runs.experiment import Experiment
+from foreshock.analysis.runs.index import read_index
+from foreshock.analysis.runs.load import label_runs
+from foreshock.experiments import trace
+from foreshock.experiments.plan import FIRST_SEED, ROLES
+from foreshock.experiments.trace import TraceError
 
 ALPHAS = (0.05, 0.10, 0.20, 0.5)
 

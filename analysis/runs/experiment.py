@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.trace import Series, Trace, TraceError
-from monitors.signal import Signal
+from foreshock.experiments.trace import Series, Trace, TraceError
+from foreshock.monitors.signal import Signal
 
 LABEL_SIGNAL = "held_out_loss"
 HEALTHY = "healthy"

@@ -8,12 +8,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from analysis.runs import reduced
-from analysis.runs.align import AXES
-from experiments import trace
-from experiments.files import unsealed
-from experiments.names import check_index_names
-from experiments.validation import Distinct, Node, OneOrSeveral, check_mapping, check_named, check_node, distinct
+from foreshock.analysis.runs import reduced
+from foreshock.analysis.runs.align import AXES
+from foreshock.experiments import trace
+from foreshock.experiments.files import unsealed
+from foreshock.experiments.names import check_index_names
+from foreshock.experiments.validation import (
+    Distinct,
+    Node,
+    OneOrSeveral,
+    check_mapping,
+    check_named,
+    check_node,
+    distinct,
+)
 
 Name = Field(min_length=1)
 Names = list[str]

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from analysis.runs import reduced
-from analysis.runs.align import AXES, hold, positions
-from analysis.runs.checks import check_alike, check_cells, check_roles, differences
-from analysis.runs.experiment import LABEL_SIGNAL, Experiment, ScoredRun
-from analysis.runs.index import read_index
-from analysis.runs.labels import divergence_step, drawup_threshold, is_degraded
-from experiments import trace
-from experiments.names import check_index_names
-from experiments.trace import Trace
+from foreshock.analysis.runs import reduced
+from foreshock.analysis.runs.align import AXES, hold, positions
+from foreshock.analysis.runs.checks import check_alike, check_cells, check_roles, differences
+from foreshock.analysis.runs.experiment import LABEL_SIGNAL, Experiment, ScoredRun
+from foreshock.analysis.runs.index import read_index
+from foreshock.analysis.runs.labels import divergence_step, drawup_threshold, is_degraded
+from foreshock.experiments import trace
+from foreshock.experiments.names import check_index_names
+from foreshock.experiments.trace import Trace
 
 
 def views(report: Path) -> list[tuple[str, str]]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.runs.align import positions
-from analysis.runs.experiment import HEALTHY_ROLES, Experiment, ScoredRun
+from foreshock.analysis.runs.align import positions
+from foreshock.analysis.runs.experiment import HEALTHY_ROLES, Experiment, ScoredRun
 
 REDUCTIONS = ("worst", "mean")
 END_SHARE = 0.1

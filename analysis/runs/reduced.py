@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from experiments import trace
-from experiments.files import read_checked
-from experiments.trace import Series, Trace, TraceError
+from foreshock.experiments import trace
+from foreshock.experiments.files import read_checked
+from foreshock.experiments.trace import Series, Trace, TraceError
 
 INDEX, SIGNALS, RUNS, CHECKSUMS = "experiment.json", "signals.parquet", "runs.json", "checksums.json"
 

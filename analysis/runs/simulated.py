@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import trace
+from foreshock.experiments import trace
 
 TOKENS_PER_STEP = 64
 LABEL = {"ema_span": 5, "min_drawup_nats": 0.10, "healthy_factor": 1.5, "consecutive": 5}

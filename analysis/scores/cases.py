@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.detect.bands import finite_or_inf
-from analysis.detect.tracks import universal_threshold
-from analysis.runs.align import hold
-from analysis.runs.load import read_runs
-from experiments.trace import Trace
+from foreshock.analysis.detect.bands import finite_or_inf
+from foreshock.analysis.detect.tracks import universal_threshold
+from foreshock.analysis.runs.align import hold
+from foreshock.analysis.runs.load import read_runs
+from foreshock.experiments.trace import Trace
 
 ALPHAS = {"5pct": 0.05, "01pct": 0.001}
 """False-alarm rates of a run, by the end of the columns' names."""

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from analysis.detect.charts import AlarmRule
-from analysis.detect.controls import CONTROLS
-from analysis.detect.detection import Detection, Detector
-from analysis.detect.entrants import Entrant
-from analysis.detect.rules import make_rule
-from analysis.detect.tracks import TRACKS, Track
-from analysis.runs.experiment import Experiment, ScoredRun
-from analysis.scores.outcome import IN_TIME, Score, score
-from analysis.scores.overall import fault_weights
-from experiments.validation import check_named
+from foreshock.analysis.detect.charts import AlarmRule
+from foreshock.analysis.detect.controls import CONTROLS
+from foreshock.analysis.detect.detection import Detection, Detector
+from foreshock.analysis.detect.entrants import Entrant
+from foreshock.analysis.detect.rules import make_rule
+from foreshock.analysis.detect.tracks import TRACKS, Track
+from foreshock.analysis.runs.experiment import Experiment, ScoredRun
+from foreshock.analysis.scores.outcome import IN_TIME, Score, score
+from foreshock.analysis.scores.overall import fault_weights
+from foreshock.experiments.validation import check_named
 
 ALL_FAULTS = "all"
 OWN = ("detector", "baseline", "oracle", "theory")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.runs.experiment import HEALTHY, Experiment
-from analysis.scores.contest import Contest
-from analysis.scores.inference import CHANCE, chance_of_alarms
-from analysis.scores.table import median_step, own_scores
+from foreshock.analysis.runs.experiment import HEALTHY, Experiment
+from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.inference import CHANCE, chance_of_alarms
+from foreshock.analysis.scores.table import median_step, own_scores
 
 SOON, LATER = 10, 100
 """Optimizer steps from onset within which the table counts alarms."""

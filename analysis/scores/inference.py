@@ -18,7 +18,7 @@ from arch.bootstrap import MCS
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from analysis.detect.alarms import conformal_rank
+from foreshock.analysis.detect.alarms import conformal_rank
 
 MIN_SEEDS = 10
 CONFIDENCE = 0.95

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.detect.detection import Detector
-from analysis.detect.tracks import Charted
-from analysis.scores.contest import ALL_FAULTS, Contest
-from analysis.scores.costs import MonitorCost, detector_cost
-from analysis.scores.inference import (
+from foreshock.analysis.detect.detection import Detector
+from foreshock.analysis.detect.tracks import Charted
+from foreshock.analysis.scores.contest import ALL_FAULTS, Contest
+from foreshock.analysis.scores.costs import MonitorCost, detector_cost
+from foreshock.analysis.scores.inference import (
     MIN_SEEDS,
     clopper_pearson_interval,
     false_alarm_bound,
@@ -22,8 +22,8 @@ from analysis.scores.inference import (
     restricted_mean_time,
     wilson_interval,
 )
-from analysis.scores.outcome import relative_lead
-from analysis.scores.verdict import over_faults, under_one_fault
+from foreshock.analysis.scores.outcome import relative_lead
+from foreshock.analysis.scores.verdict import over_faults, under_one_fault
 
 RANKED = ("detector", "baseline", "entrant", "external")
 """Kinds that compete; controls, and oracles that read the fault itself, stand beside them."""

@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from analysis.detect.alarms import anytime_threshold
-from analysis.detect.charts import AlarmRule
-from analysis.detect.detection import Detection, Detector
-from analysis.detect.rules import make_rule
-from analysis.runs.conf import conf
-from analysis.runs.experiment import HEALTHY
-from analysis.scores.contest import Contest, contest, mean_leads, mean_shares, run_scores
-from analysis.scores.inference import keeps_rate
+from foreshock.analysis.detect.alarms import anytime_threshold
+from foreshock.analysis.detect.charts import AlarmRule
+from foreshock.analysis.detect.detection import Detection, Detector
+from foreshock.analysis.detect.rules import make_rule
+from foreshock.analysis.runs.conf import conf
+from foreshock.analysis.runs.experiment import HEALTHY
+from foreshock.analysis.scores.contest import Contest, contest, mean_leads, mean_shares, run_scores
+from foreshock.analysis.scores.inference import keeps_rate
 
 CHARTS = ("shewhart", "ewma", "cusum", "glr", "shiryaev_roberts")
 

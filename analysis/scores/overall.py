@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from analysis.scores.inference import CHUNK, CONFIDENCE, MIN_SEEDS, RESAMPLES, expanded, pooled, ranks
+from foreshock.analysis.scores.inference import CHUNK, CONFIDENCE, MIN_SEEDS, RESAMPLES, expanded, pooled, ranks
 
 MIN_FAULTS = 8
 """Diverging faults that an overall rank, its interval and its confidence set need."""

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.detect.rounding import mean_resolution
-from analysis.runs.align import positions
-from analysis.runs.experiment import Experiment
-from analysis.runs.readings import at_end, common_end
-from analysis.scores.inference import bca_interval
+from foreshock.analysis.detect.rounding import mean_resolution
+from foreshock.analysis.runs.align import positions
+from foreshock.analysis.runs.experiment import Experiment
+from foreshock.analysis.runs.readings import at_end, common_end
+from foreshock.analysis.scores.inference import bca_interval
 
 WARM_UP_SHARE = 0.2
 """Readings before this share of a run are left out of its drift: a signal's level still moves with the weights."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.scores.contest import Contest
-from analysis.scores.inference import performance_profile
+from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.inference import performance_profile
 
 PROFILE_SHARES = tuple(i / 20 for i in range(21))
 

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from analysis.detect.detection import Detector
-from analysis.runs.catalogue import catalogue
-from analysis.runs.experiment import Experiment, ScoredRun
-from analysis.scores.contest import Contest
-from analysis.scores.inference import MIN_SEEDS, clopper_pearson_interval, false_alarm_law
+from foreshock.analysis.detect.detection import Detector
+from foreshock.analysis.runs.catalogue import catalogue
+from foreshock.analysis.runs.experiment import Experiment, ScoredRun
+from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.inference import MIN_SEEDS, clopper_pearson_interval, false_alarm_law
 
 MODULES = {
     "attention_update": "attention projections W_Q, W_K, W_V, W_O",

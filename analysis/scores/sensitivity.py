@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.detect.alarms import conformal_threshold
-from analysis.runs.experiment import LABEL_SIGNAL, Experiment
-from analysis.runs.labels import OTHER_LABELS, sensitivity_labels
-from analysis.scores.contest import Contest, mean_leads, mean_shares, run_scores
-from analysis.scores.inference import rank_agreement
-from analysis.scores.leaderboard import RANKED
-from experiments.trace import TraceError
+from foreshock.analysis.detect.alarms import conformal_threshold
+from foreshock.analysis.runs.experiment import LABEL_SIGNAL, Experiment
+from foreshock.analysis.runs.labels import OTHER_LABELS, sensitivity_labels
+from foreshock.analysis.scores.contest import Contest, mean_leads, mean_shares, run_scores
+from foreshock.analysis.scores.inference import rank_agreement
+from foreshock.analysis.scores.leaderboard import RANKED
+from foreshock.experiments.trace import TraceError
 
 
 def halves(contest: Contest) -> tuple[pd.DataFrame, float]:

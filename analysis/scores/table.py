@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from analysis.scores.contest import Contest, run_scores
-from analysis.scores.leaderboard import by_detector, healthy_alarms, keeps_its_rate, with_relative
-from analysis.scores.outcome import OUTCOMES, best_baseline
+from foreshock.analysis.scores.contest import Contest, run_scores
+from foreshock.analysis.scores.leaderboard import by_detector, healthy_alarms, keeps_its_rate, with_relative
+from foreshock.analysis.scores.outcome import OUTCOMES, best_baseline
 
 RUN_COLUMNS = {
     "model": "model",

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from analysis.scores.contest import Contest
-from analysis.scores.inference import bca_interval, confidence_set, max_t_test, pooled, rank_intervals
-from analysis.scores.outcome import best_baseline
-from analysis.scores.overall import MIN_FAULTS, Shares, fault_weights, overall
+from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.inference import bca_interval, confidence_set, max_t_test, pooled, rank_intervals
+from foreshock.analysis.scores.outcome import best_baseline
+from foreshock.analysis.scores.overall import MIN_FAULTS, Shares, fault_weights, overall
 
 
 def by_seed(

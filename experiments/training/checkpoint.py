@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from experiments import trace
-from models.trees import map_tensors
+from foreshock.experiments import trace
+from foreshock.models.trees import map_tensors
 
 CHECKPOINT = "checkpoint.pt"
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from experiments.training.repetition import REPETITIONS, repeated
+from foreshock.experiments.training.repetition import REPETITIONS, repeated
 
 HELD_OUT_SEED = 2606_28116
 """Fixes the held-out and probe batches for every run, whatever its seed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from experiments.training.train_config import TrainConfig
+from foreshock.experiments.training.train_config import TrainConfig
 
 
 def drawup_limit(config: TrainConfig) -> float:

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from faults.base import Sites
-from faults.log import InjectionLog
-from monitors.base import StepView
+from foreshock.faults.base import Sites
+from foreshock.faults.log import InjectionLog
+from foreshock.monitors.base import StepView
 
 NOTHING: frozenset[str] = frozenset()
 

@@ -9,8 +9,8 @@ import json
 from functools import cache
 from typing import Any
 
-from experiments.files import write_whole
-from experiments.training.source_code import ROOT
+from foreshock.experiments.files import write_whole
+from foreshock.experiments.training.source_code import ROOT
 
 EQUIVALENCES = ROOT / "results" / "equivalences.json"
 

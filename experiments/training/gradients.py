@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from faults.base import Sites
-from models.moe import Routing
-from models.taps import Taps
-from models.transformer import Transformer
+from foreshock.faults.base import Sites
+from foreshock.models.moe import Routing
+from foreshock.models.taps import Taps
+from foreshock.models.transformer import Transformer
 
 
 class Backward(NamedTuple):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.training.source_code import ROOT, closure_of, digest_of, path_of
+from foreshock.experiments.training.source_code import ROOT, closure_of, digest_of, path_of
 
 ENGINE = ("engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
 SINGLE, STACKED = ("single_engine",), ("stacked_engine", "stacked_optimizer")

@@ -27,22 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments import trace
-from experiments.build import Run
-from experiments.training import checkpoint
-from experiments.training.early_end import drawup_limit, early_ends
-from experiments.training.engine import Engine
-from experiments.training.manifest import manifest_in
-from experiments.training.missing_readings import take_its_place, take_over, trained_again, without_readings
-from experiments.training.out_of_memory import out_of_memory_named
-from experiments.training.recorder import Recorder
-from experiments.training.run_writer import HELD_OUT, RunWriter
-from experiments.training.stacked_engine import StackedEngine
-from experiments.training.stacked_watch import StackedWatch
-from experiments.training.stopping import Stopped, asked, held
-from faults.base import Fault, Sites
-from monitors.base import Reading
-from monitors.watch import Watch, is_due
+from foreshock.experiments import trace
+from foreshock.experiments.build import Run
+from foreshock.experiments.training import checkpoint
+from foreshock.experiments.training.early_end import drawup_limit, early_ends
+from foreshock.experiments.training.engine import Engine
+from foreshock.experiments.training.manifest import manifest_in
+from foreshock.experiments.training.missing_readings import take_its_place, take_over, trained_again, without_readings
+from foreshock.experiments.training.out_of_memory import out_of_memory_named
+from foreshock.experiments.training.recorder import Recorder
+from foreshock.experiments.training.run_writer import HELD_OUT, RunWriter
+from foreshock.experiments.training.stacked_engine import StackedEngine
+from foreshock.experiments.training.stacked_watch import StackedWatch
+from foreshock.experiments.training.stopping import Stopped, asked, held
+from foreshock.faults.base import Fault, Sites
+from foreshock.monitors.base import Reading
+from foreshock.monitors.watch import Watch, is_due
 
 Progress = Callable[[int, Tensor, Mapping[str, Reading], Mapping[Path, int]], None]
 """Called after every update with the step, the loss, this step's readings, and the place in the stack of every run that

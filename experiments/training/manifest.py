@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments import trace
-from experiments.build import ROOT, Run
-from experiments.training.identity import trajectory_sources
-from experiments.training.run_writer import HELD_OUT
-from experiments.training.source_code import digest_of
+from foreshock.experiments import trace
+from foreshock.experiments.build import ROOT, Run
+from foreshock.experiments.training.identity import trajectory_sources
+from foreshock.experiments.training.run_writer import HELD_OUT
+from foreshock.experiments.training.source_code import digest_of
 
 
 def _git(*arguments: str) -> str | None:

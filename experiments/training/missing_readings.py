@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from experiments import trace
-from experiments.build import Run
-from experiments.training.manifest import manifest_in, new_manifest
-from experiments.training.run_writer import HELD_OUT
+from foreshock.experiments import trace
+from foreshock.experiments.build import Run
+from foreshock.experiments.training.manifest import manifest_in, new_manifest
+from foreshock.experiments.training.run_writer import HELD_OUT
 
 AGAIN = "again"
 """The folder in a run's own where it is trained again."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from experiments.training.train_config import TrainConfig
-from faults.base import LearningRateScale
-from models.transformer import parameter_group
+from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.faults.base import LearningRateScale
+from foreshock.models.transformer import parameter_group
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from experiments.build import Run
+from foreshock.experiments.build import Run
 
 
 class OutOfMemory(Exception):

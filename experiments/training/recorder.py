@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments import trace
-from monitors.base import Masked, Reading
+from foreshock.experiments import trace
+from foreshock.monitors.base import Masked, Reading
 
 
 @dataclass(frozen=True)

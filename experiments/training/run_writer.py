@@ -11,13 +11,13 @@ from typing import Any
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from experiments import trace
-from experiments.build import Run
-from experiments.training import checkpoint
-from experiments.training.engine import Engine
-from experiments.training.recorder import Recorder
-from monitors.base import Signal
-from monitors.watch import Watch
+from foreshock.experiments import trace
+from foreshock.experiments.build import Run
+from foreshock.experiments.training import checkpoint
+from foreshock.experiments.training.engine import Engine
+from foreshock.experiments.training.recorder import Recorder
+from foreshock.monitors.base import Signal
+from foreshock.monitors.watch import Watch
 
 HELD_OUT = Signal("held_out_loss", "nats/token", "up", family="evaluation", reference="val_loss")
 """The label signal: mean NLL on the fixed held-out batch."""

@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.training.engine import NOTHING, Batches
-from experiments.training.gradients import Backward, backward, micro_batches
-from experiments.training.optimizer import adamw, update
-from experiments.training.train_config import TrainConfig
-from faults.base import Sites
-from faults.log import InjectionLog
-from faults.logged_numerics import logged
-from faults.operation import Moment
-from faults.points import corrupt_batch, corrupt_tensors, corrupted_optimizer, gradients_of
-from models.batch import inputs_and_targets
-from models.compiled import CompiledObjective
-from models.corruption import Corrupted
-from models.moe import Routing
-from models.objective import objective_at
-from models.precision import accumulate_in_fp32
-from models.transformer import Transformer
-from monitors.base import StepView
+from foreshock.experiments.training.engine import NOTHING, Batches
+from foreshock.experiments.training.gradients import Backward, backward, micro_batches
+from foreshock.experiments.training.optimizer import adamw, update
+from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.faults.base import Sites
+from foreshock.faults.log import InjectionLog
+from foreshock.faults.logged_numerics import logged
+from foreshock.faults.operation import Moment
+from foreshock.faults.points import corrupt_batch, corrupt_tensors, corrupted_optimizer, gradients_of
+from foreshock.models.batch import inputs_and_targets
+from foreshock.models.compiled import CompiledObjective
+from foreshock.models.corruption import Corrupted
+from foreshock.models.moe import Routing
+from foreshock.models.objective import objective_at
+from foreshock.models.precision import accumulate_in_fp32
+from foreshock.models.transformer import Transformer
+from foreshock.monitors.base import StepView
 
 
 class SingleEngine:

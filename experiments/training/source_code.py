@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+from foreshock.names import importable, short
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -62,10 +64,10 @@ def digest_of(files: Iterable[tuple[str, Path]]) -> str:
 
 def path_of(module: str) -> Path | None:
     """The source file of a module, None where it has none. Raises ModuleNotFoundError."""
-    loaded = sys.modules.get(module)
+    loaded = sys.modules.get(importable(module))
     origin = getattr(loaded, "__file__", None)
     if origin is None:
-        spec = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(importable(module))
         origin = None if spec is None else spec.origin
     return Path(origin) if origin is not None and origin.endswith(".py") else None
 
@@ -79,7 +81,7 @@ def _imported_by(path: Path) -> tuple[str, ...]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return tuple(names)
+    return tuple(map(short, names))
 
 
 def closure_of(module: str, follow: Callable[[str, Path], bool]) -> Iterator[tuple[str, Path]]:

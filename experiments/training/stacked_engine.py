@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.training.engine import NOTHING, Batches
-from experiments.training.stacked_optimizer import StackedAdamW
-from experiments.training.train_config import TrainConfig
-from faults.base import Sites
-from faults.log import InjectionLog
-from faults.logged_numerics import logged
-from faults.operation import Moment
-from faults.points import corrupt_tensors, gradients_of
-from models.objective import objective_at
-from models.precision import accumulate_in_fp32
-from models.stacked import StackedNumerics, StackedTransformer
-from models.taps import Taps
-from models.transformer import Transformer
-from monitors.base import StepView
+from foreshock.experiments.training.engine import NOTHING, Batches
+from foreshock.experiments.training.stacked_optimizer import StackedAdamW
+from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.faults.base import Sites
+from foreshock.faults.log import InjectionLog
+from foreshock.faults.logged_numerics import logged
+from foreshock.faults.operation import Moment
+from foreshock.faults.points import corrupt_tensors, gradients_of
+from foreshock.models.objective import objective_at
+from foreshock.models.precision import accumulate_in_fp32
+from foreshock.models.stacked import StackedNumerics, StackedTransformer
+from foreshock.models.taps import Taps
+from foreshock.models.transformer import Transformer
+from foreshock.monitors.base import StepView
 
 
 class StackedEngine:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from models.trees import stack_trees
-from monitors.base import WeightHistory
+from foreshock.models.trees import stack_trees
+from foreshock.monitors.base import WeightHistory
 
 
 class SliceHistory(WeightHistory):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_update
 
-from experiments.training.optimizer import adamw, learning_rate, set_learning_rate
-from experiments.training.train_config import TrainConfig
-from faults.base import LearningRateScale
-from models.stacked import StackedTransformer
+from foreshock.experiments.training.optimizer import adamw, learning_rate, set_learning_rate
+from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.faults.base import LearningRateScale
+from foreshock.models.stacked import StackedTransformer
 
 Rates = tuple[float, float, LearningRateScale]
 """A slice's scheduled learning rate, its weight decay, and its factors on the rate."""

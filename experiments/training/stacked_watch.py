@@ -13,15 +13,15 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from experiments.training.stacked_history import SliceHistory, load_history
-from models.objective import objective_at
-from models.stacked import StackedTransformer
-from models.stacked_taps import GivenTaps, SliceTaps
-from models.taps import Tap
-from models.transformer import Transformer
-from models.trees import map_tensors, stack_trees, tensors_of, with_tensors
-from monitors.base import Masked, Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
-from monitors.watch import Watch, load_memory
+from foreshock.experiments.training.stacked_history import SliceHistory, load_history
+from foreshock.models.objective import objective_at
+from foreshock.models.stacked import StackedTransformer
+from foreshock.models.stacked_taps import GivenTaps, SliceTaps
+from foreshock.models.taps import Tap
+from foreshock.models.transformer import Transformer
+from foreshock.models.trees import map_tensors, stack_trees, tensors_of, with_tensors
+from foreshock.monitors.base import Masked, Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
+from foreshock.monitors.watch import Watch, load_memory
 
 
 def stackable(monitor: Monitor) -> bool:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.build import Run
+from foreshock.experiments.build import Run
 
 OWN_NODES = ("seed", "fault", "train")
 OWN_TRAIN_KEYS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from models.precision import PRECISIONS
+from foreshock.models.precision import PRECISIONS
 
 SCHEDULES = ("constant", "cosine")
 MOST_STEPS = 10_000_000

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.runs.simulated import simulate_experiment
+from foreshock.analysis.runs.simulated import simulate_experiment
 from tests.analysis.made_up_board import COUNTS, DETECTORS, FAULTS, SIGNALS
 
 

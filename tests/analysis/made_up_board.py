@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.reports.boards import Request, score_runs
-from analysis.runs.experiment import Experiment
-from analysis.scores.contest import Contest, contest
+from foreshock.analysis.reports.boards import Request, score_runs
+from foreshock.analysis.runs.experiment import Experiment
+from foreshock.analysis.scores.contest import Contest, contest
 from tests.described import described
 
 SIGNALS = {

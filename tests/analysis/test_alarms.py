@@ -3,19 +3,19 @@ import math
 import numpy as np
 import pytest
 
-from analysis.detect.alarms import (
+from foreshock.analysis.detect.alarms import (
     anytime_threshold,
     chart_statistics,
     conformal_threshold,
     first_alarm,
     oriented,
 )
-from analysis.detect.bands import DeclinedSignal, ReferenceBand
-from analysis.detect.charts import CUSUM, EWMA, GLR, Shewhart, ShiryaevRoberts
-from analysis.detect.river import RIVER
-from analysis.detect.rules import make_rule
-from analysis.runs.align import Aligned
-from analysis.runs.conf import conf
+from foreshock.analysis.detect.bands import DeclinedSignal, ReferenceBand
+from foreshock.analysis.detect.charts import CUSUM, EWMA, GLR, Shewhart, ShiryaevRoberts
+from foreshock.analysis.detect.river import RIVER
+from foreshock.analysis.detect.rules import make_rule
+from foreshock.analysis.runs.align import Aligned
+from foreshock.analysis.runs.conf import conf
 
 RULES = [Shewhart(), EWMA(0.2), CUSUM(0.5), GLR(50), ShiryaevRoberts((0.5, 1.0, 2.0), phi=0.3)]
 PERSISTENT = make_rule("cusum", persistence=3, drift=0.5)

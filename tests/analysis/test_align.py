@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from analysis.runs.align import Aligned, hold, positions, thin
-from experiments.trace import Series
+from foreshock.analysis.runs.align import Aligned, hold, positions, thin
+from foreshock.experiments.trace import Series
 
 
 def series(steps, tokens, values, undefined=None) -> Series:

@@ -7,7 +7,7 @@ from scipy.stats import kstest
 from sklearn.model_selection import LeaveOneGroupOut
 from sklearn.naive_bayes import BernoulliNB
 
-from analysis.locate.attribution import (
+from foreshock.analysis.locate.attribution import (
     PEAK_POWER,
     _named,
     alarm_probabilities,

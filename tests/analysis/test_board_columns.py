@@ -8,15 +8,15 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from analysis.reports.headline import headline
-from analysis.reports.leaderboard_print import print_board
-from analysis.runs.load import load
-from analysis.scores.contest import contest, run_scores
-from analysis.scores.leaderboard import board
-from analysis.scores.outcome import best_baseline, relative_lead
-from analysis.scores.overall import MIN_FAULTS
-from analysis.scores.table import lead_table
-from experiments.build import ROOT
+from foreshock.analysis.reports.headline import headline
+from foreshock.analysis.reports.leaderboard_print import print_board
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.scores.contest import contest, run_scores
+from foreshock.analysis.scores.leaderboard import board
+from foreshock.analysis.scores.outcome import best_baseline, relative_lead
+from foreshock.analysis.scores.overall import MIN_FAULTS
+from foreshock.analysis.scores.table import lead_table
+from foreshock.experiments.build import ROOT
 from tests.analysis.made_up_board import COUNTS, DETECTORS, EARLY, FAULTS, LATE, SIGNALS, with_singles
 
 THREE = {**DETECTORS, "held out": ["held_out_loss"]}

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.detect.tracks import universal_threshold
-from analysis.figures.cases import cases_figure
-from analysis.scores import cases
-from analysis.scores.cases import ALL_LAWS, case_rows, totals
-from experiments.trace import Series
+from foreshock.analysis.detect.tracks import universal_threshold
+from foreshock.analysis.figures.cases import cases_figure
+from foreshock.analysis.scores import cases
+from foreshock.analysis.scores.cases import ALL_LAWS, case_rows, totals
+from foreshock.experiments.trace import Series
 
 LAWS = {"one": "one.over_noise", "two": "two.over_noise"}
 STEPS = np.arange(2, 22, 2)

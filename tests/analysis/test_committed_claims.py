@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.locate.localise import shares_right
-from analysis.scores.inference import CHANCE, chance_of_alarms
+from foreshock.analysis.locate.localise import shares_right
+from foreshock.analysis.scores.inference import CHANCE, chance_of_alarms
 
 RESULTS = Path(__file__).parents[2] / "results"
 CLAIMS = sorted(RESULTS.glob("*/claims.csv"))

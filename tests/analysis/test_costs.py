@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from analysis.scores.costs import MonitorCost, costs_of, detector_cost, monitor_costs, taps_share
+from foreshock.analysis.scores.costs import MonitorCost, costs_of, detector_cost, monitor_costs, taps_share
 
 MEASURED = {
     "laws": {"share_of_step": 0.010, "signals": ["a", "b"], "every_steps": [10], "taps": {"dot_product": 0.08}},

@@ -10,16 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.figures import early
-from analysis.figures.early import cost_faults, cost_figure, pareto_front, size_figure
-from analysis.figures.point_names import label_points
-from analysis.locate.fault_truth import broken_kernels
-from analysis.report import make_report
-from analysis.runs.load import load
-from analysis.scores.contest import contest, run_scores
-from analysis.scores.delays import Size, blind_table, delays, oracles, size, smallest_table
-from analysis.scores.inference import chance_of_alarms
-from analysis.scores.leaderboard import board
+from foreshock.analysis.figures import early
+from foreshock.analysis.figures.early import cost_faults, cost_figure, pareto_front, size_figure
+from foreshock.analysis.figures.point_names import label_points
+from foreshock.analysis.locate.fault_truth import broken_kernels
+from foreshock.analysis.report import make_report
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.scores.contest import contest, run_scores
+from foreshock.analysis.scores.delays import Size, blind_table, delays, oracles, size, smallest_table
+from foreshock.analysis.scores.inference import chance_of_alarms
+from foreshock.analysis.scores.leaderboard import board
 from tests.described import described
 
 EARLY, SLOW, NORM = "key_shift_residual.over_noise", "qk_delta2_spectrum.entropy.w50", "grad_global_norm"

@@ -9,16 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.detect import river
-from analysis.detect.alarms import conformal_threshold
-from analysis.detect.entrants import BadEntrant, entrant_of
-from analysis.detect.external import read_alarms
-from analysis.detect.isolation import Limits
-from analysis.detect.rules import make_rule
-from analysis.runs.conf import CONF, conf
-from analysis.runs.load import load
-from analysis.score import main
-from analysis.scores import outcome
+from foreshock.analysis.detect import river
+from foreshock.analysis.detect.alarms import conformal_threshold
+from foreshock.analysis.detect.entrants import BadEntrant, entrant_of
+from foreshock.analysis.detect.external import read_alarms
+from foreshock.analysis.detect.isolation import Limits
+from foreshock.analysis.detect.rules import make_rule
+from foreshock.analysis.runs.conf import CONF, conf
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.score import main
+from foreshock.analysis.scores import outcome
 from tests.analysis.made_up_board import EARLY, scored
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from analysis.detect.detection import Detection
-from analysis.detect.rules import make_rule
-from analysis.detect.tracks import TRACKS
-from analysis.runs.load import load
+from foreshock.analysis.detect.detection import Detection
+from foreshock.analysis.detect.rules import make_rule
+from foreshock.analysis.detect.tracks import TRACKS
+from foreshock.analysis.runs.load import load
 from tests.described import described
 
 COUNT, NORM = "nan_inf_events", "grad_global_norm"

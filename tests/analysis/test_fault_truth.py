@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from analysis.locate import fault_truth
-from analysis.locate.fault_truth import HEALTHY, OTHER, Truth, truth, truth_of
-from models import numerics
+from foreshock.analysis.locate import fault_truth
+from foreshock.analysis.locate.fault_truth import HEALTHY, OTHER, Truth, truth, truth_of
+from foreshock.models import numerics
 
 ATTENTION = {"bits": 2, "rounding": "truncate", "phase": "backward", "layers": None, "heads": None, "onset": 0}
 MODULE = {"bits": 2, "rounding": "flip", "share": 0.0, "onset": 0}

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.reports.headline import headline
+from foreshock.analysis.reports.headline import headline
 
 LAWS, DELTA_W, DELTA_2 = "conservation laws", "Delta W entropy", "Delta2 entropy"
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.scores.inference import (
+from foreshock.analysis.scores.inference import (
     bca_interval,
     chance_of_alarms,
     clopper_pearson_interval,

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from analysis.detect.alarms import conformal_threshold
-from analysis.detect.charts import EWMA
-from analysis.detect.detection import Detection
-from analysis.detect.joint import MIN_RUNS, Scale, member_scales
-from analysis.runs.load import load
+from foreshock.analysis.detect.alarms import conformal_threshold
+from foreshock.analysis.detect.charts import EWMA
+from foreshock.analysis.detect.detection import Detection
+from foreshock.analysis.detect.joint import MIN_RUNS, Scale, member_scales
+from foreshock.analysis.runs.load import load
 from tests.analysis.made_up_board import COUNTS, with_singles
 
 HEAVY = {

@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.reports.kinds import by_name
-from analysis.reports.kinds.by_name import BY_SIZE, DRAWINGS, KINDS, NEEDED, kind_of
-from analysis.reports.page import TEMPLATES, verdict
+from foreshock.analysis.reports.kinds import by_name
+from foreshock.analysis.reports.kinds.by_name import BY_SIZE, DRAWINGS, KINDS, NEEDED, kind_of
+from foreshock.analysis.reports.page import TEMPLATES, verdict
 
 
 def test_every_kind_is_a_file_of_its_name():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from analysis.runs.labels import (
+from foreshock.analysis.runs.labels import (
     divergence_step,
     drawup,
     drawup_threshold,

@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.locate.laws import ATTENTION, RECOMPUTED
-from analysis.locate.localise import confusion, localise, shares_right
-from analysis.locate.naming import NO_ALARM, WINDOW, Levels, name_site, nearest_class, rolling_rms
-from analysis.report import make_report
-from analysis.runs.align import Aligned
-from analysis.runs.load import load
-from analysis.scores.inference import clopper_pearson_interval
-from monitors.law import DK, DQ, DV, KEY_SHIFT, QK_GAUGE, VALUE_SHIFT, VO_GAUGE, Law
+from foreshock.analysis.locate.laws import ATTENTION, RECOMPUTED
+from foreshock.analysis.locate.localise import confusion, localise, shares_right
+from foreshock.analysis.locate.naming import NO_ALARM, WINDOW, Levels, name_site, nearest_class, rolling_rms
+from foreshock.analysis.report import make_report
+from foreshock.analysis.runs.align import Aligned
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.scores.inference import clopper_pearson_interval
+from foreshock.monitors.law import DK, DQ, DV, KEY_SHIFT, QK_GAUGE, VALUE_SHIFT, VO_GAUGE, Law
 from tests.described import DECLARED, described
 
 KEY, VALUE = "key_shift_residual.over_noise", "value_shift_residual.over_noise"

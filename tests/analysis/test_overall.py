@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.scores.overall import MIN_FAULTS, Shares, fault_weights, overall, possibly_best
+from foreshock.analysis.scores.overall import MIN_FAULTS, Shares, fault_weights, overall, possibly_best
 
 
 def drawn(generator, *, faults=12, seeds=30, detectors=1, better=0.0, of_fault=0.15, of_seed=0.05, weights=None):

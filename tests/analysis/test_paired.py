@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.report import make_report
-from analysis.runs.load import load
-from analysis.runs.readings import at_end
-from analysis.scores.inference import bca_interval
-from analysis.scores.paired import differences, drift_table, paired_table
+from foreshock.analysis.report import make_report
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.runs.readings import at_end
+from foreshock.analysis.scores.inference import bca_interval
+from foreshock.analysis.scores.paired import differences, drift_table, paired_table
 
 HEADS = {"unit": "1", "bad": "both", "axes": ["layer", "head"], "every_steps": 10}
 SIGNALS = {"norm": HEADS | {"bad": "up"}, "bias": HEADS}

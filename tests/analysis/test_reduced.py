@@ -6,16 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import reduced
-from analysis.detect.detection import Detection
-from analysis.runs.index import read_index
-from analysis.runs.load import load
-from analysis.runs.reduced import RUNS, merged
-from analysis.scores.contest import contest
-from analysis.scores.sensitivity import label_sensitivity, other_labels
-from experiments import trace
-from experiments.build import ROOT
-from monitors.signal import read_signal
+from foreshock.analysis import reduced
+from foreshock.analysis.detect.detection import Detection
+from foreshock.analysis.runs.index import read_index
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.runs.reduced import RUNS, merged
+from foreshock.analysis.scores.contest import contest
+from foreshock.analysis.scores.sensitivity import label_sensitivity, other_labels
+from foreshock.experiments import trace
+from foreshock.experiments.build import ROOT
+from foreshock.monitors.signal import read_signal
 from tests.analysis.made_up_board import EARLY, LATE, scored
 
 

@@ -11,14 +11,14 @@ import pandas as pd
 import pytest
 from matplotlib.text import Annotation
 
-from analysis.figures import leads
-from analysis.locate.selectivity import alarm_matrix, off_diagonal
-from analysis.report import make_report
-from analysis.runs.experiment import HEALTHY_ROLES
-from analysis.runs.load import load
-from analysis.runs.readings import curve
-from analysis.scores.table import lead_table, median_step, run_table
-from experiments import trace
+from foreshock.analysis.figures import leads
+from foreshock.analysis.locate.selectivity import alarm_matrix, off_diagonal
+from foreshock.analysis.report import make_report
+from foreshock.analysis.runs.experiment import HEALTHY_ROLES
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.runs.readings import curve
+from foreshock.analysis.scores.table import lead_table, median_step, run_table
+from foreshock.experiments import trace
 from tests.analysis.made_up_board import with_singles
 
 STEPS, EVERY, TOKENS = 1000, 10, 64

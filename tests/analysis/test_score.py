@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from analysis.scores.outcome import restricted_mean_lead, score
+from foreshock.analysis.scores.outcome import restricted_mean_lead, score
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.detect.alarms import (
+from foreshock.analysis.detect.alarms import (
     anytime_threshold,
     chart_statistics,
     conformal_threshold,
@@ -15,11 +15,11 @@ from analysis.detect.alarms import (
     fitted,
     oriented,
 )
-from analysis.detect.bands import ReferenceBand, SelfBand
-from analysis.detect.charts import CUSUM, EWMA, GLR, Shewhart, ShiryaevRoberts
-from analysis.detect.river import RiverDetector
-from analysis.runs.align import Aligned
-from analysis.scores.outcome import score
+from foreshock.analysis.detect.bands import ReferenceBand, SelfBand
+from foreshock.analysis.detect.charts import CUSUM, EWMA, GLR, Shewhart, ShiryaevRoberts
+from foreshock.analysis.detect.river import RiverDetector
+from foreshock.analysis.runs.align import Aligned
+from foreshock.analysis.scores.outcome import score
 
 ALPHA, N, SAMPLES, TRIALS = 0.10, 9, 50, 2000
 CHARTS = {

@@ -1,12 +1,20 @@
 import numpy as np
 import pytest
 
-from analysis.detect.bands import UNHEARD_OF, DeclinedSignal, Exact, Floor, ReferenceBand, SelfBand, left_out_z
-from analysis.detect.published import PublishedRule, published_rule
-from analysis.detect.tracks import TRACKS
-from analysis.runs.align import Aligned
-from analysis.runs.catalogue import catalogue
-from monitors.signal import Signal
+from foreshock.analysis.detect.bands import (
+    UNHEARD_OF,
+    DeclinedSignal,
+    Exact,
+    Floor,
+    ReferenceBand,
+    SelfBand,
+    left_out_z,
+)
+from foreshock.analysis.detect.published import PublishedRule, published_rule
+from foreshock.analysis.detect.tracks import TRACKS
+from foreshock.analysis.runs.align import Aligned
+from foreshock.analysis.runs.catalogue import catalogue
+from foreshock.monitors.signal import Signal
 from tests.described import DECLARED
 
 

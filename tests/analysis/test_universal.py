@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from analysis.detect.bands import DeclinedSignal
-from analysis.detect.detection import Detection
-from analysis.detect.tracks import TRACKS, universal_threshold
-from analysis.reports.boards import Request, score_runs
-from analysis.runs.load import load
-from analysis.scores.contest import contest, run_scores
-from analysis.scores.leaderboard import board
-from monitors.attention_laws import AttentionLaws
-from monitors.attention_recomputed import AttentionRecomputed
-from monitors.linear_laws import LinearLaws
-from monitors.norm_laws import NormLaws
-from monitors.signal import OVER_NOISE
-from monitors.softmax_laws import LogitLaws, RouterLaws
+from foreshock.analysis.detect.bands import DeclinedSignal
+from foreshock.analysis.detect.detection import Detection
+from foreshock.analysis.detect.tracks import TRACKS, universal_threshold
+from foreshock.analysis.reports.boards import Request, score_runs
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.scores.contest import contest, run_scores
+from foreshock.analysis.scores.leaderboard import board
+from foreshock.monitors.attention_laws import AttentionLaws
+from foreshock.monitors.attention_recomputed import AttentionRecomputed
+from foreshock.monitors.linear_laws import LinearLaws
+from foreshock.monitors.norm_laws import NormLaws
+from foreshock.monitors.signal import OVER_NOISE
+from foreshock.monitors.softmax_laws import LogitLaws, RouterLaws
 from tests.described import described
 
 RATIO, OTHER = "key_shift_residual.over_noise", "qk_gauge_residual.matrix.over_noise"

@@ -11,16 +11,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from analysis.reports.kinds.by_name import DRAWINGS
-from analysis.scores.cases import ALL_CASES
-from experiments import reproduce
-from experiments.build import ROOT, build_run
-from experiments.plan import FIRST_CASE_SEED, FIRST_SEED, plan
-from experiments.reproduce import build_all, chosen_experiment, planned_runs
-from experiments.scoring import check_runs, check_settings
-from experiments.train import describe
-from experiments.training.loop import train
-from models.transformer import Transformer
+from foreshock.analysis.reports.kinds.by_name import DRAWINGS
+from foreshock.analysis.scores.cases import ALL_CASES
+from foreshock.experiments import reproduce
+from foreshock.experiments.build import ROOT, build_run
+from foreshock.experiments.plan import FIRST_CASE_SEED, FIRST_SEED, plan
+from foreshock.experiments.reproduce import build_all, chosen_experiment, planned_runs
+from foreshock.experiments.scoring import check_runs, check_settings
+from foreshock.experiments.train import describe
+from foreshock.experiments.training.loop import train
+from foreshock.models.transformer import Transformer
 
 CONF = ROOT / "conf"
 SHORT = [

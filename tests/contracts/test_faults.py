@@ -7,9 +7,9 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from experiments.build import ROOT
-from experiments.training.loop import train
-from faults.base import Fault, Sites
+from foreshock.experiments.build import ROOT
+from foreshock.experiments.training.loop import train
+from foreshock.faults.base import Fault, Sites
 
 FAULTS = sorted(path.stem for path in (ROOT / "conf" / "fault").glob("*.yaml"))
 HEALTHY = Sites(batch_size=8)

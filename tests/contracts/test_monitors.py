@@ -13,16 +13,16 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import trace
-from experiments.build import ROOT, Run
-from experiments.training.loop import train
-from experiments.training.run_writer import HELD_OUT
-from models.numerics import AttentionNumerics, SiteFault
-from models.transformer import Transformer
-from monitors.base import Masked, Monitor, Reading, Signal, StepView, tapped
-from monitors.needs import VIEW
-from monitors.signal import EXACT, OVER_NOISE, RATIO
-from monitors.watch import Watch
+from foreshock.experiments import trace
+from foreshock.experiments.build import ROOT, Run
+from foreshock.experiments.training.loop import train
+from foreshock.experiments.training.run_writer import HELD_OUT
+from foreshock.models.numerics import AttentionNumerics, SiteFault
+from foreshock.models.transformer import Transformer
+from foreshock.monitors.base import Masked, Monitor, Reading, Signal, StepView, tapped
+from foreshock.monitors.needs import VIEW
+from foreshock.monitors.signal import EXACT, OVER_NOISE, RATIO
+from foreshock.monitors.watch import Watch
 
 MONITORS = sorted(path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml"))
 CATALOGUE = pd.read_csv(ROOT / "monitors" / "catalogue.csv").set_index("id")

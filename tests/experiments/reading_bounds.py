@@ -15,8 +15,8 @@ REMAINDERS = 2 * gamma(64, FP32) / (BF16 / 2)
 TIPPED = math.sqrt(12 / 200)
 """Of a ratio to the rounding that a twin computes again, a quarter. Two orders round an FP32 number near the middle of
 two BF16 ones to either. A number that holds 1/200 of the prediction errs by the root of 1/200 of it as a root mean
-square, and rounding it to the other side moves the sum by sqrt(12) times that. A head here has 16 x 16 P and dS and 16 x 8
-of each stored tensor.
+square, and rounding it to the other side moves the sum by sqrt(12) times that. A head here has 16 x 16 P and dS and
+16 x 8 of each stored tensor.
 """
 OF_REMAINDERS = ("attention_recomputed", "delta_bias_oracle", "qk_gauge_residual", "vo_gauge_residual")
 OF_ATTENTION = (*OF_REMAINDERS, "key_shift_residual", "value_shift_residual")

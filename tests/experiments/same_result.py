@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import trace
+from foreshock.experiments import trace
 
 WEIGHTS = "weights.safetensors"
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments import trace
-from experiments.training.loop import train
-from experiments.training.manifest import new_manifest
+from foreshock.experiments import trace
+from foreshock.experiments.training.loop import train
+from foreshock.experiments.training.manifest import new_manifest
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

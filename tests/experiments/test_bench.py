@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from experiments import bench
-from monitors.base import Lookback, Needs, Signal, StepView
+from foreshock.experiments import bench
+from foreshock.monitors.base import Lookback, Needs, Signal, StepView
 
 
 class Watcher:

@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import bench_gpt2, gpt2_pieces, monitor_costs
-from experiments.build import ROOT
-from experiments.gpt2_sizes import Size
-from experiments.gpt2_training import Training, flops_a_token
-from experiments.gpu_record import Record
-from experiments.monitor_costs import history_seconds, monitor_seconds, period, taps_seconds
-from experiments.plain_config import construct, monitors_of
-from experiments.training.loop import train
-from models.transformer import Transformer
-from monitors.base import Needs, Signal
-from monitors.watch import Watch
+from foreshock.experiments import bench_gpt2, gpt2_pieces, monitor_costs
+from foreshock.experiments.build import ROOT
+from foreshock.experiments.gpt2_sizes import Size
+from foreshock.experiments.gpt2_training import Training, flops_a_token
+from foreshock.experiments.gpu_record import Record
+from foreshock.experiments.monitor_costs import history_seconds, monitor_seconds, period, taps_seconds
+from foreshock.experiments.plain_config import construct, monitors_of
+from foreshock.experiments.training.loop import train
+from foreshock.models.transformer import Transformer
+from foreshock.monitors.base import Needs, Signal
+from foreshock.monitors.watch import Watch
 
 PARTS = ("steps", "monitors", "profile")
 

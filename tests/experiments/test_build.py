@@ -2,10 +2,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.build import ROOT, build_run, construct
-from experiments.training.optimizer import adamw, learning_rate, set_learning_rate
-from experiments.training.train_config import TrainConfig
-from faults.base import LearningRateScale
+from foreshock.experiments.build import ROOT, build_run, construct
+from foreshock.experiments.training.optimizer import adamw, learning_rate, set_learning_rate
+from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.faults.base import LearningRateScale
 
 CONF = ROOT / "conf"
 

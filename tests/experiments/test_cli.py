@@ -5,10 +5,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments.build import ROOT
-from experiments.cli import CONF, check_overrides
-from experiments.plan import FIRST_SEED, plan
-from experiments.reproduce import chosen_experiment
+from foreshock.experiments.build import ROOT
+from foreshock.experiments.cli import CONF, check_overrides
+from foreshock.experiments.plan import FIRST_SEED, plan
+from foreshock.experiments.reproduce import chosen_experiment
 
 SEEDS = {"reference": 2, "calibration": 3, "test": 1, "faulty": 2}
 

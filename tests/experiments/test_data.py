@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from experiments.training.data import Corpus, DataConfig
+from foreshock.experiments.training.data import Corpus, DataConfig
 
 CONTEXT = 16
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 from joblib import cpu_count
 
-from experiments.executors import Cluster, Here, Processes, executor_of
+from foreshock.experiments.executors import Cluster, Here, Processes, executor_of
 
 JOBLIB, SLURM = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "submitit_launcher.SlurmLauncher"
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.runs.index import read_index
-from experiments import trace
-from experiments.files import sealed, unsealed
-from experiments.sweep import left_to_train
-from experiments.trace import TraceError
-from experiments.training import checkpoint
-from experiments.training.loop import train
+from foreshock.analysis.runs.index import read_index
+from foreshock.experiments import trace
+from foreshock.experiments.files import sealed, unsealed
+from foreshock.experiments.sweep import left_to_train
+from foreshock.experiments.trace import TraceError
+from foreshock.experiments.training import checkpoint
+from foreshock.experiments.training.loop import train
 
 FLIPS = 60
 

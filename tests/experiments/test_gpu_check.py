@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from experiments import gpu_check, gpu_correctness, gpu_speed
-from experiments.build import ROOT
-from experiments.gpu_check import new_record
-from experiments.gpu_correctness import (
+from foreshock.experiments import gpu_check, gpu_correctness, gpu_speed
+from foreshock.experiments.build import ROOT
+from foreshock.experiments.gpu_check import new_record
+from foreshock.experiments.gpu_correctness import (
     UNORDERED,
     Shape,
     check_arithmetic,
@@ -21,12 +21,12 @@ from experiments.gpu_correctness import (
     distance,
     one_fault_a_head,
 )
-from experiments.gpu_record import attempt, file_name
-from experiments.gpu_speed import Case, cases, contestants, faulty, flops, in_turns, summary
-from models.arithmetic import Arithmetic
-from models.attention import attention
-from models.bits import truncate
-from models.numerics import FORWARD_SITES, HEALTHY_LAYER, KEY_VALUE_SITES, SITES
+from foreshock.experiments.gpu_record import attempt, file_name
+from foreshock.experiments.gpu_speed import Case, cases, contestants, faulty, flops, in_turns, summary
+from foreshock.models.arithmetic import Arithmetic
+from foreshock.models.attention import attention
+from foreshock.models.bits import truncate
+from foreshock.models.numerics import FORWARD_SITES, HEALTHY_LAYER, KEY_VALUE_SITES, SITES
 from tests.models.attention_in_triton import ADDING_TILES, DEVICE, ONE_TILE, SMALL_TILES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from experiments import gpu_speed, gpu_tiles
-from experiments.gpu_speed import Case
-from experiments.gpu_tiles import Question, answer, questions
-from models.tiles import Tile
+from foreshock.experiments import gpu_speed, gpu_tiles
+from foreshock.experiments.gpu_speed import Case
+from foreshock.experiments.gpu_tiles import Question, answer, questions
+from foreshock.models.tiles import Tile
 from tests.models.attention_in_triton import DEVICE
 
 

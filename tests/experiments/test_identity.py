@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from experiments.build import ROOT
-from experiments.training import equivalences, source_code
-from experiments.training.identity import (
+from foreshock.experiments.build import ROOT
+from foreshock.experiments.training import equivalences, source_code
+from foreshock.experiments.training.identity import (
     CONTRACT,
     INSTRUMENTS,
     fault_sources,
@@ -15,7 +15,7 @@ from experiments.training.identity import (
     training_sources,
     trajectory_sources,
 )
-from experiments.training.source_code import closure_of, meaning_of
+from foreshock.experiments.training.source_code import closure_of, meaning_of
 
 SOURCE = '''
 def scaled(x: float, by: float = 2.0) -> float:
@@ -101,8 +101,8 @@ def test_data_that_is_spelled_otherwise_is_the_same(make_run, text, tmp_path):
 
 PLUGIN = """
 from dataclasses import dataclass, replace
-from faults.base import WindowedFault
-from faults.card import InjectionCard
+from foreshock.faults.base import WindowedFault
+from foreshock.faults.card import InjectionCard
 from {helper} import FACTOR
 @dataclass(frozen=True, kw_only=True)
 class Mine(WindowedFault):

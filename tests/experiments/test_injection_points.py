@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from experiments import trace
-from experiments.training.loop import train, train_stack
-from experiments.training.stacking import why_single
-from faults.base import Sites
-from models.batch import inputs_and_targets
-from models.transformer import parameter_group
+from foreshock.experiments import trace
+from foreshock.experiments.training.loop import train, train_stack
+from foreshock.experiments.training.stacking import why_single
+from foreshock.faults.base import Sites
+from foreshock.models.batch import inputs_and_targets
+from foreshock.models.transformer import parameter_group
 
 ONSET = 3
 FAULTS = {

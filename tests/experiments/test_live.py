@@ -3,11 +3,19 @@ import json
 import pytest
 import torch
 
-from experiments import progress
-from experiments.bench import due_together, qk_core_speedup
-from experiments.live import LiveAlarms
-from experiments.progress import Pace, RunInSweep, RunProgress, StackProgress, SweepProgress, said_alarms, said_time
-from monitors.base import Masked, Signal
+from foreshock.experiments import progress
+from foreshock.experiments.bench import due_together, qk_core_speedup
+from foreshock.experiments.live import LiveAlarms
+from foreshock.experiments.progress import (
+    Pace,
+    RunInSweep,
+    RunProgress,
+    StackProgress,
+    SweepProgress,
+    said_alarms,
+    said_time,
+)
+from foreshock.monitors.base import Masked, Signal
 
 UP, DOWN = Signal("up", "1", "up"), Signal("down", "nats", "down", ("layer", "head"))
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from experiments import trace
-from experiments.build import build_run
-from experiments.training import loop
-from experiments.training.loop import train
-from experiments.training.out_of_memory import OutOfMemory
-from models.transformer import Transformer
+from foreshock.experiments import trace
+from foreshock.experiments.build import build_run
+from foreshock.experiments.training import loop
+from foreshock.experiments.training.loop import train
+from foreshock.experiments.training.out_of_memory import OutOfMemory
+from foreshock.models.transformer import Transformer
 from tests.experiments.same_result import WEIGHTS, assert_same_result
 
 

@@ -4,10 +4,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from experiments.migration import from_schema_2
-from experiments.plain_config import construct, monitors_of
-from experiments.training.run_writer import HELD_OUT
-from monitors.signal import EXACT, LEVEL, Signal, read_signal
+from foreshock.experiments.migration import from_schema_2
+from foreshock.experiments.plain_config import construct, monitors_of
+from foreshock.experiments.training.run_writer import HELD_OUT
+from foreshock.monitors.signal import EXACT, LEVEL, Signal, read_signal
 
 EVERY_MONITOR = [
     HELD_OUT,

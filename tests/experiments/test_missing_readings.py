@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments import trace
-from experiments.training import identity, missing_readings
-from experiments.training.loop import train
-from experiments.training.missing_readings import is_complete
+from foreshock.experiments import trace
+from foreshock.experiments.training import identity, missing_readings
+from foreshock.experiments.training.loop import train
+from foreshock.experiments.training.missing_readings import is_complete
 
 SHORT = ("train.steps=20", "train.held_out_every_steps=10", "monitor.delta_w.windows=[10]")
 TWO = ("loss", "delta_w")

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from experiments import cli, trace, train
-from experiments.build import ROOT
-from experiments.pieces import UNFINISHED_CODE
+from foreshock.experiments import cli, trace, train
+from foreshock.experiments.build import ROOT
+from foreshock.experiments.pieces import UNFINISHED_CODE
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from analysis.report import make_report
-from analysis.runs.conf import conf
-from analysis.runs.discover import find
-from analysis.runs.load import label_runs, load
-from experiments.build import ROOT
-from experiments.cli import CONF
-from experiments.names import check_index_names, check_name
-from experiments.reproduce import chosen_experiment
-from experiments.trace import TraceError
+from foreshock.analysis.report import make_report
+from foreshock.analysis.runs.conf import conf
+from foreshock.analysis.runs.discover import find
+from foreshock.analysis.runs.load import label_runs, load
+from foreshock.experiments.build import ROOT
+from foreshock.experiments.cli import CONF
+from foreshock.experiments.names import check_index_names, check_name
+from foreshock.experiments.reproduce import chosen_experiment
+from foreshock.experiments.trace import TraceError
 
 BAD = ["../../x", "a/b", "/etc/passwd", "..", ".", "", " ", "a\\b", "a\nb", "a\0b", "x" * 101, None, 7, ["a"], "end "]
 INDEX = json.loads((ROOT / "results" / "reference_set" / "dense" / "experiment.json").read_text())

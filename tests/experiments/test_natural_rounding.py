@@ -10,15 +10,15 @@ import torch
 import yaml
 from safetensors.torch import load_file, save
 
-from analysis.runs.conf import conf
-from experiments import trace
-from experiments.natural_rounding import KERNELS, alignment, conditions, main, output_bias, trained
-from experiments.plain_config import CONF, construct
-from experiments.trace import TraceError
-from experiments.training.loop import train
-from models.arithmetic import ORDINARY, Arithmetic
-from models.attention import flash_attention
-from models.numerics import LayerNumerics
+from foreshock.analysis.runs.conf import conf
+from foreshock.experiments import trace
+from foreshock.experiments.natural_rounding import KERNELS, alignment, conditions, main, output_bias, trained
+from foreshock.experiments.plain_config import CONF, construct
+from foreshock.experiments.trace import TraceError
+from foreshock.experiments.training.loop import train
+from foreshock.models.arithmetic import ORDINARY, Arithmetic
+from foreshock.models.attention import flash_attention
+from foreshock.models.numerics import LayerNumerics
 
 pytestmark = pytest.mark.numeric
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from experiments import pieces, reproduce, train
-from experiments.pieces import UNFINISHED_CODE, in_pieces
+from foreshock.experiments import pieces, reproduce, train
+from foreshock.experiments.pieces import UNFINISHED_CODE, in_pieces
 
 
 class Clock:

@@ -3,8 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from experiments import build
-from experiments.plain_config import construct, monitors_of
+from foreshock.experiments import build
+from foreshock.experiments.plain_config import construct, monitors_of
 
 
 def told(monitor):

@@ -1,8 +1,8 @@
 import numpy as np
 import torch
 
-from experiments.training.recorder import Recorder
-from monitors.base import Masked
+from foreshock.experiments.training.recorder import Recorder
+from foreshock.monitors.base import Masked
 
 RUNS = 3
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments.training.data import Corpus, DataConfig
-from experiments.training.repetition import REPETITIONS, repeated
+from foreshock.experiments.training.data import Corpus, DataConfig
+from foreshock.experiments.training.repetition import REPETITIONS, repeated
 
 LENGTH = 400_000
 

@@ -1,8 +1,8 @@
 import pytest
 
-from experiments import reproduce, sweep, trace
-from experiments.train import run_one
-from experiments.training.loop import train_stack
+from foreshock.experiments import reproduce, sweep, trace
+from foreshock.experiments.train import run_one
+from foreshock.experiments.training.loop import train_stack
 
 
 @pytest.mark.slow

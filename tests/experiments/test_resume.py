@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import trace
-from experiments.build import ROOT
-from experiments.trace import TraceError
-from experiments.training import checkpoint
-from experiments.training.checkpoint import RunError
-from experiments.training.loop import train
+from foreshock.experiments import trace
+from foreshock.experiments.build import ROOT
+from foreshock.experiments.trace import TraceError
+from foreshock.experiments.training import checkpoint
+from foreshock.experiments.training.checkpoint import RunError
+from foreshock.experiments.training.loop import train
 from tests.experiments.same_result import WEIGHTS, assert_same_result
 
 MOE = (

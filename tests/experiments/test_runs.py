@@ -2,9 +2,9 @@
 
 import pytest
 
-from experiments import runs, trace
-from experiments.training import equivalences
-from experiments.training.loop import train
+from foreshock.experiments import runs, trace
+from foreshock.experiments.training import equivalences
+from foreshock.experiments.training.loop import train
 
 SHORT = ("train.steps=20", "train.held_out_every_steps=10", "fault=bf16_shift")
 

@@ -17,16 +17,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from experiments import trace
-from experiments.build import Run
-from experiments.training import checkpoint
-from experiments.training.loop import train, train_stack
-from monitors.adam import AdamUpdateRMS
-from monitors.attention_scores import AttentionScores
-from monitors.attention_update import DeltaW
-from monitors.curvature import GradientCurvature
-from monitors.delta_bias import DeltaBiasOracle
-from monitors.optimization import Loss
+from foreshock.experiments import trace
+from foreshock.experiments.build import Run
+from foreshock.experiments.training import checkpoint
+from foreshock.experiments.training.loop import train, train_stack
+from foreshock.monitors.adam import AdamUpdateRMS
+from foreshock.monitors.attention_scores import AttentionScores
+from foreshock.monitors.attention_update import DeltaW
+from foreshock.monitors.curvature import GradientCurvature
+from foreshock.monitors.delta_bias import DeltaBiasOracle
+from foreshock.monitors.optimization import Loss
 from tests.experiments.reading_bounds import error_bound
 from tests.other_order import OtherBatchedOrder
 from tests.rounding_bounds import FP32, gamma, once_stored_in_bf16

@@ -10,16 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments import bench_stack
-from experiments.build import Run
-from experiments.plain_config import monitors_of
-from experiments.training.stacked_engine import StackedEngine
-from experiments.training.stacked_history import SliceHistory
-from experiments.training.stacked_watch import StackedWatch, _SeenAs, _WithRules, slice_view, stackable
-from models.bits import truncate
-from models.trees import tensors_of
-from monitors.base import Needs, StepView, due_readings, state_of, tapped
-from monitors.optimization import Loss
+from foreshock.experiments import bench_stack
+from foreshock.experiments.build import Run
+from foreshock.experiments.plain_config import monitors_of
+from foreshock.experiments.training.stacked_engine import StackedEngine
+from foreshock.experiments.training.stacked_history import SliceHistory
+from foreshock.experiments.training.stacked_watch import StackedWatch, _SeenAs, _WithRules, slice_view, stackable
+from foreshock.models.bits import truncate
+from foreshock.models.trees import tensors_of
+from foreshock.monitors.base import Needs, StepView, due_readings, state_of, tapped
+from foreshock.monitors.optimization import Loss
 from tests.experiments.reading_bounds import ROUNDINGS, error_bound
 from tests.other_order import OtherBatchedOrder
 

@@ -3,9 +3,9 @@ import itertools
 import pytest
 import torch
 
-from experiments import bench_stack
-from experiments.plain_config import monitors_of
-from experiments.training.stacking import stacks, why_single
+from foreshock.experiments import bench_stack
+from foreshock.experiments.plain_config import monitors_of
+from foreshock.experiments.training.stacking import stacks, why_single
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import sys
 
 import pytest
 
-from experiments.cli import check_overrides
-from experiments.targets import check_targets, target_class
+from foreshock.experiments.cli import check_overrides
+from foreshock.experiments.targets import check_targets, target_class
 
 PLUGIN = """
+from foreshock.faults.card import InjectionCard
 import subprocess
 from dataclasses import dataclass
 print("imported")
@@ -15,6 +16,13 @@ print("imported")
 @dataclass(frozen=True)
 class Odd:
     onset: int = 3
+    def sites(self, step, healthy):
+        return healthy
+    def describe(self):
+        return InjectionCard("other")
+
+class Half:
+    onset = 3
     def sites(self, step, healthy):
         return healthy
 """
@@ -83,15 +91,18 @@ def test_a_run_takes_a_plugin_by_the_key(make_run, plugin):
     overrides = ["fault=none", "fault._target_=odd_faults.Odd"]
     with pytest.raises(ValueError, match=r"fault._target_='odd_faults.Odd' is not allowed"):
         make_run(*overrides)
-    run = make_run(*overrides, f"plugins=[{plugin}]")
+    overrides = [*overrides, f"plugins=[{plugin}]"]
+    run = make_run(*overrides)
     assert run.fault.onset == 3 and "plugins" not in run.config
+    with pytest.raises(ValueError, match="it makes a Half, and a Fault is needed: it has no describe"):
+        make_run(*overrides, "fault._target_=odd_faults.Half")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["fault=none", "fault._target_=faults.base.LearningRateScale"], "fault._target_ .* a Fault is needed"),
-        (["fault=combined", "+fault.faults.x={_target_: faults.base.Window}"], "fault.faults.x._target_ .* Window"),
+        (["fault=combined", "+fault.faults.x={_target_: faults.window.Window}"], "fault.faults.x._target_ .* Window"),
         (["fault=none", "fault._target_=monitors.loss.Loss"], "fault._target_='monitors.loss.Loss' is not allowed"),
         (["+model.moe={_target_: models.transformer.Rotary}"], "model.moe"),
         (["+monitor.x={_target_: monitors.base.Lookback}"], "monitor.x"),

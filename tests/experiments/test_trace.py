@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import trace
-from experiments.trace import TraceError
-from monitors.signal import Signal
+from foreshock.experiments import trace
+from foreshock.experiments.trace import TraceError
+from foreshock.monitors.signal import Signal
 
 MANIFEST = {
     "schema": trace.SCHEMA_VERSION,
@@ -135,7 +135,7 @@ def test_what_the_manifest_says_of_a_signal_is_read(folder):
 @pytest.mark.parametrize("signal", [{"unit": "1"}, {"unit": "1", "bad": "up", "axes": [], "mood": "good"}])
 def test_a_manifest_that_describes_no_signal_is_named(folder, signal):
     trace.write_manifest(folder, MANIFEST | {"signals": {"loss": signal}})
-    with pytest.raises(TraceError, match="does not describe its signals: .*(axes|mood)"):
+    with pytest.raises(TraceError, match=r"does not describe its signals: .*(axes|mood)"):
         _ = trace.read(folder).described
 
 

@@ -2,8 +2,8 @@ import importlib
 
 import pytest
 
-from analysis import score
-from experiments import bench_stack
+from foreshock.analysis import score
+from foreshock.experiments import bench_stack
 
 COMMANDS = (
     "analysis.order", "analysis.reduced", "analysis.score", "analysis.report", "analysis.threshold_source",

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from faults.adam_constants import AdamConstants
-from faults.base import Sites
-from faults.combined import Combined
-from faults.points import corrupted_optimizer
+from foreshock.faults.adam_constants import AdamConstants
+from foreshock.faults.base import Sites
+from foreshock.faults.combined import Combined
+from foreshock.faults.points import corrupted_optimizer
 
 HEALTHY = Sites(batch_size=8)
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from faults.base import Fault, LearningRateScale, Sites, Window
-from faults.bf16_shift import BF16Shift
-from faults.none import NoFault
-from models.numerics import HEALTHY
-from models.transformer import PARAMETER_GROUPS
+from foreshock.faults.base import Fault, LearningRateScale, Sites, Window
+from foreshock.faults.bf16_shift import BF16Shift
+from foreshock.faults.none import NoFault
+from foreshock.models.numerics import HEALTHY
+from foreshock.models.transformer import PARAMETER_GROUPS
 
 HEALTHY_SITES = Sites(batch_size=16)
 
@@ -94,7 +94,7 @@ def test_an_intermittent_fault_acts_once_a_period(make_run):
 
 
 def test_two_module_faults_on_one_tensor_meet(make_run):
-    with pytest.raises(ValueError, match="ModuleFault.* and ModuleFault.* meet: only one of them"):
+    with pytest.raises(ValueError, match=r"ModuleFault.* and ModuleFault.* meet: only one of them"):
         make_run(
             "fault=combined",
             "~fault.faults.attention",

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from faults.base import Sites
-from faults.bf16_shift import BF16Shift
-from models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
+from foreshock.faults.base import Sites
+from foreshock.faults.bf16_shift import BF16Shift
+from foreshock.models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
 
 CONF = Path(__file__).parents[2] / "conf" / "fault"
 HEALTHY_SITES = Sites(batch_size=16, lr_scale=0.5)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from faults.base import LearningRateScale, Sites
-from faults.batch_shrink import BatchShrink
-from faults.bf16_shift import BF16Shift
-from faults.combined import Combined
-from faults.lr_scale import LRScale
-from faults.none import NoFault
+from foreshock.faults.base import LearningRateScale, Sites
+from foreshock.faults.batch_shrink import BatchShrink
+from foreshock.faults.bf16_shift import BF16Shift
+from foreshock.faults.combined import Combined
+from foreshock.faults.lr_scale import LRScale
+from foreshock.faults.none import NoFault
 
 HEALTHY = Sites(batch_size=16)
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from faults.base import Sites
-from faults.gradient_scale import GradientScale
-from faults.operation import Moment
-from faults.points import corrupt_tensors
-from models.transformer import PARAMETER_GROUPS, parameter_group
+from foreshock.faults.base import Sites
+from foreshock.faults.gradient_scale import GradientScale
+from foreshock.faults.operation import Moment
+from foreshock.faults.points import corrupt_tensors
+from foreshock.models.transformer import PARAMETER_GROUPS, parameter_group
 
 HEALTHY = Sites(batch_size=8)
 NAMES = (

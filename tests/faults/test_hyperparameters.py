@@ -2,10 +2,10 @@
 
 import pytest
 
-from faults.aux_loss_off import AuxLossOff
-from faults.base import LearningRateScale, Sites
-from faults.batch_shrink import BatchShrink
-from faults.lr_scale import LRScale
+from foreshock.faults.aux_loss_off import AuxLossOff
+from foreshock.faults.base import LearningRateScale, Sites
+from foreshock.faults.batch_shrink import BatchShrink
+from foreshock.faults.lr_scale import LRScale
 
 HEALTHY = Sites(batch_size=16)
 

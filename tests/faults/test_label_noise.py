@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from faults.base import Sites
-from faults.label_noise import LabelNoise
-from faults.operation import Moment
-from faults.points import corrupt_batch
+from foreshock.faults.base import Sites
+from foreshock.faults.label_noise import LabelNoise
+from foreshock.faults.operation import Moment
+from foreshock.faults.points import corrupt_batch
 
 HEALTHY = Sites(batch_size=8)
 VOCABULARY = 13

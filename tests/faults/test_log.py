@@ -5,17 +5,17 @@ import math
 import pytest
 import torch
 
-from faults.base import Sites
-from faults.bf16_shift import BF16Shift
-from faults.gradient_scale import GradientScale
-from faults.log import MEASURED_STEPS, InjectionLog
-from faults.logged_numerics import LoggedNumerics
-from faults.module_shift import ModuleShift
-from faults.operation import Moment
-from faults.points import corrupt_tensors
-from models.bits import truncate
-from models.corruption import Corrupted
-from models.transformer import Transformer, TransformerConfig
+from foreshock.faults.base import Sites
+from foreshock.faults.bf16_shift import BF16Shift
+from foreshock.faults.gradient_scale import GradientScale
+from foreshock.faults.log import MEASURED_STEPS, InjectionLog
+from foreshock.faults.logged_numerics import LoggedNumerics
+from foreshock.faults.module_shift import ModuleShift
+from foreshock.faults.operation import Moment
+from foreshock.faults.points import corrupt_tensors
+from foreshock.models.bits import truncate
+from foreshock.models.corruption import Corrupted
+from foreshock.models.transformer import Transformer, TransformerConfig
 
 HEALTHY = Sites(batch_size=8)
 CONFIG = TransformerConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, context_length=8, vocab_size=11)

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from faults.base import Sites
-from faults.module_shift import ModuleShift
-from models.corruption import ModuleFault
+from foreshock.faults.base import Sites
+from foreshock.faults.module_shift import ModuleShift
+from foreshock.models.corruption import ModuleFault
 
 HEALTHY = Sites(batch_size=16)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from faults.base import Sites
-from faults.bf16_shift import BF16Shift
-from faults.natural_bf16 import NaturalBF16
-from models.arithmetic import Arithmetic
-from models.numerics import AttentionNumerics
+from foreshock.faults.base import Sites
+from foreshock.faults.bf16_shift import BF16Shift
+from foreshock.faults.natural_bf16 import NaturalBF16
+from foreshock.models.arithmetic import Arithmetic
+from foreshock.models.numerics import AttentionNumerics
 
 CONF = Path(__file__).parents[2] / "conf" / "fault"
 HEALTHY_SITES = Sites(batch_size=16)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from faults.base import Sites
-from faults.operation import Moment
-from faults.points import corrupt_tensors
-from faults.weight_bitflip import WeightBitflip
+from foreshock.faults.base import Sites
+from foreshock.faults.operation import Moment
+from foreshock.faults.points import corrupt_tensors
+from foreshock.faults.weight_bitflip import WeightBitflip
 
 HEALTHY = Sites(batch_size=8)
 NAME = "blocks.0.attention.q.weight"

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import reduced
-from analysis.runs.load import load
-from analysis.scores.contest import contest, run_scores
-from analysis.scores.leaderboard import board
-from analysis.scores.table import lead_table
-from experiments import trace
+from foreshock.analysis import reduced
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.scores.contest import contest, run_scores
+from foreshock.analysis.scores.leaderboard import board
+from foreshock.analysis.scores.table import lead_table
+from foreshock.experiments import trace
 
 KEEP = {"reference": 4, "calibration": 9, "test": 0, "faulty": 3}
 DETECTORS = {

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.runs.load import load
-from analysis.scores.contest import contest, run_scores
-from analysis.scores.leaderboard import board
-from analysis.scores.table import lead_table
+from foreshock.analysis.runs.load import load
+from foreshock.analysis.scores.contest import contest, run_scores
+from foreshock.analysis.scores.leaderboard import board
+from foreshock.analysis.scores.table import lead_table
 
 GOLDEN = Path(__file__).parent / "paper_attention"
 REFERENCE_SET = Path(__file__).parent / "reference_set"

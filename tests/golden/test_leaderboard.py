@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.order import leads, order_table
-from analysis.runs.discover import find
-from analysis.scores.contest import contest, run_scores
-from analysis.scores.costs import costs_of, detector_cost
-from analysis.scores.leaderboard import board
-from experiments.build import ROOT
+from foreshock.analysis.order import leads, order_table
+from foreshock.analysis.runs.discover import find
+from foreshock.analysis.scores.contest import contest, run_scores
+from foreshock.analysis.scores.costs import costs_of, detector_cost
+from foreshock.analysis.scores.leaderboard import board
+from foreshock.experiments.build import ROOT
 
 RUNS, TABLE = ROOT / "results" / "reference_set", ROOT / "results" / "leaderboard.csv"
 COUNTED = ["runs", "diverged", "calibration_runs", "healthy_alarms", "healthy_runs", "detected", "late", "missed"]

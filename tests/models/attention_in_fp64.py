@@ -8,8 +8,8 @@ import math
 import numpy as np
 import torch
 
-from models.attention import attention
-from models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
+from foreshock.models.attention import attention
+from foreshock.models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
 
 NAMES = ("o", "dq", "dk", "dv")
 

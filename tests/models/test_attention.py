@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
-from models.attention import flash_attention
-from models.bits import ROUNDINGS, round_half_up, truncate
-from models.numerics import FORWARD_SITES, HEALTHY_LAYER, SITES, AttentionNumerics, SiteFault
+from foreshock.models.attention import flash_attention
+from foreshock.models.bits import ROUNDINGS, round_half_up, truncate
+from foreshock.models.numerics import FORWARD_SITES, HEALTHY_LAYER, SITES, AttentionNumerics, SiteFault
 from tests.models.attention_in_fp64 import NAMES, REACH, distance, emulate, exact, inputs, layer, run
 
 pytestmark = pytest.mark.numeric

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import flash_bits
-from models.tiles import Tile, Tiles, pinned_tiles
-from models.transformer import Transformer, TransformerConfig
+from foreshock.models import flash_bits
+from foreshock.models.tiles import Tile, Tiles, pinned_tiles
+from foreshock.models.transformer import Transformer, TransformerConfig
 from tests.models.attention_in_triton import SMALL_TILES
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.bits import MOST_BITS, ROUNDINGS, BitOperation, flip, round_half_up, truncate
+from foreshock.models.bits import MOST_BITS, ROUNDINGS, BitOperation, flip, round_half_up, truncate
 
 PATTERNS = range(1 << 16)
 ALL_BITS = range(9)

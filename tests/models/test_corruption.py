@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from models.bits import flip, truncate
-from models.corruption import MODULE_SITES, Corrupted, ModuleFault
-from models.moe import MoEConfig
-from models.taps import Taps
-from models.transformer import Transformer, TransformerConfig
+from foreshock.models.bits import flip, truncate
+from foreshock.models.corruption import MODULE_SITES, Corrupted, ModuleFault
+from foreshock.models.moe import MoEConfig
+from foreshock.models.taps import Taps
+from foreshock.models.transformer import Transformer, TransformerConfig
 
 pytestmark = pytest.mark.numeric
 

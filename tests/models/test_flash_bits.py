@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from models.bits import MOST_BITS, ROUNDINGS, _spread
-from models.flash_bits import operate, product, round_to_bf16, widen
-from models.flash_faults import OPERATION_NUMBERS, AttentionShape, reach
-from models.flash_sites import _place
-from models.numerics import CAUSAL_SITES, SITES
+from foreshock.models.bits import MOST_BITS, ROUNDINGS, _spread
+from foreshock.models.flash_bits import operate, product, round_to_bf16, widen
+from foreshock.models.flash_faults import OPERATION_NUMBERS, AttentionShape, reach
+from foreshock.models.flash_sites import _place
+from foreshock.models.numerics import CAUSAL_SITES, SITES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EVERY_NUMBER = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)

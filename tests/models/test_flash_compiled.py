@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.arithmetic import ORDINARY, Arithmetic
+from foreshock.models.arithmetic import ORDINARY, Arithmetic
 
 ROOT = Path(__file__).parents[2]
 COMPILE = """
@@ -18,12 +18,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from models.arithmetic import Arithmetic
-from models.flash import load_kernels
-from models.flash_arithmetic import KernelArithmetic, encode_arithmetic
-from models.flash_faults import BACKWARD, FORWARD, constants, encode
-from models.numerics import AttentionNumerics, SiteFault
-from models.tiles import pinned_tiles
+from foreshock.models.arithmetic import Arithmetic
+from foreshock.models.flash import load_kernels
+from foreshock.models.flash_arithmetic import KernelArithmetic, encode_arithmetic
+from foreshock.models.flash_faults import BACKWARD, FORWARD, constants, encode
+from foreshock.models.numerics import AttentionNumerics, SiteFault
+from foreshock.models.tiles import pinned_tiles
 
 sites = [site.split("-") for site in sys.argv[2:]]
 faults = AttentionNumerics(tuple(SiteFault(site, phase, "truncate", 3, share=0.5) for site, phase in sites)).layer(0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.bits import ROUNDINGS, round_half_up, truncate
-from models.numerics import (
+from foreshock.models.bits import ROUNDINGS, round_half_up, truncate
+from foreshock.models.numerics import (
     FORWARD_SITES,
     HEALTHY,
     HEALTHY_LAYER,

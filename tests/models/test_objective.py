@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.moe import MoEConfig
-from models.objective import objective_at
-from models.transformer import Transformer, TransformerConfig
+from foreshock.models.moe import MoEConfig
+from foreshock.models.objective import objective_at
+from foreshock.models.transformer import Transformer, TransformerConfig
 from tests.rounding_bounds import BF16
 
 pytestmark = pytest.mark.numeric

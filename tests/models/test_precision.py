@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.moe import MoEConfig
-from models.numerics import HEALTHY, to_bf16_grid
-from models.taps import Taps
-from models.transformer import Transformer, TransformerConfig
+from foreshock.models.moe import MoEConfig
+from foreshock.models.numerics import HEALTHY, to_bf16_grid
+from foreshock.models.taps import Taps
+from foreshock.models.transformer import Transformer, TransformerConfig
 from tests.models.attention_in_triton import ONE_TILE, in_the_interpreter
 
 pytestmark = pytest.mark.numeric

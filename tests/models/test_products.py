@@ -6,9 +6,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrizations
 
-from models.moe import GroupedLinear
-from models.stacked import StackedLinear
-from models.taps import Taps
+from foreshock.models.moe import GroupedLinear
+from foreshock.models.stacked import StackedLinear
+from foreshock.models.taps import Taps
 from tests.models.quantised_linear import FP8InBF16, FP8Linear, INT8Linear, OwnLinear, StraightThrough
 
 pytestmark = pytest.mark.numeric

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models.moe import MoEConfig
-from models.taps import PLACES, Taps
-from models.transformer import Transformer, TransformerConfig
+from foreshock.models.moe import MoEConfig
+from foreshock.models.taps import PLACES, Taps
+from foreshock.models.transformer import Transformer, TransformerConfig
 
 pytestmark = pytest.mark.numeric
 

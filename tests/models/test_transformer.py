@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from models.moe import MoEConfig
-from models.numerics import HEALTHY, AttentionNumerics, SiteFault
-from models.transformer import Rotary, Transformer, TransformerConfig
+from foreshock.models.moe import MoEConfig
+from foreshock.models.numerics import HEALTHY, AttentionNumerics, SiteFault
+from foreshock.models.transformer import Rotary, Transformer, TransformerConfig
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from models.trees import map_tensors, stack_trees, tensors_of, with_tensors
+from foreshock.models.trees import map_tensors, stack_trees, tensors_of, with_tensors
 
 
 @dataclass

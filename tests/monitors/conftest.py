@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.moe import Routing
-from models.numerics import HEALTHY, AttentionNumerics
-from models.objective import objective_at
-from models.transformer import Transformer, TransformerConfig
-from monitors.base import Monitor, StepView, tapped
-from monitors.watch import Watch
+from foreshock.models.moe import Routing
+from foreshock.models.numerics import HEALTHY, AttentionNumerics
+from foreshock.models.objective import objective_at
+from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.monitors.base import Monitor, StepView, tapped
+from foreshock.monitors.watch import Watch
 from tests.views import view_of_gradients
 
 torch.set_num_threads(1)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments import trace
-from experiments.training.loop import train
-from monitors.attention_laws import LAWS, AttentionLaws
+from foreshock.experiments import trace
+from foreshock.experiments.training.loop import train
+from foreshock.monitors.attention_laws import LAWS, AttentionLaws
 
 pytestmark = pytest.mark.numeric
 

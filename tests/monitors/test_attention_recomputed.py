@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from models.attention import flash_attention
-from models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
-from monitors import attention_laws, attention_recomputed
-from monitors.attention_recomputed import PARTS, AttentionRecomputed, computed_again
-from monitors.attention_twin import twin_of
-from monitors.dot_product import DotProductStep
-from monitors.kernel_rounding import REFERENCE
+from foreshock.models.attention import flash_attention
+from foreshock.models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
+from foreshock.monitors import attention_laws, attention_recomputed
+from foreshock.monitors.attention_recomputed import PARTS, AttentionRecomputed, computed_again
+from foreshock.monitors.attention_twin import twin_of
+from foreshock.monitors.dot_product import DotProductStep
+from foreshock.monitors.kernel_rounding import REFERENCE
 
 pytestmark = pytest.mark.numeric
 

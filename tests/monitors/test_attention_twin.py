@@ -7,19 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.attention import flash_attention
-from models.flash import flash_attention_triton
-from models.numerics import HEALTHY_LAYER, LayerNumerics, SiteFault, to_bf16_grid
-from models.taps import Tap
-from models.tiles import Tile, Tiles
-from models.visibility import visible_keys
-from monitors import attention_laws
-from monitors.attention_laws import LAWS
-from monitors.attention_twin import repeats, twin_of
-from monitors.conservation import over_group
-from monitors.dot_product import DotProductStep
-from monitors.fast_exp import fast_exp
-from monitors.kernel_rounding import (
+from foreshock.models.attention import flash_attention
+from foreshock.models.flash import flash_attention_triton
+from foreshock.models.numerics import HEALTHY_LAYER, LayerNumerics, SiteFault, to_bf16_grid
+from foreshock.models.taps import Tap
+from foreshock.models.tiles import Tile, Tiles
+from foreshock.models.visibility import visible_keys
+from foreshock.monitors import attention_laws
+from foreshock.monitors.attention_laws import LAWS
+from foreshock.monitors.attention_twin import repeats, twin_of
+from foreshock.monitors.conservation import over_group
+from foreshock.monitors.dot_product import DotProductStep
+from foreshock.monitors.fast_exp import fast_exp
+from foreshock.monitors.kernel_rounding import (
     REFERENCE,
     UNROUNDED,
     KernelRounding,
@@ -28,7 +28,7 @@ from monitors.kernel_rounding import (
     pytorch_cpu_rounding,
     triton_rounding,
 )
-from monitors.rounding import ALIKE
+from foreshock.monitors.rounding import ALIKE
 
 pytestmark = pytest.mark.numeric
 

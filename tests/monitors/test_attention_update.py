@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from monitors.attention_update import AttentionWeight, DeltaW, QKIncrement, is_attention_matrix
-from monitors.base import Masked
+from foreshock.monitors.attention_update import AttentionWeight, DeltaW, QKIncrement, is_attention_matrix
+from foreshock.monitors.base import Masked
 
 pytestmark = pytest.mark.numeric
 

@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from experiments.training.gradients import micro_batches
-from models.corruption import ModuleFault
-from models.moe import MoEConfig
-from models.numerics import to_bf16_grid
-from models.precision import PRECISIONS
-from models.taps import PLACES
-from models.transformer import Transformer, TransformerConfig
-from monitors import autocast_rounding, conservation
-from monitors.base import Monitor, StepView
-from monitors.fp32_rounding import LinearStep
-from monitors.linear_laws import LinearLaws
-from monitors.norm_laws import NormLaws
-from monitors.softmax_laws import LogitLaws, RouterLaws
+from foreshock.experiments.training.gradients import micro_batches
+from foreshock.models.corruption import ModuleFault
+from foreshock.models.moe import MoEConfig
+from foreshock.models.numerics import to_bf16_grid
+from foreshock.models.precision import PRECISIONS
+from foreshock.models.taps import PLACES
+from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.monitors import autocast_rounding, conservation
+from foreshock.monitors.base import Monitor, StepView
+from foreshock.monitors.fp32_rounding import LinearStep
+from foreshock.monitors.linear_laws import LinearLaws
+from foreshock.monitors.norm_laws import NormLaws
+from foreshock.monitors.softmax_laws import LogitLaws, RouterLaws
 from tests.monitors.ratio_bounds import legal
 from tests.rounding_bounds import FP32, gamma
 from tests.views import view_of_gradients

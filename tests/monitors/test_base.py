@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from monitors.base import Lookback, Monitor, Needs, state_of
-from monitors.optimization import GradientNorm, Loss, UpdateToWeight
+from foreshock.monitors.base import Lookback, Monitor, Needs, state_of
+from foreshock.monitors.optimization import GradientNorm, Loss, UpdateToWeight
 
 
 class Watcher:

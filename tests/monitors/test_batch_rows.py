@@ -2,7 +2,7 @@
 
 import pytest
 
-from monitors.batch_rows import check_rows, in_turn
+from foreshock.monitors.batch_rows import check_rows, in_turn
 
 
 def test_rows_are_taken_in_turn():

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.moe import MoEConfig
-from models.taps import PLACES, Tap, Taps
-from models.transformer import Transformer, TransformerConfig
-from monitors import conservation as law
+from foreshock.models.moe import MoEConfig
+from foreshock.models.taps import PLACES, Tap, Taps
+from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.monitors import conservation as law
 
 pytestmark = pytest.mark.numeric
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.numerics import AttentionNumerics, SiteFault
-from monitors.adam import AdamState
-from monitors.curvature import GradientCurvature, hessian_vector_product
+from foreshock.models.numerics import AttentionNumerics, SiteFault
+from foreshock.monitors.adam import AdamState
+from foreshock.monitors.curvature import GradientCurvature, hessian_vector_product
 from tests.rounding_bounds import FP32, FP64, gamma, likely
 
 pytestmark = pytest.mark.numeric

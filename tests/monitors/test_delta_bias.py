@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.arithmetic import Arithmetic
-from models.bits import truncate
-from models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
-from monitors.delta_bias import DeltaBiasOracle
+from foreshock.models.arithmetic import Arithmetic
+from foreshock.models.bits import truncate
+from foreshock.models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
+from foreshock.monitors.delta_bias import DeltaBiasOracle
 
 pytestmark = pytest.mark.numeric
 

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from monitors import eigen
-from monitors.fragility import score_condition
-from monitors.spectra import singular_values
-from monitors.spectral_alignment import top_right_singular_vector
+from foreshock.monitors import eigen
+from foreshock.monitors.fragility import score_condition
+from foreshock.monitors.spectra import singular_values
+from foreshock.monitors.spectral_alignment import top_right_singular_vector
 
 pytestmark = pytest.mark.numeric
 

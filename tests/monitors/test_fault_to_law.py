@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from models.corruption import ModuleFault
-from models.moe import MoEConfig
-from models.taps import PLACES
-from models.transformer import Transformer, TransformerConfig
-from monitors.linear_laws import LinearLaws
-from monitors.norm_laws import NormLaws
-from monitors.softmax_laws import LogitLaws, RouterLaws
+from foreshock.models.corruption import ModuleFault
+from foreshock.models.moe import MoEConfig
+from foreshock.models.taps import PLACES
+from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.monitors.linear_laws import LinearLaws
+from foreshock.monitors.norm_laws import NormLaws
+from foreshock.monitors.softmax_laws import LogitLaws, RouterLaws
 from tests.views import view_of_gradients
 
 pytestmark = pytest.mark.numeric

@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.moe import MoEConfig
-from models.taps import PLACES, Tap
-from models.transformer import Transformer, TransformerConfig
-from monitors.base import StepView
-from monitors.batch_rows import every
-from monitors.linear_laws import LinearLaws
-from monitors.norm_laws import NormLaws
-from monitors.softmax_laws import LogitLaws, RouterLaws
+from foreshock.models.moe import MoEConfig
+from foreshock.models.taps import PLACES, Tap
+from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.monitors.base import StepView
+from foreshock.monitors.batch_rows import every
+from foreshock.monitors.linear_laws import LinearLaws
+from foreshock.monitors.norm_laws import NormLaws
+from foreshock.monitors.softmax_laws import LogitLaws, RouterLaws
 from tests.views import view_of_gradients
 
 pytestmark = pytest.mark.numeric

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from monitors.attention_scores import causal_scores
-from monitors.fragility import (
+from foreshock.monitors.attention_scores import causal_scores
+from foreshock.monitors.fragility import (
     AttentionFragility,
     score_condition,
     softmax_condition,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from monitors.needs import Lookback, Needs
+from foreshock.monitors.needs import Lookback, Needs
 
 
 @pytest.mark.parametrize(

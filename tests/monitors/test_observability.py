@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from models.numerics import AttentionNumerics, SiteFault
-from monitors.observability import NonFinite
+from foreshock.models.numerics import AttentionNumerics, SiteFault
+from foreshock.monitors.observability import NonFinite
 
 INF, NAN = math.inf, math.nan
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from monitors.optimization import GradientNorm, Loss, UpdateToWeight
+from foreshock.monitors.optimization import GradientNorm, Loss, UpdateToWeight
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

@@ -1,14 +1,14 @@
-"""Layers that multiply FP8 or INT8 numbers keep the laws of what they multiplied, and break them where a product is wrong."""
+"""Layers that multiply FP8 or INT8 numbers keep the laws of what they multiplied; a wrong product breaks them."""
 
 import pytest
 import torch
 
-from models.corruption import ModuleFault
-from models.taps import PLACES
-from models.transformer import Transformer, TransformerConfig
-from monitors.linear_laws import LinearLaws
-from monitors.norm_laws import NormLaws
-from monitors.softmax_laws import LogitLaws
+from foreshock.models.corruption import ModuleFault
+from foreshock.models.taps import PLACES
+from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.monitors.linear_laws import LinearLaws
+from foreshock.monitors.norm_laws import NormLaws
+from foreshock.monitors.softmax_laws import LogitLaws
 from tests.models.quantised_linear import FP8InBF16, FP8Linear, INT8Linear, OwnLinear, replaced
 from tests.monitors.ratio_bounds import legal
 from tests.views import view_of_gradients
@@ -56,7 +56,7 @@ def overall(values):
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_every_law_stands_at_what_rounding_predicts(format_):
-    """Over 16 batches. Sums of products of short numbers round less often in FP32 than those of full ones: no lower end."""
+    """Over 16 batches. Sums of products of short numbers round less often in FP32 than of full ones: no lower end."""
     runs = [ratios(watched(format_, seed)) for seed in range(16)]
     for law in runs[0]:
         found = overall([run[law] for run in runs])

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from monitors.base import StepView
-from monitors.random_matrix import (
+from foreshock.monitors.base import StepView
+from foreshock.monitors.random_matrix import (
     TRACY_WIDOM_95,
     RandomMatrix,
     bbp_edge_ratio,
@@ -19,7 +19,7 @@ from monitors.random_matrix import (
     random_signs,
     tracy_widom_score,
 )
-from monitors.spectra import increment_singular_values, singular_values
+from foreshock.monitors.spectra import increment_singular_values, singular_values
 
 pytestmark = pytest.mark.numeric
 

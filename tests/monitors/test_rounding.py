@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from models.attention import flash_attention
-from models.numerics import KEY_VALUE_SITES, LayerNumerics, SiteFault, to_bf16_grid
-from monitors import attention_laws
-from monitors.attention_twin import twin_of
-from monitors.dot_product import DotProductStep
-from monitors.kernel_rounding import REFERENCE
+from foreshock.models.attention import flash_attention
+from foreshock.models.numerics import KEY_VALUE_SITES, LayerNumerics, SiteFault, to_bf16_grid
+from foreshock.monitors import attention_laws
+from foreshock.monitors.attention_twin import twin_of
+from foreshock.monitors.dot_product import DotProductStep
+from foreshock.monitors.kernel_rounding import REFERENCE
 
 pytestmark = pytest.mark.numeric
 

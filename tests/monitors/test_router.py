@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from analysis.detect.alarms import oriented
-from models.moe import MoEConfig, Routing
-from monitors.base import Masked
-from monitors.router import (
+from foreshock.analysis.detect.alarms import oriented
+from foreshock.models.moe import MoEConfig, Routing
+from foreshock.monitors.base import Masked
+from foreshock.monitors.router import (
     ExpertLoad,
     RouterWeight,
     RoutingProbability,

@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
-from monitors.law import KEY_SHIFT, Law
-from monitors.signal import Signal, read_signal, with_ratio
+from foreshock.monitors.law import KEY_SHIFT, Law
+from foreshock.monitors.signal import Signal, read_signal, with_ratio
 
 RESIDUAL = Signal("key_shift_residual", "1", "up", ("layer", "head"), 10, family="conservation")
 

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from monitors.spectral_alignment import LAYERS, SpectralAlignment, majority_fraction, top_right_singular_vector
+from foreshock.monitors.spectral_alignment import (
+    LAYERS,
+    SpectralAlignment,
+    majority_fraction,
+    top_right_singular_vector,
+)
 
 pytestmark = pytest.mark.numeric
 

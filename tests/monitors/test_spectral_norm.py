@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from monitors.spectral_norm import SpectralNorm
+from foreshock.monitors.spectral_norm import SpectralNorm
 
 pytestmark = pytest.mark.numeric
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from monitors.spikes import SpikeScore
+from foreshock.monitors.spikes import SpikeScore
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

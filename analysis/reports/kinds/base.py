@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pandas as pd
 
-from analysis.scores.contest import Contest
+from foreshock.analysis.scores.contest import Contest
 
 Picture = Callable[[Contest, Path], str]
 """Draws one view of an experiment into a file and returns the caption."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from analysis.reports.kinds.base import Kind
-from analysis.reports.kinds.central import Central
-from analysis.reports.kinds.doses import Doses
-from analysis.reports.kinds.early_warning import EarlyWarning
-from analysis.reports.kinds.faults import Faults
-from analysis.reports.kinds.grid import Grid
-from analysis.reports.kinds.leads import Leads
-from analysis.reports.kinds.localise import Localise
-from analysis.reports.kinds.paired import Paired
-from analysis.reports.kinds.selectivity import Selectivity
-from analysis.reports.kinds.smallest import Smallest
+from foreshock.analysis.reports.kinds.base import Kind
+from foreshock.analysis.reports.kinds.central import Central
+from foreshock.analysis.reports.kinds.doses import Doses
+from foreshock.analysis.reports.kinds.early_warning import EarlyWarning
+from foreshock.analysis.reports.kinds.faults import Faults
+from foreshock.analysis.reports.kinds.grid import Grid
+from foreshock.analysis.reports.kinds.leads import Leads
+from foreshock.analysis.reports.kinds.localise import Localise
+from foreshock.analysis.reports.kinds.paired import Paired
+from foreshock.analysis.reports.kinds.selectivity import Selectivity
+from foreshock.analysis.reports.kinds.smallest import Smallest
 
 KINDS: dict[str, Kind] = {
     kind.name: kind

@@ -1,7 +1,7 @@
 """The paper's figure: signals against step, with alarms and divergence."""
 
-from analysis.figures.leads import central_figure
-from analysis.reports.kinds.base import Kind
+from foreshock.analysis.figures.leads import central_figure
+from foreshock.analysis.reports.kinds.base import Kind
 
 
 class Central(Kind):

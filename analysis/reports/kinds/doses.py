@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.figures.routers import dose_figure
-from analysis.reports.kinds.base import Kind
-from analysis.scores.contest import Contest
+from foreshock.analysis.figures.routers import dose_figure
+from foreshock.analysis.reports.kinds.base import Kind
+from foreshock.analysis.scores.contest import Contest
 
 
 class Doses(Kind):

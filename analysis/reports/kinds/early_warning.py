@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.figures.early import cost_figure, size_figure
-from analysis.figures.routers import selectivity_figure
-from analysis.reports.kinds.base import Kind
-from analysis.reports.kinds.selectivity import selectivity_tables
-from analysis.scores.contest import Contest
-from analysis.scores.delays import blind_table, smallest_table
+from foreshock.analysis.figures.early import cost_figure, size_figure
+from foreshock.analysis.figures.routers import selectivity_figure
+from foreshock.analysis.reports.kinds.base import Kind
+from foreshock.analysis.reports.kinds.selectivity import selectivity_tables
+from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.delays import blind_table, smallest_table
 
 
 class EarlyWarning(Kind):

@@ -1,7 +1,7 @@
 """Several faults on one step axis: first alarms and divergence of each."""
 
-from analysis.figures.leads import fault_figure
-from analysis.reports.kinds.base import Kind
+from foreshock.analysis.figures.leads import fault_figure
+from foreshock.analysis.reports.kinds.base import Kind
 
 
 class Faults(Kind):

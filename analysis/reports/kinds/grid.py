@@ -1,7 +1,7 @@
 """Two faults on a grid, a heat map a panel."""
 
-from analysis.figures.routers import grid_figure
-from analysis.reports.kinds.base import Kind
+from foreshock.analysis.figures.routers import grid_figure
+from foreshock.analysis.reports.kinds.base import Kind
 
 
 class Grid(Kind):

@@ -1,7 +1,7 @@
 """The leaderboard of the experiment: mean leads, alarms and false alarms of every detector."""
 
-from analysis.figures.leaderboard import leads_figure
-from analysis.reports.kinds.base import Kind
+from foreshock.analysis.figures.leaderboard import leads_figure
+from foreshock.analysis.reports.kinds.base import Kind
 
 
 class Leads(Kind):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.figures.localise import localise_figure
-from analysis.locate.localise import confusion, localise, sentences, shares_right
-from analysis.reports.kinds.base import Kind
-from analysis.scores.contest import Contest
+from foreshock.analysis.figures.localise import localise_figure
+from foreshock.analysis.locate.localise import confusion, localise, sentences, shares_right
+from foreshock.analysis.reports.kinds.base import Kind
+from foreshock.analysis.scores.contest import Contest
 
 
 class Localise(Kind):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.figures.paired import paired_figure
-from analysis.reports.kinds.base import Kind
-from analysis.scores.contest import Contest
-from analysis.scores.paired import drift_table, paired_table
+from foreshock.analysis.figures.paired import paired_figure
+from foreshock.analysis.reports.kinds.base import Kind
+from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.paired import drift_table, paired_table
 
 
 class Paired(Kind):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.figures.routers import selectivity_figure
-from analysis.locate.selectivity import alarm_matrix, off_diagonal
-from analysis.reports.kinds.base import Kind
-from analysis.scores.contest import Contest
+from foreshock.analysis.figures.routers import selectivity_figure
+from foreshock.analysis.locate.selectivity import alarm_matrix, off_diagonal
+from foreshock.analysis.reports.kinds.base import Kind
+from foreshock.analysis.scores.contest import Contest
 
 
 class Selectivity(Kind):

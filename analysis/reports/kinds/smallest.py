@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.figures.smallest import smallest_figure
-from analysis.reports.kinds.base import Kind
-from analysis.scores.contest import Contest
-from analysis.scores.delays import smallest_table
+from foreshock.analysis.figures.smallest import smallest_figure
+from foreshock.analysis.reports.kinds.base import Kind
+from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.delays import smallest_table
 
 
 class Smallest(Kind):
