@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
 from foreshock.analysis.detect.entrants import check_causal, entrant_of
 from foreshock.experiments import trace
 from foreshock.experiments.build import ROOT, construct
