@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.runs.csv_table import read_table
 from foreshock.analysis.scores.inference import bca_interval, max_t_test
 from foreshock.experiments.usage import fail, misused, show_help

@@ -16,6 +16,8 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+
 from foreshock.experiments.targets import check_targets, target_class
 from foreshock.experiments.training.data import Corpus, DataConfig
 from foreshock.experiments.training.equivalences import canonical
@@ -34,7 +36,6 @@ from foreshock.faults.base import Fault, Sites
 from foreshock.faults.fit import check_fits
 from foreshock.models.transformer import Transformer, TransformerConfig
 from foreshock.monitors.base import Monitor, Signal
-from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_KEYS = ("seed", "fault", "model", "data", "train", "monitor")

@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
 from foreshock.faults.operation import Moment, Operation
-from torch import Tensor
 
 
 @dataclass(frozen=True)

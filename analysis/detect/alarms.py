@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 
 import numpy as np
+
 from foreshock.analysis.detect.charts import AlarmRule, Chart, Persistent
 
 

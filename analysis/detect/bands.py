@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from foreshock.analysis.detect.rounding import mean_resolution
 from foreshock.analysis.runs.align import Aligned, broken
 

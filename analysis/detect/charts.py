@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from foreshock.analysis.detect.rounding import mean_resolution
 from scipy.signal import lfilter
+
+from foreshock.analysis.detect.rounding import mean_resolution
 
 
 @runtime_checkable

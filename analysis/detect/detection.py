@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+
 from foreshock.analysis.detect.alarms import chart_statistics, conformal_threshold, first_alarm, fitted, oriented
 from foreshock.analysis.detect.bands import DeclinedSignal, Exact
 from foreshock.analysis.detect.charts import AlarmRule

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from foreshock.analysis.detect.charts import AlarmRule
 from foreshock.analysis.detect.isolation import DEFAULT_LIMITS, Failed, Limits, Worker
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.detect.controls import CONTROLS
 from foreshock.analysis.runs.csv_table import read_table
 from foreshock.analysis.runs.experiment import Experiment, ScoredRun

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from foreshock.analysis.detect.rounding import mean_resolution
 
 MIN_RUNS = 10

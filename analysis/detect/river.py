@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from foreshock.analysis.detect.charts import Chart
-from foreshock.experiments.validation import Node, check_node
 from joblib import Parallel, cpu_count, delayed
 from pydantic import Field
+
+from foreshock.analysis.detect.charts import Chart
+from foreshock.experiments.validation import Node, check_node
 
 RIVER = {"adwin": "ADWIN", "page_hinkley": "PageHinkley", "kswin": "KSWIN"}
 """Names of conf/rule and classes of river.drift."""

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
+from scipy.stats import norm
+
 from foreshock.analysis.detect.alarms import oriented, worst
 from foreshock.analysis.detect.bands import (
     SELF_WINDOW,
@@ -28,7 +30,6 @@ from foreshock.analysis.detect.bands import (
 from foreshock.analysis.detect.published import published_rule
 from foreshock.analysis.runs.align import Aligned
 from foreshock.monitors.signal import RATIO, Signal
-from scipy.stats import norm
 
 RANDOM_MATRIX = "random_matrix"
 """The family of scores that are 0 where there is nothing but noise."""

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from foreshock.analysis.detect.bands import finite_or_inf
 from foreshock.analysis.locate.laws import ATTENTION, EITHER, RECOMPUTED
 from foreshock.analysis.runs.align import Aligned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.locate.attribution import alarm_probabilities
 from foreshock.analysis.runs.catalogue import catalogue
 from foreshock.analysis.runs.experiment import HEALTHY, Experiment

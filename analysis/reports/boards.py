@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+
 from foreshock.analysis.detect.detection import Detection
 from foreshock.analysis.detect.entrants import Entrant, entrant_of
 from foreshock.analysis.detect.external import read_alarms

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.runs.align import positions
 from foreshock.analysis.runs.experiment import HEALTHY_ROLES, Experiment, ScoredRun
 

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
 from foreshock.experiments import trace
 from foreshock.experiments.files import read_checked
 from foreshock.experiments.trace import Series, Trace, TraceError

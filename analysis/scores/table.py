@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.scores.contest import Contest, run_scores
 from foreshock.analysis.scores.leaderboard import by_detector, healthy_alarms, keeps_its_rate, with_relative
 from foreshock.analysis.scores.outcome import OUTCOMES, best_baseline

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
+
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import LearningRateScale
 from foreshock.models.transformer import parameter_group
-from torch import Tensor, nn
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.locate.laws import ATTENTION, RECOMPUTED
 from foreshock.analysis.locate.localise import confusion, localise, shares_right
 from foreshock.analysis.locate.naming import NO_ALARM, WINDOW, Levels, name_place, nearest_class, rolling_rms
@@ -15,7 +16,6 @@ from foreshock.analysis.runs.align import Aligned
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.scores.inference import clopper_pearson_interval
 from foreshock.monitors.law import DK, DQ, DV, KEY_SHIFT, QK_GAUGE, VALUE_SHIFT, VO_GAUGE, Law
-
 from tests.described import DECLARED, described
 
 KEY, VALUE = "key_shift_residual.over_noise", "value_shift_residual.over_noise"

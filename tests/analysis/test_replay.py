@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.detect.controls import random_timer
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.score import main
 from foreshock.analysis.scores.contest import contest, run_scores
 from foreshock.analysis.scores.sensitivity import halves, label_sensitivity
 from foreshock.experiments import trace
-
 from tests.analysis.made_up_board import COUNTS, DETECTORS, FAULTS, LATE, SIGNALS, scored
 
 ROOT = Path(__file__).parents[2]

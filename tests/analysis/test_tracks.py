@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from foreshock.analysis.detect.bands import (
     UNHEARD_OF,
     DeclinedSignal,
@@ -14,7 +15,6 @@ from foreshock.analysis.detect.tracks import TRACKS
 from foreshock.analysis.runs.align import Aligned
 from foreshock.analysis.runs.catalogue import catalogue
 from foreshock.monitors.signal import Signal
-
 from tests.described import DECLARED
 
 

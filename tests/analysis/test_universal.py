@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import norm
+
 from foreshock.analysis.detect.bands import DeclinedSignal
 from foreshock.analysis.detect.detection import Detection
 from foreshock.analysis.detect.tracks import TRACKS, universal_threshold
@@ -17,8 +19,6 @@ from foreshock.monitors.linear_laws import LinearLaws
 from foreshock.monitors.norm_laws import NormLaws
 from foreshock.monitors.signal import OVER_NOISE
 from foreshock.monitors.softmax_laws import LogitLaws, RouterLaws
-from scipy.stats import norm
-
 from tests.described import described
 
 RATIO, OTHER = "key_shift_residual.over_noise", "qk_gauge_residual.matrix.over_noise"

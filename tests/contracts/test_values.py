@@ -8,14 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
 from foreshock.experiments.build import build_run
 from foreshock.experiments.cli import CONF
 from foreshock.experiments.reproduce import chosen_experiment
 from foreshock.experiments.scoring import check_settings
 from foreshock.experiments.settings import ReproduceCommand, check_command
 from foreshock.experiments.trace import TraceError
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 BAD = (None, "", -1, 0, float("nan"), float("inf"), 1e300, "x", [], [1], 10**29, {"a": 1})
 RUN_GROUPS = ("data", "fault", "model", "train")

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from foreshock.experiments import bench_gpt2, gpt2_pieces, monitor_costs
 from foreshock.experiments.build import ROOT
 from foreshock.experiments.gpt2_sizes import Size
@@ -18,7 +20,6 @@ from foreshock.experiments.training.loop import train
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.base import Needs, Signal
 from foreshock.monitors.watch import Watch
-from safetensors.torch import load_file
 
 PARTS = ("steps", "monitors", "profile")
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import build_run
 from foreshock.experiments.training import loop
 from foreshock.experiments.training.loop import train
 from foreshock.experiments.training.out_of_memory import OutOfMemory
 from foreshock.models.transformer import Transformer
-from safetensors.numpy import load_file
-
 from tests.experiments.same_result import WEIGHTS, assert_same_result
 
 

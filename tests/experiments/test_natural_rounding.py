@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save
+
 from foreshock.analysis.runs.conf import conf
 from foreshock.experiments import trace
 from foreshock.experiments.natural_rounding import KERNELS, alignment, conditions, main, output_bias, trained
@@ -17,7 +19,6 @@ from foreshock.experiments.training.loop import train
 from foreshock.models.arithmetic import ORDINARY, Arithmetic
 from foreshock.models.attention import flash_attention
 from foreshock.models.numerics import LayerNumerics
-from safetensors.torch import load_file, save
 
 pytestmark = pytest.mark.numeric
 

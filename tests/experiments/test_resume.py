@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import ROOT
 from foreshock.experiments.trace import TraceError
 from foreshock.experiments.training import checkpoint
 from foreshock.experiments.training.checkpoint import RunError
 from foreshock.experiments.training.loop import train
-
 from tests.experiments.same_result import WEIGHTS, assert_same_result
 
 MOE = (

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run
 from foreshock.experiments.training import checkpoint
@@ -25,8 +27,6 @@ from foreshock.monitors.attention_update import DeltaW
 from foreshock.monitors.curvature import GradientCurvature
 from foreshock.monitors.delta_bias import DeltaBiasOracle
 from foreshock.monitors.optimization import Loss
-from safetensors.numpy import load_file
-
 from tests.experiments.reading_bounds import error_bound
 from tests.other_order import OtherBatchedOrder
 from tests.rounding_bounds import FP32, gamma, once_stored_in_bf16

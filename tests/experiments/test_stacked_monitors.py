@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from foreshock.experiments import bench_stack
 from foreshock.experiments.build import Run
 from foreshock.experiments.plain_config import monitors_of
@@ -19,7 +20,6 @@ from foreshock.models.bits import truncate
 from foreshock.models.trees import tensors_of
 from foreshock.monitors.base import Needs, StepView, due_readings, state_of, tapped
 from foreshock.monitors.optimization import Loss
-
 from tests.experiments.reading_bounds import ROUNDINGS, error_bound
 from tests.other_order import OtherBatchedOrder
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from foreshock.faults.adam_constants import AdamConstants
 from foreshock.faults.base import Sites
 from foreshock.faults.combined import Combined

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.order import leads, order_table
 from foreshock.analysis.runs.discover import find
 from foreshock.analysis.scores.contest import contest, run_scores

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from foreshock.models import flash_bits
 from foreshock.models.tiles import Tile, Tiles, pinned_tiles
 from foreshock.models.transformer import Transformer, TransformerConfig
-
 from tests.models.attention_in_triton import SMALL_TILES
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+
 from foreshock.models import flash_bits
 from foreshock.models.arithmetic import Arithmetic
 from foreshock.models.flash import _backward, _forward, flash_attention_triton
@@ -11,7 +12,6 @@ from foreshock.models.flash_arithmetic import encode_arithmetic
 from foreshock.models.flash_faults import encode
 from foreshock.models.numerics import HEALTHY_LAYER, AttentionNumerics, LayerNumerics, SiteFault
 from foreshock.models.tiles import Tile, Tiles, pinned_tiles
-
 from tests.models.attention_in_fp64 import NAMES, distance, emulate, exact, inputs, layer, run
 from tests.models.attention_in_triton import (
     ADDING_TILES,
