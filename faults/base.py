@@ -141,8 +141,9 @@ class Fault(Protocol):
 class WindowedFault:
     """The fields that all faults with a window share.
 
-    onset: first faulty update; duration: updates, or None for no end; every: only each so many-th update from the
-    onset on, 1 for all; family: the kind of fault, for tables. Raises ValueError on an impossible window, by name.
+    onset: first faulty update; duration: updates, or None for no end; every: period in updates, of which the first is
+    faulty, 1 for every update; family: the kind of fault, for tables. Raises ValueError on an impossible window, by
+    name.
     """
 
     onset: int = 0
