@@ -41,7 +41,7 @@ FAULTS = (
 BROKEN = 1
 
 
-@pytest.fixture(params=["own_order", "other_order"])
+@pytest.fixture(params=["own_order", pytest.param("other_order", marks=pytest.mark.slow)])
 def order(request) -> Callable[[], AbstractContextManager]:
     """Batched products, which only a stack has, as this machine adds them up and as another one might."""
     return nullcontext if request.param == "own_order" else OtherBatchedOrder
