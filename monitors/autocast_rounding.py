@@ -14,7 +14,7 @@ Nothing is fitted. Over healthy batches the root-mean-square ratio of every law 
 number a batch, takes the errors of y as independent, which they are not where a column of y varies by less than the
 spacing of BF16 over the tokens: an untied head of a large vocabulary that has learnt how frequent a token is, and no
 more, errs alike in all of them, and its ratio is several in its first updates. So the law in W has no universal
-threshold here either (``analysis.tracks``).
+threshold here either (``analysis.detect.tracks``).
 
 Errors of FP32 are 2^-16 as large and left out. Norms and routers compute and store in FP32 under autocast as well, and
 stay with ``monitors.fp32_rounding``. With ``train.micro_batch`` or ``train.watched_sequences`` every micro-batch has

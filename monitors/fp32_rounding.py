@@ -15,7 +15,7 @@ square root of the ratio of block lengths, at most.
 Sums over tokens, as in dW, drift further than that, for neighbouring tokens are alike: for Euler's law in W and for the
 head's shift a healthy ratio is 0.9 to 1.8 at first and up to 2.7 at a learning rate ten times too high, with single
 readings above 5. A band or a conformal threshold takes that in; a number from the prediction alone would not, so
-that these two are left out of the universal track (``analysis.tracks``). The other laws stay within 0.9 to 1.5.
+that these two are left out of the universal track (``analysis.detect.tracks``). The other laws stay within 0.9 to 1.5.
 
 Sums of squared terms, T summed over a product's outputs with weights, would cost another matrix product. They are taken
 mean-field: sum_j W_ij^2 x_j^2 = |W_i|^2 |x|^2 / n_in.

@@ -1,4 +1,4 @@
-"""The laws by which a broken kernel is found. Which sites break which laws: ``analysis.laws``."""
+"""The laws by which a broken kernel is found. Which sites break which laws: ``analysis.locate.laws``."""
 
 from __future__ import annotations
 
