@@ -14,7 +14,7 @@ from foreshock.models.transformer import TransformerConfig
 
 
 class Training(Protocol):
-    """The settings of a training that a fault is checked against (``experiments.training.train_config.TrainConfig``)."""
+    """The settings of a training that a fault is checked against (``experiments.training.train_config``)."""
 
     @property
     def steps(self) -> int: ...
