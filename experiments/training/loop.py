@@ -97,7 +97,7 @@ def _train_members(members: Sequence[Member], until: float | None, progress: Pro
     try:
         for together in _alike(members) if stacked else [[member] for member in members]:
             with out_of_memory_named(together[0][0]):
-                _train_together(together, until, progress, stacked)
+                _Together(together, stacked).train(until, progress)
     except BaseException as error:
         end_reason = "interrupted" if isinstance(error, (KeyboardInterrupt, Stopped)) else "failed"
         for _, folder, manifest in members:
@@ -153,72 +153,90 @@ def _begin(runs: Sequence[Run], stacked: bool) -> tuple[Engine, Watch]:
     return single, Watch(single.model, runs[0].monitors)
 
 
-def _train_together(members: Sequence[Member], until: float | None, progress: Progress | None, stacked: bool) -> None:
-    """until: when to leave off, on the monotonic clock."""
-    runs, folders = [run for run, _, _ in members], [folder for _, folder, _ in members]
-    config, device, healthy = runs[0].train, runs[0].device, runs[0].healthy_sites()
-    torch.set_num_threads(config.threads)
-    (engine, watch), recorder = _begin(runs, stacked), Recorder()
-    writers = [
-        RunWriter(*member, engine, watch, recorder, row if stacked else None, len(runs))
-        for row, member in enumerate(members)
-    ]
-    faults = _distinct([run.fault for run in runs])
-    limits = torch.tensor([drawup_limit(run.train) for run in runs], device=device)
-    recording = list(range(len(runs)))
+class _Together:
+    """Runs in training: one, or those of a stack; each goes on from its checkpoint."""
 
-    def label(step: int, sites: Sequence[Sites]) -> Tensor:
-        loss = engine.held_out_loss(sites)
-        recorder.add(step, engine.tokens, {HELD_OUT.name: loss})
+    def __init__(self, members: Sequence[Member], stacked: bool) -> None:
+        self.runs, self.folders = [run for run, _, _ in members], [folder for _, folder, _ in members]
+        self.config, device = self.runs[0].train, self.runs[0].device
+        self.healthy = self.runs[0].healthy_sites()
+        torch.set_num_threads(self.config.threads)
+        (self.engine, self.watch), self.recorder = _begin(self.runs, stacked), Recorder()
+        self.writers = [
+            RunWriter(*member, self.engine, self.watch, self.recorder, row if stacked else None, len(members))
+            for row, member in enumerate(members)
+        ]
+        self.faults = _distinct([run.fault for run in self.runs])
+        self.limits = torch.tensor([drawup_limit(run.train) for run in self.runs], device=device)
+        self.recording = list(range(len(members)))
+        states = [writer.resume() for writer in self.writers]
+        if states[0] is None:
+            self.first = 0
+            self.watch.record(0)
+            self.finite = torch.ones(len(members), dtype=torch.bool, device=device)
+            self.best_held_out = self.label(0, [self.healthy] * len(members))
+        else:
+            self.first = states[0]["step"]
+            self.engine.load(states)
+            self.watch.load(states)
+            self.finite, self.best_held_out = (
+                torch.stack([state[key] for state in states]) for key in ("finite", "best_held_out")
+            )
+
+    def train(self, until: float | None, progress: Progress | None) -> None:
+        """To the end, or to ``until``, on the monotonic clock, or until others ask for an end."""
+        steps, now = self.config.steps, self.first
+        for step in range(self.first, steps):
+            self.step(step, progress)
+            now = step + 1
+            if not self.recording:
+                return
+            over = until is not None and time.monotonic() >= until
+            if now < steps and (over or asked()):
+                self.save(now, "interrupted")
+                return
+            if now < steps and is_due(now, [self.config.checkpoint_every_steps]):
+                self.save(now, "running")
+        for row in self.recording:  # a loss may have broken after the last evaluation
+            self.write(row, now, "completed" if bool(self.finite[row]) else "non_finite")
+
+    def step(self, step: int, progress: Progress | None) -> None:
+        """Take a step, observe it and, where it is due, evaluate; runs that end then record no more."""
+        now, sites = step + 1, _sites(self.faults, step, self.healthy)
+        due = self.watch.due(now)
+        view = self.engine.step(step, sites, self.watch.places(due))
+        self.watch.record(now)
+        loss, readings = view.loss, self.watch.observe(view, due, self.recording)
+        del view  # its taps are as large as the step's activations: the next step is to find that memory free
+        self.recorder.add(now, self.engine.tokens, readings)
+        self.finite = self.finite & torch.isfinite(loss)
+        if progress is not None:
+            progress(now, loss, readings, {self.folders[row]: row for row in self.recording})
+        if is_due(now, [CHECKSUM_EVERY_STEPS]):
+            for row in self.recording:
+                self.writers[row].checksum(now)
+        if is_due(now, [self.config.held_out_every_steps]):
+            held_out = self.label(now, sites)
+            self.best_held_out = torch.minimum(self.best_held_out, held_out)
+            ends = early_ends(self.limits, self.finite, held_out, self.best_held_out)
+            for row in [row for row in self.recording if ends[row] is not None]:
+                self.write(row, now, ends[row])
+                self.recording.remove(row)
+
+    def label(self, step: int, sites: Sequence[Sites]) -> Tensor:
+        """The held-out loss of each run, (N,), which is recorded."""
+        loss = self.engine.held_out_loss(sites)
+        self.recorder.add(step, self.engine.tokens, {HELD_OUT.name: loss})
         return loss.view(-1)
 
-    def save(step: int, end_reason: str) -> None:
-        for row in recording:
-            writers[row].save(step, end_reason, finite[row], best_held_out[row])
-        recorder.clear()
+    def save(self, step: int, end_reason: str) -> None:
+        """Write what a kill cannot take away, of all runs that still record."""
+        for row in self.recording:
+            self.write(row, step, end_reason)
+        self.recorder.clear()
 
-    states, first = [writer.resume() for writer in writers], 0
-    if states[0] is None:
-        watch.record(0)
-        finite, best_held_out = torch.ones(len(runs), dtype=torch.bool, device=device), label(0, [healthy] * len(runs))
-    else:
-        first = states[0]["step"]
-        engine.load(states)
-        watch.load(states)
-        finite, best_held_out = (torch.stack([state[key] for state in states]) for key in ("finite", "best_held_out"))
-
-    for step in range(first, config.steps):
-        now, sites = step + 1, _sites(faults, step, healthy)
-        due = watch.due(now)
-        view = engine.step(step, sites, watch.places(due))
-        watch.record(now)
-        loss, readings = view.loss, watch.observe(view, due, recording)
-        del view  # its taps are as large as the step's activations: the next step is to find that memory free
-        recorder.add(now, engine.tokens, readings)
-        finite = finite & torch.isfinite(loss)
-        if progress is not None:
-            progress(now, loss, readings, {folders[row]: row for row in recording})
-
-        if is_due(now, [CHECKSUM_EVERY_STEPS]):
-            for row in recording:
-                writers[row].checksum(now)
-        if is_due(now, [config.held_out_every_steps]):
-            held_out = label(now, sites)
-            best_held_out = torch.minimum(best_held_out, held_out)
-            ends = early_ends(limits, finite, held_out, best_held_out)
-            for row in [row for row in recording if ends[row] is not None]:
-                writers[row].save(now, ends[row], finite[row], best_held_out[row])
-                recording.remove(row)
-            if not recording:
-                return
-        over = until is not None and time.monotonic() >= until
-        if now < config.steps and (over or asked()):
-            save(now, "interrupted")
-            return
-        if now < config.steps and is_due(now, [config.checkpoint_every_steps]):
-            save(now, "running")
-    for row in recording:  # a loss may have broken after the last evaluation
-        writers[row].save(now, "completed" if bool(finite[row]) else "non_finite", finite[row], best_held_out[row])
+    def write(self, row: int, step: int, end_reason: str) -> None:
+        self.writers[row].save(step, end_reason, self.finite[row], self.best_held_out[row])
 
 
 def _distinct(faults: Sequence[Fault]) -> list[tuple[Fault, list[int]]]:
