@@ -33,7 +33,7 @@ from foreshock.experiments.trace import write_whole
 from foreshock.experiments.usage import fail, misused, show_help
 from foreshock.monitors.base import Monitor, StepView, WeightHistory, tapped
 from foreshock.monitors.spectra import qk_increment
-from foreshock.monitors.watch import cadences, is_due
+from foreshock.monitors.watch import Watch, cadences, is_due
 
 STEPS = {"mha_nano": 120, "mha_small": 24}
 CONSERVATION = ("attention_laws", "linear_laws", "logit_laws", "norm_laws", "router_laws")
@@ -65,7 +65,9 @@ def _step_of(run: Run, places: Collection[str] = ()) -> Callable[[int], StepView
 
 def _watched(run: Run) -> StepView:
     """What the monitors of a run see after one step, with all the taps that they want."""
-    return _step_of(run, tapped(run.monitors.values()))(0)
+    engine, sites = run.new_engine(), run.fault.sites(0, run.healthy_sites())
+    view = engine.step(0, [sites], tapped(run.monitors.values()))
+    return Watch(engine.anatomy, engine.optimizer, run.monitors).seen(view)
 
 
 def _alternate(steps: dict[str, Callable[[int], StepView]], count: int) -> dict[str, float]:
@@ -96,7 +98,7 @@ def _monitor_seconds(view: StepView, groups: Mapping[str, Mapping[str, Monitor]]
                     parameter.add_(nudge)
         for group, monitors in groups.items():
             history = histories[group]
-            cost = _cpu_seconds(lambda now=now, history=history: history.record(now, view.model))
+            cost = _cpu_seconds(lambda now=now, history=history: history.record(now, view.anatomy))
             seen = replace(view, step=now, tokens=now, history=history)
             for monitor in monitors.values() if now else ():
                 if is_due(now, cadences(monitor)):
@@ -161,7 +163,7 @@ def expert_costs(model: str, dense: str) -> dict[str, float]:
     runs = {name: build_run(compose("config", overrides=[f"model={name}"])) for name in (model, dense)}
     steps = {name: _step_of(run) for name, run in runs.items()}
     typical = _alternate(steps, STEPS[dense])
-    router = [name for name, monitor in runs[model].monitors.items() if monitor.needs.experts]
+    router = [name for name, monitor in runs[model].monitors.items() if "router" in monitor.needs.roles]
     alone = replace(runs[model], monitors={name: runs[model].monitors[name] for name in router})
     readings = _monitor_seconds(_watched(alone), {"router": alone.monitors})["router"] / typical[model]
     return {

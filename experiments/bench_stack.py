@@ -65,7 +65,7 @@ def single(config: TrainConfig, monitors: Mapping[str, Monitor]) -> Step:
     """A step of one run, watched by these monitors."""
     (model,) = _models(1, config.device)
     engine = SingleEngine(model, config, RandomTokens(BATCH_SIZE, NANO.context_length, NANO.vocab_size), 0)
-    return _watched_step(engine, Watch(model, monitors), [FAULTY])
+    return _watched_step(engine, Watch(engine.anatomy, engine.optimizer, monitors), [FAULTY])
 
 
 def stacked(config: TrainConfig, size: int, monitors: Sequence[Mapping[str, Monitor]]) -> Step:
@@ -74,7 +74,7 @@ def stacked(config: TrainConfig, size: int, monitors: Sequence[Mapping[str, Moni
     engine = StackedEngine(_models(size, config.device), [config] * size, corpus, range(size))
     faster = replace(HEALTHY, lr_scale=LearningRateScale().times(10))
     sites = [faster] * (size // 2) + [FAULTY] * (size - size // 2)
-    return _watched_step(engine, StackedWatch(engine.model, monitors), sites)
+    return _watched_step(engine, StackedWatch(engine.anatomy, engine.optimizer, monitors), sites)
 
 
 def _watched_step(engine: Engine, watch: Watch, sites: Sequence[Sites]) -> Step:

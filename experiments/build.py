@@ -35,7 +35,8 @@ from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
 from foreshock.faults.base import Fault, Sites
 from foreshock.faults.fit import check_fits
-from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.models.anatomy import Anatomy
+from foreshock.models.transformer import Transformer, TransformerConfig, skeleton
 from foreshock.monitors.base import Monitor, Signal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,16 +206,18 @@ class Run:
 
 
 def _left_out(monitors: Mapping[str, Monitor], model: TransformerConfig) -> list[str]:
-    """The names of the configured monitors that the model cannot have: those of experts, on a dense model.
+    """The names of the configured monitors that need what the model lacks: those of routers, on a dense model.
 
     A configuration with most files of conf/monitor asks for whatever fits. One with fewer chooses among them, and
     choosing one that does not fit is an error.
     """
-    unfit = [name for name, monitor in monitors.items() if monitor.needs.experts and model.moe is None]
+    anatomy = Anatomy.of(skeleton(model))
+    unfit = {name: role for name, monitor in monitors.items() if (role := monitor.needs.lacking(anatomy))}
     every = {path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml")}
     if unfit and len(every & set(monitors)) <= len(every) / 2:
-        raise ValueError(f"monitor.{unfit[0]} needs experts, and the model has none: leave it out, or model=moe_nano")
-    return unfit
+        name, role = next(iter(unfit.items()))
+        raise ValueError(f"monitor.{name} needs the role {role!r}, and the model has none: leave it out")
+    return list(unfit)
 
 
 def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig, int], Corpus] = Corpus) -> Run:

@@ -36,7 +36,7 @@ def period(monitors: Mapping[str, Monitor]) -> int:
 
 def filled_watch(training: Training, monitors: Mapping[str, Monitor], now: int) -> Watch:
     """A watch with the weights of all steps that a reading at ``now`` asks for, one update apart."""
-    watch = Watch(training.model, monitors)
+    watch = Watch(training.engine.anatomy, training.engine.optimizer, monitors)
     for steps in sorted({lookback.steps for m in monitors.values() for lookback in m.needs.history}, reverse=True):
         watch.record(now - steps)
         training.step(now - steps)
@@ -48,7 +48,7 @@ def history_seconds(training: Training, monitors: Mapping[str, Monitor]) -> floa
     lookbacks = [lookback for monitor in monitors.values() for lookback in monitor.needs.history]
     steps = math.lcm(*(lookback.every_steps for lookback in lookbacks))
     history = WeightHistory(lookbacks)
-    spent = [seconds(lambda s=s: history.record(s, training.model), training.device) for s in range(2 * steps)]
+    spent = [seconds(lambda s=s: history.record(s, training.engine.anatomy), training.device) for s in range(2 * steps)]
     return sum(spent[steps:]) / steps
 
 
@@ -89,7 +89,7 @@ def watched_step(training: Training, watch: Watch, now: int) -> StepView:
     """What monitors see after a step that makes ``now`` updates, all their places tapped."""
     view = training.step(now - 1, watch.places(watch.due(now)))
     watch.record(now)
-    return replace(view, history=watch.history)
+    return watch.seen(view)
 
 
 def monitor_costs(training: Training, monitors: Mapping[str, Monitor]) -> dict[str, Any]:

@@ -47,4 +47,4 @@ def monitors_of(experts: bool) -> dict[str, Any]:
     """Every monitor of ``conf/monitor``, by name; those that need experts only for a model that has them."""
     names = sorted(path.stem for path in (CONF / "monitor").glob("*.yaml"))
     monitors = {name: construct("monitor", name) for name in names}
-    return {name: monitor for name, monitor in monitors.items() if experts or not monitor.needs.experts}
+    return {name: monitor for name, monitor in monitors.items() if experts or "router" not in monitor.needs.roles}

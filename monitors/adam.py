@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -83,9 +84,11 @@ class AdamUpdateRMS:
         norms = torch.stack(torch._foreach_norm(torch._foreach_div(adam.gradient, adam.root)))
         sizes = torch.tensor([weight.numel() for weight in adam.weight.values()], device=norms.device)
         rms = norms / sizes.sqrt()
-        of_layer: dict[str, list[int]] = {}
-        for index, name in enumerate(adam.weight):
-            part = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else name.split(".")[0]
-            of_layer.setdefault("embedding" if part in ("tokens", "positions", "head") else part, []).append(index)
-        layers = [rms[of_layer[f"blocks.{layer}"]].amax() for layer in range(view.model.config.n_layers)]
-        return {"adam_update_rms": torch.stack(layers), "adam_update_rms.embedding": rms[of_layer["embedding"]].amax()}
+        index = {name: position for position, name in enumerate(adam.weight)}
+
+        def largest(names: Iterable[str]) -> Tensor:
+            return rms[[index[name] for name in names]].amax()
+
+        outside = {name for role in ("embedding", "positions", "head") for name in view.anatomy.parameters(role)}
+        layers = torch.stack([largest(block.parameters) for block in view.anatomy.blocks])
+        return {"adam_update_rms": layers, "adam_update_rms.embedding": largest(outside)}

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from foreshock.models.transformer import Transformer, TransformerConfig
+from foreshock.models.anatomy import Anatomy, Heads
 from foreshock.monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.spectra import qk_increment, singular_values, spectral_entropy, stable_rank
 
@@ -23,32 +23,22 @@ PER_LAYER = ("layer",)
 FAMILY = "attention_update"
 
 
-def is_attention_matrix(name: str) -> bool:
-    """Whether a parameter is the weight of some layer's q, k, v or o projection."""
-    return name.endswith(tuple(f".attention.{matrix}.weight" for matrix in MATRICES))
-
-
-def stack_matrix(weights: Mapping[str, Tensor], n_layers: int, matrix: str) -> Tensor:
+def stack_matrix(weights: Mapping[str, Tensor], anatomy: Anatomy, matrix: str) -> Tensor:
     """One projection of every layer: (layers, heads x D, E), rows grouped by head (W_O is transposed for that)."""
-    stacked = torch.stack([weights[f"blocks.{layer}.attention.{matrix}.weight"] for layer in range(n_layers)])
+    stacked = anatomy.stacked(matrix, weights)
     return stacked.mT if matrix == "o" else stacked
 
 
-def head_blocks(stacked: Tensor, config: TransformerConfig) -> Tensor:
+def head_blocks(stacked: Tensor, heads: Heads) -> Tensor:
     """Each head's rows of stacked projections: (..., heads x D, E) -> (..., heads, D, E)."""
-    return stacked.unflatten(-2, (-1, config.d_head))
+    return stacked.unflatten(-2, (-1, heads.width))
 
 
-def keys_per_query_head(stacked_k: Tensor, config: TransformerConfig) -> Tensor:
+def keys_per_query_head(stacked_k: Tensor, heads: Heads) -> Tensor:
     """W_K with each group's rows once for every query head that reads them: (..., G x D, E) -> (..., H x D, E)."""
-    if config.kv_heads == config.n_heads:
+    if heads.key_value == heads.query:
         return stacked_k
-    return head_blocks(stacked_k, config).repeat_interleave(config.n_heads // config.kv_heads, -3).flatten(-3, -2)
-
-
-def attention_weights(model: Transformer) -> dict[str, Tensor]:
-    """The attention matrices as they are now, by parameter name."""
-    return {name: p.detach() for name, p in model.named_parameters() if is_attention_matrix(name)}
+    return head_blocks(stacked_k, heads).repeat_interleave(heads.query // heads.key_value, -3).flatten(-3, -2)
 
 
 def check_windows(every_steps: int, windows: Sequence[int]) -> None:
@@ -60,7 +50,7 @@ def check_windows(every_steps: int, windows: Sequence[int]) -> None:
 
 def lookbacks(windows: Sequence[int], every_steps: int) -> tuple[Lookback, ...]:
     """The attention matrices as they were each window ago."""
-    return tuple(Lookback(window, every_steps, is_attention_matrix) for window in windows)
+    return tuple(Lookback(window, every_steps, MATRICES) for window in windows)
 
 
 def _spectrum_readings(name: str, suffix: str, spectrum: Tensor) -> dict[str, Reading]:
@@ -118,19 +108,19 @@ class DeltaW:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config = view.model.config
+        anatomy = view.anatomy
         known = {w: before for w in self.windows if (before := view.weights_before(w)) is not None}
         if not known:
             return {}
-        now = attention_weights(view.model)
+        now = view.anatomy.weights()
 
         def stacked_delta(matrix: str) -> Tensor:
-            new = stack_matrix(now, config.n_layers, matrix).double()
-            return torch.stack([new - stack_matrix(before, config.n_layers, matrix) for before in known.values()])
+            new = stack_matrix(now, anatomy, matrix).double()
+            return torch.stack([new - stack_matrix(before, anatomy, matrix) for before in known.values()])
 
         # Every window of every layer goes through one batched call.
         delta = [stacked_delta(matrix) for matrix in MATRICES]
-        spectra = {"": _head_spectra([head_blocks(of_matrix, config) for of_matrix in delta])}
+        spectra = {"": _head_spectra([head_blocks(of_matrix, anatomy.heads) for of_matrix in delta])}
         if self.whole:
             spectra["_whole"] = _whole_spectra(delta)
         readings: dict[str, Reading] = {}
@@ -177,18 +167,18 @@ class QKIncrement:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config = view.model.config
+        anatomy = view.anatomy
         known = {w: before for w in self.windows if (before := view.weights_before(w)) is not None}
         if not known:
             return {}
-        now = attention_weights(view.model)
+        now = view.anatomy.weights()
         # Every window of every layer goes through one batched call.
-        q0, k0 = (torch.stack([stack_matrix(b, config.n_layers, m) for b in known.values()]) for m in "qk")
-        q1, k1 = (stack_matrix(now, config.n_layers, m).expand_as(w0) for m, w0 in (("q", q0), ("k", k0)))
-        k0, k1 = (keys_per_query_head(k, config) for k in (k0, k1))
-        spectra = qk_increment(q0, k0, q1, k1, config.n_heads)
+        q0, k0 = (torch.stack([stack_matrix(b, anatomy, m) for b in known.values()]) for m in "qk")
+        q1, k1 = (stack_matrix(now, anatomy, m).expand_as(w0) for m, w0 in (("q", q0), ("k", k0)))
+        k0, k1 = (keys_per_query_head(k, anatomy.heads) for k in (k0, k1))
+        spectra = qk_increment(q0, k0, q1, k1, anatomy.heads.query)
         dq, dk = (
-            torch.linalg.matrix_norm((w1.double() - w0).unflatten(-2, (config.n_heads, -1)))
+            torch.linalg.matrix_norm((w1.double() - w0).unflatten(-2, (anatomy.heads.query, -1)))
             for w0, w1 in ((q0, q1), (k0, k1))
         )
         product = dq * dk
@@ -209,7 +199,7 @@ class AttentionWeight:
     The paper's baselines that see nothing: ``weight_norm.q`` ... and ``weight_stable_rank.q`` ...
     """
 
-    needs = Needs(stackable=True)
+    needs = Needs(roles=MATRICES, stackable=True)
 
     def __init__(self, every_steps: int) -> None:
         self.signals = tuple(
@@ -220,8 +210,8 @@ class AttentionWeight:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        now = attention_weights(view.model)
-        spectra = _whole_spectra([stack_matrix(now, view.model.config.n_layers, m) for m in MATRICES])
+        now = view.anatomy.weights()
+        spectra = _whole_spectra([stack_matrix(now, view.anatomy, m) for m in MATRICES])
         readings: dict[str, Reading] = {}
         for matrix, spectrum in zip(MATRICES, spectra, strict=True):
             norm = torch.linalg.vector_norm(spectrum, dim=-1)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from foreshock.models.anatomy import Anatomy
 from foreshock.models.moe import Routing
 from foreshock.models.numerics import HEALTHY, AttentionNumerics
-from foreshock.models.taps import NO_TAPS, Taps
-from foreshock.models.transformer import Transformer
+from foreshock.models.taps import NO_TAPS, Tap, Taps
 from foreshock.monitors.needs import Lookback, Needs
 from foreshock.monitors.signal import Signal
 
@@ -44,17 +44,14 @@ class WeightHistory:
         return [lb for lb in self._lookbacks if (step + lb.steps) % lb.every_steps == 0]
 
     @torch.no_grad()
-    def record(self, step: int, model: Transformer) -> None:
+    def record(self, step: int, anatomy: Anatomy) -> None:
         """Forget what no later reading needs, then keep this step's weights for those that will."""
         for old in [s for s in self._snapshots if not any(s + lb.steps >= step for lb in self._readers(s))]:
             del self._snapshots[old]
         due = self._readers(step)
         if due:
-            self._snapshots[step] = {
-                name: parameter.detach().clone()
-                for name, parameter in model.named_parameters()
-                if any(lb.wants(name) for lb in due)
-            }
+            names = {name for lb in due for role in lb.roles for name in anatomy.parameters(role)}
+            self._snapshots[step] = {n: weight.clone() for n, weight in anatomy.weights().items() if n in names}
 
     def at(self, step: int) -> Mapping[str, Tensor] | None:
         """The weights at a past step, or None before the run's first."""
@@ -76,20 +73,21 @@ class StepView:
 
     step: updates applied so far, this one included; tokens: training tokens seen so far;
     loss: this batch's mean NLL (0-dim, nats); grad_norm: global L2 norm before the clip (0-dim);
-    model: after the update; history: earlier weights, by ``Needs.history``; routings: what each layer's router
-    did with this batch, before the update; empty for a dense model; taps: of the places in ``Needs.taps``. With
-    ``train.micro_batch`` or ``train.watched_sequences`` routings, taps and objective_at are of the batch's last
-    sequences alone. optimizer: after the update, each ``grad`` still as it took it, clipped; numerics: what this step's
-    attention was made to do, for oracles alone; objective_at: this step's training objective, NLL plus auxiliary losses
-    on its batch without rounding or faults, as a smooth function of all weights by name (``models.objective``); batch:
-    the tokens that taps, routings and objective_at are of, (B, T + 1), or inputs and targets apart (``models.batch``).
+    anatomy: the roles of the model's parts, the model after the update; history: earlier weights, by ``Needs.history``;
+    routings: what each layer's router did with this batch, before the update; empty for a dense model; taps: of the
+    places in ``Needs.taps``. With ``train.micro_batch`` or ``train.watched_sequences`` routings, taps and objective_at
+    are of the batch's last sequences alone. optimizer: after the update, each ``grad`` still as it took it, clipped;
+    numerics: what this step's attention was made to do, for oracles alone; objective_at: this step's training
+    objective, NLL plus auxiliary losses on its batch without rounding or faults, as a smooth function of all weights by
+    name (``models.objective``); batch: the tokens that taps, routings and objective_at are of, (B, T + 1), or inputs
+    and targets apart (``models.batch``). ``Watch.seen`` adds history and optimizer to what an engine gives.
     """
 
     step: int
     tokens: int
     loss: Tensor
     grad_norm: Tensor
-    model: Transformer
+    anatomy: Anatomy
     history: WeightHistory = NO_HISTORY
     routings: tuple[Routing, ...] = ()
     taps: Taps = NO_TAPS
@@ -97,6 +95,15 @@ class StepView:
     numerics: AttentionNumerics = HEALTHY
     objective_at: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     batch: Tensor | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model after the update."""
+        return self.anatomy.model
+
+    def tapped(self, place: str, role: str) -> list[Tap]:
+        """The taps of a role: one, or one a block. None where the model lacks it (``models.anatomy.Anatomy.taps``)."""
+        return self.anatomy.taps(role, self.taps.at(place))
 
     def weights_before(self, steps: int) -> Mapping[str, Tensor] | None:
         """Weights ``steps`` updates ago, or None where the run is younger than that."""

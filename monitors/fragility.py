@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foreshock.monitors.attention_scores import causal_scores, tapped_inputs, window_of
-from foreshock.monitors.attention_update import attention_weights, stack_matrix
+from foreshock.monitors.attention_update import stack_matrix
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn
 from foreshock.monitors.eigen import eigenvalues, eigenvectors, small_singular_values
@@ -98,7 +98,7 @@ class AttentionFragility:
     masked. NaN gives NaN, and stays in the maximum. In a context of one token softmax amplifies nothing: 0.
     """
 
-    needs = Needs(taps=("dot_product",), stackable=True)
+    needs = Needs(taps=("dot_product",), roles=("o",), stackable=True)
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps
@@ -113,8 +113,8 @@ class AttentionFragility:
         taps = view.taps.at("dot_product").values()
         rows = in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).output))
         q, k, v = (x.double() for x in tapped_inputs(taps, rows))
-        config = view.model.config
-        w_o = stack_matrix(attention_weights(view.model), config.n_layers, "o").unflatten(-2, (config.n_heads, -1))
+        anatomy = view.anatomy
+        w_o = stack_matrix(anatomy.weights(), anatomy, "o").unflatten(-2, (anatomy.heads.query, -1))
         softmax = softmax_condition(causal_scores(q, k, window_of(taps)))
         product = softmax * (1 + score_condition(q, k)) * value_condition(v) * _top(w_o)[:, None]
         empty = ((q == 0).all(-1).all(-1) | (k == 0).all(-1).all(-1) | (v == 0).all(-1).all(-1)).any(1)

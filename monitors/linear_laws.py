@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from foreshock.models.anatomy import LINEAR_LAYERS
 from foreshock.models.taps import Tap
 from foreshock.monitors import autocast_rounding, conservation, fp32_rounding
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
@@ -18,15 +19,8 @@ from foreshock.monitors.fp32_rounding import LinearStep
 from foreshock.monitors.law import LINEAR, ROUTER, Law
 from foreshock.monitors.signal import OVER_NOISE, with_ratio
 
-ATTENTION = {part: f"attention.{part}" for part in "qkvo"}
-DENSE = {part: f"mlp.{part}" for part in ("input", "gate", "output")}
-EXPERTS = {f"experts_{part}": name for part, name in DENSE.items()}
-SHARED = {f"shared_{part}": f"mlp.shared.{part}" for part in DENSE}
-ROUTED = {**EXPERTS, **SHARED, "router": "mlp.router"}
-"""By part of a block, the module's name in it: a block has ATTENTION and either DENSE or, with experts, ROUTED."""
-
 READERS = {"qkv": ("attention_norm", ("q", "k", "v")), "mlp": ("mlp_norm", ("input", "gate"))}
-"""By signal: the norm whose output is read, whose gradient is the input's, and the parts that alone read it."""
+"""By signal: the norm whose output is read, whose gradient is the input's, and the layers that alone read it."""
 
 BrokenLaw = tuple[Tensor, Tensor, Tensor]
 """What is broken, the scale of its residual, and the mean square that rounding predicts: by layer, (L,) or (L, n)."""
@@ -49,44 +43,39 @@ class LinearLaws:
     takes all. every_steps: cadence.
     """
 
-    needs = Needs(view=("routings",), taps=("dot_product", "linear", "norm"), stackable=True)
+    needs = Needs(view=("routings",), taps=("dot_product", "linear", "norm"), roles=("head",), stackable=True)
 
     def __init__(self, every_steps: int, token_stride: int) -> None:
         self.token_stride, self.every_steps = check_stride(token_stride), every_steps
-        laws = [("linear_euler_residual", part) for part in (*ATTENTION, *DENSE, *ROUTED, "head")]
+        laws = [("linear_euler_residual", part) for part in (*LINEAR_LAYERS, "head")]
         laws += [("linear_input_residual", part) for part in (*READERS, "o", "head")]
         self.signals = tuple(signal for law, part in laws for signal in _signals(law, part, every_steps))
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        layers = range(view.model.config.n_layers)
-
-        def of_blocks(place: str, name: str) -> list[Tap]:
-            taps = view.taps.at(place)
-            return [taps[f"blocks.{layer}.{name}"] for layer in layers if f"blocks.{layer}.{name}" in taps]
-
         slots = torch.stack([routing.counts_E for routing in view.routings]) if view.routings else None
         tapped: set[str] = {"head"}
         steps: dict[str, LinearStep] = {}
         euler: dict[str, BrokenLaw] = {}
-        for part, name in (ATTENTION | (DENSE if slots is None else ROUTED)).items():
-            taps = of_blocks("linear", name)
+        for part in LINEAR_LAYERS:
+            taps = view.tapped("linear", part)
             tapped |= {part} if taps else set()
             if taps and all_seen(taps, part):
-                steps[part] = LinearStep.of(taps, self._sample(view, taps[0]), slots if part in EXPERTS else None)
+                of_experts = slots if part.startswith("experts_") else None
+                steps[part] = LinearStep.of(taps, self._sample(view, taps[0]), of_experts)
                 euler[part] = _euler(taps, steps[part])
-        head = view.taps.at("linear")["head"]
+        (head,) = view.tapped("linear", "head")
         sample = self._sample(view, head)
         if all_seen([head], "head"):
             steps["head"] = LinearStep.of([head], sample)
-            if not view.model.config.tie_embeddings:
+            if not view.anatomy.tied:
                 euler["head"] = _euler([head], steps["head"])
 
-        do_BHTD = [tap.output_grad for tap in of_blocks("dot_product", "attention.dot_product")]
+        do_BHTD = [tap.output_grad for tap in view.taps.at("dot_product").values()]
         inputs = {"o": ([do.transpose(1, 2).flatten(2) for do in do_BHTD], ("o",))}
         for name, (norm, parts) in READERS.items():
-            inputs[name] = [tap.output_grad for tap in of_blocks("norm", norm)], parts
-        inputs["head"] = [view.taps.at("norm")["final_norm"].output_grad], ("head",)
+            inputs[name] = [tap.output_grad for tap in view.tapped("norm", norm)], parts
+        inputs["head"] = [tap.output_grad for tap in view.tapped("norm", "final_norm")], ("head",)
         by_input: dict[str, BrokenLaw] = {}
         for name, (dx, parts) in inputs.items():
             readers = [steps[part] for part in parts if part in steps]

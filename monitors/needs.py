@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from foreshock.models.anatomy import ROLES, Anatomy
 from foreshock.models.taps import PLACES
 from foreshock.monitors.choices import check_choice
 
@@ -14,15 +14,20 @@ VIEW = ("batch", "routings", "optimizer", "numerics", "objective_at")
 
 @dataclass(frozen=True)
 class Lookback:
-    """A monitor's wish to see, at every multiple of ``every_steps``, some weights as they were ``steps`` ago."""
+    """A monitor's wish to see, at every multiple of ``every_steps``, weights as they were ``steps`` ago.
+
+    roles: whose weights, of ``models.anatomy.ROLES``. Raises ValueError for an unknown one, and for less than a step.
+    """
 
     steps: int
     every_steps: int
-    wants: Callable[[str], bool]
+    roles: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"monitor.windows={self.steps} is not allowed: at least 1 step")
+        for role in self.roles:
+            check_choice("lookback.roles", role, ROLES)
 
 
 @dataclass(frozen=True)
@@ -33,18 +38,19 @@ class Needs:
         is an oracle: a bound, and no rival.
     taps: the places whose activations and gradients it reads, of ``models.taps.PLACES``.
     history: the earlier weights that it compares with.
-    experts: whether the model must have routers. A monitor that needs them is left out of a dense run.
+    roles: the parts that the model must have, of ``models.anatomy.ROLES``, beside those of ``history``. A monitor that
+        needs a router is left out of a dense run.
     stackable: whether ``torch.vmap`` may run ``observe`` over a stack of runs. It then branches on no tensor's value,
         keeps its memory in ``state_dict`` alone, takes a learning rate for a tensor, and asks for the objective by a
         function ``on_trailing_axes`` (``monitors.trailing``). Any other monitor watches a stack run by run.
 
-    Raises ValueError for an unknown field or place, with the nearest one.
+    Raises ValueError for an unknown field, place or role, with the nearest one.
     """
 
     view: tuple[str, ...] = ()
     taps: tuple[str, ...] = ()
     history: tuple[Lookback, ...] = ()
-    experts: bool = False
+    roles: tuple[str, ...] = ()
     stackable: bool = False
 
     def __post_init__(self) -> None:
@@ -52,8 +58,15 @@ class Needs:
             check_choice("needs.view", field, VIEW)
         for place in self.taps:
             check_choice("needs.taps", place, PLACES)
+        for role in self.roles:
+            check_choice("needs.roles", role, ROLES)
 
     @property
     def oracle(self) -> bool:
         """Whether the monitor reads what the fault does."""
         return "numerics" in self.view
+
+    def lacking(self, anatomy: Anatomy) -> str | None:
+        """The first role that it needs and a model lacks, or None."""
+        roles = (*self.roles, *(role for lookback in self.history for role in lookback.roles))
+        return next((role for role in roles if not anatomy.parameters(role)), None)

@@ -17,12 +17,7 @@ from foreshock.monitors.fp32_rounding import NormStep
 from foreshock.monitors.law import NORM, Law
 from foreshock.monitors.signal import OVER_NOISE, with_ratio
 
-BLOCK_NORMS = {
-    "attention": "attention_norm",
-    "mlp": "mlp_norm",
-    "q": "attention.q_norm",
-    "k": "attention.k_norm",
-}
+NORM_NAMES = ("attention", "mlp", "q", "k", "final")
 LAW = "norm_orthogonality_residual"
 
 
@@ -44,17 +39,16 @@ class NormLaws:
         self.signals = tuple(
             signal
             for law in (LAW, f"{LAW}.shift")
-            for norm in (*BLOCK_NORMS, "final")
+            for norm in NORM_NAMES
             for signal in _signals(law, norm, every_steps)
         )
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        taps, layers = view.taps.at("norm"), range(view.model.config.n_layers)
-        norms = {norm: [taps.get(f"blocks.{layer}.{name}") for layer in layers] for norm, name in BLOCK_NORMS.items()}
         alike: dict[torch.Size, dict[str, list[Tap]]] = {}
-        for norm, own in (norms | {"final": [taps["final_norm"]]}).items():
-            if None not in own:
+        for norm in NORM_NAMES:
+            own = view.tapped("norm", f"{norm}_norm")
+            if own:
                 alike.setdefault(own[0].output.shape, {})[norm] = own
         readings: dict[str, Reading] = {}
         for group in alike.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
@@ -27,7 +29,7 @@ class NonFinite:
     def observe(self, view: StepView) -> dict[str, Reading]:
         broken = ~torch.isfinite(view.loss + view.grad_norm)
         self._updates = broken.long() if self._updates is None else self._updates + broken
-        return {"nan_inf_events": sum((block.attention.nonfinite for block in view.model.blocks), self._updates)}
+        return {"nan_inf_events": sum((attrgetter(name)(view.model) for name in view.anatomy.counters), self._updates)}
 
     def state_dict(self) -> dict:
         return {"updates": self._updates}

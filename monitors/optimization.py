@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foreshock.models.anatomy import BLOCK
 from foreshock.monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
 
 FAMILY = "optimization"
@@ -56,11 +57,6 @@ class GradientNorm:
         return {"grad_global_norm": view.grad_norm.detach()}
 
 
-def is_in_a_block(name: str) -> bool:
-    """Whether a parameter belongs to some layer."""
-    return name.startswith("blocks.")
-
-
 class UpdateToWeight:
     """``update_to_weight``: ||theta_t - theta_(t-1)|| / ||theta_(t-1)|| of each block; healthy: 1e-3; bad: both.
 
@@ -71,15 +67,15 @@ class UpdateToWeight:
         self.signals = (
             Signal("update_to_weight", "1", "both", ("layer",), every_steps, family=FAMILY, above=1e-2, below=1e-4),
         )
-        self.needs = Needs(history=(Lookback(1, every_steps, is_in_a_block),), stackable=True)
+        self.needs = Needs(history=(Lookback(1, every_steps, (BLOCK,)),), stackable=True)
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        before = view.weights_before(1)
+        before, now = view.weights_before(1), view.anatomy.weights()
         update, weight = [], []
-        for layer, block in enumerate(view.model.blocks):
-            old = [before[f"blocks.{layer}.{name}"] for name, _ in block.named_parameters()]
-            change = torch._foreach_sub([p.detach() for p in block.parameters()], old)
+        for block in view.anatomy.blocks:
+            old = [before[name] for name in block.parameters]
+            change = torch._foreach_sub([now[name] for name in block.parameters], old)
             update.append(torch.stack(torch._foreach_norm(change)).norm())
             weight.append(torch.stack(torch._foreach_norm(old)).norm())
         change, norm = torch.stack(update), torch.stack(weight)

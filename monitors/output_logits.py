@@ -17,7 +17,7 @@ class OutputLogZ:
     rows: how many rows of the batch are looked at, in turn; 0 for all.
     """
 
-    needs = Needs(taps=("linear",), stackable=True)
+    needs = Needs(taps=("linear",), roles=("head",), stackable=True)
 
     def __init__(self, every_steps: int, rows: int) -> None:
         self.rows, self.every_steps = check_rows(rows), every_steps
@@ -25,6 +25,6 @@ class OutputLogZ:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        logits = view.taps.at("linear")["head"].output
+        logits = view.tapped("linear", "head")[0].output
         chosen = logits[in_turn(self.rows, view.step // self.every_steps, len(logits))]
         return {"output_log_z": at_least_fp32(chosen).logsumexp(-1).square().mean()}

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from foreshock.monitors.attention_update import (
     PER_HEAD,
-    attention_weights,
     check_windows,
     head_blocks,
     keys_per_query_head,
@@ -141,18 +140,18 @@ class RandomMatrix:
         before = view.weights_before(self.window)
         if before is None:
             return {}
-        config = view.model.config
+        anatomy = view.anatomy
         old, new = (
             torch.stack(
                 (
-                    stack_matrix(weights, config.n_layers, "q"),
-                    keys_per_query_head(stack_matrix(weights, config.n_layers, "k"), config),
+                    stack_matrix(weights, anatomy, "q"),
+                    keys_per_query_head(stack_matrix(weights, anatomy, "k"), anatomy.heads),
                 )
             ).double()
-            for weights in (before, attention_weights(view.model))
+            for weights in (before, anatomy.weights())
         )
-        old, new = (head_blocks(w, config) for w in (old, new))  # (q and k, layers, H, D, E)
-        shared = config.n_heads // config.kv_heads
+        old, new = (head_blocks(w, anatomy.heads) for w in (old, new))  # (q and k, layers, H, D, E)
+        shared = anatomy.heads.query // anatomy.heads.key_value
         return {f"{name}.w{self.window}": reading for name, reading in self._scores(old, new - old, shared).items()}
 
     def _scores(self, old: Tensor, delta: Tensor, shared: int) -> dict[str, Reading]:

@@ -100,7 +100,7 @@ class RouterWeight:
     A zero row has no direction and a zero mean row no ratio: those readings are masked.
     """
 
-    needs = Needs(experts=True)
+    needs = Needs(roles=("router",))
 
     def __init__(self, every_steps: int) -> None:
         self.signals = tuple(
@@ -115,7 +115,7 @@ class RouterWeight:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        W = torch.stack([block.mlp.router.weight.detach() for block in view.model.blocks]).double()
+        W = view.anatomy.stacked("router", view.anatomy.weights()).double()
         norm, finite = centered_norm(W), W.isfinite().all(-1).all(-1)
         return {
             "router_weight_similarity": Masked(weight_similarity(W), (W == 0).all(-1).any(-1) & finite),
@@ -130,7 +130,7 @@ class RoutingProbability:
     (bad: down), ``router_topk_margin`` (both; absent where every expert is chosen). See the functions of this file.
     """
 
-    needs = Needs(view=("routings",), experts=True)
+    needs = Needs(view=("routings",), roles=("router",))
 
     def __init__(self, every_steps: int) -> None:
         self.signals = (
@@ -141,7 +141,7 @@ class RoutingProbability:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config = view.model.config.moe
+        config = view.anatomy.moe
         entropy = routing_entropy(torch.stack([routing.logits_NE for routing in view.routings]))
         readings: dict[str, Reading] = {
             "routing_entropy": entropy,
@@ -164,7 +164,7 @@ class ExpertLoad:
     NaN, as long as the step is in the window.
     """
 
-    needs = Needs(view=("routings",), experts=True)
+    needs = Needs(view=("routings",), roles=("router",))
 
     def __init__(self, every_steps: int, window: int) -> None:
         if window < 1:
@@ -181,7 +181,7 @@ class ExpertLoad:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config = view.model.config.moe
+        config = view.anatomy.moe
         counts = torch.stack([routing.counts_E for routing in view.routings])
         broken = torch.stack([routing.logits_NE.detach().sum() * 0.0 for routing in view.routings])
         self._counts = [*self._counts, counts.double() + broken[:, None]][-self.window :]

@@ -32,7 +32,7 @@ class LogitLaws:
     every_steps: cadence.
     """
 
-    needs = Needs(taps=("linear",), stackable=True)
+    needs = Needs(taps=("linear",), roles=("head",), stackable=True)
 
     def __init__(self, every_steps: int, token_stride: int) -> None:
         self.token_stride, self.every_steps = check_stride(token_stride), every_steps
@@ -44,14 +44,14 @@ class LogitLaws:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        tap = view.taps.at("linear")["head"]
+        (tap,) = view.tapped("linear", "head")
         sample = every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
         in_bf16 = tap.output.dtype == torch.bfloat16
         rounding = autocast_rounding if in_bf16 else fp32_rounding
         logits, dlogits = (at_least_fp32(part.flatten(0, -2)[sample]) for part in (tap.output, tap.output_grad))
         noise = rounding.logit_shift_noise(logits, dlogits, tap.output.shape[:-1].numel())
         readings = _both("logit_shift_residual", conservation.logit_shift(dlogits), noise.sum())
-        if view.model.config.tie_embeddings or not all_seen([tap], "head"):
+        if view.anatomy.tied or not all_seen([tap], "head"):
             return readings
         if in_bf16:
             broken = conservation.head_shift(tap.dw, tap.x, tap.output_grad)
@@ -71,7 +71,7 @@ class RouterLaws:
     every_steps: cadence.
     """
 
-    needs = Needs(view=("routings",), taps=("linear",), experts=True)
+    needs = Needs(view=("routings",), taps=("linear",), roles=("router",))
 
     def __init__(self, every_steps: int) -> None:
         self.signals = with_ratio(
@@ -81,8 +81,7 @@ class RouterLaws:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config, linear = view.model.config.moe, view.taps.at("linear")
-        taps = [linear[f"blocks.{layer}.mlp.router"] for layer in range(len(view.routings))]
+        config, taps = view.anatomy.moe, view.tapped("linear", "router")
         step = LinearStep.of(taps)
         counts_LE = torch.stack([routing.counts_E for routing in view.routings]).double()
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True)

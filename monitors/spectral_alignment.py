@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from foreshock.models.numerics import at_least_fp32
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.eigen import eigenvectors
 
-LAYERS = {
-    "q": "attention.q",
-    "k": "attention.k",
-    "v": "attention.v",
-    "o": "attention.o",
-    "mlp_input": "mlp.input",
-    "mlp_output": "mlp.output",
-}
-"""By suffix, a block's linear layer that every token meets; experts have none such in their MLP."""
+LAYERS = {**{part: part for part in "qkvo"}, "mlp_input": "input", "mlp_output": "output"}
+"""By suffix, the role of a block's linear layer that every token meets; experts have none such in their MLP."""
 
 
 def top_right_singular_vector(weight: Tensor) -> Tensor:
@@ -66,12 +58,10 @@ class SpectralAlignment:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        n_layers = view.model.config.n_layers
-        linear = {name: tap for name, tap in view.taps.at("linear").items() if isinstance(tap.module, nn.Linear)}
         readings: dict[str, Reading] = {}
-        for suffix, module in LAYERS.items():
-            taps = [linear.get(f"blocks.{layer}.{module}") for layer in range(n_layers)]
-            if None in taps:
+        for suffix, role in LAYERS.items():
+            taps = view.tapped("linear", role)
+            if not taps:
                 continue  # experts have a weight each, and no MLP beside them
             weight = torch.stack([tap.weight for tap in taps])
             inputs = at_least_fp32(torch.stack([tap.inputs[0].flatten(0, -2) for tap in taps]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from foreshock.monitors.attention_update import PER_HEAD, attention_weights, head_blocks, stack_matrix
+from foreshock.monitors.attention_update import PER_HEAD, head_blocks, stack_matrix
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.spectra import singular_values
 
@@ -16,7 +16,7 @@ class SpectralNorm:
     arXiv:2510.04212). FP64, (layers, heads of the matrix), from 0; NaN or Inf in a weight gives NaN.
     """
 
-    needs = Needs(stackable=True)
+    needs = Needs(roles=("q", "k"), stackable=True)
 
     def __init__(self, every_steps: int) -> None:
         self.signals = tuple(
@@ -25,7 +25,7 @@ class SpectralNorm:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        now, config = attention_weights(view.model), view.model.config
-        both = torch.cat([head_blocks(stack_matrix(now, config.n_layers, m), config) for m in "qk"], dim=1)
-        largest = singular_values(both)[..., 0].split((config.n_heads, config.kv_heads), dim=1)
+        now, anatomy, heads = view.anatomy.weights(), view.anatomy, view.anatomy.heads
+        both = torch.cat([head_blocks(stack_matrix(now, anatomy, m), heads) for m in "qk"], dim=1)
+        largest = singular_values(both)[..., 0].split((heads.query, heads.key_value), dim=1)
         return {f"spectral_radius.{m}": norm for m, norm in zip("qk", largest, strict=True)}

@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
 
+from foreshock.models.anatomy import Anatomy
 from foreshock.monitors.base import Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
 
 
@@ -20,11 +21,15 @@ class Watch:
         watch.record(step)
         readings = watch.observe(view, names)
 
-    model: whose weights the history copies; monitors: by name. Nothing here changes the model.
+    anatomy: of the model that is trained; optimizer: its own, None where monitors may not see it; monitors: by name.
+    Nothing here changes the model. Raises ValueError for a monitor that needs what these do not have.
     """
 
-    def __init__(self, model: nn.Module, monitors: Mapping[str, Monitor]) -> None:
-        self._model, self._monitors = model, monitors
+    def __init__(
+        self, anatomy: Anatomy, optimizer: torch.optim.Optimizer | None, monitors: Mapping[str, Monitor]
+    ) -> None:
+        check_needs(anatomy, optimizer, monitors)
+        self._anatomy, self._optimizer, self._monitors = anatomy, optimizer, monitors
         self.history = WeightHistory(lookback for monitor in monitors.values() for lookback in monitor.needs.history)
         self._cadences = {name: cadences(monitor) for name, monitor in monitors.items()}
 
@@ -38,14 +43,18 @@ class Watch:
 
     def record(self, step: int) -> None:
         """Copy those of this step's weights that a later reading needs."""
-        self.history.record(step, self._model)
+        self.history.record(step, self._anatomy)
+
+    def seen(self, view: StepView) -> StepView:
+        """The view of an engine with what the watch adds to it: history and optimizer."""
+        return replace(view, history=self.history, optimizer=self._optimizer)
 
     def observe(self, view: StepView, names: Iterable[str], runs: Collection[int] = (0,)) -> dict[str, Reading]:
         """What the named monitors read, of the signals that are due.
 
         runs: those that are still recorded, for a watch of several (``experiments.training.stacked_watch``).
         """
-        seen, readings = replace(view, history=self.history), {}
+        seen, readings = self.seen(view), {}
         for name in names:
             readings |= due_readings(self._monitors[name], view.step, self._monitors[name].observe(seen))
         return readings
@@ -60,6 +69,16 @@ class Watch:
         (state,) = states
         self.history.load_state_dict(state["history"])
         load_memory(self._monitors, state["monitors"])
+
+
+def check_needs(anatomy: Anatomy, optimizer: torch.optim.Optimizer | None, monitors: Mapping[str, Monitor]) -> None:
+    """Raises ValueError that names the first monitor to lack something, and what."""
+    for name, monitor in monitors.items():
+        lacking = monitor.needs.lacking(anatomy)
+        if lacking is not None:
+            raise ValueError(f"monitor.{name} needs the role {lacking!r}, and the model has none: leave it out")
+        if optimizer is None and "optimizer" in monitor.needs.view:
+            raise ValueError(f"monitor.{name} needs the optimizer, and the watch has none: leave it out")
 
 
 def cadences(monitor: Monitor) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from foreshock.experiments.training.gradients import backward
 from foreshock.faults.base import Sites
+from foreshock.models.anatomy import Anatomy
 from foreshock.models.corruption import Corrupted, ModuleFault
 from foreshock.models.numerics import HEALTHY, AttentionNumerics
 from foreshock.models.transformer import Transformer
@@ -33,7 +34,7 @@ def view_of_gradients(
         tokens=sum(part[:, 1:].numel() for part in parts),
         loss=done.loss,
         grad_norm=torch.ones(()),
-        model=model,
+        anatomy=Anatomy.of(model),
         routings=done.routings,
         taps=done.taps,
         batch=done.watched,

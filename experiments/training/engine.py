@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from foreshock.faults.base import Sites
 from foreshock.faults.log import InjectionLog
+from foreshock.models.anatomy import Anatomy
 from foreshock.monitors.base import StepView
 
 NOTHING: frozenset[str] = frozenset()
@@ -42,12 +43,13 @@ class Batches(Protocol):
 class Engine(Protocol):
     """The state of N >= 1 runs between two steps, and the step.
 
-    model, optimizer: of one run, or stacked ones with ``slices``; tokens: training tokens that each run has seen.
-    logs: of each run, what its fault has changed.
+    model, optimizer: of one run, or stacked ones with ``slices``; anatomy: of that model; tokens: training tokens that
+    each run has seen; logs: of each run, what its fault has changed.
     Tensors of a view, and losses, lead with an axis of runs in a stack, and have none in a single run.
     """
 
     model: nn.Module
+    anatomy: Anatomy
     optimizer: Any
     tokens: int
     logs: Sequence[InjectionLog]

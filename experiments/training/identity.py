@@ -22,7 +22,7 @@ from foreshock.experiments.training.source_code import ROOT, closure_of, digest_
 
 ENGINE = ("engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
 SINGLE, STACKED = ("single_engine",), ("stacked_engine", "stacked_optimizer")
-INSTRUMENTS = ("taps", "stacked_taps", "products", "objective")
+INSTRUMENTS = ("anatomy", "taps", "stacked_taps", "products", "objective")
 """Modules of ``models`` that look at a step and change nothing of it."""
 TRITON = ("flash*", "tiles")
 """Modules of ``models`` that a run on another backend does not use."""

@@ -148,9 +148,9 @@ def _begin(runs: Sequence[Run], stacked: bool) -> tuple[Engine, Watch]:
     if stacked:
         models, configs = [run.new_model() for run in runs], [run.train for run in runs]
         engine = StackedEngine(models, configs, runs[0].corpus, [run.seed for run in runs])
-        return engine, StackedWatch(engine.model, [run.monitors for run in runs])
+        return engine, StackedWatch(engine.anatomy, engine.optimizer, [run.monitors for run in runs])
     single = runs[0].new_engine()
-    return single, Watch(single.model, runs[0].monitors)
+    return single, Watch(single.anatomy, single.optimizer, runs[0].monitors)
 
 
 class _Together:

@@ -19,6 +19,7 @@ from foreshock.faults.log import InjectionLog
 from foreshock.faults.logged_numerics import logged
 from foreshock.faults.operation import Moment
 from foreshock.faults.points import corrupt_batch, corrupt_tensors, corrupted_optimizer, gradients_of
+from foreshock.models.anatomy import Anatomy
 from foreshock.models.batch import inputs_and_targets
 from foreshock.models.compiled import CompiledObjective
 from foreshock.models.corruption import Corrupted
@@ -41,7 +42,7 @@ class SingleEngine:
         self, model: Transformer, config: TrainConfig, corpus: Batches, seed: int, compiler: str = "inductor"
     ) -> None:
         accumulate_in_fp32()
-        self.model, self.config, self.tokens = model, config, 0
+        self.model, self.anatomy, self.config, self.tokens = model, Anatomy.of(model), config, 0
         self.logs = (InjectionLog(),)
         self.optimizer, self.parameters = adamw(model, config), list(model.parameters())
         self.unwatched = CompiledObjective(model, compiler) if config.compile else model
@@ -60,10 +61,9 @@ class SingleEngine:
             tokens=self.tokens,
             loss=done.loss,
             grad_norm=grad_norm,
-            model=self.model,
+            anatomy=self.anatomy,
             routings=done.routings,
             taps=done.taps,
-            optimizer=self.optimizer,
             numerics=site.numerics,
             objective_at=partial(objective_at, self.model, done.watched, site.balance_scale),
             batch=done.watched,

@@ -21,6 +21,7 @@ from foreshock.faults.log import InjectionLog
 from foreshock.faults.logged_numerics import logged
 from foreshock.faults.operation import Moment
 from foreshock.faults.points import corrupt_tensors, gradients_of
+from foreshock.models.anatomy import Anatomy
 from foreshock.models.objective import objective_at
 from foreshock.models.precision import accumulate_in_fp32
 from foreshock.models.stacked import StackedNumerics, StackedTransformer
@@ -41,6 +42,7 @@ class StackedEngine:
     ) -> None:
         accumulate_in_fp32()
         self.model, self.tokens = StackedTransformer(models), 0
+        self.anatomy = Anatomy.of(self.model)
         self.optimizer = StackedAdamW(self.model, configs)
         self._config, self._corpus, self._seeds = configs[0], corpus, list(seeds)
         self._device = models[0].tokens.weight.device
@@ -76,9 +78,8 @@ class StackedEngine:
             tokens=self.tokens,
             loss=losses_N.detach(),
             grad_norm=grad_norms_N,
-            model=self.model,
+            anatomy=self.anatomy,
             taps=taps,
-            optimizer=self.optimizer,
             numerics=numerics,
             objective_at=partial(objective_at, self.model, tokens_NBT1, 1.0),
             batch=tokens_NBT1,

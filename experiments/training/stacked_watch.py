@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from foreshock.experiments.training.stacked_history import SliceHistory, load_history
+from foreshock.experiments.training.stacked_optimizer import StackedAdamW
+from foreshock.models.anatomy import Anatomy
 from foreshock.models.objective import objective_at
-from foreshock.models.stacked import StackedTransformer
 from foreshock.models.stacked_taps import GivenTaps, SliceTaps
 from foreshock.models.taps import Tap
 from foreshock.models.transformer import Transformer
@@ -40,8 +41,8 @@ class StackedWatch(Watch):
     Readings lead with an axis of runs.
     """
 
-    def __init__(self, model: StackedTransformer, monitors: Sequence[Mapping[str, Monitor]]) -> None:
-        super().__init__(model, monitors[0])
+    def __init__(self, anatomy: Anatomy, optimizer: StackedAdamW, monitors: Sequence[Mapping[str, Monitor]]) -> None:
+        super().__init__(anatomy, optimizer, monitors[0])
         self._of_runs = monitors
         self._histories = [SliceHistory(self.history, run) for run in range(len(monitors))]
         self._workers = copy.deepcopy({name: one for name, one in monitors[0].items() if stackable(one)})
@@ -57,7 +58,7 @@ class StackedWatch(Watch):
 
     def observe(self, view: StepView, names: Iterable[str], runs: Collection[int] = (0,)) -> dict[str, Reading]:
         """Of a stack's view; what one of the other ``runs`` would read by itself is undefined."""
-        names, stack = list(names), replace(view, history=self.history)
+        names, stack = list(names), self.seen(view)
         readings = self._observe_together([name for name in names if name in self._workers], stack)
         by_themselves = [name for name in names if name not in self._workers]
         if by_themselves:
@@ -103,7 +104,7 @@ def slice_view(stack: StepView, run: int, history: SliceHistory) -> StepView:
         stack,
         loss=stack.loss[run],
         grad_norm=stack.grad_norm[run],
-        model=model,
+        anatomy=replace(stack.anatomy, model=model),
         history=history,
         taps=SliceTaps(stack.taps, stack.model, run),
         optimizer=stack.optimizer.slices[run],
@@ -258,7 +259,7 @@ class _Seen:
             stack,
             loss=self.loss,
             grad_norm=self.grad_norm,
-            model=model,
+            anatomy=replace(stack.anatomy, model=model),
             history=history,
             taps=GivenTaps(model, self.taps),
             optimizer=_Optimizer(self, model, stack),

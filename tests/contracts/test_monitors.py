@@ -180,14 +180,14 @@ def test_needs_are_read_in_no_other_way():
 def tenth_step_of(run: Run, name: str, plant: Callable[[Transformer], None] | None = None) -> tuple[Monitor, StepView]:
     """A monitor that has seen nothing yet, and what it sees at step 10. plant: done to the model before that step."""
     monitor, engine, healthy = run.monitors[name], run.new_engine(), run.healthy_sites()
-    watch = Watch(engine.model, {name: monitor})
+    watch = Watch(engine.anatomy, engine.optimizer, {name: monitor})
     watch.record(0)
     for step in range(10):
         if step == 9 and plant is not None:
             plant(engine.model)
         view = engine.step(step, [healthy], tapped([monitor]))
         watch.record(step + 1)
-    return monitor, replace(view, history=watch.history)
+    return monitor, watch.seen(view)
 
 
 def first_reading(monitor: Monitor, view: StepView) -> dict[str, Reading]:

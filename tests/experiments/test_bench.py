@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-import torch.nn as nn
 
 from foreshock.experiments import bench
+from foreshock.models.anatomy import Anatomy
+from foreshock.models.transformer import TransformerConfig, skeleton
 from foreshock.monitors.base import Lookback, Needs, Signal, StepView
 
 
@@ -23,9 +24,9 @@ def test_a_monitor_is_paid_at_the_steps_at_which_it_reads(monkeypatch):
         return 1.0
 
     monkeypatch.setattr(bench, "_cpu_seconds", a_second)
-    model = nn.Linear(2, 2)
-    view = StepView(step=1, tokens=1, loss=torch.zeros(()), grad_norm=torch.zeros(()), model=model)
-    copies = (Lookback(50, 50, lambda name: True),)
+    model = skeleton(TransformerConfig(d_model=8, n_layers=1, n_heads=1, d_ff=8, context_length=4))
+    view = StepView(step=1, tokens=1, loss=torch.zeros(()), grad_norm=torch.zeros(()), anatomy=Anatomy.of(model))
+    copies = (Lookback(50, 50, ("head",)),)
     groups = {
         "tenth": {"one": Watcher(10)},
         "both": {"one": Watcher(10), "other": Watcher(50, lookbacks=copies)},

@@ -131,7 +131,7 @@ def test_a_mixed_cadence_is_averaged_over_its_steps(monkeypatch):
     """Nine steps in ten are cheap ones."""
     monkeypatch.setattr(monitor_costs, "reading_seconds", lambda m, view, d: 5.0 if view.step % 10 == 0 else 1.0)
     training = Size.tiny("cpu").training(4, False)
-    view = monitor_costs.watched_step(training, Watch(training.model, {}), 1500)
+    view = monitor_costs.watched_step(training, Watch(training.engine.anatomy, training.engine.optimizer, {}), 1500)
     found = monitor_seconds(Counted(), view, torch.device("cpu"))
     assert found == {"reading_s": 5.0, "mean_s": pytest.approx((5.0 + 9 * 1.0) / 10)}
     assert period({"counted": Counted()}) == 10

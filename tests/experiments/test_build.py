@@ -153,7 +153,7 @@ def test_router_monitors_are_left_out_of_every_monitor_and_refused_by_name(make_
     assert list(dense.left_out_monitors) == ["expert_load", "router_laws", "router_weight", "routing_probability"]
     assert set(sparse.monitors) - set(dense.monitors) == set(dense.left_out_monitors)
     assert not set(dense.config["monitor"]) & set(dense.left_out_monitors)
-    with pytest.raises(ValueError, match=r"monitor\.routing_probability needs experts, and the model has none"):
+    with pytest.raises(ValueError, match=r"monitor\.routing_probability needs the role 'router', and the model has no"):
         make_run("monitor=[loss,routing_probability]", tiny=False)
     make_run("monitor=[loss,routing_probability]", "model=moe_nano", tiny=False)
 

@@ -65,7 +65,7 @@ def test_the_example_fault_is_a_fault(example):
 def losses(*values: float) -> list[StepView]:
     """Views that differ in step and loss alone."""
     return [
-        StepView(step=10 * i, tokens=0, loss=torch.tensor(value), grad_norm=torch.ones(()), model=None)
+        StepView(step=10 * i, tokens=0, loss=torch.tensor(value), grad_norm=torch.ones(()), anatomy=None)
         for i, value in enumerate(values, start=1)
     ]
 

@@ -54,14 +54,14 @@ def views(runs: Sequence[Run], break_one: bool) -> Iterator[tuple[StackedWatch, 
     """
     models, healthy = [run.new_model() for run in runs], runs[0].healthy_sites()
     engine = StackedEngine(models, [run.train for run in runs], runs[0].corpus, [run.seed for run in runs])
-    watch = StackedWatch(engine.model, [copy.deepcopy(run.monitors) for run in runs])
+    watch = StackedWatch(engine.anatomy, engine.optimizer, [copy.deepcopy(run.monitors) for run in runs])
     watch.record(0)
     for now in range(1, READINGS[-1] + 1):
         if break_one and now == READINGS[-1]:
             for weights in engine.model.weights:
                 weights[BROKEN].fill_(torch.nan)
         sites = [run.fault.sites(now - 1, healthy) for run in runs]
-        view = engine.step(now - 1, sites, tapped(runs[0].monitors.values()))
+        view = watch.seen(engine.step(now - 1, sites, tapped(runs[0].monitors.values())))
         watch.record(now)
         if now in READINGS:
             of_runs = [slice_view(view, run, SliceHistory(watch.history, run)) for run in range(len(runs))]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from foreshock.models.anatomy import Anatomy
 from foreshock.models.moe import Routing
 from foreshock.models.numerics import HEALTHY, AttentionNumerics
 from foreshock.models.objective import objective_at
@@ -26,7 +27,8 @@ class TinyRun:
 
     def __init__(self, *monitors: Monitor, **changes) -> None:
         self.model = Transformer(TransformerConfig(**TINY | changes)).initialise(torch.Generator().manual_seed(0))
-        self._watch = Watch(self.model, {str(index): monitor for index, monitor in enumerate(monitors)})
+        self.anatomy = Anatomy.of(self.model)
+        self._watch = Watch(self.anatomy, None, {str(index): monitor for index, monitor in enumerate(monitors)})
         self.history = self._watch.history
         self.past = []
         self._generator = torch.Generator().manual_seed(1)
@@ -57,7 +59,7 @@ class TinyRun:
             tokens=64 * self.step,
             loss=torch.tensor(loss),
             grad_norm=torch.tensor(grad_norm),
-            model=self.model,
+            anatomy=self.anatomy,
             history=self.history,
             routings=routings,
         )

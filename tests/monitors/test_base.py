@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from foreshock.models.anatomy import BLOCK
 from foreshock.monitors.base import Lookback, Monitor, Needs, state_of
 from foreshock.monitors.optimization import GradientNorm, Loss, UpdateToWeight
 
@@ -19,24 +20,26 @@ class Watcher:
         return {}
 
 
-def every_name(name):
-    return True
+BLOCKS, ONLY_Q = (BLOCK,), ("q",)
+"""Roles: all of the blocks, and the query projections."""
 
 
-def only_q(name):
-    return name.endswith("attention.q.weight")
+def names_of(roles, run):
+    """The parameters of these roles, told from their names."""
+    end = "attention.q.weight" if roles == ONLY_Q else ""
+    return {name for name in run.past[0] if name.startswith("blocks.") and name.endswith(end)}
 
 
 LOOKBACKS = [
-    [Lookback(1, 1, every_name)],
-    [Lookback(7, 1, every_name)],
-    [Lookback(10, 10, every_name)],
-    [Lookback(7, 3, every_name)],
-    [Lookback(3, 7, every_name)],
-    [Lookback(1, 10, every_name)],
-    [Lookback(10, 5, every_name), Lookback(3, 5, every_name)],
-    [Lookback(2, 2, every_name), Lookback(9, 4, only_q), Lookback(5, 3, every_name), Lookback(1, 1, only_q)],
-    [Lookback(1, 1, every_name), Lookback(20, 10, only_q)],
+    [Lookback(1, 1, BLOCKS)],
+    [Lookback(7, 1, BLOCKS)],
+    [Lookback(10, 10, BLOCKS)],
+    [Lookback(7, 3, BLOCKS)],
+    [Lookback(3, 7, BLOCKS)],
+    [Lookback(1, 10, BLOCKS)],
+    [Lookback(10, 5, BLOCKS), Lookback(3, 5, BLOCKS)],
+    [Lookback(2, 2, BLOCKS), Lookback(9, 4, ONLY_Q), Lookback(5, 3, BLOCKS), Lookback(1, 1, ONLY_Q)],
+    [Lookback(1, 1, BLOCKS), Lookback(20, 10, ONLY_Q)],
 ]
 
 
@@ -52,7 +55,7 @@ def test_history_gives_each_lookback_the_weights_of_its_step(tiny_run, lookbacks
             if step < lookback.steps:
                 assert before is None
                 continue
-            for name in filter(lookback.wants, run.past[0]):
+            for name in names_of(lookback.roles, run):
                 assert torch.equal(before[name].double(), run.past[step - lookback.steps][name]), name
 
 
@@ -72,11 +75,12 @@ def test_history_keeps_just_the_steps_that_a_later_reading_needs(tiny_run, lookb
 
 
 def test_history_keeps_just_the_weights_that_a_lookback_wants(tiny_run):
-    run = tiny_run(Watcher(Lookback(4, 2, only_q), Lookback(3, 2, every_name)))
+    run = tiny_run(Watcher(Lookback(4, 2, ONLY_Q), Lookback(3, 2, BLOCKS)))
     for _ in range(2):
         run.advance()
     kept = {past: set(weights) for past, weights in run.history.state_dict().items()}
-    assert kept == {0: set(filter(only_q, run.past[0])), 1: set(run.past[0]), 2: set(filter(only_q, run.past[0]))}
+    queries = names_of(ONLY_Q, run)
+    assert kept == {0: queries, 1: names_of(BLOCKS, run), 2: queries}
 
 
 def test_history_is_empty_without_lookbacks(tiny_run):
@@ -86,23 +90,23 @@ def test_history_is_empty_without_lookbacks(tiny_run):
 
 
 def test_history_keeps_copies(tiny_run):
-    run = tiny_run(Watcher(Lookback(2, 1, every_name)))
+    run = tiny_run(Watcher(Lookback(2, 1, BLOCKS)))
     run.advance()
     run.advance(lambda name, weight: torch.zeros_like(weight))
     before = run.view().weights_before(2)
-    assert all(torch.equal(before[name].double(), weight) for name, weight in run.past[0].items())
+    assert all(torch.equal(before[name].double(), run.past[0][name]) for name in names_of(BLOCKS, run))
     assert not any(weight.requires_grad for weight in before.values())
 
 
 def test_history_survives_a_checkpoint(tiny_run):
-    lookbacks = [Lookback(3, 2, every_name), Lookback(5, 1, only_q)]
+    lookbacks = [Lookback(3, 2, BLOCKS), Lookback(5, 1, ONLY_Q)]
     run, resumed = tiny_run(Watcher(*lookbacks)), tiny_run(Watcher(*lookbacks))
     for _ in range(6):
         run.advance()
     resumed.history.load_state_dict(run.history.state_dict())
     for now in (7, 8, 9):
         view = run.advance()
-        resumed.history.record(now, run.model)
+        resumed.history.record(now, run.anatomy)
         for lookback in lookbacks:
             if now % lookback.every_steps == 0:
                 old, new = view.weights_before(lookback.steps), resumed.history.at(now - lookback.steps)
@@ -110,7 +114,7 @@ def test_history_survives_a_checkpoint(tiny_run):
 
 
 def test_a_step_that_nobody_asked_for_is_not_there(tiny_run):
-    run = tiny_run(Watcher(Lookback(10, 10, every_name)))
+    run = tiny_run(Watcher(Lookback(10, 10, BLOCKS)))
     run.advance()
     assert run.history.at(-1) is None
     with pytest.raises(KeyError):

@@ -10,6 +10,7 @@ from foreshock.monitors.needs import Lookback, Needs
     [
         ({"view": ("optimiser",)}, "needs.view='optimiser' .*; the nearest is 'optimizer'"),
         ({"taps": ("dot_products",)}, "needs.taps='dot_products' .*; the nearest is 'dot_product'"),
+        ({"roles": ("routers",)}, "needs.roles='routers' .*; the nearest is 'router'"),
         ({"taps": ("x",)}, "needs.taps='x' is not allowed: one of dot_product, linear, norm$"),
     ],
 )
@@ -24,4 +25,4 @@ def test_an_oracle_is_what_reads_what_the_fault_does():
 
 def test_an_impossible_lookback_is_refused():
     with pytest.raises(ValueError, match=r"monitor\.windows=0 "):
-        Lookback(0, 1, str.isidentifier)
+        Lookback(0, 1, ("q",))

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from foreshock.models.anatomy import Anatomy
 from foreshock.monitors.base import StepView
 from foreshock.monitors.random_matrix import (
     TRACY_WIDOM_95,
@@ -120,7 +121,12 @@ def _readings(make_run, change, *model):
         for name, parameter in model.named_parameters():
             change(name, parameter)
     view = StepView(
-        step=10, tokens=640, loss=torch.ones(()), grad_norm=torch.ones(()), model=model, history=_History(before)
+        step=10,
+        tokens=640,
+        loss=torch.ones(()),
+        grad_norm=torch.ones(()),
+        anatomy=Anatomy.of(model),
+        history=_History(before),
     )
     return RandomMatrix(every_steps=5, window=10, flips=3).observe(view)
 

@@ -55,9 +55,9 @@ def test_each_reading_counts_the_signs_of_its_layer_s_inputs(trained_steps, mlp)
     view = run.next()
     got = monitor.observe(view)
     assert set(got) == {signal.name for signal in monitor.signals}
-    for suffix, module in LAYERS.items():
+    for suffix, role in LAYERS.items():
         for layer in range(2):
-            name = f"blocks.{layer}.{module}"
+            name = view.anatomy.blocks[layer].parts[role].module
             inputs = view.taps.at("linear")[name].inputs[0].reshape(48, -1).double()
             along = inputs @ torch.linalg.svd(before[f"{name}.weight"].double()).Vh[0]
             positive = int((along > 0).sum())

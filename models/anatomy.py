@@ -1,0 +1,158 @@
+"""Which parts of a language model play which role, so that its readers need not know its class.
+
+Shapes: L blocks, H query heads, G key-value heads, D head width, E model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count, takewhile
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from foreshock.models.moe import MoEConfig
+from foreshock.models.taps import Tap
+
+MLP_PARTS = ("input", "gate", "output")
+OUTSIDE = ("embedding", "positions", "final_norm", "head")
+"""Roles outside the blocks."""
+NORMS = ("attention_norm", "mlp_norm", "q_norm", "k_norm")
+LINEAR_LAYERS = (
+    *"qkvo",
+    *MLP_PARTS,
+    *(f"experts_{part}" for part in MLP_PARTS),
+    *(f"shared_{part}" for part in MLP_PARTS),
+    "router",
+)
+"""Linear layers of a block: it has ``MLP_PARTS``, or a router, experts and perhaps an expert that all tokens share."""
+BLOCK = "block"
+"""All parameters of the blocks, those without a role of their own among them."""
+ROLES = (*OUTSIDE, *NORMS, *LINEAR_LAYERS, BLOCK)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention's heads, alike in every block: query and key-value heads, and the width of each."""
+
+    query: int
+    key_value: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """The names of a module and of its weight; rows: first and last + 1 of a role in a fused product, None for all."""
+
+    module: str
+    weight: str
+    rows: tuple[int, int] | None = None
+
+    def of(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The part's own rows of its weight, (..., rows, E)."""
+        weight = weights[self.weight]
+        return weight if self.rows is None else weight[..., slice(*self.rows), :]
+
+
+@dataclass(frozen=True)
+class Block:
+    """parts: by role, of ``NORMS`` and ``LINEAR_LAYERS``; parameters: the names of all parameters of the block."""
+
+    parts: Mapping[str, Part]
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """A model and the roles of its parts.
+
+    parts: by role, of ``OUTSIDE``; tied: whether the head's weight is the embedding's; moe: how the router shares out
+    tokens, None without experts; counters: buffers that count the non-finite numbers which reached a fault site.
+    """
+
+    model: nn.Module
+    parts: Mapping[str, Part]
+    blocks: tuple[Block, ...]
+    heads: Heads
+    tied: bool
+    moe: MoEConfig | None = None
+    counters: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Anatomy:
+        """The anatomy of a ``models.transformer.Transformer``. ValueError names what another module lacks."""
+        return _of_transformer(model)
+
+    def role(self, role: str) -> list[Part]:
+        """The parts that play a role: one, or one a block. None where the model, or one of its blocks, lacks it."""
+        parts = [self.parts.get(role)] if role in OUTSIDE else [block.parts.get(role) for block in self.blocks]
+        return [] if None in parts else parts
+
+    def parameters(self, role: str) -> list[str]:
+        """The names of a role's parameters, in the model's order. Empty where the model lacks the role."""
+        if role == BLOCK:
+            return [name for block in self.blocks for name in block.parameters]
+        return [part.weight for part in self.role(role)]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's parameters as they are now, by name, a tied one once. Detached, not copied."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def stacked(self, role: str, weights: Mapping[str, Tensor]) -> Tensor:
+        """A role's weights of all blocks, (L, rows, E), out of weights by name. Raises KeyError for a missing one."""
+        return torch.stack([part.of(weights) for part in self.role(role)])
+
+    def taps(self, role: str, taps: Mapping[str, Tap]) -> list[Tap]:
+        """A role's taps out of taps by module name: one, or one a block.
+
+        None where the model lacks the role, fuses it with others (a tap is of the whole product), or has it untapped.
+        """
+        of_role = [taps.get(part.module) if part.rows is None else None for part in self.role(role)]
+        return [] if None in of_role else of_role
+
+
+_OUTSIDE = {"embedding": "tokens", "positions": "positions", "final_norm": "final_norm", "head": "head"}
+_ATTENTION = {
+    "attention_norm": "attention_norm",
+    "mlp_norm": "mlp_norm",
+    **{role: f"attention.{role}" for role in (*"qkvo", "q_norm", "k_norm")},
+}
+_DENSE = {part: f"mlp.{part}" for part in MLP_PARTS}
+_ROUTED = {
+    **{f"experts_{part}": name for part, name in _DENSE.items()},
+    **{f"shared_{part}": f"mlp.shared.{part}" for part in MLP_PARTS},
+    "router": "mlp.router",
+}
+_OPTIONAL = {"positions", "q_norm", "k_norm", "gate", "experts_gate", *(f"shared_{part}" for part in MLP_PARTS)}
+
+
+def _of_transformer(model: nn.Module) -> Anatomy:
+    """By the names that ``models.transformer`` gives."""
+    modules = dict(model.named_modules())
+    weight_names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def parts(names: Mapping[str, str], prefix: str = "") -> dict[str, Part]:
+        for role, name in names.items():
+            if prefix + name not in modules and role not in _OPTIONAL:
+                raise ValueError(f"anatomy: {type(model).__name__} does not fit, it has no {prefix}{name} ({role})")
+        present = {role: prefix + name for role, name in names.items() if prefix + name in modules}
+        return {role: Part(name, weight_names[id(modules[name].weight)]) for role, name in present.items()}
+
+    def block(prefix: str) -> Block:
+        names = _ATTENTION | (_ROUTED if f"{prefix}mlp.router" in modules else _DENSE)
+        return Block(parts(names, prefix), tuple(n for n in weight_names.values() if n.startswith(prefix)))
+
+    outside = parts(_OUTSIDE)
+    layers = len(list(takewhile(lambda index: f"blocks.{index}" in modules, count()))) or 1
+    config, head, embedding = model.config, modules["head"], modules["tokens"]
+    return Anatomy(
+        model=model,
+        parts=outside,
+        blocks=tuple(block(f"blocks.{layer}.") for layer in range(layers)),
+        heads=Heads(config.n_heads, config.kv_heads, config.d_head),
+        tied=head.weight is embedding.weight,
+        moe=config.moe,
+        counters=tuple(f"blocks.{layer}.attention.nonfinite" for layer in range(layers)),
+    )
