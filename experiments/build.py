@@ -27,6 +27,7 @@ from foreshock.experiments.training.identity import (
     identifier,
     observation_id,
     training_sources,
+    without_labels,
 )
 from foreshock.experiments.training.single_engine import SingleEngine
 from foreshock.experiments.training.source_code import digest_of
@@ -167,7 +168,8 @@ class Run:
         """All that determines the weights at every step: two runs with one identity are one run."""
         return {
             "config": {
-                **{node: self.nodes[node] for node in ("seed", "model", "fault")},
+                **{node: self.nodes[node] for node in ("seed", "model")},
+                "fault": without_labels(self.nodes["fault"]),
                 "train": {key: value for key, value in self.nodes["train"].items() if key not in WITHOUT_EFFECT},
                 "data": {
                     "held_out": self.corpus.config.held_out

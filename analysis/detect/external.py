@@ -22,8 +22,8 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
     runs, steps that are no whole numbers from 0, alarms after a run's end, a control's name, and files without a scored
     run (test or faulty), naming file and line.
     """
-    runs = {run.trace.run_id: (index, run) for index, one in enumerate(experiments) for run in one.runs}
-    found: list[dict[str, dict[str, int | None]]] = [{} for _ in experiments]
+    runs = {run.trace.run_id: (index, run) for index, experiment in enumerate(experiments) for run in experiment.runs}
+    alarms: list[dict[str, dict[str, int | None]]] = [{} for _ in experiments]
     listed: set[tuple[str, str]] = set()
     for path in paths:
         table = read_table(path, f"alarms={path}", ("run_id", "monitor", "step"), text=("run_id", "monitor"))
@@ -43,11 +43,11 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
             step = _step(row.step, run, experiments[index], where)
             if run.role in ("test", "faulty"):
                 scored = True
-                blank = {one.trace.run_id: None for one in experiments[index].of("test", "faulty")}
-                found[index].setdefault(row.monitor, blank)[row.run_id] = step
+                blank = {scored_run.trace.run_id: None for scored_run in experiments[index].of("test", "faulty")}
+                alarms[index].setdefault(row.monitor, blank)[row.run_id] = step
         if not scored:
             raise ValueError(f"alarms={path} lists no run that is scored: it needs test or faulty ones")
-    return found
+    return alarms
 
 
 def _step(given: Any, run: ScoredRun, experiment: Experiment, where: str) -> int | None:

@@ -54,7 +54,7 @@ class Track:
     lists_declined: ClassVar[bool] = True
     healthy_roles: ClassVar[tuple[str, ...]] = ("test",)
 
-    def check_has_say(self, signal: Signal) -> None:
+    def check_applies(self, signal: Signal) -> None:
         """Raise DeclinedSignal where the track has nothing to say of a signal, whatever its values."""
 
     def lacks_baselines(self, declined: int, baselines: int) -> bool:
@@ -122,7 +122,7 @@ class SelfTrack(Charted):
 class FloorTrack(Charted):
     name = "floor"
 
-    def check_has_say(self, signal: Signal) -> None:
+    def check_applies(self, signal: Signal) -> None:
         if signal.family != RANDOM_MATRIX:
             check_ratio(signal, self.name)
 
@@ -147,7 +147,7 @@ class PublishedTrack(Raw):
 
     name, promises_rate, thresholds_are_scales = "published", False, False
 
-    def check_has_say(self, signal: Signal) -> None:
+    def check_applies(self, signal: Signal) -> None:
         published_rule(signal)
 
     def kind_of(self, signal: Signal) -> str:
@@ -166,7 +166,7 @@ class UniversalTrack(Raw):
 
     name, lists_declined, healthy_roles = "universal", False, ("test", "calibration")
 
-    def check_has_say(self, signal: Signal) -> None:
+    def check_applies(self, signal: Signal) -> None:
         check_ratio(signal, self.name)
         if not signal.universal:
             raise DeclinedSignal(f"{signal.name}: its predicted noise is a scale, and gives no threshold by itself")

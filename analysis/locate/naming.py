@@ -97,7 +97,7 @@ def nearest_class(levels: Mapping[str, float]) -> tuple[str, bool]:
     return best, change(best) > 0
 
 
-def name_place(signals: Sequence[Levels], threshold: float) -> Verdict:
+def name_site(signals: Sequence[Levels], threshold: float) -> Verdict:
     """The verdict on one run; without an alarm it names nothing."""
     alarms = []
     for signal in signals:

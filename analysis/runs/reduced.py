@@ -82,7 +82,7 @@ def read(folder: Path) -> dict[str, Trace]:
     table = table.set_column(signal, "signal", pc.dictionary_encode(table["signal"])).sort_by("run")
     runs = table["run"].to_numpy()
     bounds = [0, *(np.flatnonzero(runs[1:] != runs[:-1]) + 1).tolist(), len(runs)]
-    found = {}
+    traces = {}
     for start, stop in pairwise(bounds):
         run_id = runs[start]
         try:
@@ -92,5 +92,5 @@ def read(folder: Path) -> dict[str, Trace]:
             raise damaged(path, f"run {run_id} has no {error}") from None
         except (TypeError, ValueError) as error:
             raise damaged(path, f"run {run_id}: {error}") from None
-        found[run_id] = ReducedTrace(run_id, folder, manifest, series)
-    return found
+        traces[run_id] = ReducedTrace(run_id, folder, manifest, series)
+    return traces

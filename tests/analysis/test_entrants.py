@@ -34,6 +34,7 @@ def test_rivers_detectors_count_the_drifts_they_have_reported(name):
     assert not drifts[[0, 2]].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "rule").glob("*.yaml")))
 @pytest.mark.parametrize(("samples", "onset"), [(60, 30), (120, 60)])
 def test_every_rule_can_fire_at_the_length_of_a_run(name, samples, onset):

@@ -95,6 +95,7 @@ def test_signals_that_no_run_has_are_declined_by_name(folder, tmp_path):
     assert "router_entropi" in table.loc[("reference", "all", "mine"), "declined"]
 
 
+@pytest.mark.slow
 def test_bare_run_folders_find_their_roles_by_seed(folder, tmp_path):
     indexed = scored(folder, tmp_path / "a", tracks=("reference",))
     (folder / "experiment.json").unlink()

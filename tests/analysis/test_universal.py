@@ -92,9 +92,9 @@ def test_the_universal_track_judges_attention_alone():
     ratios = [signal for monitor in monitors for signal in monitor.signals if signal.name.endswith(f".{OVER_NOISE}")]
     judged = set()
     for signal in ratios:
-        TRACKS["floor"].check_has_say(signal)
+        TRACKS["floor"].check_applies(signal)
         try:
-            TRACKS["universal"].check_has_say(signal)
+            TRACKS["universal"].check_applies(signal)
             judged.add(signal)
         except DeclinedSignal as error:
             assert str(error) == f"{signal.name}: its predicted noise is a scale, and gives no threshold by itself"

@@ -157,6 +157,6 @@ def test_the_kernels_are_the_arithmetics_of_the_experiment():
         changes = {}
         for key, _, value in (override.partition("=") for override in fault["overrides"] if "fault." in override):
             changes[key.removeprefix("fault.")] = yaml.safe_load(value)
-        numerics = construct("fault", "natural_bf16", **changes).numerics
+        numerics = construct("fault", "natural_bf16", **changes).corrupt.operation
         assert KERNELS[name].layer(0).arithmetic == numerics.layer(0).arithmetic, name
     assert KERNELS.keys() - faults.keys() == {"truncated2"}

@@ -122,6 +122,7 @@ def test_a_sigkill_loses_nothing_that_a_resume_does_not_bring_back(tiny, text, t
     assert_same_result(folder, tmp_path / "whole" / folder.name)
 
 
+@pytest.mark.slow
 def test_pieces_resume_to_the_same_bits_and_say_that_they_go_on(make_run, tmp_path, whole):
     """No time at all: every piece is one step, and none of them writes what only a finished run has."""
     pieces = 0
