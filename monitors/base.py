@@ -13,7 +13,7 @@ from foreshock.models.taps import NO_TAPS, Taps
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.needs import Lookback, Needs
 from foreshock.monitors.signal import Signal
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class WeightHistory:
         return [lb for lb in self._lookbacks if (step + lb.steps) % lb.every_steps == 0]
 
     @torch.no_grad()
-    def record(self, step: int, model: Transformer) -> None:
+    def record(self, step: int, model: nn.Module) -> None:
         """Forget what no later reading needs, then keep this step's weights for those that will."""
         for old in [s for s in self._snapshots if not any(s + lb.steps >= step for lb in self._readers(s))]:
             del self._snapshots[old]

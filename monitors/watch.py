@@ -44,7 +44,8 @@ class Watch:
 
         runs: those that are still recorded, for a watch of several (``experiments.training.stacked_watch``).
         """
-        seen, readings = replace(view, history=self.history), {}
+        seen = replace(view, history=self.history)
+        readings: dict[str, Reading] = {}
         for name in names:
             readings |= due_readings(self._monitors[name], view.step, self._monitors[name].observe(seen))
         return readings
@@ -71,7 +72,7 @@ def is_due(step: int, every: Iterable[int]) -> bool:
     return any(step % steps == 0 for steps in every)
 
 
-def load_memory(monitors: Mapping[str, Monitor], memory: Mapping[str, Any]) -> None:
+def load_memory(monitors: Mapping[str, Any], memory: Mapping[str, Any]) -> None:
     """Give each monitor the memory that a checkpoint has of it; one without memory has None there."""
     for name, monitor in monitors.items():
         if memory[name] is not None:

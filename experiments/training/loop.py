@@ -142,12 +142,12 @@ def _alike(members: Sequence[Member]) -> list[list[Member]]:
     return [[member for member, other in zip(members, kinds, strict=True) if other == one] for one in first]
 
 
-def _begin(runs: Sequence[Run], stacked: bool) -> tuple[Engine, Watch]:
+def _begin(runs: Sequence[Run], stacked: bool) -> tuple[Engine, Watch | StackedWatch]:
     """The engine of these runs, with their initial weights, and their monitors."""
     if stacked:
         models, configs = [run.new_model() for run in runs], [run.train for run in runs]
-        engine = StackedEngine(models, configs, runs[0].corpus, [run.seed for run in runs])
-        return engine, StackedWatch(engine.model, [run.monitors for run in runs])
+        stacked_engine = StackedEngine(models, configs, runs[0].corpus, [run.seed for run in runs])
+        return stacked_engine, StackedWatch(stacked_engine.model, [run.monitors for run in runs])
     single = runs[0].new_engine()
     return single, Watch(single.model, runs[0].monitors)
 
@@ -176,8 +176,9 @@ def _train_together(members: Sequence[Member], until: float | None, progress: Pr
             writers[row].save(step, end_reason, finite[row], best_held_out[row])
         recorder.clear()
 
-    states, first = [writer.resume() for writer in writers], 0
-    if states[0] is None:
+    states = [state for state in (writer.resume() for writer in writers) if state is not None]  # of all, or of none
+    first = 0
+    if not states:
         watch.record(0)
         finite, best_held_out = torch.ones(len(runs), dtype=torch.bool, device=device), label(0, [healthy] * len(runs))
     else:
@@ -205,9 +206,10 @@ def _train_together(members: Sequence[Member], until: float | None, progress: Pr
             held_out = label(now, sites)
             best_held_out = torch.minimum(best_held_out, held_out)
             ends = early_ends(limits, finite, held_out, best_held_out)
-            for row in [row for row in recording if ends[row] is not None]:
-                writers[row].save(now, ends[row], finite[row], best_held_out[row])
-                recording.remove(row)
+            for row in list(recording):
+                if (reason := ends[row]) is not None:
+                    writers[row].save(now, reason, finite[row], best_held_out[row])
+                    recording.remove(row)
             if not recording:
                 return
         over = until is not None and time.monotonic() >= until
