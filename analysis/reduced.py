@@ -58,7 +58,7 @@ def common(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The keys and values that all records have alike, nested mappings included."""
     first, shared = records[0], {}
     for key, value in first.items():
-        others = [record.get(key) for record in records]
+        others: list[Any] = [record.get(key) for record in records]
         if all(other == value for other in others):
             shared[key] = value
         elif all(isinstance(other, Mapping) for other in others):

@@ -55,7 +55,8 @@ def _write_tables(contests: Sequence[Contest], leads: Sequence[pd.DataFrame], re
         runs.to_csv(report / f"runs{suffix}.csv", index=False)
         ends = pd.concat([end_table(view.experiment) for view, _ in chosen])
         ends.to_csv(report / f"ends{suffix}.csv", index=False, float_format="%.6g")
-    kind, parts = kind_of(contests[0].experiment.index), {}
+    kind = kind_of(contests[0].experiment.index)
+    parts: dict[str, list[pd.DataFrame]] = {}
     for _, view in one_of_each_model(contests):
         for name, table in kind.model_tables(view).items():
             parts.setdefault(name, []).append(table.assign(model=view.experiment.model))

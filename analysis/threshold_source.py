@@ -83,7 +83,7 @@ def threshold_source(experiment: Experiment, signal: str, fault: str) -> tuple[p
     """
     of_run = charts(experiment, signal)
     whole, rows = peaks(experiment, of_run), []
-    onset = max((run.onset for run in experiment.of("faulty", fault=fault)), default=0)
+    onset = max((run.onset for run in experiment.of("faulty", fault=fault) if run.onset is not None), default=0)
     for counted, table in (("whole runs", whole), (f"from {onset} on", peaks(experiment, of_run, onset))):
         source = table[table["sets_threshold"]].iloc[0]
         at = {"calibration": counted, "set_by_seed": source["seed"], "set_at": source["position"]}

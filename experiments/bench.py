@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,7 +76,7 @@ def _alternate(steps: dict[str, Callable[[int], StepView]], count: int) -> dict[
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(count + 5):
         for name, step in steps.items():
-            times[name].append(_cpu_seconds(lambda step=step, index=index: step(index)))
+            times[name].append(_cpu_seconds(partial(step, index)))
     return {name: median(values[5:]) for name, values in times.items()}
 
 
@@ -98,11 +99,11 @@ def _monitor_seconds(view: StepView, groups: Mapping[str, Mapping[str, Monitor]]
                     parameter.add_(nudge)
         for group, monitors in groups.items():
             history = histories[group]
-            cost = _cpu_seconds(lambda now=now, history=history: history.record(now, view.anatomy))
+            cost = _cpu_seconds(partial(history.record, now, view.anatomy))
             seen = replace(view, step=now, tokens=now, history=history)
             for monitor in monitors.values() if now else ():
                 if is_due(now, cadences(monitor)):
-                    cost += _cpu_seconds(lambda monitor=monitor, seen=seen: monitor.observe(seen))
+                    cost += _cpu_seconds(partial(monitor.observe, seen))
             spent[group] += cost if now > windows else 0.0
     return {group: seconds / windows for group, seconds in spent.items()}
 
@@ -116,9 +117,9 @@ def tap_shares(run: Run, count: int) -> dict[str, float]:
     watched = {place: _step_of(run, (place,)) for place in sorted(tapped(run.monitors.values()))}
     extra: dict[str, list[float]] = {place: [] for place in watched}
     for index in range(count + 5):
-        bare.append(_cpu_seconds(lambda index=index: plain(index)))
+        bare.append(_cpu_seconds(partial(plain, index)))
         for place, step in watched.items():
-            extra[place].append(_cpu_seconds(lambda step=step, index=index: step(index)) - bare[-1])
+            extra[place].append(_cpu_seconds(partial(step, index)) - bare[-1])
     return {place: max(0.0, median(seconds[5:])) / median(bare[5:]) for place, seconds in extra.items()}
 
 
@@ -220,12 +221,12 @@ def conservation_costs(model: str) -> dict[str, float]:
     extra: dict[frozenset[str], list[float]] = {names: [] for names in watched}
     readings: dict[str, list[float]] = {name: [] for name in laws}
     for index in range(2 * STEPS[model]):
-        bare.append(_cpu_seconds(lambda index=index: plain(index)))
+        bare.append(_cpu_seconds(partial(plain, index)))
         for names, step in watched.items():
-            extra[names].append(_cpu_seconds(lambda step=step, index=index: step(index)) - bare[-1])
+            extra[names].append(_cpu_seconds(partial(step, index)) - bare[-1])
         view = watched[everything](index)
         for name, monitor in laws.items():
-            readings[name].append(_cpu_seconds(lambda monitor=monitor, view=view: monitor.observe(view)))
+            readings[name].append(_cpu_seconds(partial(monitor.observe, view)))
         del view
 
     def share(seconds: list[float]) -> float:
@@ -255,8 +256,11 @@ def qk_core_speedup(d_model: int, n_heads: int, d_head: int, repeats: int = 5) -
         for product in (q1.mT @ k1 - q0.mT @ k0, (q1 - q0).mT @ k0 + q0.mT @ (k1 - k0), (q1 - q0).mT @ (k1 - k0)):
             torch.linalg.svdvals(product)
 
-    qk_increment(*w, n_heads)
-    core = median(_seconds(lambda: qk_increment(*w, n_heads)) for _ in range(3 * repeats))
+    before_q, before_k, after_q, after_k = w
+    qk_increment(before_q, before_k, after_q, after_k, n_heads)
+    core = median(
+        _seconds(lambda: qk_increment(before_q, before_k, after_q, after_k, n_heads)) for _ in range(3 * repeats)
+    )
     dense = n_heads * median(_seconds(dense_one_head) for _ in range(max(1, repeats if d_model < 1024 else 2)))
     return {"core_ms": 1e3 * core, "dense_ms": 1e3 * dense, "dense_over_core": dense / core}
 

@@ -225,7 +225,7 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
 
     Raises ValueError or FileNotFoundError with one line that names the key, the value and what is allowed.
     """
-    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
     check_targets(plain, plain.get("plugins") or ())
     missing = [key for key in RUN_KEYS if plain.get(key) is None]
     if missing:

@@ -57,8 +57,8 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str
             and isinstance(node, DictConfig)
             and leaf not in set(node.keys())  # which also lists what has to be given
         ):
-            known = {str(name) for name in node if name != "_target_"} | (set() if parent else _groups())
-            return f"{key} is not a key of the configuration{did_you_mean(leaf, sorted(known))}"
+            keys = {str(name) for name in node if name != "_target_"} | (set() if parent else _groups())
+            return f"{key} is not a key of the configuration{did_you_mean(leaf, sorted(keys))}"
     return _first_sentences(error)
 
 
@@ -83,15 +83,17 @@ VALUED_FLAGS = {
 
 def flags_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """A command line's flags, which are Hydra's, and its overrides. Raises ValueError on what is neither."""
-    flags, lines, rest = [], [], iter(arguments)
+    flags: list[str] = []
+    lines: list[str] = []
+    rest = iter(arguments)
     for argument in rest:
-        flag, equals, value = argument.partition("=")
+        flag, equals, given = argument.partition("=")
         if flag in VALUED_FLAGS:
-            value = value if equals else next(rest, None)
+            value = given if equals else next(rest, None)
             allowed = VALUED_FLAGS[flag]
             if value is None or (allowed and value not in allowed):
-                given = flag if value is None else f"{flag} {value}"
-                raise ValueError(f"{given} is not allowed: {' or '.join(allowed) if allowed else 'a package'}")
+                said = flag if value is None else f"{flag} {value}"
+                raise ValueError(f"{said} is not allowed: {' or '.join(allowed) if allowed else 'a package'}")
             flags += [flag, value]
         elif argument.startswith("-") and argument not in FLAGS:
             raise ValueError(f"{argument} is not a flag of this command{did_you_mean(flag, [*FLAGS, *VALUED_FLAGS])}")

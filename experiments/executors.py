@@ -17,13 +17,14 @@ from joblib import Parallel, delayed, effective_n_jobs
 from foreshock.experiments.training.checkpoint import RunError
 from foreshock.experiments.training.stopping import check_in
 
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class Executor(Protocol):
-    """at_once: how many jobs run at a time."""
-
-    at_once: int
+    @property
+    def at_once(self) -> int:
+        """How many jobs run at a time."""
 
     def start(self, folder: Path) -> None:
         """Be ready for jobs; workers check in by a file in ``folder`` (``experiments.training.stopping``)."""

@@ -37,7 +37,7 @@ def check_machine(record: Record) -> list[str]:
     every = dict(checks(device))
     waiting = {n: check for n, check in every.items() if not record.piece("checks", n, check, SPEED_FROM_S)}
     sizes = {_name(case): case for case in cases()}
-    late = [n for n, case in sizes.items() if not record.piece("speed", n, lambda case=case: measure(case, device))]
+    late = [n for n, case in sizes.items() if not record.piece("speed", n, partial(measure, case, device))]
     late += [n for n, check in waiting.items() if not record.piece("checks", n, check)]
     return record.finish(late)
 

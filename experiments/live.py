@@ -18,6 +18,7 @@ from foreshock.monitors.base import Masked, Reading, Signal
 from foreshock.monitors.signal import EXACT
 
 WINDOW_SAMPLES = 10
+KEPT = 2 * WINDOW_SAMPLES + 1
 LIMIT = 12.0
 MAD_TO_SIGMA = 1.4826
 
@@ -31,15 +32,16 @@ class LiveAlarms:
     def __init__(self, signals: Iterable[Signal], stacked: bool = False) -> None:
         self._stacked = stacked
         self._signals = {signal.name: signal for signal in signals if signal.kind != EXACT}
-        self._recent: dict[str, deque[Tensor]] = {name: deque(maxlen=2 * WINDOW_SAMPLES + 1) for name in self._signals}
+        self._recent: dict[str, deque[Tensor]] = {name: deque(maxlen=KEPT) for name in self._signals}
 
     def add(self, readings: Mapping[str, Reading]) -> None:
         for name, reading in readings.items():
             if name in self._recent:
-                masked = isinstance(reading, Masked)
-                value = reading.value if masked else reading
+                value, undefined = (
+                    (reading.value, reading.undefined) if isinstance(reading, Masked) else (reading, None)
+                )
                 value = torch.where(value.isfinite(), value, torch.inf)  # broken, which is bad in every direction
-                value = value.masked_fill(reading.undefined, torch.nan) if masked else value
+                value = value if undefined is None else value.masked_fill(undefined, torch.nan)
                 self._recent[name].append(value.detach() if self._stacked else value.detach()[None])
 
     def raised(self) -> dict[str, float]:
@@ -50,7 +52,7 @@ class LiveAlarms:
         """The same for every run that has such a signal, by its place in the stack."""
         found: dict[int, dict[str, float]] = {}
         for name, recent in self._recent.items():
-            if len(recent) < recent.maxlen:
+            if len(recent) < KEPT:
                 continue
             values = torch.stack(list(recent)).double()
             past = values[: WINDOW_SAMPLES + 1]

@@ -36,5 +36,5 @@ def _additions() -> Mapping[str, Mapping[str, Any]]:
 
 def _described(name: str, signal: Mapping[str, Any]) -> dict[str, Any]:
     said = {key: value for key, value in signal.items() if key != "constant_when_healthy"}
-    whole = asdict(read_signal({"name": name} | said | _additions().get(WINDOW.sub("", name), {})))
+    whole = asdict(read_signal({"name": name, **said, **_additions().get(WINDOW.sub("", name), {})}))
     return whole | {"axes": list(whole["axes"])}  # as JSON has it

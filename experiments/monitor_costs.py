@@ -48,7 +48,7 @@ def history_seconds(training: Training, monitors: Mapping[str, Monitor]) -> floa
     lookbacks = [lookback for monitor in monitors.values() for lookback in monitor.needs.history]
     steps = math.lcm(*(lookback.every_steps for lookback in lookbacks))
     history = WeightHistory(lookbacks)
-    spent = [seconds(lambda s=s: history.record(s, training.engine.anatomy), training.device) for s in range(2 * steps)]
+    spent = [seconds(partial(history.record, s, training.engine.anatomy), training.device) for s in range(2 * steps)]
     return sum(spent[steps:]) / steps
 
 

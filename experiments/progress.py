@@ -102,7 +102,7 @@ class RunProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
+        if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self._step, left="")
             self._bar.stop()
         if self._last is not None:  # else it may be that of another process, which has the run
@@ -120,7 +120,7 @@ class RunProgress:
         rate = (step - self._last[1]) / elapsed
         self._last = (now, step)
         value, alarms = loss.item(), list(self._ask.raised(now).get(0, {}))
-        if self._bar:
+        if self._bar and self._task is not None:
             info = f"loss {value:.3f} nats  {rate:.0f} steps/s"
             left, said = said_time(left_s), said_alarms(alarms)
             self._bar.update(self._task, completed=step, info=info, left=left, alarms=said)

@@ -64,7 +64,8 @@ def executor_for(given: Sequence[str]) -> Executor:
     """The executor that the command's ``hydra/launcher`` asks for."""
     overrides = [*HydraConfig.get().overrides.hydra, *given]
     launcher = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True).hydra.launcher
-    return executor_of(OmegaConf.to_container(launcher, resolve=True))
+    settings: Any = OmegaConf.to_container(launcher, resolve=True)
+    return executor_of(settings)
 
 
 INSTEAD = {
@@ -137,7 +138,7 @@ def planned_runs(experiment: Mapping[str, Any], scale: Mapping[str, Any]) -> lis
 @hydra.main(version_base="1.3", config_path=CONF, config_name=CONFIG_NAME)
 @one_line_errors
 def main(config: DictConfig) -> None:
-    settings = OmegaConf.to_container(config, resolve=True)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
     check_command(ReproduceCommand, settings)
     given = list(HydraConfig.get().overrides.task)
     experiment = chosen_experiment(settings, given)

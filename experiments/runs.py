@@ -55,7 +55,7 @@ class Stored:
 def stored_in(out: Path) -> list[Stored]:
     """Every run folder, oldest first. Raises TraceError where a manifest is damaged."""
     folders = sorted((path.parent for path in out.glob("*/manifest.json")), key=lambda f: f.stat().st_mtime)
-    manifests = [(folder, trace.read_manifest(folder)) for folder in folders]
+    manifests = [(folder, trace.manifest_of(folder)) for folder in folders]
     return [Stored(folder, manifest, why_stale(folder.name, manifest)) for folder, manifest in manifests]
 
 
@@ -120,7 +120,9 @@ def adopt(runs: list[Stored]) -> list[str]:
     An old digest is entered only where all its kinds of runs are reproduced. Runs of a stack are not adopted: their
     bits depend on the company.
     """
-    said, harmless, evidence = [], {}, {}
+    said: list[str] = []
+    harmless: dict[Any, Any] = {}
+    evidence: dict[Any, Any] = {}
     sentinels = {(*s.kind, s.manifest["source_sha256"], s.manifest["fault_sha256"]): s for s in runs if _can_adopt(s)}
     for (_, fault, *old), stored in sentinels.items():
         run = build_run(stored.manifest["config"])

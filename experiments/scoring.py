@@ -49,7 +49,7 @@ def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], g
 
 def _check_seeds(settings: Mapping[str, Any], experiment: Mapping[str, Any]) -> None:
     where, alpha = "experiment" if "seeds" in experiment else "scale", settings["scale"]["alpha"]
-    seeds = (experiment if where == "experiment" else settings["scale"]).get("seeds")
+    seeds: Any = (experiment if where == "experiment" else settings["scale"]).get("seeds")
     check_node(Seeds, seeds, f"{where}.seeds")
     for role, least in (("reference", MIN_REFERENCE_RUNS), ("faulty", 1)):
         if seeds.get(role, least) < least:
@@ -99,7 +99,7 @@ def _check_names(experiment: Mapping[str, Any], given: Sequence[str]) -> None:
 
 def _check_kind(experiment: Mapping[str, Any]) -> None:
     """The kind of central figure is one of those that there are, and has what it needs."""
-    kind = experiment.get("draw")
+    kind: Any = experiment.get("draw")
     check_named([kind], [drawing for drawing in DRAWINGS if drawing != CASES], "experiment.draw")
     for key in NEEDED.get(kind, ()):
         if not experiment.get(key):

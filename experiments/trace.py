@@ -66,6 +66,14 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_whole(folder / "manifest.json", sealed(manifest, sort_keys=True))
 
 
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The run's manifest. Raises TraceError if the folder has none, or it is damaged."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise TraceError(f"{folder} holds no run: it has no manifest.json")
+    return manifest
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The run's manifest, or None where the folder has none. Raises TraceError if it is damaged."""
     path = folder / "manifest.json"
@@ -199,15 +207,18 @@ class Trace:
     @property
     def onset(self) -> int | None:
         """The first step whose weights a faulty update may have touched; None for a healthy run."""
-        return self.manifest["onset_step"]
+        onset: int | None = self.manifest["onset_step"]
+        return onset
 
     @property
     def end_reason(self) -> str:
-        return self.manifest["end_reason"]
+        reason: str = self.manifest["end_reason"]
+        return reason
 
     @property
     def horizon(self) -> int:
-        return self.manifest["config"]["train"]["steps"]
+        steps: int = self.manifest["config"]["train"]["steps"]
+        return steps
 
     @cached_property
     def described(self) -> Mapping[str, Signal]:
@@ -253,7 +264,7 @@ def series_of(table: pa.Table, run_id: str) -> dict[str, Series]:
         table[name].to_numpy() for name in ("step", "tokens", "layer", "head", "value", "undefined")
     )
     order = np.lexsort((head, layer, step, codes))
-    bounds = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)) if len(order) else []
+    bounds = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)) if len(order) else np.empty(0, int)
     signals = {}
     step, tokens, layer, head, value, undefined = (x[order] for x in (step, tokens, layer, head, value, undefined))
     for start, stop in pairwise(bounds):
@@ -274,9 +285,7 @@ def series_of(table: pa.Table, run_id: str) -> dict[str, Series]:
 def read(folder: Path | str, signals: Iterable[str] | None = None) -> Trace:
     """The trace of a finished run. ``signals``: names to load, or None for all. Raises TraceError."""
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise TraceError(f"{folder} holds no run: it has no manifest.json")
+    manifest = manifest_of(folder)
     if manifest["end_reason"] not in FINAL_REASONS:
         raise TraceError(f"run {folder.name} is unfinished ({manifest['end_reason']}): run it again to resume it")
     return Trace(folder.name, folder, manifest, None if signals is None else tuple(signals))

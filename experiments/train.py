@@ -51,7 +51,8 @@ def train_shown(run: Run, out: Path, show: bool) -> dict[str, Any]:
 
 def run_one(config: DictConfig, load: Callable[[DataConfig, int], Corpus] = Corpus) -> dict[str, Any]:
     """Build and train the run of one composed configuration; returns its manifest. load: see ``build_run``."""
-    check_command(TrainCommand, OmegaConf.to_container(config, resolve=True))
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    check_command(TrainCommand, settings)
     run = build_run(config, load)
     if run.train.stack > 1:
         raise ValueError(

@@ -215,7 +215,8 @@ def check_arguments(
             raise ValueError(f"{where}.{key} is missing: it has no default")
         check_numbers(value, f"{where}.{key}")
     settings = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-    schema = create_model(name, __config__=settings, **parameters)
+    fields: dict[str, Any] = dict(parameters)
+    schema = create_model(name, __config__=settings, **fields)
     try:
         checked = schema.model_validate_json(json.dumps(arguments))
     except ValidationError as error:

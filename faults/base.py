@@ -108,7 +108,7 @@ class Sites:
             for operation, other in combinations(point, 2):
                 if operation.meets(other):
                     raise ValueError(f"fault: {operation} and {other} meet: only one of them may set a value")
-        if model.backend == "triton":
+        if model.backend == "triton" and model.tiles is not None:
             for layer in range(model.n_layers):
                 check_numerics(self.numerics.layer(layer), model.tiles)
         if (self.numerics.faults or self.numerics.arithmetic != ORDINARY) and model.backend not in FAULT_SITES:

@@ -46,6 +46,7 @@ class BatchShrink(WindowedFault):
             if self.batch_size > healthy:
                 raise ValueError(f"fault.batch_size={self.batch_size} is above the healthy batch of {healthy}")
             return self.batch_size
+        assert self.factor is not None  # exactly one of both is given
         size = math.floor(self.factor * healthy + 1e-9)  # 0.29 * 100 is 28.999... in floating point
         if size < 1:
             raise ValueError(f"fault.factor={self.factor} shrinks the batch of {healthy} below one sequence")

@@ -36,6 +36,7 @@ class SiteValue(Protocol):
 
     def check_fits(self, model: TransformerConfig, train: Training) -> None:
         """Raise ValueError that names the field where the model or the training cannot have it."""
+        return
 
 
 class Operation(SiteValue, Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,11 +41,14 @@ class _OneName(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """It is executed already; importlib has just given it the other name's specification."""
-        module.__spec__ = module.__spec__.loader_state
+        if module.__spec__ is not None:
+            module.__spec__ = module.__spec__.loader_state
 
     def get_code(self, name: str) -> CodeType | None:
         """For ``python -m``."""
-        return find_spec(f"foreshock.{name}").loader.get_code(f"foreshock.{name}")
+        spec = find_spec(f"foreshock.{name}")
+        loader = None if spec is None else spec.loader
+        return loader.get_code(f"foreshock.{name}") if isinstance(loader, InspectLoader) else None
 
 
 def one_name() -> None:

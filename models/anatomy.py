@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count, takewhile
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -87,8 +88,8 @@ class Anatomy:
 
     def role(self, role: str) -> list[Part]:
         """The parts that play a role: one, or one a block. None where the model, or one of its blocks, lacks it."""
-        parts = [self.parts.get(role)] if role in OUTSIDE else [block.parts.get(role) for block in self.blocks]
-        return [] if None in parts else parts
+        places = [self.parts] if role in OUTSIDE else [block.parts for block in self.blocks]
+        return [parts[role] for parts in places] if all(role in parts for parts in places) else []
 
     def parameters(self, role: str) -> list[str]:
         """The names of a role's parameters, in the model's order. Empty where the model lacks the role."""
@@ -109,8 +110,9 @@ class Anatomy:
 
         None where the model lacks the role, fuses it with others (a tap is of the whole product), or has it untapped.
         """
-        of_role = [taps.get(part.module) if part.rows is None else None for part in self.role(role)]
-        return [] if None in of_role else of_role
+        parts = self.role(role)
+        whole = all(part.rows is None and part.module in taps for part in parts)
+        return [taps[part.module] for part in parts] if whole else []
 
 
 _OUTSIDE = {"embedding": "tokens", "positions": "positions", "final_norm": "final_norm", "head": "head"}
@@ -146,7 +148,8 @@ def _of_transformer(model: nn.Module) -> Anatomy:
 
     outside = parts(_OUTSIDE)
     layers = len(list(takewhile(lambda index: f"blocks.{index}" in modules, count()))) or 1
-    config, head, embedding = model.config, modules["head"], modules["tokens"]
+    config: Any = model.config
+    head, embedding = modules["head"], modules["tokens"]
     return Anatomy(
         model=model,
         parts=outside,

@@ -17,9 +17,14 @@ from foreshock.models.bits import BitOperation
 class Heads(Protocol):
     """What a model has of layers, heads, and key-value heads (``models.transformer.TransformerConfig``)."""
 
-    n_layers: int
-    n_heads: int
-    kv_heads: int
+    @property
+    def n_layers(self) -> int: ...
+
+    @property
+    def n_heads(self) -> int: ...
+
+    @property
+    def kv_heads(self) -> int: ...
 
 
 BF16_SITES = ("q", "k", "v", "p", "o", "do", "ds", "dq", "dk", "dv")

@@ -91,7 +91,7 @@ class StepView:
     history: WeightHistory = NO_HISTORY
     routings: tuple[Routing, ...] = ()
     taps: Taps = NO_TAPS
-    optimizer: torch.optim.AdamW | None = None
+    optimizer: torch.optim.Optimizer | None = None
     numerics: AttentionNumerics = HEALTHY
     objective_at: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     batch: Tensor | None = None

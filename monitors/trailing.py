@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-Found = TypeVar("Found", Tensor, tuple[Tensor, ...])
+Found = TypeVar("Found", bound=Tensor | tuple[Tensor, ...])
 
 
 def on_trailing_axes(function: Callable[..., Found]) -> Callable[..., Found]:

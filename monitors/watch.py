@@ -54,7 +54,8 @@ class Watch:
 
         runs: those that are still recorded, for a watch of several (``experiments.training.stacked_watch``).
         """
-        seen, readings = self.seen(view), {}
+        seen = self.seen(view)
+        readings: dict[str, Reading] = {}
         for name in names:
             readings |= due_readings(self._monitors[name], view.step, self._monitors[name].observe(seen))
         return readings
@@ -91,7 +92,7 @@ def is_due(step: int, every: Iterable[int]) -> bool:
     return any(step % steps == 0 for steps in every)
 
 
-def load_memory(monitors: Mapping[str, Monitor], memory: Mapping[str, Any]) -> None:
+def load_memory(monitors: Mapping[str, Any], memory: Mapping[str, Any]) -> None:
     """Give each monitor the memory that a checkpoint has of it; one without memory has None there."""
     for name, monitor in monitors.items():
         if memory[name] is not None:

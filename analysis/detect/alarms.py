@@ -68,7 +68,7 @@ def conformal_rank(n: int, alpha: float) -> int:
     return rank
 
 
-def conformal_threshold(maxima: Sequence[float], alpha: float) -> float:
+def conformal_threshold(maxima: np.ndarray | Sequence[float], alpha: float) -> float:
     """The ceil((n + 1)(1 - alpha))-th smallest of n healthy runs' largest statistics.
 
     Split conformal on the path maximum: a healthy run's chance to rise strictly above is at most alpha

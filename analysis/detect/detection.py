@@ -13,7 +13,7 @@ from foreshock.analysis.detect.bands import DeclinedSignal, Exact
 from foreshock.analysis.detect.charts import AlarmRule
 from foreshock.analysis.detect.entrants import BadEntrant, FromFile, check_causal
 from foreshock.analysis.detect.joint import Scale, member_scales
-from foreshock.analysis.detect.tracks import TRACKS, Raw, Track
+from foreshock.analysis.detect.tracks import TRACKS, Band, Charted, Raw, Track
 from foreshock.analysis.runs.align import Aligned, hold, positions, thin
 from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 from foreshock.experiments.trace import Series, TraceError
@@ -103,6 +103,7 @@ class Detection:
             judged = [sides[run].series for run in self._runs("reference")]
             described = self.experiment.signals[signal]
             if described.kind != EXACT:
+                assert isinstance(self.track, Charted)
                 judged = self.track.left_out(self._reference[signal], judged, described.bad)
             self._left_out_sides[signal] = judged
         return self._left_out_sides[signal]
@@ -131,8 +132,10 @@ class Detection:
         aligned = self.aligned(signal)
         self._reference[signal] = [aligned[run.trace.run_id] for run in self.experiment.of("reference")]
         if described.kind == EXACT:
-            band, bad = Exact(), "up"
+            band: Exact | Band = Exact()
+            bad = "up"
         else:
+            assert isinstance(self.track, Charted)
             band, bad = self.track.band(described, self._reference[signal]), described.bad
         judged = {}
         for runs, together in _side_by_side(aligned):

@@ -40,7 +40,7 @@ def limit(memory_bytes: int, cpu_s: int) -> None:
 def load(path: Path) -> tuple[ModuleType, list[str]]:
     """The detector's module and its signals. Raises Unusable where it is none, or whatever its own code raises."""
     spec = importlib.util.spec_from_file_location(f"entrant_{path.stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise Unusable("it is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

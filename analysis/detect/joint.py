@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Scale:
     centre: float = 0.0
     spread: float = 1.0
 
-    def of(self, statistic: float) -> float:
+    def of(self, statistic: Any) -> Any:
         return (statistic - self.centre) / self.spread
 
     def undone(self, threshold: float) -> float:
@@ -34,7 +35,7 @@ class Scale:
         return self.centre + self.spread * threshold
 
 
-def member_scales(maxima_MR: Sequence[Sequence[float]]) -> tuple[Scale, ...]:
+def member_scales(maxima_MR: np.ndarray | Sequence[Sequence[float]]) -> tuple[Scale, ...]:
     """The scale of each of M members from its path maxima in R reference runs.
 
     A member whose maxima are all equal, but for rounding, takes the spread that members share; where that is 0 too,

@@ -21,7 +21,7 @@ class PublishedRule:
     def broken_at(self, series: Aligned) -> np.ndarray:
         """(T,): whether any layer or head breaks the rule; a non-finite value does, a missing one does not."""
         x = finite_or_inf(series)
-        return ((x > self.above) | (x < self.below)).any(axis=(1, 2))
+        return np.any((x > self.above) | (x < self.below), axis=(1, 2))
 
 
 def published_rule(signal: Signal) -> PublishedRule:

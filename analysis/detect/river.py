@@ -44,7 +44,7 @@ class KSWIN(Node):
     seed: int | None = Field(default=None, ge=0)
 
 
-SETTINGS = {"adwin": Adwin, "page_hinkley": PageHinkley, "kswin": KSWIN}
+SETTINGS: dict[str, type[Node]] = {"adwin": Adwin, "page_hinkley": PageHinkley, "kswin": KSWIN}
 
 
 def check_river(name: str, parameters: Mapping[str, Any]) -> None:

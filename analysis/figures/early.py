@@ -76,7 +76,8 @@ def cost_figure(contest: Contest, path: Path) -> str:
     for chosen_points, colour in ((alarmed, HEALTHY), (~alarmed, "0.55")):
         here = [point for point, good in zip(points, chosen_points, strict=True) if good]
         if here:
-            axis.scatter(*zip(*here, strict=True), color=colour, s=42, zorder=3)
+            x_here, y_here = zip(*here, strict=True)
+            axis.scatter(x_here, y_here, color=colour, s=42, zorder=3)
     lines = [never, *(points[i][1] for i in front[-1:])] if len(rows) else []
     together: dict[tuple[float, float], list[str]] = {}
     for name, point in zip(rows.index, points, strict=True):
@@ -97,10 +98,10 @@ def cost_figure(contest: Contest, path: Path) -> str:
     said += f"; cost not measured: {', '.join(pretty(name) for name in unmeasured)}" if len(unmeasured) else ""
     figure.text(0.01, -0.03, textwrap.fill(said, 120), fontsize=10, color="0.35", va="top")
     save(figure, path)
-    labels = ", ".join(" ".join(experiment.label(fault).split()) for fault in chosen)
+    faults = ", ".join(" ".join(experiment.label(fault).split()) for fault in chosen)
     return (
         "What it costs to be warned: the median number of steps from a fault's onset to each detector's first alarm "
-        f"against the share of a training step that its monitors take. Faults: {labels}. A detector without an alarm "
+        f"against the share of a training step that its monitors take. Faults: {faults}. A detector without an alarm "
         "in the median run stands on the grey line; nothing else is both cheaper and sooner than the Pareto front."
     )
 
@@ -220,7 +221,8 @@ def _steps(onsets) -> str:
 def _divergence_delay(experiment: Experiment, fault: str) -> float:
     """Median steps from onset to divergence; NaN where the median run has none."""
     runs = experiment.of("faulty", fault=fault)
-    return median_step([None if run.divergence is None else run.divergence - run.onset for run in runs])
+    delays = (None if run.divergence is None or run.onset is None else run.divergence - run.onset for run in runs)
+    return median_step(delays)
 
 
 def _order(medians: pd.Series, name: str, faults: Sequence[str]) -> float:

@@ -110,9 +110,9 @@ def lead_figure(contest: Contest, path: Path) -> str:
     for name in names:
         for run in faulty:
             alarm = contest.detectors[name].alarms[run.trace.run_id]
-            rows.append((name, None if alarm is None else run.divergence - alarm))
+            rows.append((name, None if alarm is None or run.divergence is None else run.divergence - alarm))
     mean = {n: restricted_mean_lead([contest.score(contest.detectors[n], run) for run in faulty]) for n in names}
-    names.sort(key=mean.get)
+    names.sort(key=mean.__getitem__)
     figure, axis = plt.subplots(figsize=(9.5, 0.52 * len(names) + 1.7))
     known_leads = [lead for _, lead in rows if lead is not None]
     late = max(50.0, *(-lead for lead in known_leads)) if known_leads else 50.0

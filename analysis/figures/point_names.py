@@ -19,7 +19,7 @@ def label_points(
     points, and lines, heights of horizontal ones: in data coordinates, limits and scales being final. A name that had
     to move away has a line to its point.
     """
-    figure = axis.get_figure()
+    figure = axis.figure
     figure.canvas.draw()
     to_typographic = 72 / figure.dpi
     pixels = axis.transData.transform(points)

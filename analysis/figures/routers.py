@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -49,7 +50,7 @@ def _panel(axis: plt.Axes, experiment: Experiment, panel: Mapping[str, Any], col
             values = drawn_curve(experiment, run, panel)
             axis.plot(values.index, values, color=colour, linewidth=1.1, alpha=0.85)
             if run.divergence is not None:
-                tick = {"color": colour, "markersize": 10, "markeredgewidth": 2, "clip_on": False}
+                tick: dict[str, Any] = {"color": colour, "markersize": 10, "markeredgewidth": 2, "clip_on": False}
                 axis.plot(run.divergence, 0.03, "|", transform=foot, **tick)
     if panel.get("log"):
         axis.set_yscale("log")
@@ -92,10 +93,12 @@ def dose_figure(experiments: Sequence[Experiment], path: Path) -> str:
         if not alone:
             same_model = len({e.model for e in experiments}) == 1
             axes[0, column].set_title(f"at equal {experiment.axis}" if same_model else experiment.model, fontsize=13)
-    handles = [Patch(color=HEALTHY, alpha=0.25, label=f"healthy, {len(experiments[0].of(*HEALTHY_ROLES))} runs")]
+    handles: list[Artist] = [
+        Patch(color=HEALTHY, alpha=0.25, label=f"healthy, {len(experiments[0].of(*HEALTHY_ROLES))} runs")
+    ]
     handles += [Line2D([], [], color=c, linewidth=2.5, label=experiments[0].label(f)) for f, c in colours.items()]
     if any(run.divergence is not None for e in experiments for run in e.of("faulty")):
-        tick = {"marker": "|", "linestyle": "", "markersize": 11, "markeredgewidth": 2}
+        tick: dict[str, Any] = {"marker": "|", "linestyle": "", "markersize": 11, "markeredgewidth": 2}
         handles.append(Line2D([], [], color="0.4", label="loss diverges", **tick))
     height = figure.get_size_inches()[1]
     figure.align_ylabels(axes[:, 0])

@@ -144,7 +144,7 @@ def diagnose(
         raise ValueError(f"permutations={permutations} must be at least 1")
     labels = pd.Index(classes).get_indexer(truth)
     splits = list(LeaveOneGroupOut().split(alarms, labels, folds))
-    silent = ~alarms.any(axis=1) & (HEALTHY in classes)
+    silent = ~np.any(alarms, axis=1) & (HEALTHY in classes)
     generator = np.random.default_rng(seed)
     named = _named(alarms, labels, splits, silent)
     accuracy = float(balanced_accuracy_score(labels, named))

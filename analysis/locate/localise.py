@@ -125,7 +125,7 @@ def _right(true: Truth, named: Verdict, onset: int | None) -> dict[str, bool | N
         return dict.fromkeys(("class_right", "part_right", "layer_right", "head_right"))
     if true.site_class in (HEALTHY, OTHER):
         return {"class_right": named.alarm is None, "part_right": None, "layer_right": None, "head_right": None}
-    timely = named.alarm is not None and named.alarm >= onset
+    timely = named.alarm is not None and onset is not None and named.alarm >= onset
     parts = (named.part, *INPUTS.get(named.part or "", ()))
     return {
         "class_right": timely and named.site_class == true.site_class,

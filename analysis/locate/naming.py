@@ -112,6 +112,7 @@ def name_site(signals: Sequence[Levels], threshold: float) -> Verdict:
     first, top = max(zip(signals, peaks, strict=True), key=lambda pair: pair[1].max())
     layer, head = (int(i) for i in np.unravel_index(top.argmax(), top.shape))
     broken = {str(signal.law) for signal, peak in zip(signals, peaks, strict=True) if (peak > threshold).any()}
+    part: str | None
     site_class, part, inexact = first.law.kind, first.law.part, False
     if first.law.kind == "attention":
         there: dict[str, float] = {}

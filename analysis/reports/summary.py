@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
@@ -86,7 +88,7 @@ def print_summary(contest: Contest, table: pd.DataFrame, console: Console) -> No
             grid.add_column(column, justify="left" if named else "right", no_wrap=named)
         for row in rows.itertuples(index=False):
             grid.add_row(*map(escape, row))
-        print_whole(console, lambda grid=grid: [grid])
+        print_whole(console, partial(list, (grid,)))
     console.print(summary(contest), markup=False)
     outcome = headline(experiment, table)
     if outcome:

@@ -7,12 +7,14 @@ it is judged against what a healthy run looks like after the same text.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 from foreshock.experiments.trace import Series
 
-AXES = ("steps", "tokens")
+Axis = Literal["steps", "tokens"]
+AXES: tuple[str, ...] = get_args(Axis)
 
 
 @dataclass(frozen=True)

@@ -15,4 +15,5 @@ def conf(group: str, name: str) -> dict[str, Any]:
     known = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
     if name not in known:
         raise ValueError(f"{group}={name} is not allowed: one of {', '.join(known)}")
-    return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    return content

@@ -75,7 +75,7 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
     """
     manifests = {}
     for path in sorted(folder.glob("*/manifest.json")):
-        manifest = trace.read_manifest(path.parent)
+        manifest = trace.manifest_of(path.parent)
         if manifest["end_reason"] in trace.FINAL_REASONS:
             manifests[path.parent.name] = manifest
     if not manifests:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 
 from foreshock.analysis.runs import reduced
-from foreshock.analysis.runs.align import AXES
+from foreshock.analysis.runs.align import Axis
 from foreshock.experiments import trace
 from foreshock.experiments.files import unsealed
 from foreshock.experiments.names import check_index_names
@@ -26,7 +26,7 @@ from foreshock.experiments.validation import (
 Name = Field(min_length=1)
 Names = list[str]
 Several = Annotated[Distinct, Field(min_length=1)]
-Axes = Annotated[list[Literal[AXES]], AfterValidator(distinct), Field(min_length=1)]
+Axes = Annotated[list[Axis], AfterValidator(distinct), Field(min_length=1)]
 
 
 class Label(Node):
@@ -95,7 +95,7 @@ class Claim(Node):
     falls: Distinct | None = None
     rises: Distinct | None = None
     panel: Panel | None = None
-    align: Literal[AXES] | None = None
+    align: Axis | None = None
     model: str | None = None
 
 
@@ -164,9 +164,9 @@ class Cell(Node):
 
 def check_parts(index: Mapping[str, Any]) -> None:
     """Raises ValueError, in one line that names the key, where a part is not as its schema has it."""
-    experiment = index.get("experiment")
+    experiment: Any = index.get("experiment")
     check_mapping(experiment, "experiment")
-    parts = {"experiment": CaseSettings if "cases" in experiment else Settings}
+    parts: dict[str, type[Node]] = {"experiment": CaseSettings if "cases" in experiment else Settings}
     for part, schema in (parts | {"scale": Scale, "label": Label, "rule": Rule}).items():
         check_node(schema, index.get(part), part)
 

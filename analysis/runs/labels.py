@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -146,7 +147,7 @@ def sensitivity_labels(
     *,
     healthy_held_out: Sequence[np.ndarray],
     healthy_training: Sequence[np.ndarray],
-    settings: Mapping[str, float],
+    settings: Mapping[str, Any],
     stopped: bool = False,
 ) -> dict[str, int | None]:
     """Divergence by every other label: Delta x 0.5 and x 2, the training loss, OLMo's and LLM-Foundry's rules.

@@ -82,7 +82,7 @@ def read(folder: Path) -> dict[str, Trace]:
     table = table.set_column(signal, "signal", pc.dictionary_encode(table["signal"])).sort_by("run")
     runs = table["run"].to_numpy()
     bounds = [0, *(np.flatnonzero(runs[1:] != runs[:-1]) + 1).tolist(), len(runs)]
-    traces = {}
+    traces: dict[str, trace.Trace] = {}
     for start, stop in pairwise(bounds):
         run_id = runs[start]
         try:

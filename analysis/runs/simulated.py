@@ -36,7 +36,7 @@ def simulate_run(
     configuration's fault. Further keywords replace entries of the manifest.
     """
     generator = np.random.default_rng(seed)
-    every = {"held_out_loss": LOSS, "train_loss_raw": LOSS}
+    every: dict[str, Any] = {"held_out_loss": LOSS, "train_loss_raw": LOSS}
     parts = []
     for name, meta in (every | dict(signals)).items():
         at = np.arange(meta["every_steps"], steps + 1, meta["every_steps"])
@@ -117,7 +117,7 @@ def simulate_experiment(
                 run_id = f"{fault or role}{seed}"
                 noise = seed if fault is None else 100_000 * (1 + list(faults).index(fault)) + seed
                 simulate_run(folder / run_id, noise, signals, steps=steps, **how)
-                manifest = trace.read_manifest(folder / run_id)
+                manifest = trace.manifest_of(folder / run_id)
                 manifest["config"]["seed"] = manifest["seed"] = seed
                 trace.write_manifest(folder / run_id, manifest)
                 cells.append({"model": "mha_nano", "role": role, "fault": fault, "seed": seed, "run_id": run_id})

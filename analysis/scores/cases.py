@@ -36,7 +36,7 @@ def laws_of(run: Trace, laws: Mapping[str, str]) -> dict[str, pd.DataFrame]:
     for name, signal in laws.items():
         series = run.signals.get(signal)
         values = np.empty((0, 1)) if series is None else finite_or_inf(hold(series, "steps", series.steps))
-        steps = [] if series is None else series.steps
+        steps: Any = [] if series is None else series.steps
         readings[name] = pd.DataFrame(values.reshape(len(values), int(np.prod(values.shape[1:]))), index=steps)
     return readings
 

@@ -163,7 +163,8 @@ def run_scores(contest: Contest, divergences: Mapping[str, int | None] | None = 
             result = contest.score(detector, run, divergences)
             lead = np.nan if result.restricted_lead_steps is None else float(result.restricted_lead_steps)
             alarmed = run.onset is not None and alarm is not None and alarm >= run.onset
-            watched_to = alarm if alarmed else _last(run, contest)
+            watched_to = alarm if alarm is not None and alarmed else _last(run, contest)
+            possible = np.nan if divergence is None or run.onset is None else divergence - run.onset
             rows.append(
                 {
                     **keys,
@@ -178,7 +179,7 @@ def run_scores(contest: Contest, divergences: Mapping[str, int | None] | None = 
                     "reach": run.horizon,
                     "outcome": result.outcome,
                     "lead": lead,
-                    "share_of_possible_lead": lead / (divergence - run.onset) if lead > 0 else lead,
+                    "share_of_possible_lead": lead / possible if lead > 0 else lead,
                     "detected": result.outcome in IN_TIME,
                     "alarmed": alarmed,
                     "delay": np.nan if run.onset is None else watched_to - run.onset,

@@ -218,9 +218,9 @@ def rank_intervals(
     return out
 
 
-def _complete_seeds(values_SD: ArrayLike, name: str) -> np.ndarray:
+def _complete_seeds(values: ArrayLike, name: str) -> np.ndarray:
     """(S, D) without the seeds that are NaN in every column. Raises ValueError on any other value not finite."""
-    values_SD = np.asarray(values_SD, float)
+    values_SD = np.asarray(values, float)
     if values_SD.ndim != 2 or values_SD.shape[1] == 0:
         raise ValueError(f"{name} has shape {values_SD.shape}: (seeds, detectors) with a detector allowed")
     values_SD = values_SD[~np.isnan(values_SD).all(axis=1)]
@@ -308,7 +308,7 @@ def confidence_set(losses_SD: ArrayLike, *, size: float = 0.05, resamples: int =
     # T_max, not T_R: arch holds (reps, D) values for it instead of (reps, D, D)
     mcs = MCS(models_SM, size, reps=resamples, block_size=1, method="max", bootstrap="circular", seed=generator)
     mcs.compute()
-    return [int(d) for d in np.flatnonzero(np.isin(model_D.ravel(), mcs.included))]
+    return [int(d) for d in np.flatnonzero(np.isin(model_D.ravel(), np.asarray(mcs.included, int)))]
 
 
 def iqm(values: ArrayLike) -> float:

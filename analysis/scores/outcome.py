@@ -32,10 +32,11 @@ def score(*, alarm: int | None, onset: int | None, divergence: int | None, horiz
     """
     if alarm is not None and alarm > horizon:
         raise ValueError(f"alarm={alarm} is beyond the horizon of {horizon}")
-    diverges = divergence is not None and divergence <= horizon
+    if divergence is not None and divergence > horizon:
+        divergence = None
     if alarm is not None and (onset is None or alarm < onset):
-        return Score("false_alarm", 0 if diverges else None)
-    if not diverges:
+        return Score("false_alarm", None if divergence is None else 0)
+    if divergence is None:
         return Score("quiet" if alarm is None else "benign_alarm", None)
     if alarm is None:
         return Score("missed", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ RUN_COLUMNS = {
 
 def median_step(steps: Iterable[int | None]) -> float:
     """Median in which "never" counts as later than everything; NaN where the median itself is never."""
-    ordered = sorted(np.inf if pd.isna(step) else step for step in steps)
+    ordered: list[Any] = sorted(np.inf if pd.isna(step) else step for step in steps)
     if not ordered:
         return float("nan")
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]

@@ -48,7 +48,8 @@ class Verdict:
 
     @classmethod
     def nothing(cls, detectors: int) -> Verdict:
-        return cls(*(np.full((detectors, k), np.nan) for k in (2, 3, 3)), p_D=np.full(detectors, np.nan))
+        lead_D2, share_D3, rank_D3 = (np.full((detectors, ends), np.nan) for ends in (2, 3, 3))
+        return cls(lead_D2, share_D3, rank_D3, p_D=np.full(detectors, np.nan))
 
     def test_against(
         self, baselines: Sequence[str], means_SD: np.ndarray, names: Sequence[str], ranked: Sequence[int]
@@ -56,7 +57,7 @@ class Verdict:
         """Fills in p against the best of the baselines, which are not tested themselves; NaN rows had no run."""
         base = names.index(self.baseline) if self.baseline in names else None
         others = [i for i in ranked if names[i] not in baselines]
-        if base not in ranked or not others:
+        if base is None or base not in ranked or not others:
             return
         differences_SD = means_SD[:, others] - means_SD[:, [base]]
         differences_SD = differences_SD[np.isfinite(differences_SD).all(axis=1)]
@@ -101,7 +102,8 @@ def over_faults(contest: Contest, scores: pd.DataFrame, names: Sequence[str], ra
     seeds = sorted(scores["seed"].unique())
     parts = [by_seed(scores[scores["fault"] == fault], names, "share_of_possible_lead", seeds) for fault in faults]
     weights = fault_weights([contest.experiment.fault_families[fault] for fault in faults])
-    shares = Shares(*(np.stack(part) for part in zip(*parts, strict=True)), weights)
+    totals_FSD, counts_FSD = (np.stack(part) for part in zip(*parts, strict=True))
+    shares = Shares(totals_FSD, counts_FSD, weights)
     verdict.share_D3[:, 0] = shares.mean_D()
     counts_D = shares.counts_FSD.sum(axis=(0, 1))
     ranked = [i for i in ranked if counts_D[i] == counts_D.max()]

@@ -61,7 +61,8 @@ def load(folder: Path, device: torch.device) -> dict[str, Any] | None:
     data = path.read_bytes()
     if hashlib.sha256(data[32:]).digest() != data[:32]:
         raise trace.damaged(path, "does not match its SHA-256", folder)
-    return torch.load(io.BytesIO(data[32:]), map_location=device, weights_only=True)
+    state: dict[str, Any] = torch.load(io.BytesIO(data[32:]), map_location=device, weights_only=True)
+    return state
 
 
 def compact(state: Any) -> Any:

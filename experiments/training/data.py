@@ -94,6 +94,7 @@ def _python_source_files() -> list[Path]:
 def _text_files(config: DataConfig) -> list[Path]:
     if config.source == "stdlib":
         return _python_source_files()
+    assert config.path is not None  # as DataConfig checks
     path = Path(config.path)
     if not path.exists():
         raise FileNotFoundError(f"data.path={config.path!r} does not exist")
@@ -114,7 +115,9 @@ def _bpe_ids(files: Iterable[Path], vocab_size: int) -> np.ndarray:
 
 def _load_tokens(config: DataConfig) -> tuple[np.ndarray, int]:
     """The whole corpus as one row of tokens, and its vocabulary size."""
+    tokens: np.ndarray
     if config.source == "tokens":
+        assert config.path is not None and config.vocab_size is not None  # as DataConfig checks
         path = Path(config.path)
         if not path.is_file():
             raise FileNotFoundError(f"data.path={config.path!r} is not a file of uint16 tokens")
@@ -154,23 +157,27 @@ class Corpus:
                     f"data: the {name} part of {where!r} has {len(part)} tokens, "
                     f"too short for model.context_length={context_length}"
                 )
-        self.digest = hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
+        self.digest = hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
 
     def _starts(self, part: np.ndarray, draw: tuple[int, int], count: int) -> np.ndarray:
         """Where the sequences of a draw begin; the generator is ``np.random.default_rng``'s, at half its overhead."""
         generator = np.random.Generator(np.random.PCG64(draw))
-        return generator.integers(0, len(part) - self.context_length, size=count)
+        starts: np.ndarray = generator.integers(0, len(part) - self.context_length, size=count)
+        return starts
 
     def _sequences(self, part: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """(..., context_length + 1) int64 tokens from each start, (...)."""
-        return np.lib.stride_tricks.sliding_window_view(part, self.context_length + 1)[starts].astype(np.int64)
+        windows = np.lib.stride_tricks.sliding_window_view(part, self.context_length + 1)
+        sequences: np.ndarray = windows[starts].astype(np.int64)
+        return sequences
 
     def batch(self, seed: int, step: int, size: int) -> np.ndarray:
         """The batch of this seed and step: (size, context_length + 1) int64 tokens.
 
         A pure function; a smaller ``size`` gives the first sequences of the larger batch.
         """
-        return self.batches((seed,), step, size)[0]
+        batch: np.ndarray = self.batches((seed,), step, size)[0]
+        return batch
 
     def batches(self, seeds: Sequence[int], step: int, size: int) -> np.ndarray:
         """``batch`` of each seed, gathered at once: (seeds, size, context_length + 1)."""

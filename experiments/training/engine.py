@@ -48,11 +48,17 @@ class Engine(Protocol):
     Tensors of a view, and losses, lead with an axis of runs in a stack, and have none in a single run.
     """
 
-    model: nn.Module
-    anatomy: Anatomy
     optimizer: Any
     tokens: int
-    logs: Sequence[InjectionLog]
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def anatomy(self) -> Anatomy: ...
+
+    @property
+    def logs(self) -> Sequence[InjectionLog]: ...
 
     def step(self, step: int, sites: Sequence[Sites], places: Collection[str] = NOTHING) -> StepView:
         """Take update ``step`` (from 0) with each run's sites; ``places`` are tapped (``models.taps.PLACES``)."""

@@ -32,7 +32,8 @@ def micro_batches(batch: Tensor, micro_batch: int | None, watched_sequences: int
     micro_batch: sequences a piece, the last the rest; None for the whole batch. watched_sequences: so many of the last
     piece are then one of their own; None, or as many as it has, for all of it.
     """
-    *others, last = batch.split(micro_batch or len(batch))
+    parts: tuple[Tensor, ...] = torch.split(batch, micro_batch or len(batch))
+    *others, last = parts
     unwatched = len(last) - (watched_sequences or len(last))
     return (*others, last) if unwatched <= 0 else (*others, last[:unwatched], last[unwatched:])
 
@@ -64,5 +65,6 @@ def backward(
     if not others:
         return Backward(loss.detach(), routings, taps, last)
     of_the_last = sum(map(len, parts)) / len(last)
-    torch._foreach_div_([parameter.grad for parameter in model.parameters()], of_the_last)
+    gradients: list[Any] = [parameter.grad for parameter in model.parameters()]
+    torch._foreach_div_(gradients, of_the_last)
     return Backward(torch.stack([*losses, loss.detach()]).sum() / of_the_last, routings, taps, last)

@@ -143,12 +143,12 @@ def _alike(members: Sequence[Member]) -> list[list[Member]]:
     return [[member for member, other in zip(members, kinds, strict=True) if other == one] for one in first]
 
 
-def _begin(runs: Sequence[Run], stacked: bool) -> tuple[Engine, Watch]:
+def _begin(runs: Sequence[Run], stacked: bool) -> tuple[Engine, Watch | StackedWatch]:
     """The engine of these runs, with their initial weights, and their monitors."""
     if stacked:
         models, configs = [run.new_model() for run in runs], [run.train for run in runs]
-        engine = StackedEngine(models, configs, runs[0].corpus, [run.seed for run in runs])
-        return engine, StackedWatch(engine.anatomy, engine.optimizer, [run.monitors for run in runs])
+        stack = StackedEngine(models, configs, runs[0].corpus, [run.seed for run in runs])
+        return stack, StackedWatch(stack.anatomy, stack.optimizer, [run.monitors for run in runs])
     single = runs[0].new_engine()
     return single, Watch(single.anatomy, single.optimizer, runs[0].monitors)
 
@@ -169,8 +169,8 @@ class _Together:
         self.faults = _distinct([run.fault for run in self.runs])
         self.limits = torch.tensor([drawup_limit(run.train) for run in self.runs], device=device)
         self.recording = list(range(len(members)))
-        states = [writer.resume() for writer in self.writers]
-        if states[0] is None:
+        states = [state for state in (writer.resume() for writer in self.writers) if state is not None]
+        if not states:  # which all have, or none
             self.first = 0
             self.watch.record(0)
             self.finite = torch.ones(len(members), dtype=torch.bool, device=device)
@@ -219,9 +219,10 @@ class _Together:
             held_out = self.label(now, sites)
             self.best_held_out = torch.minimum(self.best_held_out, held_out)
             ends = early_ends(self.limits, self.finite, held_out, self.best_held_out)
-            for row in [row for row in self.recording if ends[row] is not None]:
-                self.write(row, now, ends[row])
-                self.recording.remove(row)
+            for row in list(self.recording):
+                if (reason := ends[row]) is not None:
+                    self.write(row, now, reason)
+                    self.recording.remove(row)
 
     def label(self, step: int, sites: Sequence[Sites]) -> Tensor:
         """The held-out loss of each run, (N,), which is recorded."""

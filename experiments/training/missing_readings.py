@@ -33,7 +33,7 @@ def without_readings(run: Run, manifest: Mapping[str, Any]) -> list[str]:
 
 def is_complete(folder: Path, run: Run) -> bool:
     """Whether a folder holds the finished run and every reading. Raises TraceError where a file is lost or damaged."""
-    return trace.is_done(folder) and not without_readings(run, trace.read_manifest(folder))
+    return trace.is_done(folder) and not without_readings(run, trace.manifest_of(folder))
 
 
 def trained_again(run: Run, folder: Path, manifest: Mapping[str, Any]) -> tuple[Run, Path, dict[str, Any]]:
@@ -62,7 +62,7 @@ def take_over(run: Run, folder: Path, manifest: dict[str, Any]) -> bool:
 
     Returns whether it was the same. A kill at any moment leaves the run as it was, or with the readings.
     """
-    again = trace.read_manifest(folder / AGAIN)
+    again = trace.manifest_of(folder / AGAIN)
     if not same_trajectory(manifest, again):
         shutil.rmtree(folder / AGAIN)
         (folder / AGAIN).mkdir()
@@ -105,4 +105,4 @@ def take_its_place(folder: Path) -> dict[str, Any]:
     folder.rename(old)
     again.rename(folder)
     shutil.rmtree(old)
-    return trace.read_manifest(folder)
+    return trace.manifest_of(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ def update(
     scale: LearningRateScale,
 ) -> Tensor:
     """Clip the gradients and take update ``step`` (from 0); the global gradient norm before the clip, 0-dim."""
-    grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
     if config.clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, grad_norm)
     set_learning_rate(optimizer, learning_rate(config, step), scale)

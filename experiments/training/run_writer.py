@@ -108,5 +108,5 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     """Of a model's ``state_dict``."""
     digest = hashlib.sha256()
     for tensor in state.values():
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class _Meaning(ast.NodeTransformer):
     """Removes what no statement's effect depends on. A class's annotated fields stay: a dataclass is made of them."""
 
-    def _body(self, node: ast.AST) -> ast.AST:
+    def _body(self, node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
         self.generic_visit(node)
         first = node.body[0] if node.body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
@@ -27,7 +27,7 @@ class _Meaning(ast.NodeTransformer):
 
     visit_Module = visit_ClassDef = _body
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
         node.returns = None
         return self._body(node)
 

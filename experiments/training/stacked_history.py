@@ -22,7 +22,7 @@ class SliceHistory(WeightHistory):
         return None if weights is None else {name: weight[self._index] for name, weight in weights.items()}
 
     def state_dict(self) -> dict[int, dict[str, Tensor]]:
-        return {step: dict(self.at(step)) for step in self._stacked.state_dict()}
+        return {step: dict(self.at(step) or {}) for step in self._stacked.state_dict()}
 
 
 def load_history(stacked: WeightHistory, states: Sequence[Mapping[int, Mapping[str, Tensor]]]) -> None:

@@ -63,7 +63,7 @@ class StackedAdamW:
     def load_state_dict(self, index: int, state: Mapping[str, Any]) -> None:
         """Take over a slice's state, as ``slices[index].state_dict()`` gave it."""
         optimizer = self.slices[index]
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(dict(state))
         loaded = {parameter: dict(values) for parameter, values in optimizer.state.items()}
         self._show_state(index)
         self._rates[index] = None
@@ -82,7 +82,7 @@ class StackedAdamW:
     def clip(self) -> Tensor:
         """The gradient norm of every slice before the clip, (N,); then each slice's gradient is clipped to its own."""
         parts = [torch.linalg.vector_norm(gradient, dim=1) for gradient in self._gradients]
-        norms_N = torch.linalg.vector_norm(torch.stack(parts, dim=1), dim=1)
+        norms_N: Tensor = torch.linalg.vector_norm(torch.stack(parts, dim=1), dim=1)
         clip = self._configs[0].clip
         if clip is not None:  # as torch.nn.utils.clip_grads_with_norm_ has it
             factor_N1 = (clip / (norms_N + 1e-6)).clamp(max=1.0).unsqueeze(1)
@@ -102,7 +102,7 @@ class StackedAdamW:
                 set_learning_rate(optimizer, own[0], own[2])
         if rates != self._rates:
             self._learning_rates = None
-        self._rates = rates
+        self._rates = list(rates)
         alike: dict[tuple[float, float], list[tuple[Tensor, ...]]] = {}
         first = 0
         for _, neighbours in groupby(rates):

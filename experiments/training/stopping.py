@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 SWEEP_FOLDER = "FORESHOCK_SWEEP_FOLDER"
@@ -34,6 +36,9 @@ STOP, BUSY, HERE = "stop", "busy-", "here-"
 """Files in that folder: save and leave; this process, whose number follows, is training; it has checked in."""
 
 WATCH_S, CHECK_IN_S = 0.5, 20.0
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
+"""What handles a signal: a function, or one of the numbers ``signal.SIG_DFL`` and ``signal.SIG_IGN``."""
 
 _received: list[int] = []
 _holding = 0
@@ -49,9 +54,9 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def _handling(handler: Callable[[int, object], None]) -> Iterator[dict[int, object]]:
+def _handling(handler: Callable[[int, object], None]) -> Iterator[dict[int, Handler]]:
     """Handle the signals within; yields the handlers from before. None in a thread, or for a signal that is ignored."""
-    previous = {}
+    previous: dict[int, Handler] = {}
     if threading.current_thread() is threading.main_thread():
         previous = {number: signal.getsignal(number) for number in SIGNALS}
         previous = {number: old for number, old in previous.items() if old not in (signal.SIG_IGN, None)}

@@ -1,0 +1,1 @@
+../../foreshock/__init__.py

@@ -1,0 +1,1 @@
+../../foreshock/__main__.py

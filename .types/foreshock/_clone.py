@@ -1,0 +1,1 @@
+../../foreshock/_clone.py
