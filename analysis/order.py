@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.runs.csv_table import read_table
 from foreshock.analysis.scores.inference import bca_interval, max_t_test
 from foreshock.experiments.usage import fail, misused, show_help
@@ -109,11 +110,11 @@ def main(arguments: list[str]) -> None:
         fail(str(error))
     try:
         table = leads(table, chosen["fault"], chosen.get("model"), chosen["track"])
-        found = order_table(table, given["detector"], tuple(filter(None, given.get("against", "").split(","))))
+        comparison = order_table(table, given["detector"], tuple(filter(None, given.get("against", "").split(","))))
     except ValueError as error:
         fail(f"{where}: {error}")
     print(f"{given['detector']} against others, {chosen['fault']}: paired differences of restricted leads")
-    print(found.to_string(index=False, float_format="{:.4g}".format))
+    print(comparison.to_string(index=False, float_format="{:.4g}".format))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from foreshock.analysis.detect.bands import DeclinedSignal, ReferenceBand
 from foreshock.analysis.runs.align import hold, thin
 from foreshock.analysis.runs.load import load

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from rich.console import Console
+
 from foreshock.analysis.figures.leads import lead_figure
 from foreshock.analysis.reports.cases import make_case_report
 from foreshock.analysis.reports.kinds.base import one_of_each_model
@@ -25,7 +27,6 @@ from foreshock.analysis.scores.receipts import write_receipts
 from foreshock.analysis.scores.table import in_unit, lead_table, run_table
 from foreshock.experiments.trace import TraceError
 from foreshock.experiments.usage import misused, show_help
-from rich.console import Console
 
 
 def _draw(contests: Sequence[Contest], report: Path) -> list[tuple[str, Path]]:

@@ -20,6 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from foreshock.analysis.detect.isolation import DEFAULT_LIMITS, Limits
 from foreshock.analysis.detect.tracks import TRACKS
 from foreshock.analysis.reports.boards import Request, score_runs
@@ -27,7 +29,6 @@ from foreshock.analysis.reports.leaderboard_print import print_board
 from foreshock.analysis.scores.outcome import score
 from foreshock.experiments.trace import TraceError
 from foreshock.experiments.usage import show_help
-from rich.console import Console
 
 __all__ = ["main", "score"]
 

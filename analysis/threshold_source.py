@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.detect.alarms import chart_statistics, conformal_rank, first_alarm, fitted
 from foreshock.analysis.detect.bands import DeclinedSignal
 from foreshock.analysis.detect.detection import Chart, Detection

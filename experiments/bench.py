@@ -22,6 +22,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
 from foreshock.analysis.runs.simulated import simulate_experiment
 from foreshock.analysis.scores.costs import MonitorCost, costs_of, detector_cost, taps_share
 from foreshock.experiments.build import ROOT, Run, build_run
@@ -31,9 +35,6 @@ from foreshock.experiments.usage import fail, misused, show_help
 from foreshock.monitors.base import Monitor, StepView, WeightHistory, tapped
 from foreshock.monitors.spectra import qk_increment
 from foreshock.monitors.watch import cadences, is_due
-from hydra import compose, initialize_config_dir
-from rich.console import Console
-from rich.table import Table
 
 STEPS = {"mha_nano": 120, "mha_small": 24}
 CONSERVATION = ("attention_laws", "linear_laws", "logit_laws", "norm_laws", "router_laws")

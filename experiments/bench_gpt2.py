@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from foreshock.experiments.gpt2_pieces import pieces
 from foreshock.experiments.gpt2_sizes import SIZES, Size
 from foreshock.experiments.gpu_record import ROOT, Record, check_gpu, end, file_name, machine

@@ -23,6 +23,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from foreshock.experiments.gpt2_training import RandomTokens
 from foreshock.experiments.plain_config import construct, monitors_of
 from foreshock.experiments.training.engine import Engine
@@ -37,7 +39,6 @@ from foreshock.models.numerics import AttentionNumerics, SiteFault
 from foreshock.models.transformer import Transformer, TransformerConfig
 from foreshock.monitors.base import Monitor
 from foreshock.monitors.watch import Watch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 NANO = TransformerConfig(d_model=64, n_layers=2, n_heads=2, d_ff=256, context_length=64, vocab_size=256)
 BATCH_SIZE = 16

@@ -16,6 +16,8 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+
 from foreshock.experiments.targets import check_targets, target_class
 from foreshock.experiments.training.data import Corpus, DataConfig
 from foreshock.experiments.training.equivalences import canonical
@@ -25,6 +27,7 @@ from foreshock.experiments.training.identity import (
     identifier,
     observation_id,
     training_sources,
+    without_labels,
 )
 from foreshock.experiments.training.single_engine import SingleEngine
 from foreshock.experiments.training.source_code import digest_of
@@ -34,7 +37,6 @@ from foreshock.faults.base import Fault, Sites
 from foreshock.faults.fit import check_fits
 from foreshock.models.transformer import Transformer, TransformerConfig
 from foreshock.monitors.base import Monitor, Signal
-from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_KEYS = ("seed", "fault", "model", "data", "train", "monitor")
@@ -165,7 +167,8 @@ class Run:
         """All that determines the weights at every step: two runs with one identity are one run."""
         return {
             "config": {
-                **{node: self.nodes[node] for node in ("seed", "model", "fault")},
+                **{node: self.nodes[node] for node in ("seed", "model")},
+                "fault": without_labels(self.nodes["fault"]),
                 "train": {key: value for key, value in self.nodes["train"].items() if key not in WITHOUT_EFFECT},
                 "data": {
                     "held_out": self.corpus.config.held_out

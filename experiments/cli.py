@@ -10,6 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from foreshock.experiments.build import ROOT
 from foreshock.experiments.multirun import in_multirun, run_job, run_jobs
 from foreshock.experiments.pieces import UNFINISHED_CODE, Unfinished
@@ -18,11 +24,6 @@ from foreshock.experiments.training.checkpoint import RunError
 from foreshock.experiments.training.out_of_memory import OutOfMemory
 from foreshock.experiments.training.stopping import Stopped, stoppable
 from foreshock.experiments.validation import did_you_mean
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 CONF = str(ROOT / "conf")
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from joblib import Parallel, delayed, effective_n_jobs
+
 from foreshock.experiments.training.checkpoint import RunError
 from foreshock.experiments.training.stopping import check_in
-from joblib import Parallel, delayed, effective_n_jobs
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
 from foreshock.experiments.gpt2_sizes import Size, paper_fault
 from foreshock.experiments.gpt2_training import Training, flops_a_token, in_turns, seconds
 from foreshock.experiments.gpu_record import first_line
 from foreshock.experiments.monitor_costs import monitor_costs
 from foreshock.experiments.plain_config import monitors_of
 from foreshock.monitors.eigen import on_host, values_alone, values_and_vectors
-from torch.profiler import ProfilerActivity, profile
 
 TURNS = 5
 STEP = 200

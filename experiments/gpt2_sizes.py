@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
 from foreshock.experiments.gpt2_training import Training
 from foreshock.experiments.plain_config import construct
 from foreshock.experiments.training.train_config import TrainConfig

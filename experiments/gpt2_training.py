@@ -8,6 +8,8 @@ from statistics import median
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from foreshock.experiments.training.gradients import Backward
 from foreshock.experiments.training.single_engine import SingleEngine
 from foreshock.experiments.training.train_config import TrainConfig
@@ -15,7 +17,6 @@ from foreshock.faults.base import Sites
 from foreshock.models.numerics import AttentionNumerics
 from foreshock.models.transformer import Transformer, TransformerConfig
 from foreshock.monitors.base import StepView
-from torch import Tensor
 
 
 class RandomTokens:

@@ -12,6 +12,7 @@ import sys
 from functools import partial
 
 import torch
+
 from foreshock.experiments.gpu_correctness import checks
 from foreshock.experiments.gpu_record import Record, begin, end
 from foreshock.experiments.gpu_speed import Case, cases, measure

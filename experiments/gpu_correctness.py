@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from foreshock.models.arithmetic import Arithmetic
 from foreshock.models.attention import attention
 from foreshock.models.bits import ROUNDINGS
@@ -27,7 +29,6 @@ from foreshock.models.numerics import (
 )
 from foreshock.models.tiles import Tiles, pinned_tiles
 from foreshock.models.visibility import visible_keys
-from torch import Tensor
 
 NAMES = ("o", "dq", "dk", "dv")
 Check = Callable[[], dict[str, Any]]

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from foreshock.experiments.gpu_record import first_line
 from foreshock.models.flash import flash_attention_triton
 from foreshock.models.numerics import HEALTHY_LAYER, LayerNumerics, SiteFault
 from foreshock.models.tiles import Tiles, pinned_tiles
-from torch import Tensor
 
 TOKENS, HEADS = 16384, 16
 D_HEADS = (64, 128)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from foreshock.experiments.gpu_record import Record, begin, end, first_line
 from foreshock.experiments.gpu_speed import Case, in_turns, passes, triton_attention
 from foreshock.experiments.usage import show_help

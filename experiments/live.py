@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
+
 from foreshock.monitors.base import Masked, Reading, Signal
 from foreshock.monitors.signal import EXACT
-from torch import Tensor
 
 WINDOW_SAMPLES = 10
 KEPT = 2 * WINDOW_SAMPLES + 1

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+
 from foreshock.experiments.gpt2_training import Training, in_turns, seconds
 from foreshock.experiments.gpu_record import first_line
 from foreshock.monitors.base import Monitor, StepView, WeightHistory, tapped

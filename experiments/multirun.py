@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 from foreshock.experiments.files import write_whole
 from foreshock.experiments.pieces import UNFINISHED_CODE, Unfinished
 from foreshock.experiments.training.stopping import asked, end_if_orphaned, end_with_parent, launching, sweep_folder
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
 BAD_JOB = "bad-job-"
 

@@ -16,6 +16,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
 from foreshock.analysis.runs.index import read_index
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run, build_run
@@ -26,9 +30,6 @@ from foreshock.models.numerics import HEALTHY, AttentionNumerics, SiteFault, to_
 from foreshock.models.taps import Taps
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.attention_scores import causal_scores, tapped_inputs, window_of
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor
 
 BATCHES = 16
 BELOW_FREXP = 9

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from foreshock.experiments.targets import check_targets, target_class
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

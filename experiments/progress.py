@@ -10,10 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from foreshock.experiments.live import LiveAlarms
-from foreshock.monitors.base import Reading, Signal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
+
+from foreshock.experiments.live import LiveAlarms
+from foreshock.monitors.base import Reading, Signal
 
 REFRESH_S = 0.5
 ALARMS_SHARE = 0.01

@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
 from foreshock.analysis.report import make_report
 from foreshock.analysis.runs.align import AXES
 from foreshock.analysis.runs.index import check_parts
@@ -33,9 +37,6 @@ from foreshock.experiments.sweep import sweep
 from foreshock.experiments.train import describe
 from foreshock.experiments.training.data import load_once
 from foreshock.experiments.validation import check_named
-from hydra import compose
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
 
 CONFIG_NAME = "reproduce"
 

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run, build_run
 from foreshock.experiments.training import equivalences
@@ -27,8 +30,6 @@ from foreshock.experiments.training.loop import CHECKSUM_EVERY_STEPS
 from foreshock.experiments.training.run_writer import weights_sha256
 from foreshock.experiments.training.source_code import digest_of
 from foreshock.experiments.usage import fail, misused, show_help
-from rich.console import Console
-from rich.table import Table
 
 USAGE = "python -m experiments.runs [list|adopt|prune] [out=runs] [delete=true]"
 COMMANDS = ("list", "adopt", "prune")

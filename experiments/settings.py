@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from foreshock.experiments.validation import Distinct, Node, check_node
 from pydantic import ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
+
+from foreshock.experiments.validation import Distinct, Node, check_node
 
 
 class TrainCommand(Node):

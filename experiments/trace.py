@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from foreshock.experiments.files import damage, read_checked, sealed, sha256, unsealed, write_whole
 from foreshock.experiments.migration import from_schema_2
 from foreshock.monitors.signal import Signal, read_signal

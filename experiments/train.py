@@ -8,6 +8,8 @@ from typing import Any
 
 import hydra
 import torch
+from omegaconf import DictConfig, OmegaConf
+
 from foreshock.experiments.build import Run, build_run
 from foreshock.experiments.cli import CONF, guarded, one_line_errors
 from foreshock.experiments.pieces import Unfinished
@@ -18,7 +20,6 @@ from foreshock.experiments.training.loop import train
 from foreshock.experiments.training.stopping import asked
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.base import Signal
-from omegaconf import DictConfig, OmegaConf
 
 
 def describe(run: Run) -> str:

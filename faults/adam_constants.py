@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
+
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
 from foreshock.faults.operation import Operation, Training
@@ -78,7 +79,7 @@ class AdamConstants(OperationFault):
         if self.epsilon is not None and not 0 <= self.epsilon < math.inf:
             raise ValueError(f"fault.epsilon={self.epsilon} is not allowed: 0 or more, or null for the run's own")
         if self.beta1 is None and self.beta2 is None and self.epsilon is None:
-            raise ValueError("fault.beta1=None is not allowed: give at least one of beta1, beta2 and epsilon")
+            raise ValueError("fault.beta1=None, fault.beta2=None and fault.epsilon=None: give at least one of them")
         super().__post_init__()
 
     @cached_property

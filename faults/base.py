@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from foreshock.faults.card import Injection, InjectionCard
+from foreshock.faults.card import Injection, InjectionCard, check_family
 from foreshock.faults.operation import Operation, OptimizerOperation, SiteValue, TensorOperation, Training
 from foreshock.faults.window import Window
 from foreshock.models.arithmetic import ORDINARY
@@ -141,8 +141,9 @@ class Fault(Protocol):
 class WindowedFault:
     """The fields that all faults with a window share.
 
-    onset: first faulty update; duration: updates, or None for no end; every: only each so many-th update from the
-    onset on, 1 for all; family: the kind of fault, for tables. Raises ValueError on an impossible window, by name.
+    onset: first faulty update; duration: updates, or None for no end; every: period in updates, of which the first is
+    faulty, 1 for every update; family: of ``faults.card.FAMILIES``. Raises ValueError on an impossible window, by
+    name.
     """
 
     onset: int = 0
@@ -152,6 +153,7 @@ class WindowedFault:
 
     def __post_init__(self) -> None:
         self.window  # noqa: B018  (building it checks its fields)
+        check_family(self.family)
 
     @cached_property
     def window(self) -> Window:

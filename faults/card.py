@@ -8,6 +8,30 @@ from typing import Any
 
 from foreshock.faults.window import Window
 
+FAMILIES = (
+    "attention_numerics",
+    "module_numerics",
+    "gradients",
+    "optimizer",
+    "schedule",
+    "weights",
+    "data",
+    "experts",
+    "recompute",
+    "resume",
+    "system",
+    "ranks",
+    "combined",
+    "other",
+)
+"""What a fault breaks, for tables."""
+
+
+def check_family(family: str) -> None:
+    """Raises ValueError for a family that is not one of ``FAMILIES``."""
+    if family not in FAMILIES:
+        raise ValueError(f"fault.family={family!r} is not allowed: one of {', '.join(FAMILIES)}")
+
 
 @dataclass(frozen=True)
 class Injection:

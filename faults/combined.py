@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from foreshock.faults.base import Fault, Sites
-from foreshock.faults.card import InjectionCard
+from foreshock.faults.card import InjectionCard, check_family
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Combined:
     def __post_init__(self) -> None:
         if not self.faults:
             raise ValueError("fault.faults={} is not allowed: name at least one fault")
+        check_family(self.family)
 
     @property
     def onset(self) -> int | None:

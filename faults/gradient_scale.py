@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch import Tensor
+
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
 from foreshock.faults.operation import Moment, Operation, Training
 from foreshock.models.transformer import PARAMETER_GROUPS, TransformerConfig, parameter_group, skeleton
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
 from foreshock.faults.operation import Moment, Operation
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class RandomTargets(Operation):
 class LabelNoise(OperationFault):
     """A share of the targets is another token than the right one, at the steps of a window.
 
-    What breaks: data whose next token does not follow, by corrupt shards or wrong labels, of unknown report.
+    What breaks: corrupt shards or wrong labels, so that the next token does not follow. No public report is known.
     Equation: at ceil(share x B T) positions of the batch, drawn without replacement, y <- (y + u) mod V with u uniform
-    on 1 to V - 1, so that each of them is uniform over all wrong tokens (the symmetric noise of arXiv:1611.03530). The
-    inputs stay right, other than in a corrupt corpus, where a wrong token is an input too. The held-out batch stays
-    right. The draw is a pure function of seed and step.
+    on 1 to V - 1, so that each of them is uniform over all wrong tokens (the random labels of arXiv:1611.03530, without
+    the right one). The draw is a pure function of seed and step. Inputs and the held-out batch stay right; a corrupt
+    corpus, where a wrong token is an input too, is not modelled.
 
     share: 0 (the healthy control) to 1. Raises ValueError on impossible values, by name.
     """

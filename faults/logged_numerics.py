@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from torch import Tensor
+
 from foreshock.faults.log import InjectionLog
 from foreshock.models.numerics import AttentionNumerics, LayerNumerics
 from foreshock.models.stacked import StackedNumerics
-from torch import Tensor
 
 
 class _LoggedLayer(LayerNumerics):

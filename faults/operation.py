@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from foreshock.models.transformer import TransformerConfig
 from torch import Tensor
+
+from foreshock.models.transformer import TransformerConfig
 
 
 class Training(Protocol):

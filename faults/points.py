@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
+
 from foreshock.faults.operation import Moment, OptimizerOperation, TensorOperation
 from foreshock.models.batch import inputs_and_targets
 from foreshock.models.corruption import Log
-from torch import Tensor, nn
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
+
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
 from foreshock.faults.operation import Moment, Operation, Training
 from foreshock.models.transformer import TransformerConfig, skeleton
-from torch import Tensor
 
 SIGN_BIT = 32
 

@@ -30,13 +30,14 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from foreshock.models.arithmetic import product_in_bf16, row_shift
 from foreshock.models.flash import flash_attention_triton
 from foreshock.models.numerics import HEALTHY_LAYER, LayerNumerics, to_bf16_grid
 from foreshock.models.tiles import Tiles
 from foreshock.models.visibility import check_shapes, score_mask, visible_keys
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 LOG2_E = math.log2(math.e)
 """Kernels take exp(x) as exp2(x log2 e); so do we, and on a CPU it is the fast one at -inf."""

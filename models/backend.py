@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+
 from foreshock.models.flash import D_HEADS, load_kernels, takes_d_head
 
 BACKENDS = ("auto", "reference", "triton", "sdpa")

@@ -13,8 +13,9 @@ from functools import lru_cache
 from types import MappingProxyType
 
 import torch
-from foreshock.models.visibility import visible_keys
 from torch import Tensor
+
+from foreshock.models.visibility import visible_keys
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 

@@ -19,8 +19,9 @@ from types import MethodType
 from typing import Any
 
 import torch
-from foreshock.models.transformer import Block, Transformer
 from torch import Tensor
+
+from foreshock.models.transformer import Block, Transformer
 
 
 def _before_attention(block: Block, x_BTE: Tensor) -> tuple[Tensor, ...]:

@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
 from foreshock.models.attention import DotProduct
 from foreshock.models.bits import BitOperation
 from foreshock.models.transformer import TransformerConfig, skeleton
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 MODULE_SITES = ("y", "dy", "dx", "dw")
 """Of a module: its output; the gradient that arrives at its output (of the head: what the loss kernel computed); the

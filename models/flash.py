@@ -15,12 +15,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
+
 from foreshock.models.flash_arithmetic import KernelArithmetic, encode_arithmetic
 from foreshock.models.flash_faults import BACKWARD, FORWARD, AttentionShape, constants, encode, fault_table, operation
 from foreshock.models.numerics import SITES, LayerNumerics
 from foreshock.models.tiles import Tiles
 from foreshock.models.visibility import check_shapes
-from torch import Tensor
 
 FORBIDDEN = 2
 """``torch.get_deterministic_debug_mode`` where what is not deterministic is an error, and not a warning."""

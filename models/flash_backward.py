@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from foreshock.models.flash_bits import round_to_bf16, widen
 from foreshock.models.flash_scores import base_2, scores
 from foreshock.models.flash_sites import DELTA, DO, DP, DS, O, P, corrupt

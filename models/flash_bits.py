@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from foreshock.models.flash_faults import OPERATION_NUMBERS
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from foreshock.models.flash_backward import probability
 from foreshock.models.flash_bits import product
 from foreshock.models.flash_sites import DELTA, DO, DP, LSE, K, Q, V, corrupt

@@ -8,9 +8,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from foreshock.models.bits import GOLDEN
 from foreshock.models.numerics import CAUSAL_SITES, KEY_VALUE_SITES, SITES, LayerNumerics
-from torch import Tensor
 
 OPERATION_NUMBERS = {"truncate": 1, "round_half_up": 2, "flip": 3}
 """Name in ``models.bits.ROUNDINGS`` -> the number that a kernel is compiled for, up to 7; 0 is no operation."""

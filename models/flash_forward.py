@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from foreshock.models.flash_bits import product, round_to_bf16, widen
 from foreshock.models.flash_scores import base_2, moved_maximum, scores
 from foreshock.models.flash_sites import K, O, P, Q, V, corrupt, operation

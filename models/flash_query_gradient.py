@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from foreshock.models.flash_backward import probability, score_gradient
 from foreshock.models.flash_bits import product, round_to_bf16
 from foreshock.models.flash_sites import DO, DQ, LSE, K, Q, V, corrupt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from foreshock.models.flash_bits import round_to_bf16
 from foreshock.models.flash_sites import DQ, corrupt
 from foreshock.models.flash_tiles import load_tile, store_tile

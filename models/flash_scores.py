@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from foreshock.models import arithmetic
 from foreshock.models.flash_bits import product
 from foreshock.models.flash_sites import K, S, corrupt, operation

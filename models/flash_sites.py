@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from foreshock.models import flash_faults
 from foreshock.models.bits import GOLDEN as GOLDEN_RATIO
 from foreshock.models.flash_bits import operate, round_to_bf16, widen

@@ -14,10 +14,11 @@ from functools import cached_property
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+
 from foreshock.models.mlp import MLP
 from foreshock.models.numerics import at_least_fp32
 from foreshock.models.precision import as_autocast, outside_autocast
-from torch import Tensor
 
 MOST_EXPERTS, MOST_SHARED = 4096, 2**20
 """The largest number of experts, and width of the shared one."""

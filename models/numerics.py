@@ -8,9 +8,10 @@ from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
+
 from foreshock.models.arithmetic import ORDINARY, Arithmetic
 from foreshock.models.bits import BitOperation
-from torch import Tensor
 
 
 class Heads(Protocol):

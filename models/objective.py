@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from foreshock.models.attention import DotProduct
-from foreshock.models.transformer import Transformer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from foreshock.models.attention import DotProduct
+from foreshock.models.transformer import Transformer
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from foreshock.models.moe import GroupedLinear
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from foreshock.models.moe import GroupedLinear
 
 ROWS, COLUMNS = "rows", "columns"
 

@@ -19,11 +19,12 @@ from itertools import groupby
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+
 from foreshock.models.attention import DotProduct
 from foreshock.models.moe import Routing
 from foreshock.models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
 from foreshock.models.transformer import RMSNorm, Transformer, parameter_group
-from torch import Tensor
 
 
 def _over_axes(weight_ND: Tensor, like: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn as nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
 from foreshock.models.attention import DotProduct
 from foreshock.models.moe import GroupedLinear
 from foreshock.models.products import Product, Watching, product_of
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 PLACES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "dot_product": (DotProduct,),

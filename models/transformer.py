@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+
 from foreshock.models.attention import DotProduct
 from foreshock.models.backend import BACKENDS, resolve_backend
 from foreshock.models.batch import inputs_and_targets
@@ -21,7 +23,6 @@ from foreshock.models.moe import MoE, MoEConfig, Routing, auxiliary_loss
 from foreshock.models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
 from foreshock.models.precision import as_autocast, in_own_precision, outside_autocast
 from foreshock.models.tiles import Tiles, pinned_tiles
-from torch import Tensor
 
 CHOICES = {
     "norm": ("layernorm", "rmsnorm"),

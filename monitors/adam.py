@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from torch import Tensor
+
+from foreshock.monitors.base import Needs, Reading, Signal, StepView
 
 OUT_OF_DATE = 2.3
 """The RMS of an update above which StableAdamW holds that v is out of date."""

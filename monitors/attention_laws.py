@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
+
 from foreshock.monitors import conservation, rounding
 from foreshock.monitors.attention_twin import Twin, twin_of
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
@@ -14,7 +16,6 @@ from foreshock.monitors.kernel_rounding import kernel_rounding
 from foreshock.monitors.law import IN_ATTENTION, KEY_SHIFT, QK_GAUGE, VALUE_SHIFT, VO_GAUGE, Law
 from foreshock.monitors.rounding import beyond_rounding
 from foreshock.monitors.signal import OVER_NOISE, with_ratio
-from torch import Tensor
 
 Residual = Callable[[DotProductStep], conservation.Difference]
 Noise = Callable[[Twin], Tensor]

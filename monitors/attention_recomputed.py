@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+
 from foreshock.monitors.attention_laws import over_rows
 from foreshock.monitors.attention_twin import twin_of
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
@@ -20,7 +22,6 @@ from foreshock.monitors.kernel_rounding import UNROUNDED, KernelRounding, kernel
 from foreshock.monitors.law import DK, DQ, DV, IN_ATTENTION, Law
 from foreshock.monitors.rounding import FP32_U
 from foreshock.monitors.signal import OVER_NOISE, with_ratio
-from torch import Tensor
 
 NAME = "attention_recomputed"
 PARTS = ("o", "dq", "dk", "dv")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
+
 from foreshock.models.numerics import at_least_fp32
 from foreshock.models.taps import Tap
 from foreshock.models.visibility import score_mask
@@ -13,7 +15,6 @@ from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn
 from foreshock.monitors.conservation import per_query_head
 from foreshock.monitors.trailing import on_trailing_axes
-from torch import Tensor
 
 
 def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, Tensor]:

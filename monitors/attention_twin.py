@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+from torch import Tensor
+
 from foreshock.models.numerics import to_bf16_grid
 from foreshock.models.visibility import score_mask
 from foreshock.monitors.attention_scores import masked_scores
@@ -26,7 +28,6 @@ from foreshock.monitors.conservation import over_group, per_query_head, squared_
 from foreshock.monitors.dot_product import DotProductStep
 from foreshock.monitors.fast_exp import fast_exp
 from foreshock.monitors.kernel_rounding import KernelRounding
-from torch import Tensor
 
 TILE = 64
 """Queries computed at a time where the kernel does not fix it: keys after the last of them are not read."""

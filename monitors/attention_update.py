@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
+
 from foreshock.models.transformer import Transformer, TransformerConfig
 from foreshock.monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.spectra import qk_increment, singular_values, spectral_entropy, stable_rank
-from torch import Tensor
 
 MATRICES = ("q", "k", "v", "o")
 PER_HEAD = ("layer", "head")

@@ -30,9 +30,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from foreshock.monitors.conservation import squared_norm, squared_norm_fp64
 from foreshock.monitors.fp32_rounding import LinearStep
-from torch import Tensor
 
 BF16_U2 = 2.0**-14 / 24
 """Mean square of the relative error of one rounding to BF16, over a uniform mantissa."""

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor, nn
+
 from foreshock.models.moe import Routing
 from foreshock.models.numerics import HEALTHY, AttentionNumerics
 from foreshock.models.taps import NO_TAPS, Taps
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.needs import Lookback, Needs
 from foreshock.monitors.signal import Signal
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

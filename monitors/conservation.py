@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from foreshock.models.numerics import at_least_fp32
 from torch import Tensor
+
+from foreshock.models.numerics import at_least_fp32
 
 CACHED = 2**17
 """Numbers in a block of a long sum on a CPU: half a megabyte in FP32, one in FP64."""

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from foreshock.monitors.adam import AdamState
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.trailing import on_trailing_axes
-from torch import Tensor
 
 FIRST_ITERATIONS = 4
 """Power iterations of the first reading, which has no vector to start from but the gradient."""

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from foreshock.models.numerics import at_least_fp32
 from foreshock.models.taps import Tap
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from foreshock.monitors.trailing import on_trailing_axes
 from torch import Tensor
+
+from foreshock.monitors.trailing import on_trailing_axes
 
 Solver = Callable[[Tensor], tuple[Tensor, ...]]
 

@@ -40,10 +40,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
+
 from foreshock.models.numerics import at_least_fp32
 from foreshock.models.taps import Tap
 from foreshock.monitors.conservation import squared_norm, squared_norm_fp64
-from torch import Tensor
 
 FP32_U2 = 2.0**-46 / 24
 """Mean square of the relative error of one rounding to FP32."""

@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from foreshock.monitors.attention_scores import causal_scores, tapped_inputs, window_of
 from foreshock.monitors.attention_update import attention_weights, stack_matrix
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn
 from foreshock.monitors.eigen import eigenvalues, eigenvectors, small_singular_values
 from foreshock.monitors.spectra import singular_values
-from torch import Tensor
 
 BISECTIONS = 40
 """Halvings of an interval no longer than 1: about 1e-12."""

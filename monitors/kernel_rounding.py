@@ -12,9 +12,10 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from foreshock.models.taps import Tap
 from foreshock.monitors.fast_exp import fast_exp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)

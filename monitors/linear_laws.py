@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
 from foreshock.models.taps import Tap
 from foreshock.monitors import autocast_rounding, conservation, fp32_rounding
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
@@ -15,7 +17,6 @@ from foreshock.monitors.conservation import relative
 from foreshock.monitors.fp32_rounding import LinearStep
 from foreshock.monitors.law import LINEAR, ROUTER, Law
 from foreshock.monitors.signal import OVER_NOISE, with_ratio
-from torch import Tensor
 
 ATTENTION = {part: f"attention.{part}" for part in "qkvo"}
 DENSE = {part: f"mlp.{part}" for part in ("input", "gate", "output")}

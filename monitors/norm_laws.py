@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+
 from foreshock.models.taps import Tap
 from foreshock.monitors import conservation, fp32_rounding
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
@@ -14,7 +16,6 @@ from foreshock.monitors.conservation import relative
 from foreshock.monitors.fp32_rounding import NormStep
 from foreshock.monitors.law import NORM, Law
 from foreshock.monitors.signal import OVER_NOISE, with_ratio
-from torch import Tensor
 
 BLOCK_NORMS = {
     "attention": "attention_norm",

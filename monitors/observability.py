@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.signal import EXACT
 

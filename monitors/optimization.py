@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from foreshock.monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
 from torch import Tensor
+
+from foreshock.monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
 
 FAMILY = "optimization"
 

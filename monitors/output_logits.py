@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from foreshock.models.numerics import at_least_fp32
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn

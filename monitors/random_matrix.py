@@ -16,6 +16,10 @@ import math
 from functools import lru_cache
 
 import torch
+from scipy.integrate import quad
+from scipy.optimize import brentq
+from torch import Tensor
+
 from foreshock.monitors.attention_update import (
     PER_HEAD,
     attention_weights,
@@ -28,9 +32,6 @@ from foreshock.monitors.attention_update import (
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.spectra import increment_singular_values, singular_values, spectral_entropy
 from foreshock.monitors.trailing import on_trailing_axes
-from scipy.integrate import quad
-from scipy.optimize import brentq
-from torch import Tensor
 
 TRACY_WIDOM_95 = 0.9793
 """95 % quantile of the Tracy-Widom law of real matrices (beta = 1)."""

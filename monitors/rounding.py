@@ -33,9 +33,10 @@ predictions are mean squares, (B, G), in the squared unit of the law's numerator
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from foreshock.monitors.attention_twin import Twin
 from foreshock.monitors.conservation import over_group, per_query_head, relative, size, squared_norm
-from torch import Tensor
 
 FP32_U = 2.0**-24
 """Largest relative error of one rounding to FP32."""

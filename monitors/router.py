@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from torch import Tensor
+
+from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 
 PER_LAYER = ("layer",)
 FAMILY = "router"

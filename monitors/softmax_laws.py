@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from foreshock.models.numerics import at_least_fp32
 from foreshock.monitors import autocast_rounding, conservation, fp32_rounding
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
@@ -12,7 +14,6 @@ from foreshock.monitors.fp32_rounding import LinearStep
 from foreshock.monitors.law import LOSS, ROUTER, Law
 from foreshock.monitors.linear_laws import all_seen
 from foreshock.monitors.signal import OVER_NOISE, with_ratio
-from torch import Tensor
 
 
 def _both(name: str, broken: Broken, noise: Tensor) -> dict[str, Tensor]:

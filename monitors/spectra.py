@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from foreshock.monitors.eigen import eigenvalues
 from foreshock.monitors.trailing import on_trailing_axes
-from torch import Tensor
 
 
 def spectral_entropy(singular_values: Tensor, alpha: float = 2.0) -> Tensor:

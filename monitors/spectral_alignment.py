@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+
 from foreshock.models.numerics import at_least_fp32
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.eigen import eigenvectors
-from torch import Tensor
 
 LAYERS = {
     "q": "attention.q",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from foreshock.monitors.attention_update import PER_HEAD, attention_weights, head_blocks, stack_matrix
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.spectra import singular_values

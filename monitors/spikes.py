@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.signal import EXACT
-from torch import Tensor
 
 SIGMAS = 7.0
 """Standard deviations from the rolling mean at which OLMo 2 calls a value a spike."""

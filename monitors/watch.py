@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from foreshock.monitors.base import Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
 from torch import nn
+
+from foreshock.monitors.base import Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
 
 
 class Watch:

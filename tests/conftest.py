@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from foreshock.experiments.build import ROOT, build_run
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+
+from foreshock.experiments.build import ROOT, build_run
 
 CONF = ROOT / "conf"
 TINY = [

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import Tensor
+
 from foreshock.experiments.training.gradients import backward
 from foreshock.faults.base import Sites
 from foreshock.models.corruption import Corrupted, ModuleFault
 from foreshock.models.numerics import HEALTHY, AttentionNumerics
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.base import StepView
-from torch import Tensor
 
 
 def view_of_gradients(

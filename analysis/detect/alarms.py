@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 
 import numpy as np
+
 from foreshock.analysis.detect.charts import AlarmRule, Chart, Persistent
 
 
@@ -51,10 +52,10 @@ def _statistics(rule: AlarmRule, series: Sequence[np.ndarray]) -> list[np.ndarra
     alike: dict[bytes, list[int]] = {}
     for i, x in enumerate(series):
         alike.setdefault(np.isnan(x).tobytes(), []).append(i)
-    found: dict[int, np.ndarray] = {}
+    statistics: dict[int, np.ndarray] = {}
     for group in alike.values():
-        found |= zip(group, rule.statistic(np.stack([series[i] for i in group])), strict=True)
-    return [found[i] for i in range(len(series))]
+        statistics |= zip(group, rule.statistic(np.stack([series[i] for i in group])), strict=True)
+    return [statistics[i] for i in range(len(series))]
 
 
 def conformal_rank(n: int, alpha: float) -> int:

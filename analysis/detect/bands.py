@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from foreshock.analysis.detect.rounding import mean_resolution
 from foreshock.analysis.runs.align import Aligned, broken
 
@@ -79,14 +80,14 @@ def _median(values: np.ndarray) -> np.ndarray:
 def _pooled_median(residual: np.ndarray) -> np.ndarray:
     """(T, layers): median of (T, layers, n) over n and the +-10 samples that there are, NaN left out."""
     first, last = POOL_SAMPLES, max(POOL_SAMPLES, len(residual) - POOL_SAMPLES)
-    found = np.full(residual.shape[:2], np.nan)
+    spread = np.full(residual.shape[:2], np.nan)
     if last > first:
         windows = np.lib.stride_tricks.sliding_window_view(residual, 2 * POOL_SAMPLES + 1, axis=0)
-        found[first:last] = _median(windows.reshape(*windows.shape[:2], -1))
+        spread[first:last] = _median(windows.reshape(*windows.shape[:2], -1))
     for t in (*range(min(first, len(residual))), *range(last, len(residual))):
         near = np.moveaxis(residual[max(0, t - POOL_SAMPLES) : t + POOL_SAMPLES + 1], 0, -1)
-        found[t] = _median(near.reshape(len(near), -1))
-    return found
+        spread[t] = _median(near.reshape(len(near), -1))
+    return spread
 
 
 def _centre_and_scale(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,11 +106,11 @@ def left_out_z(reference: Sequence[Aligned]) -> list[np.ndarray]:
     NaN where a sample is missing, or where the others have none or no spread; Inf kept.
     """
     values = [finite_or_inf(series) for series in reference]
-    found = []
+    scores = []
     for i, own in enumerate(values):
         centre, scale = _centre_and_scale(np.concatenate(values[:i] + values[i + 1 :], axis=2))
-        found.append((own - centre[..., None]) / np.where(scale > 0, scale, np.nan)[..., None])
-    return found
+        scores.append((own - centre[..., None]) / np.where(scale > 0, scale, np.nan)[..., None])
+    return scores
 
 
 @dataclass(frozen=True)

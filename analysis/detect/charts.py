@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from foreshock.analysis.detect.rounding import mean_resolution
 from scipy.signal import lfilter
+
+from foreshock.analysis.detect.rounding import mean_resolution
 
 
 @runtime_checkable
@@ -186,12 +187,12 @@ class Persistent:
 
     def statistic(self, x: np.ndarray) -> np.ndarray:
         """(..., T) -> (..., T), as the rule takes it."""
-        found = np.asarray(self.rule.statistic(x), float)
-        lowest = found.copy()
+        statistic = np.asarray(self.rule.statistic(x), float)
+        lowest = statistic.copy()
         for back in range(1, self.samples):
-            lowest[..., back:] = np.minimum(lowest[..., back:], found[..., :-back])
+            lowest[..., back:] = np.minimum(lowest[..., back:], statistic[..., :-back])
         lowest[..., : self.samples - 1] = np.nan
-        return np.where(np.isposinf(found), np.inf, lowest)  # what is broken need not prove that it stays so
+        return np.where(np.isposinf(statistic), np.inf, lowest)  # what is broken need not prove that it stays so
 
 
 def _shiryaev_roberts(shifts: tuple[float, ...]) -> AlarmRule:

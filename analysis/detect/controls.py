@@ -30,7 +30,7 @@ def step_counter(run: ScoredRun, experiment: Experiment, alpha: float) -> int | 
 
     A monitor that only tells how old a run is can do no better.
     """
-    reach = sorted(one.horizon for one in experiment.of("calibration"))
+    reach = sorted(other.horizon for other in experiment.of("calibration"))
     return reach[-1] + 1 if run.horizon > reach[-1] else None
 
 

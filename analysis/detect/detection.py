@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+
 from foreshock.analysis.detect.alarms import chart_statistics, conformal_threshold, first_alarm, fitted, oriented
 from foreshock.analysis.detect.bands import DeclinedSignal, Exact
 from foreshock.analysis.detect.charts import AlarmRule
@@ -52,8 +53,8 @@ class Detector:
 
 
 def _earliest(charts: Sequence[Chart], limits: Sequence[float]) -> int | None:
-    found = [first_alarm(statistic, where, limit) for (where, statistic), limit in zip(charts, limits, strict=True)]
-    return min((alarm for alarm in found if alarm is not None), default=None)
+    alarms = [first_alarm(statistic, where, limit) for (where, statistic), limit in zip(charts, limits, strict=True)]
+    return min((alarm for alarm in alarms if alarm is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,10 @@ class Detection:
                 self._sides[signal] = self._judge(signal)
             except (DeclinedSignal, TraceError) as reason:
                 self._sides[signal] = DeclinedSignal(str(reason))
-        found = self._sides[signal]
-        if isinstance(found, DeclinedSignal):
-            raise found
-        return found
+        sides = self._sides[signal]
+        if isinstance(sides, DeclinedSignal):
+            raise sides
+        return sides
 
     def left_out(self, signal: str) -> list[tuple[np.ndarray, ...]]:
         """Of each reference run its one-sided worst series, judged without its own part in the band."""
@@ -127,7 +128,7 @@ class Detection:
 
     def _judge(self, signal: str) -> dict[str, Sides]:
         described = self._described(signal)
-        self.track.check_has_say(described)
+        self.track.check_applies(described)
         aligned = self.aligned(signal)
         self._reference[signal] = [aligned[run.trace.run_id] for run in self.experiment.of("reference")]
         if described.kind == EXACT:
@@ -169,24 +170,24 @@ class Detection:
                 return Detector(name, tuple(signals), declined=f"{name}: not finite in calibration run {run}")
         threshold = conformal_threshold(list(maxima.values()), alpha)
         scored = {run: charts[run] for run in self._runs("test", "faulty")}
-        found = Detector(name, tuple(signals), threshold, charts=scored, maxima=maxima, scales=scales)
+        detector = Detector(name, tuple(signals), threshold, charts=scored, maxima=maxima, scales=scales)
         if isinstance(rule, FromFile):
             try:
-                self._check_causal(rules, found.limits())
+                self._check_causal(rules, detector.limits())
             except BadEntrant as reason:
                 return Detector(name, tuple(signals), declined=str(reason))
-        return replace(found, alarms=found.alarms_at(threshold))
+        return replace(detector, alarms=detector.alarms_at(threshold))
 
     def _check_causal(self, rules: Mapping[str, Sequence[AlarmRule]], limits: Sequence[float]) -> None:
         """Looks for a statistic that knows the future in every run, above all where it decides something."""
         for (signal, of_sides), limit in zip(rules.items(), limits, strict=True):
             sides = self.sides(signal)
             for run in self._runs("calibration", "test", "faulty"):
-                for one, x in zip(of_sides, sides[run].series, strict=True):
-                    statistic = one.statistic(x)
+                for rule, x in zip(of_sides, sides[run].series, strict=True):
+                    statistic = rule.statistic(x)
                     alarm = np.flatnonzero(statistic > limit)[:1]
                     largest = np.flatnonzero(statistic == np.nanmax(statistic, initial=-np.inf))[:1]
-                    check_causal(one, x, [*alarm, *largest])
+                    check_causal(rule, x, [*alarm, *largest])
 
     def _runs(self, *roles: str) -> list[str]:
         return [run.trace.run_id for run in self.experiment.of(*roles)]
@@ -207,8 +208,8 @@ class Detection:
         for signal, of_sides in rules.items():
             sides = self.sides(signal)
             charted = chart_statistics([sides[run].series for run in charts], of_sides)
-            for (run, found), statistic in zip(charts.items(), charted, strict=True):
-                found.append((sides[run].positions, statistic))
+            for (run, of_run), statistic in zip(charts.items(), charted, strict=True):
+                of_run.append((sides[run].positions, statistic))
         return charts
 
     def _scales(self, rules: Mapping[str, Sequence[AlarmRule]]) -> tuple[Scale, ...]:
@@ -232,7 +233,7 @@ class Detection:
         try:
             described = {signal: self._described(signal) for signal in signals}
             for signal in described.values():
-                track.check_has_say(signal)
+                track.check_applies(signal)
             aligned = {signal: self.aligned(signal) for signal in signals}
         except (DeclinedSignal, TraceError) as reason:
             return Detector(name, tuple(signals), declined=str(reason))
@@ -270,8 +271,8 @@ def _check_whole(signal: str, run: ScoredRun, series: Series, reference: Series,
     if run.role == "reference" and len(series.steps) and series.steps[-1] + every <= min(done, reference.steps[-1]):
         raise TraceError(f"run {run.trace.run_id}: {signal} ends at step {series.steps[-1]}, the run at {done}")
     last = min(done, reference.steps[-1])
-    expected, found = (steps[steps <= last] for steps in (reference.steps, series.steps))
-    if not np.array_equal(expected, found):
-        lost = np.setdiff1d(expected, found)
+    expected, recorded = (steps[steps <= last] for steps in (reference.steps, series.steps))
+    if not np.array_equal(expected, recorded):
+        lost = np.setdiff1d(expected, recorded)
         said = f"no sample of {signal} at step {lost[0]}" if len(lost) else f"samples of {signal} that no other run has"
         raise TraceError(f"run {run.trace.run_id} has {said}")

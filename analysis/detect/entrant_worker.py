@@ -54,12 +54,12 @@ def load(path: Path) -> tuple[ModuleType, list[str]]:
 
 def statistic(rule: Any, x: np.ndarray) -> np.ndarray:
     """(T,) -> (T,), FP64. Raises Unusable on another shape, or on what are no real numbers."""
-    found = np.asarray(rule.statistic(x.copy()))
-    if found.shape != x.shape:
-        raise Unusable(f"statistic returned shape {found.shape} for {x.shape}: one value a sample is needed")
-    if found.dtype.kind not in REAL_NUMBERS:
-        raise Unusable(f"statistic returned dtype {found.dtype}: real numbers are needed")
-    return found.astype("<f8")
+    values = np.asarray(rule.statistic(x.copy()))
+    if values.shape != x.shape:
+        raise Unusable(f"statistic returned shape {values.shape} for {x.shape}: one value a sample is needed")
+    if values.dtype.kind not in REAL_NUMBERS:
+        raise Unusable(f"statistic returned dtype {values.dtype}: real numbers are needed")
+    return values.astype("<f8")
 
 
 class Link:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from foreshock.analysis.detect.charts import AlarmRule
 from foreshock.analysis.detect.isolation import DEFAULT_LIMITS, Failed, Limits, Worker
 
@@ -41,13 +42,13 @@ class FromFile:
 
     def statistic(self, x: np.ndarray) -> np.ndarray:
         try:
-            found = self.worker.statistic(self.number, x)
+            values = self.worker.statistic(self.number, x)
         except Failed as reason:
             raise BadEntrant(str(reason)) from None
         # A detector that loses an infinite sample, or its own mind, must not fall silent; it may need a while to start.
         infinite = np.maximum.accumulate(np.isposinf(x))
-        lost = np.isnan(found) & ~np.isnan(x) & np.maximum.accumulate(~np.isnan(found))
-        return np.where(infinite | np.maximum.accumulate(lost), np.inf, found)
+        lost = np.isnan(values) & ~np.isnan(x) & np.maximum.accumulate(~np.isnan(values))
+        return np.where(infinite | np.maximum.accumulate(lost), np.inf, values)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.detect.controls import CONTROLS
 from foreshock.analysis.runs.csv_table import read_table
 from foreshock.analysis.runs.experiment import Experiment, ScoredRun
@@ -21,8 +22,8 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
     runs, steps that are no whole numbers from 0, alarms after a run's end, a control's name, and files without a scored
     run (test or faulty), naming file and line.
     """
-    runs = {run.trace.run_id: (index, run) for index, one in enumerate(experiments) for run in one.runs}
-    found: list[dict[str, dict[str, int | None]]] = [{} for _ in experiments]
+    runs = {run.trace.run_id: (index, run) for index, experiment in enumerate(experiments) for run in experiment.runs}
+    alarms: list[dict[str, dict[str, int | None]]] = [{} for _ in experiments]
     listed: set[tuple[str, str]] = set()
     for path in paths:
         table = read_table(path, f"alarms={path}", ("run_id", "monitor", "step"), text=("run_id", "monitor"))
@@ -42,13 +43,12 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
             step = _step(row.step, run, experiments[index], where)
             if run.role in ("test", "faulty"):
                 scored = True
-                blank: dict[str, int | None] = {
-                    one.trace.run_id: None for one in experiments[index].of("test", "faulty")
-                }
-                found[index].setdefault(row.monitor, blank)[row.run_id] = step
+                others = experiments[index].of("test", "faulty")
+                blank: dict[str, int | None] = {other.trace.run_id: None for other in others}
+                alarms[index].setdefault(row.monitor, blank)[row.run_id] = step
         if not scored:
             raise ValueError(f"alarms={path} lists no run that is scored: it needs test or faulty ones")
-    return found
+    return alarms
 
 
 def _step(given: Any, run: ScoredRun, experiment: Experiment, where: str) -> int | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from foreshock.analysis.detect.rounding import mean_resolution
 
 MIN_RUNS = 10

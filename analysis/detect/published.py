@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from foreshock.analysis.detect.bands import DeclinedSignal, finite_or_inf
 from foreshock.analysis.runs.align import Aligned
 from foreshock.monitors.signal import Signal

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from foreshock.analysis.detect.charts import Chart
-from foreshock.experiments.validation import Node, check_node
 from joblib import Parallel, cpu_count, delayed
 from pydantic import Field
+
+from foreshock.analysis.detect.charts import Chart
+from foreshock.experiments.validation import Node, check_node
 
 RIVER = {"adwin": "ADWIN", "page_hinkley": "PageHinkley", "kswin": "KSWIN"}
 """Names of conf/rule and classes of river.drift."""
@@ -76,7 +77,7 @@ class RiverDetector(Chart):
     def _of(self, z: np.ndarray) -> np.ndarray:
         series = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
         at_once = min(cpu_count(), len(series)) if self.name == "kswin" and z.size >= MANY_SAMPLES else 1
-        counts = Parallel(at_once)(delayed(self._count)(one) for one in series)
+        counts = Parallel(at_once)(delayed(self._count)(of_run) for of_run in series)
         return np.array(counts, float).reshape(z.shape)
 
     def _count(self, series: np.ndarray) -> np.ndarray:

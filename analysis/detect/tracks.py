@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
+from scipy.stats import norm
+
 from foreshock.analysis.detect.alarms import oriented, worst
 from foreshock.analysis.detect.bands import (
     SELF_WINDOW,
@@ -28,7 +30,6 @@ from foreshock.analysis.detect.bands import (
 from foreshock.analysis.detect.published import published_rule
 from foreshock.analysis.runs.align import Aligned
 from foreshock.monitors.signal import RATIO, Signal
-from scipy.stats import norm
 
 RANDOM_MATRIX = "random_matrix"
 """The family of scores that are 0 where there is nothing but noise."""
@@ -53,7 +54,7 @@ class Track:
     lists_declined: ClassVar[bool] = True
     healthy_roles: ClassVar[tuple[str, ...]] = ("test",)
 
-    def check_has_say(self, signal: Signal) -> None:
+    def check_applies(self, signal: Signal) -> None:
         """Raise DeclinedSignal where the track has nothing to say of a signal, whatever its values."""
 
     def lacks_baselines(self, declined: int, baselines: int) -> bool:
@@ -121,7 +122,7 @@ class SelfTrack(Charted):
 class FloorTrack(Charted):
     name = "floor"
 
-    def check_has_say(self, signal: Signal) -> None:
+    def check_applies(self, signal: Signal) -> None:
         if signal.family != RANDOM_MATRIX:
             check_ratio(signal, self.name)
 
@@ -146,7 +147,7 @@ class PublishedTrack(Raw):
 
     name, promises_rate, thresholds_are_scales = "published", False, False
 
-    def check_has_say(self, signal: Signal) -> None:
+    def check_applies(self, signal: Signal) -> None:
         published_rule(signal)
 
     def kind_of(self, signal: Signal) -> str:
@@ -165,7 +166,7 @@ class UniversalTrack(Raw):
 
     name, lists_declined, healthy_roles = "universal", False, ("test", "calibration")
 
-    def check_has_say(self, signal: Signal) -> None:
+    def check_applies(self, signal: Signal) -> None:
         check_ratio(signal, self.name)
         if not signal.universal:
             raise DeclinedSignal(f"{signal.name}: its predicted noise is a scale, and gives no threshold by itself")

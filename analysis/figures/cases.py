@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.figures.drawing import COLOURS, FAULTY, HEALTHY, save, style
 
 INSIDE = (0.9, 1.1)

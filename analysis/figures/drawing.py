@@ -13,10 +13,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import FuncFormatter
+
 from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 from foreshock.analysis.runs.readings import curve
 from foreshock.monitors.signal import RATIO
-from matplotlib.ticker import FuncFormatter
 
 COLOURS = sns.color_palette("colorblind")
 HEALTHY, FAULTY, ALARM = COLOURS[0], COLOURS[3], "#222222"

@@ -9,6 +9,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
 from foreshock.analysis.figures.drawing import ALARM, COLOURS, HEALTHY, PLAIN, pretty, save, style
 from foreshock.analysis.figures.point_names import label_points
 from foreshock.analysis.locate.fault_truth import broken_kernels
@@ -17,8 +20,6 @@ from foreshock.analysis.scores.contest import Contest
 from foreshock.analysis.scores.costs import detector_cost, monitor_costs
 from foreshock.analysis.scores.delays import delays, median_delay, oracles, sizes
 from foreshock.analysis.scores.table import median_step
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 NEVER = "none by\nthe end"
 MARKERS = "osD^vPX"

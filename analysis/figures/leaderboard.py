@@ -7,12 +7,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from foreshock.analysis.figures.drawing import ALARM, COLOURS, HEALTHY, THOUSANDS, pretty, save, style
-from foreshock.analysis.scores.contest import ALL_FAULTS, Contest, run_scores
-from foreshock.analysis.scores.leaderboard import board
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+
+from foreshock.analysis.figures.drawing import ALARM, COLOURS, HEALTHY, THOUSANDS, pretty, save, style
+from foreshock.analysis.scores.contest import ALL_FAULTS, Contest, run_scores
+from foreshock.analysis.scores.leaderboard import board
 
 BASELINE, ENTRANT, ASIDE = COLOURS[1], COLOURS[2], "0.55"
 COLOUR_OF_KIND = {

@@ -7,6 +7,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import NullFormatter
+
 from foreshock.analysis.figures.drawing import (
     ALARM,
     COLOURS,
@@ -26,9 +30,6 @@ from foreshock.analysis.runs.experiment import HEALTHY_ROLES, ScoredRun
 from foreshock.analysis.scores.contest import Contest
 from foreshock.analysis.scores.outcome import restricted_mean_lead
 from foreshock.analysis.scores.table import median_step
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import NullFormatter
 
 PANEL_INCHES = 1.95
 

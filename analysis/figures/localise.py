@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+
 from foreshock.analysis.figures.drawing import save, style
 from foreshock.analysis.locate.fault_truth import HEALTHY, OTHER
 from foreshock.analysis.locate.laws import ATTENTION

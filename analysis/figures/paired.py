@@ -6,10 +6,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
+
 from foreshock.analysis.figures.drawing import ALARM, FAULTY, HEALTHY, pretty, save, style
 from foreshock.analysis.runs.experiment import Experiment
 from foreshock.analysis.scores.paired import control_of, differences, drift_table, paired_table
-from matplotlib.ticker import MaxNLocator
 
 
 def paired_figure(experiment: Experiment, path: Path) -> str:

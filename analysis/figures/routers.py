@@ -10,6 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
+
 from foreshock.analysis.figures.drawing import (
     ALARM,
     COLOURS,
@@ -26,10 +31,6 @@ from foreshock.analysis.locate.selectivity import alarm_matrix
 from foreshock.analysis.runs.experiment import HEALTHY_ROLES, Experiment
 from foreshock.analysis.runs.readings import at_end, common_end, runs_of
 from foreshock.analysis.scores.contest import Contest
-from matplotlib.artist import Artist
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter
 
 
 def _fault_colours(faults: Sequence[str], doses: bool) -> dict[str, tuple]:

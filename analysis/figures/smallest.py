@@ -8,10 +8,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import LogNorm
+
 from foreshock.analysis.figures.drawing import save, style
 from foreshock.analysis.scores.contest import Contest
 from foreshock.analysis.scores.delays import smallest_table
-from matplotlib.colors import LogNorm
 
 NEVER = "–"
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from foreshock.analysis.runs.experiment import HEALTHY
-from foreshock.analysis.scores.outcome import IN_TIME, OUTCOMES
 from numpy.typing import NDArray
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from sklearn.model_selection import LeaveOneGroupOut
+
+from foreshock.analysis.runs.experiment import HEALTHY
+from foreshock.analysis.scores.outcome import IN_TIME, OUTCOMES
 
 PEAK_POWER = 0.20
 COLUMNS = ("run_id", "seed", "fault", "detector", "outcome")

@@ -50,7 +50,9 @@ def truth(fault: Mapping[str, Any], onset: int | None, experts: bool = False, sh
         return Truth(HEALTHY)
     if "faults" in fault:
         broken = [
-            t for t in (truth(one, onset, experts, shared) for one in fault["faults"].values()) if t.site_class != OTHER
+            t
+            for t in (truth(part, onset, experts, shared) for part in fault["faults"].values())
+            if t.site_class != OTHER
         ]
         return broken[0] if len(broken) == 1 else Truth(None if broken else OTHER)
     if "pv_accumulation" in fault:
@@ -76,10 +78,10 @@ def _of_attention(fault: Mapping[str, Any], shared: int) -> Truth:
 
 def _of_modules(fault: Mapping[str, Any], experts: bool) -> Truth:
     """Modules of one class and part, in one or more layers; of others together no verdict is derived."""
-    found = {_of_module(name, fault["site"], experts) for name in fault["modules"]}
-    if len(found) > 1:
+    places = {_of_module(name, fault["site"], experts) for name in fault["modules"]}
+    if len(places) > 1:
         return Truth(None)
-    site_class, part = found.pop()
+    site_class, part = places.pop()
     if site_class is None:
         return Truth(None)
     layers = [int(match[1]) for name in fault["modules"] if (match := re.match(r"blocks\.(\d+)\.", name))]

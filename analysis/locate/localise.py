@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.detect.alarms import conformal_threshold
 from foreshock.analysis.detect.bands import DeclinedSignal
 from foreshock.analysis.detect.detection import Detection
 from foreshock.analysis.locate.fault_truth import HEALTHY, OTHER, Truth, truth_of
 from foreshock.analysis.locate.laws import CLASSES, INPUTS
-from foreshock.analysis.locate.naming import NO_ALARM, Levels, Verdict, name_place, rolling_rms
+from foreshock.analysis.locate.naming import NO_ALARM, Levels, Verdict, name_site, rolling_rms
 from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 from foreshock.analysis.scores.inference import clopper_pearson_interval
 from foreshock.experiments.trace import TraceError
@@ -44,12 +45,12 @@ def localise(experiment: Experiment) -> Localisation:
     statistics, declined = _statistics(experiment)
     if not statistics:
         raise ValueError("localisation needs a conservation law over its predicted noise: no run has one")
-    by_run = {run.trace.run_id: [found[run.trace.run_id] for found in statistics.values()] for run in experiment.runs}
+    by_run = {run.trace.run_id: [levels[run.trace.run_id] for levels in statistics.values()] for run in experiment.runs}
     maxima = [_largest(by_run[run.trace.run_id]) for run in experiment.of("calibration")]
     threshold = conformal_threshold(maxima, experiment.alpha)
     if not np.isfinite(threshold):
         raise ValueError("localisation: a calibration run is not finite")
-    rows = [_row(run, name_place(by_run[run.trace.run_id], threshold)) for run in experiment.of("faulty", "test")]
+    rows = [_row(run, name_site(by_run[run.trace.run_id], threshold)) for run in experiment.of("faulty", "test")]
     table = pd.DataFrame(rows)
     for column in ("alarm_step", "verdict_step", "named_layer", "named_head"):
         table[column] = table[column].astype("Int64")
@@ -59,18 +60,18 @@ def localise(experiment: Experiment) -> Localisation:
 
 
 def _largest(signals: Sequence[Levels]) -> float:
-    return float(np.nanmax(np.concatenate([one.level.ravel() for one in signals]), initial=-np.inf))
+    return float(np.nanmax(np.concatenate([signal.level.ravel() for signal in signals]), initial=-np.inf))
 
 
 def _statistics(experiment: Experiment) -> tuple[dict[str, dict[str, Levels]], dict[str, str]]:
     """By signal and run, its levels; and what has none."""
     detection = Detection(experiment)
-    found, declined = {}, {}
+    statistics, declined = {}, {}
     for signal, described in experiment.signals.items():
         if described.law is None or not any(signal in run.trace.signals for run in experiment.runs):
             continue  # a law of a part that this model does not have
         try:
-            rms = {run: (one.positions, rolling_rms(one)) for run, one in detection.aligned(signal).items()}
+            rms = {run: (series.positions, rolling_rms(series)) for run, series in detection.aligned(signal).items()}
         except (DeclinedSignal, TraceError) as reason:
             declined[signal] = str(reason)
             continue
@@ -84,8 +85,8 @@ def _statistics(experiment: Experiment) -> tuple[dict[str, dict[str, Levels]], d
         with np.errstate(divide="ignore"):
             levels = {run: (where, np.log(x / usual) / np.log(reach / usual)) for run, (where, x) in rms.items()}
         law, axes = described.law, described.axes
-        found[signal] = {run: Levels(law, axes, where, level) for run, (where, level) in levels.items()}
-    return found, declined
+        statistics[signal] = {run: Levels(law, axes, where, level) for run, (where, level) in levels.items()}
+    return statistics, declined
 
 
 def _row(run: ScoredRun, named: Verdict) -> dict:
@@ -178,11 +179,11 @@ def shares_right(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("true_class")
 
 
-def sentences(found: Localisation) -> str:
+def sentences(localisation: Localisation) -> str:
     """What came out, in two sentences."""
-    broken = found.table[found.table["true_class"].isin(CLASSES)]
-    unknown = int(found.table["true_class"].isna().sum())
-    sound = found.table[found.table["true_class"].isin((HEALTHY, OTHER))]
+    broken = localisation.table[localisation.table["true_class"].isin(CLASSES)]
+    unknown = int(localisation.table["true_class"].isna().sum())
+    sound = localisation.table[localisation.table["true_class"].isin((HEALTHY, OTHER))]
 
     def share(what: str) -> str:
         known = broken[f"{what}_right"].dropna()
@@ -200,5 +201,5 @@ def sentences(found: Localisation) -> str:
         f"{int(broken['inexact'].sum())} patterns were inexact. They name a place in {false} of {len(sound)} runs "
         f"without one{wrongly}."
         + (f" {unknown} runs of faults whose laws no derivation gives are not judged." if unknown else "")
-        + (f" Declined: {', '.join(found.declined)}." if found.declined else "")
+        + (f" Declined: {', '.join(localisation.declined)}." if localisation.declined else "")
     )

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from foreshock.analysis.detect.bands import finite_or_inf
 from foreshock.analysis.locate.laws import ATTENTION, EITHER, RECOMPUTED
 from foreshock.analysis.runs.align import Aligned
@@ -96,7 +97,7 @@ def nearest_class(levels: Mapping[str, float]) -> tuple[str, bool]:
     return best, change(best) > 0
 
 
-def name_place(signals: Sequence[Levels], threshold: float) -> Verdict:
+def name_site(signals: Sequence[Levels], threshold: float) -> Verdict:
     """The verdict on one run; without an alarm it names nothing."""
     alarms = []
     for signal in signals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.locate.attribution import alarm_probabilities
 from foreshock.analysis.runs.catalogue import catalogue
 from foreshock.analysis.runs.experiment import HEALTHY, Experiment
@@ -50,8 +51,8 @@ ANSWERS = {
 
 def designed_for(contest: Contest) -> dict[str, set[str]]:
     """By family, the faults that the catalogue says its monitors answer to."""
-    found: dict[str, set[str]] = {}
+    faults: dict[str, set[str]] = {}
     for _, row in catalogue().iterrows():
         for cause in str(row["answers_to"]).split("; "):
-            found.setdefault(row["family"], set()).update(set(ANSWERS.get(cause, ())) & set(contest.experiment.faults))
-    return found
+            faults.setdefault(row["family"], set()).update(set(ANSWERS.get(cause, ())) & set(contest.experiment.faults))
+    return faults

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+
 from foreshock.analysis.detect.detection import Detection
 from foreshock.analysis.detect.entrants import Entrant, entrant_of
 from foreshock.analysis.detect.external import read_alarms
@@ -95,7 +96,7 @@ def score_runs(request: Request) -> Tables:
     for experiment, alarms in zip(experiments, external, strict=True):
         for track in tracks:
             detection = Detection(experiment, track)
-            one = contest(
+            held = contest(
                 experiment,
                 track.name,
                 detection=detection,
@@ -106,31 +107,31 @@ def score_runs(request: Request) -> Tables:
                 external=alarms if track.primary else None,
                 singles=request.singles,
             )
-            if not track.lists_declined and all(detector.declined for detector in one.own.values()):
+            if not track.lists_declined and all(detector.declined for detector in held.own.values()):
                 continue
-            _score(one, tables)
+            _score(held, tables)
             if track.primary:
                 rows = tables.parts["leaderboard"][-1]
                 request.out.mkdir(parents=True, exist_ok=True)
                 name = experiment.index["experiment"]["name"]
-                leaderboard_figure(one, rows, request.out / f"{name}-{experiment.model}.png")
-                tables.add("charts", charts(detection, one, rule or make_rule(**experiment.index["rule"])))
-                tables.add("labels", label_sensitivity(one))
+                leaderboard_figure(held, rows, request.out / f"{name}-{experiment.model}.png")
+                tables.add("charts", charts(detection, held, rule or make_rule(**experiment.index["rule"])))
+                tables.add("labels", label_sensitivity(held))
     if "leaderboard" not in tables.parts:
         raise ValueError(f"tracks={','.join(request.tracks)} is not allowed: no monitor of these runs has a say on it")
     tables.write(request.out)
     return tables
 
 
-def _score(one: Contest, tables: Tables) -> None:
-    scores = run_scores(one)
+def _score(held: Contest, tables: Tables) -> None:
+    scores = run_scores(held)
     tables.add("runs", scores)
-    tables.add("leaderboard", board(one, scores, monitor_costs(one.experiment.model)))
-    keys = one.keys
-    if any(detector.maxima and not detector.declined for detector in one.detectors.values()):
-        half, tau = halves(one)
+    tables.add("leaderboard", board(held, scores, monitor_costs(held.experiment.model)))
+    keys = held.keys
+    if any(detector.maxima and not detector.declined for detector in held.detectors.values()):
+        half, tau = halves(held)
         tables.add("halves", half.assign(**keys, tau=tau))
-    tables.add("profiles", profiles(one, scores))
+    tables.add("profiles", profiles(held, scores))
     competing = scores[scores["kind"].isin(RANKED)]
     if competing.empty:  # no signal has a say on this track
         return
@@ -139,12 +140,16 @@ def _score(one: Contest, tables: Tables) -> None:
         "selectivity",
         matrix.assign(selectivity=selectivity(matrix)).rename_axis("detector").reset_index().assign(**keys),
     )
-    ours = {n: d.signals[0] for n, d in one.detectors.items() if one.kinds[n] in ("detector", "baseline")}
-    families = {name: one.experiment.signals[signal].family for name, signal in ours.items() if signal != LABEL_SIGNAL}
-    tables.add("cross_talk", cross_talk(matrix, families, designed_for(one)).assign(**keys))
+    ours = {n: d.signals[0] for n, d in held.detectors.items() if held.kinds[n] in ("detector", "baseline")}
+    families = {name: held.experiment.signals[signal].family for name, signal in ours.items() if signal != LABEL_SIGNAL}
+    tables.add("cross_talk", cross_talk(matrix, families, designed_for(held)).assign(**keys))
     faulty = competing[competing["fault"] != HEALTHY]
-    if one.track.primary and competing["fault"].nunique() > 1 and faulty["seed"].nunique() > 1:
-        found = diagnose(any_alarm(competing))
-        summary = {"accuracy": found.accuracy, "null_accuracy": found.null_accuracy, "p_value": found.p_value}
-        tables.add("diagnosis", pd.DataFrame([{**keys, "runs": len(found.predictions), **summary}]))
-        tables.add("confusion", found.confusion.reset_index().assign(**keys))
+    if held.track.primary and competing["fault"].nunique() > 1 and faulty["seed"].nunique() > 1:
+        diagnosis = diagnose(any_alarm(competing))
+        summary = {
+            "accuracy": diagnosis.accuracy,
+            "null_accuracy": diagnosis.null_accuracy,
+            "p_value": diagnosis.p_value,
+        }
+        tables.add("diagnosis", pd.DataFrame([{**keys, "runs": len(diagnosis.predictions), **summary}]))
+        tables.add("confusion", diagnosis.confusion.reset_index().assign(**keys))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
 from foreshock.analysis.figures.cases import cases_figure
 from foreshock.analysis.runs.index import read_index
 from foreshock.analysis.scores.cases import ALL_LAWS, case_table
-from rich.console import Console
-from rich.table import Table
 
 
 def make_case_report(report: Path, runs: Path) -> pd.DataFrame:

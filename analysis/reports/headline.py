@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
+
 from foreshock.analysis.figures.drawing import pretty
 from foreshock.analysis.runs.experiment import Experiment
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from foreshock.analysis.reports.terminal import print_whole
-from foreshock.analysis.scores.contest import ALL_FAULTS
-from foreshock.analysis.scores.overall import MIN_FAULTS
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from foreshock.analysis.reports.terminal import print_whole
+from foreshock.analysis.scores.contest import ALL_FAULTS
+from foreshock.analysis.scores.overall import MIN_FAULTS
 
 SURE = 0.05
 """A p-value below it is marked."""

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from foreshock.analysis.reports.headline import headline
 from foreshock.analysis.reports.summary import shown_rows, summary
 from foreshock.analysis.scores.contest import Contest
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),

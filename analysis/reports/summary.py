@@ -5,15 +5,16 @@ from __future__ import annotations
 from functools import partial
 
 import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from foreshock.analysis.figures.drawing import pretty
 from foreshock.analysis.reports.headline import headline
 from foreshock.analysis.reports.kinds.by_name import kind_of
 from foreshock.analysis.reports.terminal import print_whole
 from foreshock.analysis.runs.experiment import HEALTHY_ROLES
 from foreshock.analysis.scores.contest import Contest
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 COLUMNS = {
     "detector": "detector",

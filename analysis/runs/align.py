@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+
 from foreshock.experiments.trace import Series
 
 Axis = Literal["steps", "tokens"]

@@ -71,5 +71,5 @@ def check_alike(traces: Sequence[Trace]) -> None:
 
 def differences(traces: Sequence[Trace]) -> tuple[str, ...]:
     """What determines results and is not the same in all traces."""
-    found = {what: sorted({t.manifest[what] for t in traces}) for what in ("source_sha256", "data_sha256", "torch")}
-    return tuple(f"{what} {', '.join(v[:12] for v in values)}" for what, values in found.items() if len(values) > 1)
+    kinds = {what: sorted({run.manifest[what] for run in traces}) for what in ("source_sha256", "data_sha256", "torch")}
+    return tuple(f"{what} {', '.join(v[:12] for v in values)}" for what, values in kinds.items() if len(values) > 1)

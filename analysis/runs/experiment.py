@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+
 from foreshock.experiments.trace import Series, Trace, TraceError
 from foreshock.monitors.signal import Signal
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, ConfigDict, Field
+
 from foreshock.analysis.runs import reduced
 from foreshock.analysis.runs.align import Axis
 from foreshock.experiments import trace
@@ -20,7 +22,6 @@ from foreshock.experiments.validation import (
     check_node,
     distinct,
 )
-from pydantic import AfterValidator, ConfigDict, Field
 
 Name = Field(min_length=1)
 Names = list[str]

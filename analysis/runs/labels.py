@@ -132,8 +132,8 @@ def running_mean_step(
     mean = pd.Series(loss).shift(1).rolling(window, min_periods=window).mean().to_numpy()
     start = _first_streak(loss >= factor * mean, consecutive)
     broken = _first(steps, ~np.isfinite(loss))
-    found = [step for step in (None if start is None else int(steps[start]), broken) if step is not None]
-    return min(found, default=None)
+    candidates = [step for step in (None if start is None else int(steps[start]), broken) if step is not None]
+    return min(candidates, default=None)
 
 
 def _first(steps: np.ndarray, where: np.ndarray) -> int | None:

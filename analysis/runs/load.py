@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from foreshock.analysis.runs import reduced
 from foreshock.analysis.runs.align import AXES, hold, positions
 from foreshock.analysis.runs.checks import check_alike, check_cells, check_roles, differences

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.runs.align import positions
 from foreshock.analysis.runs.experiment import HEALTHY_ROLES, Experiment, ScoredRun
 
@@ -57,13 +58,13 @@ def at_end(experiment: Experiment, fault: str | None, panel: Mapping[str, Any], 
 
     NaN where the signal has no sample by then.
     """
-    found = []
+    ends = []
     for run in runs_of(experiment, fault):
         values = curve(experiment, run, panel)
         values = values[values.index <= end]
         last = values.index.max() if len(values) else 0
-        found.append(float(values[values.index > last * (1 - END_SHARE)].mean()))
-    return np.array(found)
+        ends.append(float(values[values.index > last * (1 - END_SHARE)].mean()))
+    return np.array(ends)
 
 
 def end_table(experiment: Experiment) -> pd.DataFrame:

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
 from foreshock.experiments import trace
 from foreshock.experiments.files import read_checked
 from foreshock.experiments.trace import Series, Trace, TraceError
@@ -81,7 +82,7 @@ def read(folder: Path) -> dict[str, Trace]:
     table = table.set_column(signal, "signal", pc.dictionary_encode(table["signal"])).sort_by("run")
     runs = table["run"].to_numpy()
     bounds = [0, *(np.flatnonzero(runs[1:] != runs[:-1]) + 1).tolist(), len(runs)]
-    found: dict[str, trace.Trace] = {}
+    traces: dict[str, trace.Trace] = {}
     for start, stop in pairwise(bounds):
         run_id = runs[start]
         try:
@@ -91,5 +92,5 @@ def read(folder: Path) -> dict[str, Trace]:
             raise damaged(path, f"run {run_id} has no {error}") from None
         except (TypeError, ValueError) as error:
             raise damaged(path, f"run {run_id}: {error}") from None
-        found[run_id] = ReducedTrace(run_id, folder, manifest, series)
-    return found
+        traces[run_id] = ReducedTrace(run_id, folder, manifest, series)
+    return traces

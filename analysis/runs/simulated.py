@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from foreshock.experiments import trace
 
 TOKENS_PER_STEP = 64

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.detect.bands import finite_or_inf
 from foreshock.analysis.detect.tracks import universal_threshold
 from foreshock.analysis.runs.align import hold

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import mannwhitneyu
+
 from foreshock.analysis.runs.experiment import Experiment
 from foreshock.analysis.runs.readings import at_end, common_end
 from foreshock.analysis.scores.contest import Contest
 from foreshock.analysis.scores.inference import CHANCE, chance_of_alarms
 from foreshock.analysis.scores.outcome import IN_TIME
-from scipy.stats import mannwhitneyu
 
 
 def check_claims(contest: Contest) -> pd.DataFrame:

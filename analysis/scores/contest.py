@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.detect.charts import AlarmRule
 from foreshock.analysis.detect.controls import CONTROLS
 from foreshock.analysis.detect.detection import Detection, Detector

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.runs.experiment import HEALTHY, Experiment
 from foreshock.analysis.scores.contest import Contest
 from foreshock.analysis.scores.inference import CHANCE, chance_of_alarms

@@ -15,9 +15,10 @@ from functools import cache
 
 import numpy as np
 from arch.bootstrap import MCS
-from foreshock.analysis.detect.alarms import conformal_rank
 from numpy.typing import ArrayLike
 from scipy import stats
+
+from foreshock.analysis.detect.alarms import conformal_rank
 
 MIN_SEEDS = 10
 CONFIDENCE = 0.95

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.detect.detection import Detector
 from foreshock.analysis.detect.tracks import Charted
 from foreshock.analysis.scores.contest import ALL_FAULTS, Contest

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.detect.alarms import anytime_threshold
 from foreshock.analysis.detect.charts import AlarmRule
 from foreshock.analysis.detect.detection import Detection, Detector

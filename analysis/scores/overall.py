@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from foreshock.analysis.scores.inference import CHUNK, CONFIDENCE, MIN_SEEDS, RESAMPLES, expanded, pooled, ranks
 from numpy.typing import ArrayLike
+
+from foreshock.analysis.scores.inference import CHUNK, CONFIDENCE, MIN_SEEDS, RESAMPLES, expanded, pooled, ranks
 
 MIN_FAULTS = 8
 """Diverging faults that an overall rank, its interval and its confidence set need."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.detect.rounding import mean_resolution
 from foreshock.analysis.runs.align import positions
 from foreshock.analysis.runs.experiment import Experiment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+
 from foreshock.analysis.scores.contest import Contest
 from foreshock.analysis.scores.inference import performance_profile
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+
 from foreshock.analysis.detect.alarms import conformal_threshold
 from foreshock.analysis.runs.experiment import LABEL_SIGNAL, Experiment
 from foreshock.analysis.runs.labels import OTHER_LABELS, sensitivity_labels

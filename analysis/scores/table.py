@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.scores.contest import Contest, run_scores
 from foreshock.analysis.scores.leaderboard import by_detector, healthy_alarms, keeps_its_rate, with_relative
 from foreshock.analysis.scores.outcome import OUTCOMES, best_baseline

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.scores.contest import Contest
 from foreshock.analysis.scores.inference import bca_interval, confidence_set, max_t_test, pooled, rank_intervals
 from foreshock.analysis.scores.outcome import best_baseline

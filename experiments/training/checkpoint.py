@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from foreshock.experiments import trace
 from foreshock.models.trees import map_tensors
 

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path, PurePath
 
 import numpy as np
+
 from foreshock.experiments.training.repetition import REPETITIONS, repeated
 
 HELD_OUT_SEED = 2606_28116

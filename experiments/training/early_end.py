@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from foreshock.experiments.training.train_config import TrainConfig
 from torch import Tensor
+
+from foreshock.experiments.training.train_config import TrainConfig
 
 
 def drawup_limit(config: TrainConfig) -> float:

@@ -20,10 +20,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor, nn
+
 from foreshock.faults.base import Sites
 from foreshock.faults.log import InjectionLog
 from foreshock.monitors.base import StepView
-from torch import Tensor, nn
 
 NOTHING: frozenset[str] = frozenset()
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from foreshock.faults.base import Sites
 from foreshock.models.moe import Routing
 from foreshock.models.taps import Taps
 from foreshock.models.transformer import Transformer
-from torch import Tensor
 
 
 class Backward(NamedTuple):

@@ -39,6 +39,9 @@ CONTRACT = (
 WITHOUT_EFFECT = ("piece_s", "checkpoint_every_steps")
 """Keys of the training that change no weight."""
 
+LABELS = ("family",)
+"""Keys of a fault that change nothing of what it does."""
+
 Config = Mapping[str, Any]
 
 
@@ -97,6 +100,13 @@ def _targets(node: Any) -> Iterator[str]:
         yield node["_target_"]
     for child in children:
         yield from _targets(child)
+
+
+def without_labels(node: Any) -> Any:
+    """A fault's configuration node without what only tables say of it, at any depth."""
+    if not isinstance(node, Mapping):
+        return node
+    return {key: without_labels(value) for key, value in node.items() if key not in LABELS}
 
 
 def identifier(parts: Any) -> str:

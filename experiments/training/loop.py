@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run
 from foreshock.experiments.training import checkpoint
@@ -41,7 +43,6 @@ from foreshock.experiments.training.stopping import Stopped, asked, held
 from foreshock.faults.base import Fault, Sites
 from foreshock.monitors.base import Reading
 from foreshock.monitors.watch import Watch, is_due
-from torch import Tensor
 
 Progress = Callable[[int, Tensor, Mapping[str, Reading], Mapping[Path, int]], None]
 """Called after every update with the step, the loss, this step's readings, and the place in the stack of every run that

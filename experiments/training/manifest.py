@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import ROOT, Run
 from foreshock.experiments.training.identity import trajectory_sources

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run
 from foreshock.experiments.training.manifest import manifest_in, new_manifest

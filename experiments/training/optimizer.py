@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import LearningRateScale
 from foreshock.models.transformer import parameter_group
-from torch import Tensor, nn
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from foreshock.experiments import trace
 from foreshock.monitors.base import Masked, Reading
 

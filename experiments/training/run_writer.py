@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run
 from foreshock.experiments.training import checkpoint
@@ -15,8 +18,6 @@ from foreshock.experiments.training.engine import Engine
 from foreshock.experiments.training.recorder import Recorder
 from foreshock.monitors.base import Signal
 from foreshock.monitors.watch import Watch
-from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
 
 HELD_OUT = Signal("held_out_loss", "nats/token", "up", family="evaluation", reference="val_loss")
 """The label signal: mean NLL on the fixed held-out batch."""

@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from foreshock.experiments.training.engine import NOTHING, Batches
 from foreshock.experiments.training.gradients import Backward, backward, micro_batches
 from foreshock.experiments.training.optimizer import adamw, update
@@ -25,7 +27,6 @@ from foreshock.models.objective import objective_at
 from foreshock.models.precision import accumulate_in_fp32
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.base import StepView
-from torch import Tensor
 
 
 class SingleEngine:

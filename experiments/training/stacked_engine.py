@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from foreshock.experiments.training.engine import NOTHING, Batches
 from foreshock.experiments.training.stacked_optimizer import StackedAdamW
 from foreshock.experiments.training.train_config import TrainConfig
@@ -25,7 +27,6 @@ from foreshock.models.stacked import StackedNumerics, StackedTransformer
 from foreshock.models.taps import Taps
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.base import StepView
-from torch import Tensor
 
 
 class StackedEngine:

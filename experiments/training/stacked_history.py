@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from foreshock.models.trees import stack_trees
 from foreshock.monitors.base import WeightHistory
-from torch import Tensor
 
 
 class SliceHistory(WeightHistory):

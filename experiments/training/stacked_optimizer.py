@@ -7,12 +7,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as adamw_update
+
 from foreshock.experiments.training.optimizer import adamw, learning_rate, set_learning_rate
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import LearningRateScale
 from foreshock.models.stacked import StackedTransformer
-from torch import Tensor
-from torch.optim.adamw import adamw as adamw_update
 
 Rates = tuple[float, float, LearningRateScale]
 """A slice's scheduled learning rate, its weight decay, and its factors on the rate."""

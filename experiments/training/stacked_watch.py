@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
 from foreshock.experiments.training.stacked_history import SliceHistory, load_history
 from foreshock.models.objective import objective_at
 from foreshock.models.stacked import StackedTransformer
@@ -19,8 +22,6 @@ from foreshock.models.transformer import Transformer
 from foreshock.models.trees import map_tensors, stack_trees, tensors_of, with_tensors
 from foreshock.monitors.base import Masked, Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
 from foreshock.monitors.watch import Watch, load_memory
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 
 def stackable(monitor: Monitor) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from foreshock.analysis.runs.simulated import simulate_experiment
 
+from foreshock.analysis.runs.simulated import simulate_experiment
 from tests.analysis.made_up_board import COUNTS, DETECTORS, FAULTS, SIGNALS
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+
 from foreshock.analysis.reports.boards import Request, score_runs
 from foreshock.analysis.runs.experiment import Experiment
 from foreshock.analysis.scores.contest import Contest, contest
-
 from tests.described import described
 
 SIGNALS = {

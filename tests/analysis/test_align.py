@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from foreshock.analysis.runs.align import Aligned, hold, positions, thin
 from foreshock.experiments.trace import Series
 

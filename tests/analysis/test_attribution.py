@@ -3,6 +3,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import kstest
+from sklearn.model_selection import LeaveOneGroupOut
+from sklearn.naive_bayes import BernoulliNB
+
 from foreshock.analysis.locate.attribution import (
     PEAK_POWER,
     _named,
@@ -13,9 +17,6 @@ from foreshock.analysis.locate.attribution import (
     seed_folds,
     selectivity,
 )
-from scipy.stats import kstest
-from sklearn.model_selection import LeaveOneGroupOut
-from sklearn.naive_bayes import BernoulliNB
 
 
 def table(*runs):

@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
+
 from foreshock.analysis.reports.headline import headline
 from foreshock.analysis.reports.leaderboard_print import print_board
 from foreshock.analysis.runs.load import load
@@ -15,8 +17,6 @@ from foreshock.analysis.scores.outcome import best_baseline, relative_lead
 from foreshock.analysis.scores.overall import MIN_FAULTS
 from foreshock.analysis.scores.table import lead_table
 from foreshock.experiments.build import ROOT
-from rich.console import Console
-
 from tests.analysis.made_up_board import COUNTS, DETECTORS, EARLY, FAULTS, LATE, SIGNALS, with_singles
 
 THREE = {**DETECTORS, "held out": ["held_out_loss"]}

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.detect.tracks import universal_threshold
 from foreshock.analysis.figures.cases import cases_figure
 from foreshock.analysis.scores import cases

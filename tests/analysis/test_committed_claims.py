@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
 from foreshock.analysis.locate.localise import shares_right
 from foreshock.analysis.scores.inference import CHANCE, chance_of_alarms
 

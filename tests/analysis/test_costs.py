@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from foreshock.analysis.scores.costs import MonitorCost, costs_of, detector_cost, monitor_costs, taps_share
 
 MEASURED = {

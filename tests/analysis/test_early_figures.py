@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.figures import early
 from foreshock.analysis.figures.early import cost_faults, cost_figure, pareto_front, size_figure
 from foreshock.analysis.figures.point_names import label_points
@@ -19,7 +20,6 @@ from foreshock.analysis.scores.contest import contest, run_scores
 from foreshock.analysis.scores.delays import Size, blind_table, delays, oracles, size, smallest_table
 from foreshock.analysis.scores.inference import chance_of_alarms
 from foreshock.analysis.scores.leaderboard import board
-
 from tests.described import described
 
 EARLY, SLOW, NORM = "key_shift_residual.over_noise", "qk_delta2_spectrum.entropy.w50", "grad_global_norm"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.detect import river
 from foreshock.analysis.detect.alarms import conformal_threshold
 from foreshock.analysis.detect.entrants import BadEntrant, entrant_of
@@ -18,7 +19,6 @@ from foreshock.analysis.runs.conf import CONF, conf
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.score import main
 from foreshock.analysis.scores import outcome
-
 from tests.analysis.made_up_board import EARLY, scored
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +34,7 @@ def test_rivers_detectors_count_the_drifts_they_have_reported(name):
     assert not drifts[[0, 2]].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "rule").glob("*.yaml")))
 @pytest.mark.parametrize(("samples", "onset"), [(60, 30), (120, 60)])
 def test_every_rule_can_fire_at_the_length_of_a_run(name, samples, onset):

@@ -1,11 +1,11 @@
 """A signal that is 0 in every healthy run: its first other reading is an alarm, and no spread is asked for."""
 
 import pytest
+
 from foreshock.analysis.detect.detection import Detection
 from foreshock.analysis.detect.rules import make_rule
 from foreshock.analysis.detect.tracks import TRACKS
 from foreshock.analysis.runs.load import load
-
 from tests.described import described
 
 COUNT, NORM = "nan_inf_events", "grad_global_norm"

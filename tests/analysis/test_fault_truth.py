@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+
 from foreshock.analysis.locate import fault_truth
 from foreshock.analysis.locate.fault_truth import HEALTHY, OTHER, Truth, truth, truth_of
 from foreshock.models import numerics

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.reports.headline import headline
 
 LAWS, DELTA_W, DELTA_2 = "conservation laws", "Delta W entropy", "Delta2 entropy"

@@ -3,6 +3,8 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from foreshock.analysis.scores.inference import (
     bca_interval,
     chance_of_alarms,
@@ -20,7 +22,6 @@ from foreshock.analysis.scores.inference import (
     seed_mean,
     wilson_interval,
 )
-from scipy import stats
 
 FAULTS = 5
 

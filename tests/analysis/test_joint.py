@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+
 from foreshock.analysis.detect.alarms import conformal_threshold
 from foreshock.analysis.detect.charts import EWMA
 from foreshock.analysis.detect.detection import Detection
 from foreshock.analysis.detect.joint import MIN_RUNS, Scale, member_scales
 from foreshock.analysis.runs.load import load
-
 from tests.analysis.made_up_board import COUNTS, with_singles
 
 HEAVY = {

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
 from foreshock.analysis.reports.kinds import by_name
 from foreshock.analysis.reports.kinds.by_name import BY_SIZE, DRAWINGS, KINDS, NEEDED, kind_of
 from foreshock.analysis.reports.page import TEMPLATES, verdict

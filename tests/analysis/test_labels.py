@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from foreshock.analysis.runs.labels import (
     divergence_step,
     drawup,

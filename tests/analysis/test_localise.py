@@ -7,15 +7,15 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.locate.laws import ATTENTION, RECOMPUTED
 from foreshock.analysis.locate.localise import confusion, localise, shares_right
-from foreshock.analysis.locate.naming import NO_ALARM, WINDOW, Levels, name_place, nearest_class, rolling_rms
+from foreshock.analysis.locate.naming import NO_ALARM, WINDOW, Levels, name_site, nearest_class, rolling_rms
 from foreshock.analysis.report import make_report
 from foreshock.analysis.runs.align import Aligned
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.scores.inference import clopper_pearson_interval
 from foreshock.monitors.law import DK, DQ, DV, KEY_SHIFT, QK_GAUGE, VALUE_SHIFT, VO_GAUGE, Law
-
 from tests.described import DECLARED, described
 
 KEY, VALUE = "key_shift_residual.over_noise", "value_shift_residual.over_noise"
@@ -142,7 +142,7 @@ QUIET = [[0.5, 0.5]]
 
 def test_a_single_layer_is_layer_0_and_a_law_broken_in_another_head_is_missed_at_the_named_one():
     signals = attention(key=QUIET, value=[[3.0, 0.5]], qk=QUIET, vo=[[0.5, 4.0]])
-    verdict = name_place(signals, 1.0)
+    verdict = name_site(signals, 1.0)
     assert (verdict.site_class, verdict.layer, verdict.head, verdict.inexact) == ("do dv lse", 0, 1, True)
     assert (verdict.alarm, verdict.verdict) == (200, 300)
 
@@ -152,18 +152,18 @@ def test_laws_of_another_layer_or_kind_do_not_change_the_name_but_are_listed():
         key=[[0.5, 0.5], [9.0, 0.5]], value=[[2.0, 0.5], [0.5, 0.5]], qk=[[0.5] * 2] * 2, vo=[[0.5] * 2] * 2
     )
     signals.append(levels(Law("linear layer", "output"), [[5.0], [0.5]], ("layer",)))
-    verdict = name_place(signals, 1.0)
+    verdict = name_site(signals, 1.0)
     assert (verdict.site_class, verdict.layer, verdict.head, verdict.inexact) == ("o delta dp ds v", 1, 0, False)
     assert verdict.broken == ("key shift", "linear layer output", "value shift")
     signals.append(levels(Law("loss kernel", "loss kernel"), [[20.0]], ()))
-    verdict = name_place(signals, 1.0)
+    verdict = name_site(signals, 1.0)
     assert (verdict.site_class, verdict.layer, verdict.head) == ("loss kernel", None, None)
 
 
 def test_trace_and_matrix_form_are_one_law():
     assert DECLARED["qk_gauge_residual.over_noise"].law == DECLARED[QK].law
     trace = levels(DECLARED[QK].law, [[0.5, 0.5]])
-    verdict = name_place([*attention(key=QUIET, value=QUIET, qk=[[0.5, 3.0]], vo=QUIET), trace], 1.0)
+    verdict = name_site([*attention(key=QUIET, value=QUIET, qk=[[0.5, 3.0]], vo=QUIET), trace], 1.0)
     assert (verdict.site_class, verdict.head, verdict.inexact) == ("dq", 1, False)
 
 

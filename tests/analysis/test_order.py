@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.order import leads, main, order_table
 
 PAPER = {"Delta2 entropy": [3770, 4390, 5030, 4320, 4290], "Delta W entropy": [2970, 3890, 5030, 4670, 3090]}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from foreshock.analysis.scores.overall import MIN_FAULTS, Shares, fault_weights, overall, possibly_best
 
 

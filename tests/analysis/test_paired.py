@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.report import make_report
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.runs.readings import at_end

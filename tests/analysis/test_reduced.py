@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis import reduced
 from foreshock.analysis.detect.detection import Detection
 from foreshock.analysis.runs.index import read_index
@@ -15,7 +16,6 @@ from foreshock.analysis.scores.sensitivity import label_sensitivity, other_label
 from foreshock.experiments import trace
 from foreshock.experiments.build import ROOT
 from foreshock.monitors.signal import read_signal
-
 from tests.analysis.made_up_board import EARLY, LATE, scored
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.detect.controls import random_timer
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.score import main
 from foreshock.analysis.scores.contest import contest, run_scores
 from foreshock.analysis.scores.sensitivity import halves, label_sensitivity
 from foreshock.experiments import trace
-
 from tests.analysis.made_up_board import COUNTS, DETECTORS, FAULTS, LATE, SIGNALS, scored
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +95,7 @@ def test_signals_that_no_run_has_are_declined_by_name(folder, tmp_path):
     assert "router_entropi" in table.loc[("reference", "all", "mine"), "declined"]
 
 
+@pytest.mark.slow
 def test_bare_run_folders_find_their_roles_by_seed(folder, tmp_path):
     indexed = scored(folder, tmp_path / "a", tracks=("reference",))
     (folder / "experiment.json").unlink()

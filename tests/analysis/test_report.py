@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Annotation
+
 from foreshock.analysis.figures import leads
 from foreshock.analysis.locate.selectivity import alarm_matrix, off_diagonal
 from foreshock.analysis.report import make_report
@@ -17,8 +19,6 @@ from foreshock.analysis.runs.load import load
 from foreshock.analysis.runs.readings import curve
 from foreshock.analysis.scores.table import lead_table, median_step, run_table
 from foreshock.experiments import trace
-from matplotlib.text import Annotation
-
 from tests.analysis.made_up_board import with_singles
 
 STEPS, EVERY, TOKENS = 1000, 10, 64

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from foreshock.analysis.scores.outcome import restricted_mean_lead, score
 
 

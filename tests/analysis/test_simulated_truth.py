@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from foreshock.analysis.detect.alarms import (
     anytime_threshold,
     chart_statistics,

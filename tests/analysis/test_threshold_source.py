@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.threshold_source import charts, main, peaks, threshold_source
-
 from tests.analysis.made_up_board import LATE, with_singles
 
 MOE = Path(__file__).parents[2] / "results" / "reference_set" / "moe"

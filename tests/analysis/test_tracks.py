@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from foreshock.analysis.detect.bands import (
     UNHEARD_OF,
     DeclinedSignal,
@@ -14,7 +15,6 @@ from foreshock.analysis.detect.tracks import TRACKS
 from foreshock.analysis.runs.align import Aligned
 from foreshock.analysis.runs.catalogue import catalogue
 from foreshock.monitors.signal import Signal
-
 from tests.described import DECLARED
 
 
@@ -83,17 +83,17 @@ def test_short_input_has_no_z():
 def test_the_floor_track_takes_ratios_only():
     values = aligned([0.5, 2.0, np.inf, 1.0])
     assert Floor().z(values).ravel().tolist() == [0.5, 2.0, np.inf, np.inf]
-    TRACKS["floor"].check_has_say(DECLARED["delta_w_flip_edge.q.w50"])
+    TRACKS["floor"].check_applies(DECLARED["delta_w_flip_edge.q.w50"])
     assert TRACKS["floor"].band(DECLARED["delta_w_flip_edge.q.w50"], []) == Floor()
     with pytest.raises(DeclinedSignal, match="no ratio to predicted noise"):
-        TRACKS["floor"].check_has_say(DECLARED["grad_global_norm"])
+        TRACKS["floor"].check_applies(DECLARED["grad_global_norm"])
 
 
 def test_a_residual_over_its_noise_is_measured_from_one_and_the_residual_itself_declined():
     band = TRACKS["floor"].band(DECLARED["key_shift_residual.over_noise"], [])
     assert band.z(aligned([1.0, 3.0])).ravel().tolist() == [0.0, 2.0]
     with pytest.raises(DeclinedSignal, match="no ratio to predicted noise"):
-        TRACKS["floor"].check_has_say(DECLARED["key_shift_residual"])
+        TRACKS["floor"].check_applies(DECLARED["key_shift_residual"])
 
 
 def test_an_exact_signal_is_judged_by_itself():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import norm
+
 from foreshock.analysis.detect.bands import DeclinedSignal
 from foreshock.analysis.detect.detection import Detection
 from foreshock.analysis.detect.tracks import TRACKS, universal_threshold
@@ -17,8 +19,6 @@ from foreshock.monitors.linear_laws import LinearLaws
 from foreshock.monitors.norm_laws import NormLaws
 from foreshock.monitors.signal import OVER_NOISE
 from foreshock.monitors.softmax_laws import LogitLaws, RouterLaws
-from scipy.stats import norm
-
 from tests.described import described
 
 RATIO, OTHER = "key_shift_residual.over_noise", "qk_gauge_residual.matrix.over_noise"
@@ -92,9 +92,9 @@ def test_the_universal_track_judges_attention_alone():
     ratios = [signal for monitor in monitors for signal in monitor.signals if signal.name.endswith(f".{OVER_NOISE}")]
     judged = set()
     for signal in ratios:
-        TRACKS["floor"].check_has_say(signal)
+        TRACKS["floor"].check_applies(signal)
         try:
-            TRACKS["universal"].check_has_say(signal)
+            TRACKS["universal"].check_applies(signal)
             judged.add(signal)
         except DeclinedSignal as error:
             assert str(error) == f"{signal.name}: its predicted noise is a scale, and gives no threshold by itself"

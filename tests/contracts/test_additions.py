@@ -7,10 +7,11 @@ A detector is one Python file (``tests/analysis``). A track and a report kind ar
 import sys
 
 import pytest
-from foreshock.experiments.build import ROOT, build_run
-from foreshock.experiments.cli import check_overrides
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+
+from foreshock.experiments.build import ROOT, build_run
+from foreshock.experiments.cli import check_overrides
 
 FAULT = """
 from dataclasses import dataclass, replace

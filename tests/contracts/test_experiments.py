@@ -8,6 +8,9 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
 from foreshock.analysis.reports.kinds.by_name import DRAWINGS
 from foreshock.analysis.scores.cases import ALL_CASES
 from foreshock.experiments import reproduce
@@ -18,8 +21,6 @@ from foreshock.experiments.scoring import check_runs, check_settings
 from foreshock.experiments.train import describe
 from foreshock.experiments.training.loop import train
 from foreshock.models.transformer import Transformer
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 CONF = ROOT / "conf"
 SHORT = [

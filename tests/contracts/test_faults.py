@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 
 import pytest
+
 from foreshock.experiments.build import ROOT
 from foreshock.experiments.training.loop import train
 from foreshock.faults.base import Fault, Sites

@@ -25,16 +25,17 @@ SOURCES = {module_name(path): path for package in PACKAGES for path in sorted((R
 def named_modules(path: Path) -> Iterator[str]:
     """Every module that a file names in an import, wherever it stands: nested ones and TYPE_CHECKING ones count.
 
-    ``from a import b`` names ``a.b`` where that is a module, else ``a``.
+    ``from a import b`` names ``a.b`` where that is a module, else ``a``. ``foreshock.a`` is ``a``.
     """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name.removeprefix("foreshock.") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
+            outer = node.module.removeprefix("foreshock.")
             for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                yield inner if inner in SOURCES else node.module
+                inner = f"{outer}.{alias.name}".removeprefix("foreshock.")
+                yield inner if inner in SOURCES else outer
 
 
 NAMED = {module: set(named_modules(path)) for module, path in SOURCES.items()}
@@ -62,6 +63,11 @@ def room(module: str) -> str:
     """The room of a module of analysis; ``commands`` for those that lie in no folder."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "commands"
+
+
+def test_arrows_are_seen():
+    assert {"analysis.scores.contest", "experiments.trace"} <= set(GRAPH["analysis.report"])
+    assert sum(map(len, GRAPH.values())) > 3 * len(GRAPH)
 
 
 def test_no_module_imports_itself_through_others():

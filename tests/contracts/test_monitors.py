@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import ROOT, Run
 from foreshock.experiments.training.loop import train

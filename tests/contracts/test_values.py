@@ -8,14 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
 from foreshock.experiments.build import build_run
 from foreshock.experiments.cli import CONF
 from foreshock.experiments.reproduce import chosen_experiment
 from foreshock.experiments.scoring import check_settings
 from foreshock.experiments.settings import ReproduceCommand, check_command
 from foreshock.experiments.trace import TraceError
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 BAD = (None, "", -1, 0, float("nan"), float("inf"), 1e300, "x", [], [1], 10**29, {"a": 1})
 RUN_GROUPS = ("data", "fault", "model", "train")
@@ -93,6 +94,12 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "fault*.groups": (NONE, "every parameter"),
     "fault*.batch_size": (NONE, "factor is given instead"),
     "fault*.pv_block": (NONE, "the whole row"),
+    "fault*.bit": (ZERO, "the healthy control"),
+    "gradient_scale/fault.factor": ((-1, 0), "turned round; dropped"),
+    "adam_constants/fault.beta1": (NONE + ZERO, "the run's own; no momentum"),
+    "adam_constants/fault.beta2": (ZERO, "no memory of squares"),
+    "adam_constants/fault.epsilon": (NONE + ZERO, "the run's own; none"),
+    "gradient_scale/fault.group": (NONE, "every parameter"),
     "fault*.beta": (NONE, "goes with another row_max"),
     "fault*.offset": (NONE, "goes with another row_max"),
     "model.n_kv_heads": (NONE, "as many as n_heads"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+
 from foreshock.experiments import trace
 
 WEIGHTS = "weights.safetensors"

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+
 from foreshock.experiments import trace
 from foreshock.experiments.training.loop import train
 from foreshock.experiments.training.manifest import new_manifest
-
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

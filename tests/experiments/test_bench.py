@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
+
 from foreshock.experiments import bench
 from foreshock.monitors.base import Lookback, Needs, Signal, StepView
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from foreshock.experiments import bench_gpt2, gpt2_pieces, monitor_costs
 from foreshock.experiments.build import ROOT
 from foreshock.experiments.gpt2_sizes import Size
@@ -18,7 +20,6 @@ from foreshock.experiments.training.loop import train
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.base import Needs, Signal
 from foreshock.monitors.watch import Watch
-from safetensors.torch import load_file
 
 PARTS = ("steps", "monitors", "profile")
 
@@ -41,6 +42,7 @@ def test_every_piece_is_rehearsed(rehearsal):
     assert sorted(names) == sorted(name for _, name, _ in gpt2_pieces.pieces(Size.tiny("cpu")))
 
 
+@pytest.mark.slow
 def test_every_contestant_has_its_rate_and_its_ratio(rehearsal):
     for found in rehearsal["steps"].values():
         assert set(found) == {"healthy", "sdpa", "fault on"}
@@ -50,6 +52,7 @@ def test_every_contestant_has_its_rate_and_its_ratio(rehearsal):
             assert 0 < one["share_of_hopper_peak"] < one["model_tflops"]
 
 
+@pytest.mark.slow
 def test_every_monitor_is_costed_and_the_shares_add_up(rehearsal):
     for found in rehearsal["monitors"].values():
         assert found["ok"] and set(found["shares_of_step"]) == {*monitors_of(experts=False), "taps", "history"}
@@ -57,6 +60,7 @@ def test_every_monitor_is_costed_and_the_shares_add_up(rehearsal):
         assert all(ms > 0 for ms in found["reading_ms"].values())
 
 
+@pytest.mark.slow
 def test_a_step_has_its_parts_and_its_kernels(rehearsal):
     parts = rehearsal["profile"]["parts of a step"]
     assert parts["step"] > parts["batch to the device"] > 0
@@ -71,6 +75,7 @@ def test_a_step_has_its_parts_and_its_kernels(rehearsal):
         assert 0 < sum(one["ms"] for one in found["dearest"].values()) <= 1.001 * found["total_ms"]
 
 
+@pytest.mark.slow
 def test_eigenproblems_are_timed_where_they_can_be_solved(rehearsal):
     found = rehearsal["profile"]["eigenproblems"]
     values = {f"values alone, {count} of width {width}" for count, width in ((512, 8), (128, 16), (48, 32))}

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+
 from foreshock.experiments.build import ROOT, build_run, construct
 from foreshock.experiments.training.optimizer import adamw, learning_rate, set_learning_rate
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import LearningRateScale
-from hydra import compose, initialize_config_dir
 
 CONF = ROOT / "conf"
 

@@ -2,12 +2,13 @@ import subprocess
 import sys
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
 from foreshock.experiments.build import ROOT
 from foreshock.experiments.cli import CONF, check_overrides
 from foreshock.experiments.plan import FIRST_SEED, plan
 from foreshock.experiments.reproduce import chosen_experiment
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 SEEDS = {"reference": 2, "calibration": 3, "test": 1, "faulty": 2}
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from foreshock.experiments.training.data import Corpus, DataConfig
 
 CONTEXT = 16

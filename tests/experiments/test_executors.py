@@ -5,8 +5,9 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-from foreshock.experiments.executors import Cluster, Here, Processes, executor_of
 from joblib import cpu_count
+
+from foreshock.experiments.executors import Cluster, Here, Processes, executor_of
 
 JOBLIB, SLURM = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "submitit_launcher.SlurmLauncher"
 

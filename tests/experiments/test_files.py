@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from foreshock.analysis.runs.index import read_index
 from foreshock.experiments import trace
 from foreshock.experiments.files import sealed, unsealed

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from foreshock.experiments import gpu_check, gpu_correctness, gpu_speed
 from foreshock.experiments.build import ROOT
 from foreshock.experiments.gpu_check import new_record
@@ -26,7 +27,6 @@ from foreshock.models.arithmetic import Arithmetic
 from foreshock.models.attention import attention
 from foreshock.models.bits import truncate
 from foreshock.models.numerics import FORWARD_SITES, HEALTHY_LAYER, KEY_VALUE_SITES, SITES
-
 from tests.models.attention_in_triton import ADDING_TILES, DEVICE, ONE_TILE, SMALL_TILES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

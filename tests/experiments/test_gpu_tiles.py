@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from foreshock.experiments import gpu_speed, gpu_tiles
 from foreshock.experiments.gpu_speed import Case
 from foreshock.experiments.gpu_tiles import Question, answer, questions
 from foreshock.models.tiles import Tile
-
 from tests.models.attention_in_triton import DEVICE
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from foreshock.experiments.training.gradients import backward, micro_batches
 from foreshock.faults.base import Sites
-
 from tests.rounding_bounds import FP32, gamma, once_stored_in_bf16
 
 pytestmark = pytest.mark.numeric

@@ -4,6 +4,7 @@ import os
 import sys
 
 import pytest
+
 from foreshock.experiments.build import ROOT
 from foreshock.experiments.training import equivalences, source_code
 from foreshock.experiments.training.identity import (

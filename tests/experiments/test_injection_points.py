@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from foreshock.experiments import trace
 from foreshock.experiments.training.loop import train, train_stack
 from foreshock.experiments.training.stacking import why_single

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+
 from foreshock.experiments import progress
 from foreshock.experiments.bench import due_together, qk_core_speedup
 from foreshock.experiments.live import LiveAlarms

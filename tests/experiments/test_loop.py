@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import build_run
-from foreshock.experiments.training import loop
+from foreshock.experiments.training import single_engine
 from foreshock.experiments.training.loop import train
 from foreshock.experiments.training.out_of_memory import OutOfMemory
 from foreshock.models.transformer import Transformer
-from safetensors.numpy import load_file
-
 from tests.experiments.same_result import WEIGHTS, assert_same_result
 
 
@@ -21,7 +21,7 @@ def test_a_device_without_memory_left_is_one_line_with_the_setting_to_lower(make
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB.\nMore lines")
 
-    monkeypatch.setattr(loop, "backward", full)
+    monkeypatch.setattr(single_engine, "backward", full)
     with pytest.raises(OutOfMemory, match=r"^cpu is out of memory at 4 of train\.batch_size=8 sequences of ") as error:
         train(make_run("train.micro_batch=4"), tmp_path)
     assert "model.context_length=16" in str(error.value) and str(error.value).endswith("lower train.micro_batch")
@@ -35,13 +35,14 @@ def test_a_device_without_memory_left_is_one_line_with_the_setting_to_lower(make
 )
 def test_monitors_do_not_change_a_bit_of_training(make_run, tmp_path, overrides):
     watched = make_run(*overrides)
-    train(watched, tmp_path)
+    train(watched, tmp_path / "watched")
     config = dict(watched.config)
     config["monitor"] = {"loss": config["monitor"]["loss"]}
     alone = build_run(config)
-    train(alone, tmp_path)
-    assert alone.run_id != watched.run_id
-    assert (tmp_path / alone.run_id / WEIGHTS).read_bytes() == (tmp_path / watched.run_id / WEIGHTS).read_bytes()
+    train(alone, tmp_path / "alone")
+    assert alone.run_id == watched.run_id
+    weights = [tmp_path / how / alone.run_id / WEIGHTS for how in ("watched", "alone")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_split_products_are_added_up_in_fp32(make_run, tmp_path):

@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 
 import pytest
+
 from foreshock.experiments.migration import from_schema_2
 from foreshock.experiments.plain_config import construct, monitors_of
 from foreshock.experiments.training.run_writer import HELD_OUT

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from foreshock.experiments import trace
 from foreshock.experiments.training import identity, missing_readings
 from foreshock.experiments.training.loop import train

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from foreshock.experiments import cli, trace, train
 from foreshock.experiments.build import ROOT
 from foreshock.experiments.pieces import UNFINISHED_CODE

@@ -4,6 +4,9 @@ import copy
 import json
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
 from foreshock.analysis.report import make_report
 from foreshock.analysis.runs.conf import conf
 from foreshock.analysis.runs.discover import find
@@ -13,8 +16,6 @@ from foreshock.experiments.cli import CONF
 from foreshock.experiments.names import check_index_names, check_name
 from foreshock.experiments.reproduce import chosen_experiment
 from foreshock.experiments.trace import TraceError
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 BAD = ["../../x", "a/b", "/etc/passwd", "..", ".", "", " ", "a\\b", "a\nb", "a\0b", "x" * 101, None, 7, ["a"], "end "]
 INDEX = json.loads((ROOT / "results" / "reference_set" / "dense" / "experiment.json").read_text())

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save
+
 from foreshock.analysis.runs.conf import conf
 from foreshock.experiments import trace
 from foreshock.experiments.natural_rounding import KERNELS, alignment, conditions, main, output_bias, trained
@@ -17,7 +19,6 @@ from foreshock.experiments.training.loop import train
 from foreshock.models.arithmetic import ORDINARY, Arithmetic
 from foreshock.models.attention import flash_attention
 from foreshock.models.numerics import LayerNumerics
-from safetensors.torch import load_file, save
 
 pytestmark = pytest.mark.numeric
 
@@ -156,6 +157,6 @@ def test_the_kernels_are_the_arithmetics_of_the_experiment():
         changes = {}
         for key, _, value in (override.partition("=") for override in fault["overrides"] if "fault." in override):
             changes[key.removeprefix("fault.")] = yaml.safe_load(value)
-        numerics = construct("fault", "natural_bf16", **changes).numerics
+        numerics = construct("fault", "natural_bf16", **changes).corrupt.operation
         assert KERNELS[name].layer(0).arithmetic == numerics.layer(0).arithmetic, name
     assert KERNELS.keys() - faults.keys() == {"truncated2"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from foreshock.experiments import pieces, reproduce, train
 from foreshock.experiments.pieces import UNFINISHED_CODE, in_pieces
 

@@ -1,9 +1,10 @@
 """Objects of ``conf/`` built without Hydra are those that it builds."""
 
 import pytest
+from omegaconf import OmegaConf
+
 from foreshock.experiments import build
 from foreshock.experiments.plain_config import construct, monitors_of
-from omegaconf import OmegaConf
 
 
 def told(monitor):

@@ -1,9 +1,9 @@
 """The README's examples, a new fault, a new monitor and a new detector, work as printed."""
 
 import csv
+import importlib.util
 import re
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
 from foreshock.analysis.detect.entrants import check_causal, entrant_of
 from foreshock.experiments import trace
 from foreshock.experiments.build import ROOT, construct
@@ -29,21 +30,25 @@ def yaml_block(index: int) -> str:
     return re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[index]
 
 
-def module_of(name: str, block: int, monkeypatch) -> None:
-    module = types.ModuleType(name)
+def module_of(name: str, block: int, folder: Path, monkeypatch) -> None:
+    """Import a block of the README as the module that its file would be."""
+    path = folder / f"{name.rpartition('.')[2]}.py"
+    path.write_text(python_block(block))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
-    exec(python_block(block), module.__dict__)
+    spec.loader.exec_module(module)
 
 
 @pytest.fixture
-def example(monkeypatch):
-    module_of("faults.lr_flicker", 0, monkeypatch)
+def example(tmp_path, monkeypatch):
+    module_of("foreshock.faults.lr_flicker", 0, tmp_path, monkeypatch)
     return construct(yaml.safe_load(yaml_block(0)), "fault")
 
 
 @pytest.fixture
-def trend(monkeypatch):
-    module_of("monitors.loss_trend", 1, monkeypatch)
+def trend(tmp_path, monkeypatch):
+    module_of("foreshock.monitors.loss_trend", 1, tmp_path, monkeypatch)
     return lambda: construct(yaml.safe_load(yaml_block(1)), "monitor.loss_trend")
 
 
@@ -87,7 +92,8 @@ def test_the_example_monitor_reads_on_after_a_resume(trend):
 def test_the_example_monitor_watches_a_run(trend, make_run, tmp_path):
     """Its list entry in conf/config.yaml stands for its node: the run, its trace and a resume have the monitor."""
     run = make_run("train.steps=40")
-    run = replace(run, monitors={**run.monitors, "loss_trend": trend()})
+    nodes = run.config["monitor"] | {"loss_trend": yaml.safe_load(yaml_block(1))}
+    run = replace(run, config=run.config | {"monitor": nodes}, monitors={**run.monitors, "loss_trend": trend()})
     train(run, tmp_path)
     series = trace.read(tmp_path / run.run_id).signals["loss_trend"]
     assert series.steps.tolist() == [20, 30, 40] and np.isfinite(series.values).all()

@@ -1,5 +1,6 @@
 import numpy as np
 import torch
+
 from foreshock.experiments.training.recorder import Recorder
 from foreshock.monitors.base import Masked
 

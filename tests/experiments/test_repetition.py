@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from foreshock.experiments.training.data import Corpus, DataConfig
 from foreshock.experiments.training.repetition import REPETITIONS, repeated
 

@@ -1,4 +1,5 @@
 import pytest
+
 from foreshock.experiments import reproduce, sweep, trace
 from foreshock.experiments.train import run_one
 from foreshock.experiments.training.loop import train_stack

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import ROOT
 from foreshock.experiments.trace import TraceError
 from foreshock.experiments.training import checkpoint
 from foreshock.experiments.training.checkpoint import RunError
 from foreshock.experiments.training.loop import train
-
 from tests.experiments.same_result import WEIGHTS, assert_same_result
 
 MOE = (
@@ -122,6 +122,7 @@ def test_a_sigkill_loses_nothing_that_a_resume_does_not_bring_back(tiny, text, t
     assert_same_result(folder, tmp_path / "whole" / folder.name)
 
 
+@pytest.mark.slow
 def test_pieces_resume_to_the_same_bits_and_say_that_they_go_on(make_run, tmp_path, whole):
     """No time at all: every piece is one step, and none of them writes what only a finished run has."""
     pieces = 0

@@ -1,6 +1,7 @@
 """The command that lists, adopts and prunes the runs of a folder."""
 
 import pytest
+
 from foreshock.experiments import runs, trace
 from foreshock.experiments.training import equivalences
 from foreshock.experiments.training.loop import train

@@ -3,12 +3,13 @@
 import copy
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
 from foreshock.experiments.cli import CONF
 from foreshock.experiments.plan import PlannedRun
 from foreshock.experiments.reproduce import chosen_experiment
 from foreshock.experiments.scoring import check_runs, check_settings
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 
 def settings_of(*given):

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
+
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run
 from foreshock.experiments.training import checkpoint
@@ -25,8 +27,6 @@ from foreshock.monitors.attention_update import DeltaW
 from foreshock.monitors.curvature import GradientCurvature
 from foreshock.monitors.delta_bias import DeltaBiasOracle
 from foreshock.monitors.optimization import Loss
-from safetensors.numpy import load_file
-
 from tests.experiments.reading_bounds import error_bound
 from tests.other_order import OtherBatchedOrder
 from tests.rounding_bounds import FP32, gamma, once_stored_in_bf16
@@ -137,7 +137,13 @@ def assert_same_runs(manifests: list[dict], out: Path, others: list[Path]) -> No
         assert_same_ends(out / manifest["run_id"], other)
 
 
-@pytest.mark.parametrize("order", [nullcontext, OtherBatchedOrder], ids=["own_order", "other_order"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param(nullcontext, id="own_order"),
+        pytest.param(OtherBatchedOrder, id="other_order", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("model", [RMSNORM, LAYERNORM], ids=["rmsnorm", "layernorm"])
 def test_each_run_of_a_stack_is_the_run_by_itself(make_run, make_stack, singles, tmp_path, model, order):
     overrides = (*model, TEN_STEPS)
@@ -161,7 +167,9 @@ def test_a_run_does_not_depend_on_its_company(make_stack, tmp_path):
         assert_near(run, tmp_path / "three" / run.run_id, tmp_path / "two" / run.run_id)
 
 
-@pytest.mark.parametrize("stops", [[3], [10], [25], [7, 19, 28]])
+@pytest.mark.parametrize(
+    "stops", [[3], *(pytest.param(stops, marks=pytest.mark.slow) for stops in ([10], [25])), [7, 19, 28]]
+)
 def test_a_stopped_stack_resumes_to_the_same_bits(make_stack, tmp_path, stops):
     whole = [tmp_path / "whole" / one["run_id"] for one in train_stack(make_stack(*LAYERNORM), tmp_path / "whole")]
     for step in stops:

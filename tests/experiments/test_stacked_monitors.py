@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from foreshock.experiments import bench_stack
 from foreshock.experiments.build import Run
 from foreshock.experiments.plain_config import monitors_of
@@ -19,7 +20,6 @@ from foreshock.models.bits import truncate
 from foreshock.models.trees import tensors_of
 from foreshock.monitors.base import Needs, StepView, due_readings, state_of, tapped
 from foreshock.monitors.optimization import Loss
-
 from tests.experiments.reading_bounds import ROUNDINGS, error_bound
 from tests.other_order import OtherBatchedOrder
 
@@ -41,7 +41,7 @@ FAULTS = (
 BROKEN = 1
 
 
-@pytest.fixture(params=["own_order", "other_order"])
+@pytest.fixture(params=["own_order", pytest.param("other_order", marks=pytest.mark.slow)])
 def order(request) -> Callable[[], AbstractContextManager]:
     """Batched products, which only a stack has, as this machine adds them up and as another one might."""
     return nullcontext if request.param == "own_order" else OtherBatchedOrder
@@ -117,7 +117,7 @@ def test_a_monitor_that_watches_run_by_run_reads_of_each_run_that_is_still_recor
     class Alone(Loss):
         needs = Needs()
 
-    runs = [replace(make_run(*fault), monitors={"alone": Alone()}) for fault in FAULTS]
+    runs = [replace(make_run(*fault), monitors={"alone": Alone(every_steps=1, beta=0.9)}) for fault in FAULTS]
     for watch, view, of_runs in views(runs, break_one=False):
         assert not watch.together
         reading = watch.observe(view, ["alone"], runs=[0, 2])["train_loss_raw"]

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+
 from foreshock.experiments import bench_stack
 from foreshock.experiments.plain_config import monitors_of
 from foreshock.experiments.training.stacking import stacks, why_single

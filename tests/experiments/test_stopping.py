@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
 from foreshock.experiments import reproduce, sweep, trace
 from foreshock.experiments.build import ROOT, build_run
 from foreshock.experiments.training import checkpoint, stopping
 from foreshock.experiments.training.loop import train
-
 from tests.experiments.same_result import assert_same_result
 
 PATIENCE_S = 120

@@ -3,10 +3,12 @@
 import sys
 
 import pytest
+
 from foreshock.experiments.cli import check_overrides
 from foreshock.experiments.targets import check_targets, target_class
 
 PLUGIN = """
+from foreshock.faults.card import InjectionCard
 import subprocess
 from dataclasses import dataclass
 print("imported")
@@ -17,7 +19,7 @@ class Odd:
     def sites(self, step, healthy):
         return healthy
     def describe(self):
-        return None
+        return InjectionCard("other")
 
 class Half:
     onset = 3

@@ -5,6 +5,7 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.experiments import trace
 from foreshock.experiments.trace import TraceError
 from foreshock.monitors.signal import Signal

@@ -1,6 +1,7 @@
 import importlib
 
 import pytest
+
 from foreshock.analysis import score
 from foreshock.experiments import bench_stack
 

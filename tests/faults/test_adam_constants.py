@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from foreshock.faults.adam_constants import AdamConstants
 from foreshock.faults.base import Sites
 from foreshock.faults.combined import Combined
@@ -56,7 +57,7 @@ def test_the_constants_are_restored_where_an_update_fails():
         ({"beta1": 1.0}, "fault.beta1=1.0 is not allowed: from 0 to below 1"),
         ({"beta2": -0.1}, "fault.beta2=-0.1 is not allowed"),
         ({"epsilon": -1.0}, "fault.epsilon=-1.0 is not allowed: 0 or more"),
-        ({}, "fault.beta1=None is not allowed: give at least one of beta1, beta2 and epsilon"),
+        ({}, "fault.beta1=None, fault.beta2=None and fault.epsilon=None: give at least one of them"),
     ],
 )
 def test_an_impossible_fault_is_refused_by_name(constants, message):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from foreshock.faults.base import Fault, LearningRateScale, Sites, Window
 from foreshock.faults.bf16_shift import BF16Shift
 from foreshock.faults.none import NoFault

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from foreshock.faults.base import Sites
 from foreshock.faults.bf16_shift import BF16Shift
 from foreshock.models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault

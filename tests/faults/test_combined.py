@@ -1,6 +1,7 @@
 """Faults composed of others."""
 
 import pytest
+
 from foreshock.faults.base import LearningRateScale, Sites
 from foreshock.faults.batch_shrink import BatchShrink
 from foreshock.faults.bf16_shift import BF16Shift

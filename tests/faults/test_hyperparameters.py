@@ -1,6 +1,7 @@
 """Learning-rate, batch and auxiliary-loss faults: what they do to a step's sites, and what they refuse."""
 
 import pytest
+
 from foreshock.faults.aux_loss_off import AuxLossOff
 from foreshock.faults.base import LearningRateScale, Sites
 from foreshock.faults.batch_shrink import BatchShrink

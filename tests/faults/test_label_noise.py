@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from foreshock.faults.base import Sites
 from foreshock.faults.label_noise import LabelNoise
 from foreshock.faults.operation import Moment

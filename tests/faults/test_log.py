@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from foreshock.faults.base import Sites
 from foreshock.faults.bf16_shift import BF16Shift
 from foreshock.faults.gradient_scale import GradientScale

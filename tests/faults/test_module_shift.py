@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from foreshock.faults.base import Sites
 from foreshock.faults.module_shift import ModuleShift
 from foreshock.models.corruption import ModuleFault

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from foreshock.faults.base import Sites
 from foreshock.faults.operation import Moment
 from foreshock.faults.points import corrupt_tensors

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+
 from foreshock.analysis import reduced
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.scores.contest import contest, run_scores

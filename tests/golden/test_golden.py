@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.scores.contest import contest, run_scores
 from foreshock.analysis.scores.leaderboard import board

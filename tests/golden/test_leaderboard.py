@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+
 from foreshock.analysis.order import leads, order_table
 from foreshock.analysis.runs.discover import find
 from foreshock.analysis.scores.contest import contest, run_scores
@@ -30,7 +31,8 @@ def words(path: str) -> str:
     return " ".join((ROOT / path).read_text().split())
 
 
-@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
 def test_the_leaderboard_is_what_the_committed_runs_give(number, contests):
     one = contests[number]
     experiment, now = one.experiment, board(one, run_scores(one)).set_index(["fault", "detector"]).sort_index()

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import torch
+
 from foreshock.models.attention import attention
 from foreshock.models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
 

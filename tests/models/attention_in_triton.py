@@ -8,12 +8,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+
 from foreshock.models.arithmetic import ORDINARY
 from foreshock.models.flash import flash_attention_triton
 from foreshock.models.flash_arithmetic import encode_arithmetic
 from foreshock.models.numerics import HEALTHY_LAYER
 from foreshock.models.tiles import Tile, Tiles
-
 from tests.models.attention_in_fp64 import NAMES, allowed, grid, shared
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+
 from foreshock.models.arithmetic import ORDINARY, ROUNDS_TO_ONE, Arithmetic, product_in_bf16, row_shift
 from foreshock.models.attention import flash_attention
 from foreshock.models.numerics import HEALTHY, HEALTHY_LAYER, AttentionNumerics, LayerNumerics, SiteFault
-
 from tests.models.attention_in_fp64 import NAMES, allowed, distance, exact, inputs, layer, run
 
 pytestmark = pytest.mark.numeric

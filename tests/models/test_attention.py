@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
+
 from foreshock.models.attention import flash_attention
 from foreshock.models.bits import ROUNDINGS, round_half_up, truncate
 from foreshock.models.numerics import FORWARD_SITES, HEALTHY_LAYER, SITES, AttentionNumerics, SiteFault
-
 from tests.models.attention_in_fp64 import NAMES, REACH, distance, emulate, exact, inputs, layer, run
 
 pytestmark = pytest.mark.numeric

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from foreshock.models import flash_bits
 from foreshock.models.tiles import Tile, Tiles, pinned_tiles
 from foreshock.models.transformer import Transformer, TransformerConfig
-
 from tests.models.attention_in_triton import SMALL_TILES
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -95,7 +95,11 @@ def test_a_cpu_needs_the_interpreter(monkeypatch):
 
 def test_the_kernel_needs_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in [name for name in sys.modules if name.startswith("models.flash_") and name != "models.flash_faults"]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.removeprefix("foreshock.").startswith("models.flash_") and not name.endswith(".flash_faults")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ValueError, match=r"model.backend='triton' is not allowed here: .*install foreshock\[gpu\]"):
         config(backend="triton").on(CPU)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from foreshock.models.bits import MOST_BITS, ROUNDINGS, BitOperation, flip, round_half_up, truncate
 
 PATTERNS = range(1 << 16)

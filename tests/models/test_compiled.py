@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
+
 from foreshock.models.compiled import CompiledObjective
 from foreshock.models.moe import MoEConfig
 from foreshock.models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from foreshock.models.transformer import Transformer, TransformerConfig
-
 from tests.rounding_bounds import BF16
 
 pytestmark = pytest.mark.numeric

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from foreshock.models.bits import flip, truncate
 from foreshock.models.corruption import MODULE_SITES, Corrupted, ModuleFault
 from foreshock.models.moe import MoEConfig

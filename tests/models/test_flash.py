@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+
 from foreshock.models import flash_bits
 from foreshock.models.arithmetic import Arithmetic
 from foreshock.models.flash import _backward, _forward, flash_attention_triton
@@ -11,7 +12,6 @@ from foreshock.models.flash_arithmetic import encode_arithmetic
 from foreshock.models.flash_faults import encode
 from foreshock.models.numerics import HEALTHY_LAYER, AttentionNumerics, LayerNumerics, SiteFault
 from foreshock.models.tiles import Tile, Tiles, pinned_tiles
-
 from tests.models.attention_in_fp64 import NAMES, distance, emulate, exact, inputs, layer, run
 from tests.models.attention_in_triton import (
     ADDING_TILES,
@@ -231,7 +231,11 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in [name for name in sys.modules if name.startswith("models.flash_") and name != "models.flash_faults"]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.removeprefix("foreshock.").startswith("models.flash_") and not name.endswith(".flash_faults")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match=r"needs the package triton: install foreshock\[gpu\]"):
         call(*(x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=1, T=2)[:3]))

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+
 from foreshock.models.arithmetic import ORDINARY, ROUNDS_TO_ONE, Arithmetic
 from foreshock.models.attention import flash_attention
 from foreshock.models.flash import _forward, check_numerics
 from foreshock.models.flash_arithmetic import encode_arithmetic
 from foreshock.models.numerics import HEALTHY_LAYER, KEY_VALUE_SITES, AttentionNumerics, LayerNumerics, SiteFault
 from foreshock.models.tiles import Tile, Tiles
-
 from tests.models.attention_in_fp64 import NAMES, distance, exact, inputs, run
 from tests.models.attention_in_triton import DEVICE, ONE_TILE, SMALL_TILES, output_in_tiles, run_triton
 

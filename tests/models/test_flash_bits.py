@@ -5,6 +5,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from foreshock.models.bits import MOST_BITS, ROUNDINGS, _spread
 from foreshock.models.flash_bits import operate, product, round_to_bf16, widen
 from foreshock.models.flash_faults import OPERATION_NUMBERS, AttentionShape, reach

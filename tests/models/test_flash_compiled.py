@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from foreshock.models.arithmetic import ORDINARY, Arithmetic
 
 ROOT = Path(__file__).parents[2]

@@ -4,12 +4,12 @@ from functools import lru_cache
 
 import pytest
 import torch
+
 from foreshock.models.attention import flash_attention
 from foreshock.models.bits import ROUNDINGS, BitOperation, truncate
 from foreshock.models.flash import _backward, _forward
 from foreshock.models.flash_faults import encode
 from foreshock.models.numerics import HEALTHY_LAYER, KEY_VALUE_SITES, AttentionNumerics, SiteFault
-
 from tests.models.attention_in_fp64 import NAMES, REACH, distance, emulate, inputs, layer, run
 from tests.models.attention_in_triton import (
     ADDING_TILES,

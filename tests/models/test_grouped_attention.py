@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from foreshock.models.attention import attention, flash_attention
 from foreshock.models.bits import ROUNDINGS
 from foreshock.models.numerics import HEALTHY_LAYER, KEY_VALUE_SITES
 from foreshock.models.visibility import visible_keys
-
 from tests.models.attention_in_fp64 import NAMES, REACH, allowed, distance, emulate, exact, inputs, layer, run, shared
 
 pytestmark = pytest.mark.numeric

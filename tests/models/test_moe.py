@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from foreshock.models.moe import MoE, MoEConfig, auxiliary_loss
 from foreshock.models.transformer import PARAMETER_GROUPS, Transformer, TransformerConfig, parameter_group
-
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

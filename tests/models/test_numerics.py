@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from foreshock.models.bits import ROUNDINGS, round_half_up, truncate
 from foreshock.models.numerics import (
     FORWARD_SITES,

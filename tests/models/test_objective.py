@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from foreshock.models.moe import MoEConfig
 from foreshock.models.objective import objective_at
 from foreshock.models.transformer import Transformer, TransformerConfig
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from tests.rounding_bounds import BF16
 
 pytestmark = pytest.mark.numeric

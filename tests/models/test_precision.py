@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from foreshock.models.moe import MoEConfig
 from foreshock.models.numerics import HEALTHY, to_bf16_grid
 from foreshock.models.taps import Taps
 from foreshock.models.transformer import Transformer, TransformerConfig
-
 from tests.models.attention_in_triton import ONE_TILE, in_the_interpreter
 
 pytestmark = pytest.mark.numeric

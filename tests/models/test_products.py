@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import parametrizations
+
 from foreshock.models.moe import GroupedLinear
 from foreshock.models.stacked import StackedLinear
 from foreshock.models.taps import Taps
-from torch.nn.utils import parametrizations
-
 from tests.models.quantised_linear import FP8InBF16, FP8Linear, INT8Linear, OwnLinear, StraightThrough
 
 pytestmark = pytest.mark.numeric

@@ -4,13 +4,13 @@ from itertools import product
 
 import pytest
 import torch
+
 from foreshock.models.moe import MoEConfig
 from foreshock.models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from foreshock.models.stacked import StackedNumerics, StackedTransformer
 from foreshock.models.stacked_taps import SliceTaps
 from foreshock.models.taps import PLACES, Taps
 from foreshock.models.transformer import Transformer, TransformerConfig
-
 from tests.models.attention_in_triton import ONE_TILE, in_the_interpreter
 from tests.other_order import OtherBatchedOrder
 from tests.rounding_bounds import FP32, gamma, once_stored_in_bf16

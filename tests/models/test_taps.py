@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from foreshock.models.moe import MoEConfig
 from foreshock.models.taps import PLACES, Taps
 from foreshock.models.transformer import Transformer, TransformerConfig

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
 from foreshock.models.moe import MoEConfig
 from foreshock.models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from foreshock.models.transformer import Rotary, Transformer, TransformerConfig
-
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

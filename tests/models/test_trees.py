@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from foreshock.models.trees import map_tensors, stack_trees, tensors_of, with_tensors
 
 

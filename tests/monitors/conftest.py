@@ -6,14 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
+
 from foreshock.models.moe import Routing
 from foreshock.models.numerics import HEALTHY, AttentionNumerics
 from foreshock.models.objective import objective_at
 from foreshock.models.transformer import Transformer, TransformerConfig
 from foreshock.monitors.base import Monitor, StepView, tapped
 from foreshock.monitors.watch import Watch
-from torch import Tensor
-
 from tests.views import view_of_gradients
 
 torch.set_num_threads(1)

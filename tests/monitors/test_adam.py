@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from foreshock.monitors.adam import AdamState, AdamUpdateRMS, _debias
 
+from foreshock.monitors.adam import AdamState, AdamUpdateRMS, _debias
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

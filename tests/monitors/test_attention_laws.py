@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from foreshock.experiments import trace
 from foreshock.experiments.training.loop import train
 from foreshock.monitors.attention_laws import LAWS, AttentionLaws

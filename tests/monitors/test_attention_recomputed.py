@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from foreshock.models.attention import flash_attention
 from foreshock.models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
 from foreshock.monitors import attention_laws, attention_recomputed

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from foreshock.monitors.attention_scores import AttentionScores, causal_scores
 
+from foreshock.monitors.attention_scores import AttentionScores, causal_scores
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

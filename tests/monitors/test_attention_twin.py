@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+
 from foreshock.models.attention import flash_attention
 from foreshock.models.flash import flash_attention_triton
 from foreshock.models.numerics import HEALTHY_LAYER, LayerNumerics, SiteFault, to_bf16_grid

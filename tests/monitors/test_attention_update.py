@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from foreshock.monitors.attention_update import AttentionWeight, DeltaW, QKIncrement, is_attention_matrix
 from foreshock.monitors.base import Masked
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from foreshock.experiments.training.gradients import micro_batches
 from foreshock.models.corruption import ModuleFault
 from foreshock.models.moe import MoEConfig
@@ -15,7 +16,6 @@ from foreshock.monitors.fp32_rounding import LinearStep
 from foreshock.monitors.linear_laws import LinearLaws
 from foreshock.monitors.norm_laws import NormLaws
 from foreshock.monitors.softmax_laws import LogitLaws, RouterLaws
-
 from tests.monitors.ratio_bounds import legal
 from tests.rounding_bounds import FP32, gamma
 from tests.views import view_of_gradients

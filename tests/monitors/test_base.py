@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from foreshock.monitors.base import Lookback, Monitor, Needs, state_of
 from foreshock.monitors.optimization import GradientNorm, Loss, UpdateToWeight
 

@@ -1,6 +1,7 @@
 """Rows in turn: every row has its time."""
 
 import pytest
+
 from foreshock.monitors.batch_rows import check_rows, in_turn
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from foreshock.models.moe import MoEConfig
 from foreshock.models.taps import PLACES, Tap, Taps
 from foreshock.models.transformer import Transformer, TransformerConfig

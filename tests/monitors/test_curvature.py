@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from foreshock.models.numerics import AttentionNumerics, SiteFault
 from foreshock.monitors.adam import AdamState
 from foreshock.monitors.curvature import GradientCurvature, hessian_vector_product
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from tests.rounding_bounds import FP32, FP64, gamma, likely
 
 pytestmark = pytest.mark.numeric

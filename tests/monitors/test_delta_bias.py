@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from foreshock.models.arithmetic import Arithmetic
 from foreshock.models.bits import truncate
 from foreshock.models.numerics import AttentionNumerics, SiteFault, to_bf16_grid

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
 from foreshock.monitors import eigen
 from foreshock.monitors.fragility import score_condition
 from foreshock.monitors.spectra import singular_values

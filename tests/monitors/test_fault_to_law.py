@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from foreshock.models.corruption import ModuleFault
 from foreshock.models.moe import MoEConfig
 from foreshock.models.taps import PLACES
@@ -9,7 +10,6 @@ from foreshock.models.transformer import Transformer, TransformerConfig
 from foreshock.monitors.linear_laws import LinearLaws
 from foreshock.monitors.norm_laws import NormLaws
 from foreshock.monitors.softmax_laws import LogitLaws, RouterLaws
-
 from tests.views import view_of_gradients
 
 pytestmark = pytest.mark.numeric

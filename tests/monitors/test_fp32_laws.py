@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from foreshock.models.moe import MoEConfig
 from foreshock.models.taps import PLACES, Tap
 from foreshock.models.transformer import Transformer, TransformerConfig
@@ -11,7 +12,6 @@ from foreshock.monitors.batch_rows import every
 from foreshock.monitors.linear_laws import LinearLaws
 from foreshock.monitors.norm_laws import NormLaws
 from foreshock.monitors.softmax_laws import LogitLaws, RouterLaws
-
 from tests.views import view_of_gradients
 
 pytestmark = pytest.mark.numeric

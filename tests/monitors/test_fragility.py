@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from foreshock.monitors.attention_scores import causal_scores
 from foreshock.monitors.fragility import (
     AttentionFragility,

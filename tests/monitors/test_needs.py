@@ -1,6 +1,7 @@
 """What a monitor needs is declared in one value, and an unknown need is named."""
 
 import pytest
+
 from foreshock.monitors.needs import Lookback, Needs
 
 

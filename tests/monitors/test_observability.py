@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from foreshock.models.numerics import AttentionNumerics, SiteFault
 from foreshock.monitors.observability import NonFinite
 

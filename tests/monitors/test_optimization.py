@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from foreshock.monitors.optimization import GradientNorm, Loss, UpdateToWeight
 
+from foreshock.monitors.optimization import GradientNorm, Loss, UpdateToWeight
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

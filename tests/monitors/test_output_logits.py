@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from foreshock.monitors.output_logits import OutputLogZ
 
+from foreshock.monitors.output_logits import OutputLogZ
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

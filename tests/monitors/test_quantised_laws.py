@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+
 from foreshock.models.corruption import ModuleFault
 from foreshock.models.taps import PLACES
 from foreshock.models.transformer import Transformer, TransformerConfig
 from foreshock.monitors.linear_laws import LinearLaws
 from foreshock.monitors.norm_laws import NormLaws
 from foreshock.monitors.softmax_laws import LogitLaws
-
 from tests.models.quantised_linear import FP8InBF16, FP8Linear, INT8Linear, OwnLinear, replaced
 from tests.monitors.ratio_bounds import legal
 from tests.views import view_of_gradients

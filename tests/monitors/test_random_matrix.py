@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from foreshock.monitors.base import StepView
 from foreshock.monitors.random_matrix import (
     TRACY_WIDOM_95,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from foreshock.models.attention import flash_attention
 from foreshock.models.numerics import KEY_VALUE_SITES, LayerNumerics, SiteFault, to_bf16_grid
 from foreshock.monitors import attention_laws

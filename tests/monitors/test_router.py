@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from foreshock.analysis.detect.alarms import oriented
 from foreshock.models.moe import MoEConfig, Routing
 from foreshock.monitors.base import Masked

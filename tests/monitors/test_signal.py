@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+
 from foreshock.monitors.law import KEY_SHIFT, Law
 from foreshock.monitors.signal import Signal, read_signal, with_ratio
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from foreshock.monitors.spectra import qk_increment, singular_values, spectral_entropy, stable_rank
 
+from foreshock.monitors.spectra import qk_increment, singular_values, spectral_entropy, stable_rank
 from tests.rounding_bounds import FP64, gamma
 
 pytestmark = pytest.mark.numeric

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from foreshock.monitors.spectral_norm import SpectralNorm
 
 pytestmark = pytest.mark.numeric

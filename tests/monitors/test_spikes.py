@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from foreshock.monitors.spikes import SpikeScore
 
+from foreshock.monitors.spikes import SpikeScore
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from foreshock.monitors.trailing import on_trailing_axes
 
+from foreshock.monitors.trailing import on_trailing_axes
 from tests.rounding_bounds import FP32, gamma
 
 pytestmark = pytest.mark.numeric

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from foreshock.models.numerics import HEALTHY, AttentionNumerics, SiteFault
 from foreshock.models.tiles import Tile, Tiles
 from foreshock.monitors.attention_laws import AttentionLaws
-
 from tests.models.attention_in_fp64 import distance
 from tests.models.attention_in_triton import in_the_interpreter
 from tests.rounding_bounds import FP32, gamma

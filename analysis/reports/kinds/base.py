@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pandas as pd
+
 from foreshock.analysis.scores.contest import Contest
 
 Picture = Callable[[Contest, Path], str]

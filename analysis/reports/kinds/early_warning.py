@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+
 from foreshock.analysis.figures.early import cost_figure, size_figure
 from foreshock.analysis.figures.routers import selectivity_figure
 from foreshock.analysis.reports.kinds.base import Kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+
 from foreshock.analysis.figures.localise import localise_figure
 from foreshock.analysis.locate.localise import confusion, localise, sentences, shares_right
 from foreshock.analysis.reports.kinds.base import Kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+
 from foreshock.analysis.figures.paired import paired_figure
 from foreshock.analysis.reports.kinds.base import Kind
 from foreshock.analysis.scores.contest import Contest

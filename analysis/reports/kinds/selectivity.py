@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+
 from foreshock.analysis.figures.routers import selectivity_figure
 from foreshock.analysis.locate.selectivity import alarm_matrix, off_diagonal
 from foreshock.analysis.reports.kinds.base import Kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+
 from foreshock.analysis.figures.smallest import smallest_figure
 from foreshock.analysis.reports.kinds.base import Kind
 from foreshock.analysis.scores.contest import Contest
