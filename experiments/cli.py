@@ -77,6 +77,8 @@ VALUED_FLAGS = {
     "-i": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
     "--package": None,
     "-p": None,
+    "--config-dir": None,
+    "-cd": None,
 }
 """Flags of Hydra that a command takes, those of the second kind with a value of these (None: any)."""
 
@@ -93,7 +95,7 @@ def flags_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]
             allowed = VALUED_FLAGS[flag]
             if value is None or (allowed and value not in allowed):
                 said = flag if value is None else f"{flag} {value}"
-                raise ValueError(f"{said} is not allowed: {' or '.join(allowed) if allowed else 'a package'}")
+                raise ValueError(f"{said} is not allowed: {' or '.join(allowed) if allowed else 'a value'}")
             flags += [flag, value]
         elif argument.startswith("-") and argument not in FLAGS:
             raise ValueError(f"{argument} is not a flag of this command{did_you_mean(flag, [*FLAGS, *VALUED_FLAGS])}")
@@ -120,7 +122,12 @@ def _choices(line: str, swept: bool) -> list[str]:
 def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     """Compose every combination that the command line asks for. Raises ValueError with one line."""
     swept = bool({"-m", "--multirun"} & set(arguments))
-    lines = flags_and_overrides(arguments)[1]
+    flags, lines = flags_and_overrides(arguments)
+    own = [path for flag, path in itertools.pairwise(flags) if flag in ("--config-dir", "-cd")]
+    missing = next((path for path in own if not os.path.isdir(path)), None)
+    if missing is not None:
+        raise ValueError(f"--config-dir={missing} is not allowed: there is no such folder")
+    searched = [f"hydra.searchpath=[{','.join(f'file://{os.path.abspath(path)}' for path in own)}]"] if own else []
     of_hydra = next((line for line in lines if re.match(r"[+~]*hydra\b", line) and "_target_" in line), None)
     if of_hydra:
         raise ValueError(f"{of_hydra} is not allowed: Hydra takes no class by name; hydra/launcher=NAME chooses one")
@@ -128,7 +135,7 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     with initialize_config_dir(CONF, version_base="1.3"):
         for combination in itertools.product(*choices):
             try:
-                compose(config_name, overrides=list(combination))
+                compose(config_name, overrides=[*searched, *combination])
             except COMPOSE_ERRORS as error:
                 raise ValueError(explain(error, config_name, combination)) from None
 

@@ -43,9 +43,8 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
             step = _step(row.step, run, experiments[index], where)
             if run.role in ("test", "faulty"):
                 scored = True
-                blank: dict[str, int | None] = {
-                    scored_run.trace.run_id: None for scored_run in experiments[index].of("test", "faulty")
-                }
+                others = experiments[index].of("test", "faulty")
+                blank: dict[str, int | None] = {other.trace.run_id: None for other in others}
                 alarms[index].setdefault(row.monitor, blank)[row.run_id] = step
         if not scored:
             raise ValueError(f"alarms={path} lists no run that is scored: it needs test or faulty ones")
