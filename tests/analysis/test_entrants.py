@@ -81,6 +81,7 @@ ENTRANTS = {
 }
 
 
+@pytest.mark.slow
 def test_anyones_detector_enters_and_a_bad_one_is_flagged(folder, tmp_path):
     paths = []
     for name, code in ENTRANTS.items():

@@ -317,6 +317,7 @@ def test_confidence_set_keeps_the_best_and_drops_the_clearly_bad():
     assert confidence_set(tied, resamples=300) == [0, 1]
 
 
+@pytest.mark.slow
 def test_confidence_set_keeps_a_best_column_as_often_as_it_says():
     """Four equal columns at 30 seeds: each is in the set in at least 95 % of 300 simulations, less their error."""
     generator = np.random.default_rng(1)

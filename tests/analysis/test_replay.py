@@ -45,6 +45,7 @@ def test_the_board_says_what_was_put_in(folder, tmp_path):
     assert both.loc["early", "healthy_runs"] == 6
 
 
+@pytest.mark.slow
 def test_controls_earn_what_they_know(folder, tmp_path):
     board = scored(folder, tmp_path / "out", tracks=("reference",))
     table = board.loc[("reference", "all")]
@@ -253,6 +254,7 @@ def test_two_experiments_of_one_name_are_refused(folder, tmp_path):
         scored(tmp_path / "both", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_alarm_before_the_onset_earns_nothing_over_the_baseline(folder, tmp_path):
     experiment = load(folder, folder)
     rows = [(run.trace.run_id, "hasty", 200) for run in experiment.of("faulty", fault="ramp")]

@@ -203,6 +203,7 @@ def test_the_zoo_has_fifteen_healthy_cases_and_two_slow_ones_and_two_faults(text
     assert {run.train.steps for run in runs.values()} == {300}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", OF_CASES)
 def test_cases_run_in_fast_mode_from_training_to_report(experiment, text, tiny, tmp_path, monkeypatch):
     with initialize_config_dir(str(CONF), version_base="1.3"):

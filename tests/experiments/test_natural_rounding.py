@@ -101,6 +101,7 @@ def test_errors_add_up_in_proportion_to_what_they_share():
     assert alignment(torch.ones(n, 5)).item() == n and alignment(torch.zeros(n, 5)).isnan()
 
 
+@pytest.mark.slow
 def test_the_command_writes_every_kernel_of_every_trained_run(make_run, tmp_path, capsys):
     runs = [make_run("train.steps=10", f"seed={seed}") for seed in (0, 1)]
     for run in runs:

@@ -66,6 +66,7 @@ def test_a_mixture_of_experts_resumes_to_the_same_bits(make_run, tmp_path, stops
     assert_same_result(tmp_path / "out" / whole["run_id"], tmp_path / "whole" / whole["run_id"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [("train.micro_batch=4",), ("train.micro_batch=3", "train.watched_sequences=1")])
 def test_mixed_precision_in_micro_batches_resumes_to_the_same_bits(make_run, tmp_path, pieces):
     mixed = ("fault=combined", "model=moe_nano", "train.precision=bf16", *pieces)

@@ -180,6 +180,7 @@ def test_a_stopped_stack_resumes_to_the_same_bits(make_stack, tmp_path, stops):
     assert_same_runs(manifests, tmp_path / "out", whole)
 
 
+@pytest.mark.slow
 def test_runs_that_were_killed_at_different_checkpoints_resume_each_from_its_own(make_stack, tmp_path, monkeypatch):
     overrides = (*LAYERNORM, "train.steps=22")
     whole = [tmp_path / "whole" / one["run_id"] for one in train_stack(make_stack(*overrides), tmp_path / "whole")]
@@ -255,6 +256,7 @@ def test_monitors_that_know_nothing_of_stacks_watch_run_by_run(make_stack, tmp_p
             np.testing.assert_allclose(there[name].values, series.values, rtol=0, atol=bound, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_stack_trains_in_pieces_to_the_same_bits(make_stack, tmp_path):
     whole = [tmp_path / "whole" / one["run_id"] for one in train_stack(make_stack(*LAYERNORM), tmp_path / "whole")]
     for step in (1, 2):

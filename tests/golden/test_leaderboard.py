@@ -174,6 +174,7 @@ def interval(row: pd.Series) -> str:
     return f"{signed(row['low'])} to {signed(row['high'])}"
 
 
+@pytest.mark.slow
 def test_the_papers_order_at_7_bits_is_what_the_committed_runs_give(contests):
     table = leads(run_scores(contests[0]), "attention")
     ours = {name: order_table(table, name).set_index("against") for name in ("Delta2 entropy", "Delta W entropy")}
