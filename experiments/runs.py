@@ -24,7 +24,8 @@ from rich.table import Table
 
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run, build_run
-from foreshock.experiments.training import equivalences
+from foreshock.experiments.training import checkpoint, equivalences
+from foreshock.experiments.training.data import load_once
 from foreshock.experiments.training.identity import observation_id, trajectory_sources
 from foreshock.experiments.training.loop import CHECKSUM_EVERY_STEPS
 from foreshock.experiments.training.run_writer import weights_sha256
@@ -35,6 +36,7 @@ USAGE = "python -m experiments.runs [list|adopt|prune] [out=runs] [delete=true]"
 COMMANDS = ("list", "adopt", "prune")
 SENTINEL_STEPS = 200
 CURRENT, UNKNOWN = "", "written before sources were kept apart"
+UNJUDGED = "cannot be judged here"
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,28 @@ class Stored:
 
     @property
     def kind(self) -> tuple[str, str]:
-        """Its model and its fault's class, of which one run is trained to adopt the others."""
+        """Its model and training, and its fault's class, of which one run is trained to adopt the others."""
         config = self.manifest["config"]
-        return json.dumps(config["model"], sort_keys=True), config["fault"]["_target_"]
+        return json.dumps([config["model"], config["train"]], sort_keys=True), config["fault"]["_target_"]
 
 
 def stored_in(out: Path) -> list[Stored]:
-    """Every run folder, oldest first. Raises TraceError where a manifest is damaged."""
-    folders = sorted((path.parent for path in out.glob("*/manifest.json")), key=lambda f: f.stat().st_mtime)
-    manifests = [(folder, trace.manifest_of(folder)) for folder in folders]
-    return [Stored(folder, manifest, why_stale(folder.name, manifest)) for folder, manifest in manifests]
+    """Every run folder, oldest first."""
+    files = [path for path in out.glob("*/manifest.json") if not path.parent.name.startswith(".")]
+    return [_stored(path.parent) for path in sorted(files, key=lambda path: path.stat().st_mtime)]
+
+
+def _stored(folder: Path) -> Stored:
+    try:
+        manifest = trace.manifest_of(folder)
+    except trace.TraceError as error:
+        return Stored(folder, {}, f"{UNJUDGED}: {error}")
+    return Stored(folder, manifest, why_stale(folder.name, manifest))
+
+
+def run_of(manifest: Mapping[str, Any]) -> Run:
+    """The run as today's sources would train it. Raises ValueError or FileNotFoundError where they cannot."""
+    return build_run({**manifest["config"], "plugins": manifest.get("plugins", [])}, load_once)
 
 
 def why_stale(run_id: str, manifest: Mapping[str, Any]) -> str:
@@ -67,12 +81,12 @@ def why_stale(run_id: str, manifest: Mapping[str, Any]) -> str:
     if manifest["torch"] != version:
         return f"PyTorch was {manifest['torch']}, is {version}"
     try:
-        run = build_run(manifest["config"])
+        run = run_of(manifest)
         sources = {name: digest_of([(name, path)]) for name, path in trajectory_sources(run.nodes)}
         if run.run_id == run_id:
             return CURRENT
     except (ValueError, FileNotFoundError) as error:
-        return str(error)
+        return f"{UNJUDGED}: {error}"
     changed = sorted(n for n in {*sources, *manifest["sources"]} if sources.get(n) != manifest["sources"].get(n))
     return f"changed since: {', '.join(changed)}" if changed else "its data or its configuration has changed"
 
@@ -87,6 +101,9 @@ def outdated_readings(stored: Stored) -> list[str]:
 def table_of(runs: list[Stored]) -> Table:
     table = Table("run", "when", "fault", "seed", "steps", "end", "monitors", "today")
     for stored in runs:
+        if not stored.manifest:
+            table.add_row(stored.folder.name, *[""] * 6, stored.stale)
+            continue
         manifest, config = stored.manifest, stored.manifest["config"]
         when = datetime.fromtimestamp((stored.folder / "manifest.json").stat().st_mtime)
         again = [] if stored.stale else outdated_readings(stored)
@@ -123,11 +140,12 @@ def adopt(runs: list[Stored]) -> list[str]:
     said: list[str] = []
     harmless: dict[Any, Any] = {}
     evidence: dict[Any, Any] = {}
-    sentinels = {(*s.kind, s.manifest["source_sha256"], s.manifest["fault_sha256"]): s for s in runs if _can_adopt(s)}
+    candidates = sorted((s for s in runs if _can_adopt(s)), key=_first_faulty_step, reverse=True)
+    sentinels = {(*s.kind, s.manifest["source_sha256"], s.manifest["fault_sha256"]): s for s in candidates}
     for (_, fault, *old), stored in sentinels.items():
-        run = build_run(stored.manifest["config"])
+        run = run_of(stored.manifest)
         known = stored.manifest["weights_sha256"]
-        steps = min(SENTINEL_STEPS, run.train.steps)
+        steps = sentinel_steps(stored)
         found = first_checksums(run, steps)
         same = bool(found) and all(known.get(step) == own for step, own in found.items())
         said.append(f"{stored.folder.name} ({fault}): {'the same' if same else 'another trajectory'} in {steps} steps")
@@ -139,6 +157,17 @@ def adopt(runs: list[Stored]) -> list[str]:
         if same and new != old:
             equivalences.add(new, old, {"runs": evidence[new, old], "steps": SENTINEL_STEPS})
     return said
+
+
+def _first_faulty_step(stored: Stored) -> int:
+    return stored.manifest["onset_step"] or 0
+
+
+def sentinel_steps(stored: Stored) -> int:
+    """How many steps of a run show whether it is trained as before: past its fault's onset, to the next checksum."""
+    wanted = max(SENTINEL_STEPS, _first_faulty_step(stored) + CHECKSUM_EVERY_STEPS)
+    wanted = -(-wanted // CHECKSUM_EVERY_STEPS) * CHECKSUM_EVERY_STEPS
+    return min(wanted, stored.manifest["steps_done"])
 
 
 def _can_adopt(stored: Stored) -> bool:
@@ -164,11 +193,12 @@ def main(arguments: list[str]) -> None:
         print("\n".join(adopt(runs)) or "no finished run of other sources can be adopted")
         return
     if command == "prune":
-        runs = [stored for stored in runs if stored.stale]
+        runs = [stored for stored in runs if stored.stale and not stored.stale.startswith(UNJUDGED)]
     Console().print(table_of(runs))
     if command == "prune" and delete == "true":
         for stored in runs:
-            shutil.rmtree(stored.folder)
+            with checkpoint.locked(stored.folder):  # which nobody trains now
+                shutil.rmtree(stored.folder)
     elif command == "prune" and runs:
         print(f"delete=true deletes these {len(runs)} runs")
 

@@ -8,6 +8,7 @@ foreshock train --help
 from __future__ import annotations
 
 import difflib
+import os
 import runpy
 import sys
 
@@ -38,6 +39,7 @@ def main() -> None:
         print(f"error: {name!r} is no command: one of {', '.join(COMMANDS)}{meant}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"foreshock {name}", *sys.argv[2:]]
+    sys.path.insert(0, os.getcwd())  # as python -m does, for plugins
     runpy.run_module(f"foreshock.{COMMANDS[name][0]}", run_name="__main__", alter_sys=True)
 
 

@@ -134,6 +134,9 @@ class Detection:
         if described.kind == EXACT:
             band: Exact | Band = Exact()
             bad = "up"
+            for run in self._runs("reference", "calibration"):
+                if (band.z(aligned[run]) > 0).any():
+                    raise DeclinedSignal(f"{signal}: is not 0 in every healthy run, as {run} shows")
         else:
             assert isinstance(self.track, Charted)
             band, bad = self.track.band(described, self._reference[signal]), described.bad

@@ -74,7 +74,7 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
     The rate is the smallest of ``ALPHAS`` that the calibration runs support. Raises TraceError without runs.
     """
     manifests = {}
-    for path in sorted(folder.glob("*/manifest.json")):
+    for path in sorted(folder.glob("[!.]*/manifest.json")):
         manifest = trace.manifest_of(path.parent)
         if manifest["end_reason"] in trace.FINAL_REASONS:
             manifests[path.parent.name] = manifest

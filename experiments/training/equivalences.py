@@ -27,7 +27,11 @@ def read() -> dict[str, Any]:
 
 def canonical(digest: str) -> str:
     """The oldest digest that sources are known to be equivalent to, their own where none is known."""
-    return _older().get(digest, digest)
+    older, seen = _older(), {digest}
+    while digest in older and older[digest] not in seen:
+        digest = older[digest]
+        seen.add(digest)
+    return digest
 
 
 def add(new: str, old: str, evidence: Any) -> None:

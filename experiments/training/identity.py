@@ -39,6 +39,8 @@ CONTRACT = (
 WITHOUT_EFFECT = ("piece_s", "checkpoint_every_steps")
 """Keys of the training that change no weight."""
 
+TOLD = ("faults.card", "faults.fit", "faults.log")
+"""Modules of ``faults`` that say, check and measure what a fault does, and do nothing of it."""
 LABELS = ("family",)
 """Keys of a fault that change nothing of what it does."""
 
@@ -75,7 +77,10 @@ def fault_sources(node: Config) -> Iterator[tuple[str, Path]]:
 
 
 def _with_imports_from_beside(module: str) -> Iterator[tuple[str, Path]]:
-    return closure_of(module, lambda name, path: _beside(module, name, path))
+    def follow(name: str, path: Path) -> bool:
+        return name not in TOLD and (name.split(".")[0] == "faults" or _beside(module, name, path))
+
+    return closure_of(module, follow)
 
 
 def monitor_sources(module: str) -> Iterator[tuple[str, Path]]:

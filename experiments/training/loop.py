@@ -33,7 +33,14 @@ from foreshock.experiments.training import checkpoint
 from foreshock.experiments.training.early_end import drawup_limit, early_ends
 from foreshock.experiments.training.engine import Engine
 from foreshock.experiments.training.manifest import manifest_in
-from foreshock.experiments.training.missing_readings import take_its_place, take_over, trained_again, without_readings
+from foreshock.experiments.training.missing_readings import (
+    finish_replacing,
+    is_whole,
+    take_its_place,
+    take_over,
+    trained_again,
+    without_readings,
+)
 from foreshock.experiments.training.out_of_memory import out_of_memory_named
 from foreshock.experiments.training.recorder import Recorder
 from foreshock.experiments.training.run_writer import HELD_OUT, RunWriter
@@ -80,6 +87,7 @@ def _train_all(runs: Sequence[Run], out: Path, progress: Progress | None, stacke
         members = []
         for run in runs:
             folder = out / run.run_id
+            finish_replacing(folder)
             locks.enter_context(checkpoint.locked(folder))
             members.append((run, folder, manifest_in(folder, run)))
         piece_s = runs[0].train.piece_s
@@ -123,7 +131,7 @@ def _add_missing_readings(
             if manifest["end_reason"] not in trace.FINAL_REASONS:
                 reasons[run_id] = {"end_reason": manifest["end_reason"]}
                 del left[run_id]
-            elif manifest["observations"] == run.observations:
+            elif is_whole(manifest):
                 own |= take_its_place(folder)
                 del left[run_id]
             elif take_over(run, folder, own):

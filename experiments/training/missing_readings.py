@@ -43,12 +43,17 @@ def trained_again(run: Run, folder: Path, manifest: Mapping[str, Any]) -> tuple[
     """
     again, begun = folder / AGAIN, trace.read_manifest(folder / AGAIN)
     missing = {name: run.monitors[name] for name in without_readings(run, manifest)}
-    whole = begun is not None and begun["observations"] == run.observations
-    watched = run if whole else replace(run, monitors=missing)
+    watched = run if is_whole(begun) else replace(run, monitors=missing)
     if begun is not None and begun["observations"] != watched.observations:  # the monitors have changed since
         shutil.rmtree(again)
+        watched = replace(run, monitors=missing)
     again.mkdir(exist_ok=True)
     return watched, again, manifest_in(again, watched)
+
+
+def is_whole(manifest: Mapping[str, Any] | None) -> bool:
+    """Whether a run that is trained again is to take the place of the old one."""
+    return manifest is not None and manifest.get("whole", False)
 
 
 def same_trajectory(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -66,43 +71,62 @@ def take_over(run: Run, folder: Path, manifest: dict[str, Any]) -> bool:
     if not same_trajectory(manifest, again):
         shutil.rmtree(folder / AGAIN)
         (folder / AGAIN).mkdir()
-        trace.write_manifest(folder / AGAIN, new_manifest(run))
+        trace.write_manifest(folder / AGAIN, new_manifest(run) | {"whole": True})
         return False
-    replaced = {n: s for n, s in again["signals"].items() if n != HELD_OUT.name}
-    number = 1 + sum(trace.TRACE in name for name in manifest["files"])
+    emitted = manifest["emitted"]
+    outdated = {signal for name in again["observations"] for signal in emitted.get(name, ())}
+    number = 1 + max((_number(name) for name in manifest["files"]), default=0)
     files = {trace.WEIGHTS: manifest["files"][trace.WEIGHTS]}
-    for source, known, drop in (
-        (folder, manifest["files"], set(replaced)),  # outdated ones of the same monitors
-        (folder / AGAIN, again["files"], {HELD_OUT.name}),
+    for offset, (source, known, drop) in enumerate(
+        ((folder, manifest["files"], outdated), (folder / AGAIN, again["files"], {HELD_OUT.name}))
     ):
         for name in (name for name in known if name.startswith(f"{trace.TRACE}/")):
             table = pq.ParquetFile(source / name).read()
-            rows = table.filter(pc.invert(pc.is_in(table["signal"].cast(pa.string()), pa.array(sorted(drop)))))
+            rows = table.filter(
+                pc.invert(pc.is_in(table["signal"].cast(pa.string()), pa.array(sorted(drop), pa.string())))
+            )
             if source == folder and len(rows) == len(table):
                 files[name] = known[name]
             elif len(rows):
                 first, last = name.removesuffix(".parquet").split("-")[1:3]
-                files |= trace.write_table(folder, f"part-{first}-{last}-{number}", rows)
-            number += 1
-    outdated = set(manifest["files"]) - set(files)
+                files |= trace.write_table(folder, f"part-{first}-{last}-{number + offset}", rows)
+    gone = set(manifest["files"]) - set(files)
+    kept = {name: signal for name, signal in manifest["signals"].items() if name not in outdated}
     manifest["files"] = files
-    manifest["signals"] |= replaced
-    manifest["observations"] |= again["observations"]
+    manifest["signals"] = kept | {n: s for n, s in again["signals"].items() if n != HELD_OUT.name}
+    for key in ("observations", "emitted"):
+        manifest[key] |= again[key]
     manifest["config"]["monitor"] |= again["config"]["monitor"]
     for spent in ("wall_s", "cpu_s"):
         manifest[spent] += again[spent]
     trace.write_manifest(folder, manifest)
-    for name in outdated:
+    for name in gone:
         (folder / name).unlink()
     shutil.rmtree(folder / AGAIN)
     return True
 
 
+def _number(part: str) -> int:
+    """Of a part ``part-<first>-<last>-<number>.parquet`` that was added or written anew; 0 for another file."""
+    pieces = part.removesuffix(".parquet").split("-")
+    return int(pieces[3]) if len(pieces) > 3 else 0
+
+
 def take_its_place(folder: Path) -> dict[str, Any]:
     """Let the whole run in ``folder/again`` take the place of the one that it was trained in; its manifest."""
-    again, old = folder.with_name(f"{folder.name}.{AGAIN}"), folder.with_name(f"{folder.name}.old")
-    (folder / AGAIN).rename(again)
-    folder.rename(old)
-    again.rename(folder)
-    shutil.rmtree(old)
+    (folder / AGAIN).rename(_aside(folder))
+    finish_replacing(folder)
     return trace.manifest_of(folder)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Finish what a kill may have stopped in ``take_its_place``: a run that lies aside takes its place."""
+    if _aside(folder).exists():
+        if folder.exists():
+            shutil.rmtree(folder)
+        _aside(folder).rename(folder)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a whole run waits for the old one to go; no folder of runs looks there."""
+    return folder.with_name(f".{folder.name}.{AGAIN}")

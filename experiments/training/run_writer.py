@@ -72,7 +72,8 @@ class RunWriter:
         Raises ValueError that names an injection which has changed nothing.
         """
         log = self._engine.logs[self._row or 0]
-        log.check(ended=end_reason in trace.FINAL_REASONS)
+        if bool(finite):  # what is not finite already cannot be changed
+            log.check(ended=end_reason in trace.FINAL_REASONS)
         files = self.manifest["files"]
         if self._recorder.first_step is not None:
             columns = self._recorder.columns(self._row)

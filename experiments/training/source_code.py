@@ -25,13 +25,30 @@ class _Meaning(ast.NodeTransformer):
             node.body = node.body[1:] or [ast.Pass()]
         return node
 
-    visit_Module = visit_ClassDef = _body
+    visit_Module = _body
+    _in_class = False
+
+    def _inside(self, node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, in_class: bool) -> ast.AST:
+        outside, self._in_class = self._in_class, in_class
+        changed = self._body(node)
+        self._in_class = outside
+        return changed
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        return self._inside(node, True)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
         node.returns = None
-        return self._body(node)
+        return self._inside(node, False)
 
     visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        """Outside a class ``x: int = 1`` is ``x = 1``, and ``x: int`` nothing."""
+        self.generic_visit(node)
+        if self._in_class:
+            return node
+        return None if node.value is None else ast.Assign([node.target], node.value, lineno=node.lineno)
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
         node.annotation = None
@@ -73,14 +90,16 @@ def path_of(module: str) -> Path | None:
 
 
 @cache
-def _imported_by(path: Path) -> tuple[str, ...]:
-    """The modules that a file imports, by absolute name, anywhere in it; a name that it imports may be one itself."""
-    names = []
+def _imported_by(module: str, path: Path) -> tuple[str, ...]:
+    """The modules that a module imports, by absolute name, anywhere in it; a name that it imports may be one itself."""
+    names, package = [], module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
     return tuple(map(short, names))
 
 
@@ -99,4 +118,4 @@ def closure_of(module: str, follow: Callable[[str, Path], bool]) -> Iterator[tup
         if path is None or (name != module and not follow(name, path)):
             continue
         yield name, path
-        left += _imported_by(path)
+        left += _imported_by(name, path)

@@ -36,3 +36,9 @@ def test_its_first_reading_that_is_not_zero_is_an_alarm(experiment, track, chart
         assert detector.alarms[run.trace.run_id] == 410
     if signals == [COUNT]:
         assert not any(detector.alarms[run.trace.run_id] for run in experiment.of("test"))
+
+
+def test_one_that_is_not_zero_in_health_is_declined(experiment):
+    experiment.of("calibration")[0].trace.signals[COUNT].values[30:] = 1
+    detector = Detection(experiment, TRACKS["reference"]).detect("events", [COUNT], make_rule("ewma", weight=0.2), 0.10)
+    assert "is not 0 in every healthy run" in detector.declined

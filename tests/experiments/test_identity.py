@@ -10,6 +10,7 @@ from foreshock.experiments.training import equivalences, source_code
 from foreshock.experiments.training.identity import (
     CONTRACT,
     INSTRUMENTS,
+    TOLD,
     fault_sources,
     monitor_sources,
     training_sources,
@@ -42,6 +43,11 @@ def test_whatever_else_is_written_is_meaning(old, new):
     assert meaning_of(SOURCE) != meaning_of(SOURCE.replace(old, new))
 
 
+def test_an_annotation_outside_a_class_is_none():
+    assert meaning_of("K: int = 3\nx: str") == meaning_of("K = 3")
+    assert meaning_of("def f():\n    x: int = 1\n    return x") == meaning_of("def f():\n    x = 1\n    return x")
+
+
 def test_a_field_of_a_dataclass_is_meaning():
     assert meaning_of("class A:\n    x: int = 1") != meaning_of("class A:\n    x = 1")
 
@@ -63,8 +69,8 @@ def test_every_module_that_an_engine_runs_is_a_source_or_named_as_none(make_run,
     left_out = {path.name.removesuffix(".py") for path in imported - known if path.parent.name == "models"}
     flash = {name for name in left_out if name.startswith("flash") or name == "tiles"}
     assert left_out - flash <= {*INSTRUMENTS, "stacked", "compiled"}
-    rest = {path.relative_to(ROOT).as_posix() for path in imported - known if path.parent.name != "models"}
-    assert {path for path in rest if not path.endswith("__init__.py")} <= set()
+    rest = {path for path in imported - known if path.parent.name != "models" and path.name != "__init__.py"}
+    assert {f"{path.parent.name}.{path.stem}" for path in rest} <= set(TOLD)
 
 
 def test_another_fault_or_monitor_is_no_source_of_a_run(make_run):
@@ -141,3 +147,17 @@ def test_sources_that_are_known_to_train_alike_keep_their_runs(make_run, monkeyp
     assert equivalences.canonical("newer") == equivalences.canonical("new") == before
     equivalences._older.cache_clear()
     assert source_code.ROOT == ROOT
+
+
+def test_a_plugin_s_relative_imports_and_what_it_inherits_are_its_sources(tmp_path, monkeypatch):
+    (tmp_path / "mypkg").mkdir()
+    for name, text in {
+        "__init__": "",
+        "f": "from .helper import FACTOR\nfrom . import other\nfrom faults.gradient_scale import GradientScale\n",
+        "helper": "FACTOR = 2\n",
+        "other": "",
+    }.items():
+        (tmp_path / "mypkg" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    sources = names(fault_sources({"_target_": "mypkg.f.Mine"}))
+    assert {"mypkg.f", "mypkg.helper", "mypkg.other", "faults.gradient_scale", "faults.corrupt"} <= sources

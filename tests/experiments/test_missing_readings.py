@@ -1,5 +1,6 @@
 """A monitor that is added later reads finished runs without training anything else again."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from foreshock.experiments import trace
 from foreshock.experiments.training import identity, missing_readings
 from foreshock.experiments.training.loop import train
-from foreshock.experiments.training.missing_readings import is_complete
+from foreshock.experiments.training.missing_readings import finish_replacing, is_complete
 
 SHORT = ("train.steps=20", "train.held_out_every_steps=10", "monitor.delta_w.windows=[10]")
 TWO = ("loss", "delta_w")
@@ -104,3 +105,37 @@ def test_a_monitor_whose_mathematics_changed_reads_again(watched, two, monkeypat
     digest = identity.digest_of
     monkeypatch.setattr(identity, "digest_of", lambda files: digest(files) + "2")
     assert missing_readings.without_readings(watched(TWO), trace.read_manifest(two)) == list(TWO)
+
+
+def test_other_monitors_leave_what_was_read_before(watched, two, tmp_path):
+    """All that are asked for are missing: they are added all the same."""
+    train(watched(("gradient_norm",)), tmp_path)
+    assert {"train_loss_raw", "grad_global_norm", "delta_w_norm.q.w10"} <= trace.read(two).signals.keys()
+    assert is_complete(two, watched(THREE))
+
+
+def test_readings_are_added_again_and_again(watched, two, tmp_path):
+    for every in (2, 4, 5):
+        train(watched(TWO, f"monitor.delta_w.every_steps={every}"), tmp_path)
+        train(watched(("gradient_norm",), f"monitor.gradient_norm.every_steps={every}"), tmp_path)
+    signals = trace.read(two).signals
+    assert signals["delta_w_norm.q.w10"].steps.tolist() == [10, 15, 20]
+    assert signals["grad_global_norm"].steps.tolist() == [5, 10, 15, 20]
+    assert signals["train_loss_raw"].steps.tolist() == list(range(1, 21))
+    assert trace.is_done(two)
+
+
+def test_a_signal_that_its_monitor_no_longer_has_goes(watched, two, tmp_path):
+    train(watched(TWO, "monitor.delta_w.windows=[5]"), tmp_path)
+    assert not [name for name in trace.read(two).signals if name.endswith(".w10")]
+    assert "delta_w_norm.q.w5" in trace.read(two).manifest["signals"]
+
+
+def test_a_replacement_that_was_killed_is_finished(watched, two, tmp_path):
+    aside = missing_readings._aside(two)
+    shutil.copytree(two, aside)
+    trace.write_manifest(aside, trace.read_manifest(two) | {"whole": True})
+    finish_replacing(two)
+    assert trace.read_manifest(two)["whole"] and not aside.exists()
+    finish_replacing(two)
+    assert trace.is_done(two)
