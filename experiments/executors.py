@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 
 
 class Executor(Protocol):
+    """Runs the jobs of an experiment."""
+
     @property
     def at_once(self) -> int:
         """How many jobs run at a time."""

@@ -139,7 +139,7 @@ def adopt(runs: list[Stored]) -> list[str]:
     """
     said: list[str] = []
     harmless: dict[Any, Any] = {}
-    evidence: dict[Any, Any] = {}
+    evidence: dict[Any, dict[str, int]] = {}
     candidates = sorted((s for s in runs if _can_adopt(s)), key=_first_faulty_step, reverse=True)
     sentinels = {(*s.kind, s.manifest["source_sha256"], s.manifest["fault_sha256"]): s for s in candidates}
     for (_, fault, *old), stored in sentinels.items():
@@ -152,10 +152,10 @@ def adopt(runs: list[Stored]) -> list[str]:
         for name, digest in zip(("source_sha256", "fault_sha256"), old, strict=True):
             pair = run.identity[name], digest
             harmless[pair] = harmless.get(pair, True) and same
-            evidence.setdefault(pair, []).append(stored.folder.name)
+            evidence.setdefault(pair, {})[stored.folder.name] = steps
     for (new, old), same in harmless.items():
         if same and new != old:
-            equivalences.add(new, old, {"runs": evidence[new, old], "steps": SENTINEL_STEPS})
+            equivalences.add(new, old, {"steps of runs": evidence[new, old]})
     return said
 
 
@@ -174,7 +174,8 @@ def _can_adopt(stored: Stored) -> bool:
     manifest = stored.manifest
     steps = int(max(manifest.get("weights_sha256", {"0": ""}), key=int, default=0))
     changed = stored.stale.startswith("changed since")
-    return changed and manifest["config"]["train"]["stack"] == 1 and steps >= CHECKSUM_EVERY_STEPS
+    acts = steps > (manifest.get("onset_step") or 0)  # before a fault's onset all sources train alike
+    return changed and manifest["config"]["train"]["stack"] == 1 and steps >= CHECKSUM_EVERY_STEPS and acts
 
 
 def main(arguments: list[str]) -> None:
@@ -197,8 +198,11 @@ def main(arguments: list[str]) -> None:
     Console().print(table_of(runs))
     if command == "prune" and delete == "true":
         for stored in runs:
-            with checkpoint.locked(stored.folder):  # which nobody trains now
-                shutil.rmtree(stored.folder)
+            try:
+                with checkpoint.locked(stored.folder):  # which nobody trains now
+                    shutil.rmtree(stored.folder)
+            except (checkpoint.RunError, OSError) as error:
+                fail(str(error))
     elif command == "prune" and runs:
         print(f"delete=true deletes these {len(runs)} runs")
 

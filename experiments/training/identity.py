@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -121,5 +122,10 @@ def identifier(parts: Any) -> str:
 
 def observation_id(trajectory: str, node: Config) -> str:
     """Of a monitor, from its configuration node."""
-    module = node["_target_"].rpartition(".")[0]
-    return identifier([trajectory, dict(node), digest_of(monitor_sources(module))])
+    return identifier([trajectory, dict(node), monitor_digest(node["_target_"].rpartition(".")[0])])
+
+
+@cache
+def monitor_digest(module: str) -> str:
+    """Of a monitor's sources, which all runs of a process share."""
+    return digest_of(monitor_sources(module))

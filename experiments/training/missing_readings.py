@@ -57,7 +57,7 @@ def is_whole(manifest: Mapping[str, Any] | None) -> bool:
 
 
 def same_trajectory(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two manifests are of runs with the same weights at every step that both know, and the same end."""
+    """Whether two manifests are of runs with the same checksums of their weights, and the same end."""
     keys = ("weights_sha256", "steps_done", "end_reason")
     return all(one[key] == other[key] for key in keys) and one["files"][trace.WEIGHTS] == other["files"][trace.WEIGHTS]
 

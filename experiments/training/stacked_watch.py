@@ -25,15 +25,6 @@ from foreshock.monitors.base import Masked, Monitor, Reading, StepView, WeightHi
 from foreshock.monitors.watch import Watch, load_memory
 
 
-def stackable(monitor: Monitor) -> bool:
-    """Whether the monitor may watch stacked runs in one call."""
-    return monitor.needs.stackable
-
-
-def _is_oracle(monitor: Monitor) -> bool:
-    return monitor.needs.oracle
-
-
 class StackedWatch(Watch):
     """The monitors of stacked runs: those that are ``stackable`` watch all runs in one call, the others run by run.
 
@@ -45,7 +36,7 @@ class StackedWatch(Watch):
         super().__init__(anatomy, optimizer, monitors[0])
         self._of_runs = monitors
         self._histories = [SliceHistory(self.history, run) for run in range(len(monitors))]
-        self._workers = copy.deepcopy({name: one for name, one in monitors[0].items() if stackable(one)})
+        self._workers = copy.deepcopy({name: one for name, one in monitors[0].items() if one.needs.stackable})
         self._stack_memory()
 
     @property
@@ -75,7 +66,7 @@ class StackedWatch(Watch):
     def _observe_together(self, names: Collection[str], stack: StepView) -> dict[str, Reading]:
         readings: dict[str, Reading] = {}
         for told, watch in ((False, _watch), (True, _by_numerics)):
-            workers = {name: self._workers[name] for name in names if _is_oracle(self._workers[name]) == told}
+            workers = {name: self._workers[name] for name in names if self._workers[name].needs.oracle == told}
             if workers:
                 given = _Seen.of(stack, workers.values()), {name: self._memory[name] for name in workers}
                 of_all, memory = watch(workers, stack, given)

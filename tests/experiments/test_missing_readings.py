@@ -102,8 +102,8 @@ def test_a_run_whose_readings_were_broken_off_goes_on(watched, two, tmp_path):
 
 
 def test_a_monitor_whose_mathematics_changed_reads_again(watched, two, monkeypatch):
-    digest = identity.digest_of
-    monkeypatch.setattr(identity, "digest_of", lambda files: digest(files) + "2")
+    digest = identity.monitor_digest
+    monkeypatch.setattr(identity, "monitor_digest", lambda module: digest(module) + "2")
     assert missing_readings.without_readings(watched(TWO), trace.read_manifest(two)) == list(TWO)
 
 

@@ -15,7 +15,7 @@ from foreshock.experiments.build import Run
 from foreshock.experiments.plain_config import monitors_of
 from foreshock.experiments.training.stacked_engine import StackedEngine
 from foreshock.experiments.training.stacked_history import SliceHistory
-from foreshock.experiments.training.stacked_watch import StackedWatch, _SeenAs, _WithRules, slice_view, stackable
+from foreshock.experiments.training.stacked_watch import StackedWatch, _SeenAs, _WithRules, slice_view
 from foreshock.models.bits import truncate
 from foreshock.models.trees import tensors_of
 from foreshock.monitors.base import Needs, StepView, due_readings, state_of, tapped
@@ -73,7 +73,7 @@ def views(runs: Sequence[Run], break_one: bool) -> Iterator[tuple[StackedWatch, 
 def test_a_monitor_reads_of_a_stack_what_it_reads_of_each_run(make_run, model, break_one, order):
     runs = [make_run(*fault, *MODELS[model], *EVERY_10_STEPS) for fault in FAULTS]
     for watch, view, of_runs in views(runs, break_one):
-        assert watch.together == {name for name, monitor in runs[0].monitors.items() if stackable(monitor)}
+        assert watch.together == {name for name, monitor in runs[0].monitors.items() if monitor.needs.stackable}
         with order():
             stacked = watch.observe(view, watch.together)
         alone: dict[str, list[list[torch.Tensor]]] = {}
@@ -132,7 +132,7 @@ def test_a_step_of_a_watched_stack_takes_as_many_operations_for_8_runs_as_for_4(
     monkeypatch.setattr(bench_stack, "NANO", small)
     counts = []
     for size in (4, 8):
-        monitors = [{n: m for n, m in monitors_of(experts=False).items() if stackable(m)} for _ in range(size)]
+        monitors = [{n: m for n, m in monitors_of(experts=False).items() if m.needs.stackable} for _ in range(size)]
         step = bench_stack.stacked(bench_stack._config("cpu"), size, monitors)
         for index in range(80):
             step(index)
