@@ -83,13 +83,13 @@ class Tap(Generic[M_co]):
         return known(self.weight_grad if product.w is None else product.dw, "the gradient at a tapped weight")
 
     @property
-    def y(self) -> Tensor:
-        """The output."""
+    def out(self) -> Tensor:
+        """The output, of a module that took part in the step."""
         return known(self.output, "the output of a tapped module")
 
     @property
-    def dy(self) -> Tensor:
-        """The gradient at the output."""
+    def dout(self) -> Tensor:
+        """The gradient at it."""
         return known(self.output_grad, "the gradient at a tapped output")
 
 

@@ -71,7 +71,7 @@ class AttentionScores:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
-        q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).y)))
+        q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).out)))
         scores = causal_scores(q, k, window_of(taps))
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
         return {"max_attn_logit": scores.amax((1, 3, 4)), "attn_entropy": entropy.mean((1, 3))}

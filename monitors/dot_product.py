@@ -41,5 +41,5 @@ class DotProductStep:
         stored = taps[0].module.stored
         q, k, v = (stored(together(tap.inputs[index] for tap in taps)) for index in range(3))
         dq, dk, dv = (together(tap.input_grads[index] for tap in taps) for index in range(3))
-        do = stored(together(tap.dy for tap in taps))
-        return cls(q, k, v, together(tap.y for tap in taps), dq, dk, dv, do, taps[0].module.window)
+        do = stored(together(tap.dout for tap in taps))
+        return cls(q, k, v, together(tap.out for tap in taps), dq, dk, dv, do, taps[0].module.window)

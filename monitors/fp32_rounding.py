@@ -98,12 +98,12 @@ class LinearStep:
         def together(tensors: Iterable[Tensor]) -> Tensor:
             return at_least_fp32(torch.stack([tensor.flatten(0, -2)[sample] for tensor in tensors]))
 
-        x, y = together(tap.x for tap in taps), together(tap.y for tap in taps)
-        dy, tokens = together(tap.dy for tap in taps), taps[0].y.shape[:-1].numel()
+        x, y = together(tap.x for tap in taps), together(tap.out for tap in taps)
+        dy, tokens = together(tap.dout for tap in taps), taps[0].out.shape[:-1].numel()
         w, dw = [tap.w for tap in taps], [tap.dw for tap in taps]
         dxs = [dx for tap in taps if (dx := known(tap.product, "the product of a tapped layer").dx) is not None]
         dx = together(dxs) if len(dxs) == len(taps) else None
-        in_bf16 = taps[0].y.dtype == torch.bfloat16
+        in_bf16 = taps[0].out.dtype == torch.bfloat16
         if slots is None:
             return cls(x, y, dy, [one[None] for one in w], [one[None] for one in dw], tokens, in_bf16, dx)
         numbers = torch.arange(slots.shape[-1], device=x.device)

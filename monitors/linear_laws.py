@@ -73,13 +73,13 @@ class LinearLaws:
             if not view.anatomy.tied:
                 euler["head"] = _euler([head], steps["head"])
 
-        do_BHTD = [tap.dy for tap in view.taps.at("dot_product").values()]
+        do_BHTD = [tap.dout for tap in view.taps.at("dot_product").values()]
         inputs: dict[str, tuple[list[Tensor], tuple[str, ...]]] = {
             "o": ([do.transpose(1, 2).flatten(2) for do in do_BHTD], ("o",))
         }
         for name, (norm, parts) in READERS.items():
-            inputs[name] = [tap.dy for tap in view.tapped("norm", norm)], parts
-        inputs["head"] = [tap.dy for tap in view.tapped("norm", "final_norm")], ("head",)
+            inputs[name] = [tap.dout for tap in view.tapped("norm", norm)], parts
+        inputs["head"] = [tap.dout for tap in view.tapped("norm", "final_norm")], ("head",)
         by_input: dict[str, BrokenLaw] = {}
         for name, (dx, parts) in inputs.items():
             readers = [steps[part] for part in parts if part in steps]
@@ -89,7 +89,7 @@ class LinearLaws:
         return _readings("linear_euler_residual", euler) | _readings("linear_input_residual", by_input)
 
     def _sample(self, view: StepView, tap: Tap) -> slice:
-        return every(self.token_stride, view.step // self.every_steps, tap.y.shape[:-1].numel())
+        return every(self.token_stride, view.step // self.every_steps, tap.out.shape[:-1].numel())
 
 
 def _signals(law: str, part: str, every_steps: int) -> tuple[Signal, Signal]:
@@ -101,7 +101,7 @@ def _signals(law: str, part: str, every_steps: int) -> tuple[Signal, Signal]:
 
 def _euler(taps: Sequence[Tap], step: LinearStep) -> BrokenLaw:
     """Over all tokens of the taps, the prediction from the sampled ones."""
-    laws = [conservation.linear_euler(tap.w, tap.dw, tap.y, tap.dy) for tap in taps]
+    laws = [conservation.linear_euler(tap.w, tap.dw, tap.out, tap.dout) for tap in taps]
     broken, scale = (torch.stack(parts) for parts in zip(*laws, strict=True))
     return broken, scale, _rounding(step).linear_euler_noise(step)
 

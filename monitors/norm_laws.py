@@ -49,7 +49,7 @@ class NormLaws:
         for norm in NORM_NAMES:
             own = view.tapped("norm", f"{norm}_norm")
             if own:
-                alike.setdefault(own[0].y.shape, {})[norm] = own
+                alike.setdefault(own[0].out.shape, {})[norm] = own
         readings: dict[str, Reading] = {}
         for group in alike.values():
             found = _laws([tap for own in group.values() for tap in own], self.rows, view.step // self.every_steps)
@@ -67,7 +67,7 @@ def _signals(law: str, norm: str, every_steps: int) -> tuple[Signal, Signal]:
 
 def _laws(taps: Sequence[Tap[NormModule]], rows: int, reading: int) -> dict[tuple[str, str], Tensor]:
     """By law and suffix, (len(taps),), of norms of one shape, whichever they are: every operation is paid once."""
-    t = _step(taps, in_turn(rows, reading, len(taps[0].y)))
+    t = _step(taps, in_turn(rows, reading, len(taps[0].out)))
     orthogonality = conservation.norm_orthogonality(t.x, t.dx, t.y, t.dy, eps=t.eps, bias=t.bias, centred=t.centred)
     laws = {LAW: (orthogonality, fp32_rounding.norm_orthogonality_noise(t))}
     if t.centred:
@@ -91,14 +91,14 @@ def _step(taps: Sequence[Tap[NormModule]], rows: slice) -> NormStep:
     def beside(vectors: Sequence[Tensor]) -> Tensor:
         """(norms, M) so that it broadcasts over the tokens of each."""
         stacked = torch.stack([vector.detach() for vector in vectors]).double()
-        return stacked.view(len(taps), *[1] * (taps[0].y.ndim - 1), -1)
+        return stacked.view(len(taps), *[1] * (taps[0].out.ndim - 1), -1)
 
     first = taps[0].module
     return NormStep(
         x=together([tap.inputs[0] for tap in taps]),
         dx=together([tap.input_grads[0] for tap in taps]),
-        y=together([tap.y for tap in taps]),
-        dy=together([tap.dy for tap in taps]),
+        y=together([tap.out for tap in taps]),
+        dy=together([tap.dout for tap in taps]),
         gain=beside([tap.module.weight for tap in taps]),
         bias=None if taps[0].bias is None else beside([known(tap.bias, "the bias of a norm") for tap in taps]),
         eps=_eps(first, taps[0].inputs[0].dtype),

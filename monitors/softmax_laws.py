@@ -46,16 +46,16 @@ class LogitLaws:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         (tap,) = view.tapped("linear", "head")
-        sample = every(self.token_stride, view.step // self.every_steps, tap.y.shape[:-1].numel())
-        in_bf16 = tap.y.dtype == torch.bfloat16
+        sample = every(self.token_stride, view.step // self.every_steps, tap.out.shape[:-1].numel())
+        in_bf16 = tap.out.dtype == torch.bfloat16
         rounding = autocast_rounding if in_bf16 else fp32_rounding
-        logits, dlogits = (at_least_fp32(part.flatten(0, -2)[sample]) for part in (tap.y, tap.dy))
-        noise = rounding.logit_shift_noise(logits, dlogits, tap.y.shape[:-1].numel())
+        logits, dlogits = (at_least_fp32(part.flatten(0, -2)[sample]) for part in (tap.out, tap.dout))
+        noise = rounding.logit_shift_noise(logits, dlogits, tap.out.shape[:-1].numel())
         readings = _both("logit_shift_residual", conservation.logit_shift(dlogits), noise.sum())
         if view.anatomy.tied or not all_seen([tap], "head"):
             return readings
         if in_bf16:
-            broken = conservation.head_shift(tap.dw, tap.x, tap.dy)
+            broken = conservation.head_shift(tap.dw, tap.x, tap.dout)
             of_weight = autocast_rounding.weight_sum_noise(tap.dw)
         else:
             broken = conservation.logit_shift(tap.dw.T)

@@ -106,9 +106,9 @@ def test_an_evaluation_is_not_a_step():
     assert all(tap.output is None for tap in taps.at("dot_product").values())
     tap = taps.at("dot_product")["blocks.0.attention.dot_product"]
     with pytest.raises(ValueError, match="reads the output of a tapped module, and the step has none"):
-        tap.y  # noqa: B018  (asking is what raises)
+        tap.out  # noqa: B018  (asking is what raises)
     with pytest.raises(ValueError, match="reads the gradient at a tapped output, and the step has none"):
-        tap.dy  # noqa: B018
+        tap.dout  # noqa: B018
 
 
 def test_unknown_places_and_unasked_taps_are_named():
