@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from foreshock.models.moe import MoEConfig
-from foreshock.models.taps import Tap
+from foreshock.models.taps import M_co, Tap
 
 MLP_PARTS = ("input", "gate", "output")
 OUTSIDE = ("embedding", "positions", "final_norm", "head")
@@ -105,7 +105,7 @@ class Anatomy:
         """A role's weights of all blocks, (L, rows, E), out of weights by name. Raises KeyError for a missing one."""
         return torch.stack([part.of(weights) for part in self.role(role)])
 
-    def taps(self, role: str, taps: Mapping[str, Tap]) -> list[Tap]:
+    def taps(self, role: str, taps: Mapping[str, Tap[M_co]]) -> list[Tap[M_co]]:
         """A role's taps out of taps by module name: one, or one a block.
 
         None where the model lacks the role, fuses it with others (a tap is of the whole product), or has it untapped.

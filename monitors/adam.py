@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foreshock.models.taps import known
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 
 OUT_OF_DATE = 2.3
@@ -47,12 +48,12 @@ class AdamState:
         (beta1, beta2), eps = groups[first]["betas"], groups[first]["eps"]
         state = view.optimizer.state
         steps = state[first]["step"].to(first.device)
-        root = torch._foreach_sqrt([state[parameter]["exp_avg_sq"] for parameter in weight.values()])
+        root = list(torch._foreach_sqrt([state[parameter]["exp_avg_sq"] for parameter in weight.values()]))
         torch._foreach_div_(root, _debias(beta2, steps).sqrt())
         torch._foreach_add_(root, eps)
         return cls(
             {name: parameter.detach() for name, parameter in weight.items()},
-            [parameter.grad for parameter in weight.values()],
+            [known(parameter.grad, f"the gradient of {name}") for name, parameter in weight.items()],
             root,
             [groups[parameter]["lr"] for parameter in weight.values()],
             beta1,

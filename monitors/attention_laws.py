@@ -94,7 +94,7 @@ class AttentionLaws:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = list(view.taps.at("dot_product").values())
-        chosen, layers = in_turn(self.rows, view.step // self.every_steps, len(taps[0].output)), len(taps)
+        chosen, layers = in_turn(self.rows, view.step // self.every_steps, len(taps[0].out)), len(taps)
         step = DotProductStep.of(taps, chosen)
         found = {name: conservation.residual_of(*law(step)) for name, (law, _) in LAWS.items()}
         if rounding_points := kernel_rounding(taps[0]):

@@ -91,7 +91,7 @@ class AttentionRecomputed:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = list(view.taps.at("dot_product").values())
-        step = DotProductStep.of(taps, in_turn(self.rows, view.step // self.every_steps, len(taps[0].output)))
+        step = DotProductStep.of(taps, in_turn(self.rows, view.step // self.every_steps, len(taps[0].out)))
         exact, size = computed_again(step), sizes(step)
         again = distances(step, exact)
         found = {f"{NAME}.{part}": relative(again[part], size[part]) for part in PARTS}

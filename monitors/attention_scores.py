@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from foreshock.models.attention import DotProduct
 from foreshock.models.numerics import at_least_fp32
 from foreshock.models.taps import Tap
 from foreshock.models.visibility import score_mask
@@ -17,17 +18,18 @@ from foreshock.monitors.conservation import per_query_head
 from foreshock.monitors.trailing import on_trailing_axes
 
 
-def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+def tapped_inputs(taps: Collection[Tap[DotProduct]], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of every layer as its kernel received them, in FP32, (layers, rows, query heads, T, D).
 
     Each query head has the k and v that it reads: a group's appear once for each of its query heads.
     """
     q, k, v = ([at_least_fp32(tap.module.stored(tap.inputs[i][rows])) for tap in taps] for i in range(3))
     heads = q[0].shape[1]
-    return torch.stack(q), *(torch.stack([per_query_head(x, heads) for x in shared]) for shared in (k, v))
+    k, v = ([per_query_head(x, heads) for x in shared] for shared in (k, v))
+    return torch.stack(q), torch.stack(k), torch.stack(v)
 
 
-def window_of(taps: Collection[Tap]) -> int | None:
+def window_of(taps: Collection[Tap[DotProduct]]) -> int | None:
     """How many keys a query of these layers sees, None for all before it."""
     return next(iter(taps)).module.window
 
@@ -69,7 +71,7 @@ class AttentionScores:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
-        q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).output)))
+        q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).out)))
         scores = causal_scores(q, k, window_of(taps))
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
         return {"max_attn_logit": scores.amax((1, 3, 4)), "attn_entropy": entropy.mean((1, 3))}

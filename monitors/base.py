@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.moe import Routing
 from foreshock.models.numerics import HEALTHY, AttentionNumerics
-from foreshock.models.taps import NO_TAPS, Tap, Taps
+from foreshock.models.taps import NO_TAPS, LinearModule, NormModule, Tap, Taps
 from foreshock.monitors.needs import Lookback, Needs
 from foreshock.monitors.signal import Signal
 
@@ -101,7 +101,13 @@ class StepView:
         """The model after the update."""
         return self.anatomy.model
 
-    def tapped(self, place: str, role: str) -> list[Tap]:
+    @overload
+    def tapped(self, place: Literal["linear"], role: str) -> list[Tap[LinearModule]]: ...
+
+    @overload
+    def tapped(self, place: Literal["norm"], role: str) -> list[Tap[NormModule]]: ...
+
+    def tapped(self, place: str, role: str) -> list[Tap[Any]]:
         """The taps of a role: one, or one a block. None where the model lacks it (``models.anatomy.Anatomy.taps``)."""
         return self.anatomy.taps(role, self.taps.at(place))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foreshock.models.attention import DotProduct
 from foreshock.models.numerics import at_least_fp32
 from foreshock.models.taps import Tap
 
@@ -31,7 +32,7 @@ class DotProductStep:
     window: int | None = None
 
     @classmethod
-    def of(cls, taps: Sequence[Tap], rows: slice = slice(None)) -> DotProductStep:
+    def of(cls, taps: Sequence[Tap[DotProduct]], rows: slice = slice(None)) -> DotProductStep:
         """From the taps on the dot products of some layers, of one window, their batch rows after one another."""
 
         def together(tensors: Iterable[Tensor]) -> Tensor:
@@ -40,5 +41,5 @@ class DotProductStep:
         stored = taps[0].module.stored
         q, k, v = (stored(together(tap.inputs[index] for tap in taps)) for index in range(3))
         dq, dk, dv = (together(tap.input_grads[index] for tap in taps) for index in range(3))
-        do = stored(together(tap.output_grad for tap in taps))
-        return cls(q, k, v, together(tap.output for tap in taps), dq, dk, dv, do, taps[0].module.window)
+        do = stored(together(tap.dout for tap in taps))
+        return cls(q, k, v, together(tap.out for tap in taps), dq, dk, dv, do, taps[0].module.window)

@@ -111,7 +111,7 @@ class AttentionFragility:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
-        rows = in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).output))
+        rows = in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).out))
         q, k, v = (x.double() for x in tapped_inputs(taps, rows))
         anatomy = view.anatomy
         w_o = stack_matrix(anatomy.weights(), anatomy, "o").unflatten(-2, (anatomy.heads.query, -1))

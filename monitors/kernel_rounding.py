@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from foreshock.models.taps import Tap
+from foreshock.models.attention import DotProduct
+from foreshock.models.taps import Tap, known
 from foreshock.monitors.fast_exp import fast_exp
 
 
@@ -86,7 +87,7 @@ def pytorch_cpu_exp_is_fast() -> bool | None:
     return None
 
 
-def kernel_rounding(tap: Tap) -> KernelRounding | None:
+def kernel_rounding(tap: Tap[DotProduct]) -> KernelRounding | None:
     """The rounding points of the kernel that ran under a tap on a dot product, or None where they are not known.
 
     Known of ``sdpa``: BF16 on a CPU with its flash kernel allowed as the monitor reads, every query head with its own
@@ -97,7 +98,8 @@ def kernel_rounding(tap: Tap) -> KernelRounding | None:
     if module.backend == "reference":
         return REFERENCE
     if module.backend == "triton":
-        return triton_rounding(module.tiles.forward.keys, module.tiles.deterministic)
+        tiles = known(module.tiles, "the tiles of a Triton kernel")
+        return triton_rounding(tiles.forward.keys, tiles.deterministic)
     plain = module.window is None and q_BHTD.shape[-3] == tap.inputs[1].shape[-3]
     on_cpu = q_BHTD.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled()  # the flag is the CPU's as well
     if q_BHTD.dtype is not torch.bfloat16 or not on_cpu or not plain:

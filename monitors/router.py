@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foreshock.models.taps import known
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 
 PER_LAYER = ("layer",)
@@ -141,7 +142,7 @@ class RoutingProbability:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config = view.anatomy.moe
+        config = known(view.anatomy.moe, "the routers' configuration")
         entropy = routing_entropy(torch.stack([routing.logits_NE for routing in view.routings]))
         readings: dict[str, Reading] = {
             "routing_entropy": entropy,
@@ -181,7 +182,7 @@ class ExpertLoad:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config = view.anatomy.moe
+        config = known(view.anatomy.moe, "the routers' configuration")
         counts = torch.stack([routing.counts_E for routing in view.routings])
         broken = torch.stack([routing.logits_NE.detach().sum() * 0.0 for routing in view.routings])
         self._counts = [*self._counts, counts.double() + broken[:, None]][-self.window :]

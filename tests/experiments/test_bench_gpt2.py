@@ -35,6 +35,7 @@ def rehearsal(once):
     return json.loads((once("rehearsal", rehearse) / "cpu-gpt2-tiny.json").read_text())
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_every_piece_is_rehearsed(rehearsal):
     assert rehearsal["complete"] and not rehearsal["not_reached"]
@@ -42,6 +43,7 @@ def test_every_piece_is_rehearsed(rehearsal):
     assert sorted(names) == sorted(name for _, name, _ in gpt2_pieces.pieces(Size.tiny("cpu")))
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_every_contestant_has_its_rate_and_its_ratio(rehearsal):
     for found in rehearsal["steps"].values():
@@ -52,6 +54,7 @@ def test_every_contestant_has_its_rate_and_its_ratio(rehearsal):
             assert 0 < one["share_of_hopper_peak"] < one["model_tflops"]
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_every_monitor_is_costed_and_the_shares_add_up(rehearsal):
     for found in rehearsal["monitors"].values():
@@ -60,6 +63,7 @@ def test_every_monitor_is_costed_and_the_shares_add_up(rehearsal):
         assert all(ms > 0 for ms in found["reading_ms"].values())
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_a_step_has_its_parts_and_its_kernels(rehearsal):
     parts = rehearsal["profile"]["parts of a step"]
@@ -75,6 +79,7 @@ def test_a_step_has_its_parts_and_its_kernels(rehearsal):
         assert 0 < sum(one["ms"] for one in found["dearest"].values()) <= 1.001 * found["total_ms"]
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_eigenproblems_are_timed_where_they_can_be_solved(rehearsal):
     found = rehearsal["profile"]["eigenproblems"]

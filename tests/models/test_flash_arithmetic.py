@@ -12,7 +12,7 @@ from foreshock.models.tiles import Tile, Tiles
 from tests.models.attention_in_fp64 import NAMES, distance, exact, inputs, run
 from tests.models.attention_in_triton import DEVICE, ONE_TILE, SMALL_TILES, output_in_tiles, run_triton
 
-pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
+pytestmark = [pytest.mark.numeric, pytest.mark.triton]
 
 ARITHMETICS = [
     Arithmetic("bf16"),

@@ -21,7 +21,7 @@ from tests.models.attention_in_triton import (
     run_triton,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+pytestmark = pytest.mark.triton
 
 SMALL = {"B": 1, "H": 2, "G": 1, "T": 33}
 DIRECT = {("o", "forward"): "o", ("dq", "backward"): "dq", ("dk", "backward"): "dk", ("dv", "backward"): "dv"}
