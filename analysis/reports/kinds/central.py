@@ -5,5 +5,4 @@ from foreshock.analysis.reports.kinds.base import Kind
 
 
 class Central(Kind):
-    name = "central"
     pictures = (("figure", central_figure),)

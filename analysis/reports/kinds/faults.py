@@ -5,5 +5,4 @@ from foreshock.analysis.reports.kinds.base import Kind
 
 
 class Faults(Kind):
-    name = "faults"
     pictures = (("figure", fault_figure),)
