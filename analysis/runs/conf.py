@@ -117,5 +117,6 @@ def _check_base(cls: type, where: str, bases: tuple[type, ...]) -> None:
     if not issubclass(cls, bases):
         wanted = " or ".join(base.__name__ for base in bases)
         raise ValueError(f"{where} is not allowed: a class derived from {wanted} is needed")
-    if inspect.isabstract(cls):
-        raise ValueError(f"{where} is not allowed: it has no {', '.join(sorted(cls.__abstractmethods__))}")
+    lacking = [name for name, member in inspect.getmembers(cls) if getattr(member, "__isabstractmethod__", False)]
+    if lacking:
+        raise ValueError(f"{where} is not allowed: it has no {', '.join(lacking)}")

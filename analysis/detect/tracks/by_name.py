@@ -15,7 +15,7 @@ def tracks_of(conf: Conf) -> dict[str, Track]:
     """
     made: list[Track] = [conf.made(GROUP, name, (Charted, Raw)) for name in conf.files(GROUP)]
     tracks = sorted(made, key=lambda t: (not t.primary, not t.takes_files, not isinstance(t, Charted), t.name))
-    primary = [track.name for track in tracks if track.primary]
+    primary = [track.name for track in made if track.primary]
     if len(primary) > 1:
         raise ValueError(f"track={primary[1]} is not allowed: {primary[0]} is primary already, and one can be")
     return {track.name: track for track in tracks}

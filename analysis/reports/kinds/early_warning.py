@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from foreshock.analysis.figures.early import cost_figure, size_figure
+from foreshock.analysis.figures.costs import cost_figure
 from foreshock.analysis.figures.routers import selectivity_figure
+from foreshock.analysis.figures.sizes import size_figure
 from foreshock.analysis.reports.kinds.base import Kind
 from foreshock.analysis.reports.kinds.selectivity import selectivity_tables
 from foreshock.analysis.scores.contest import Contest

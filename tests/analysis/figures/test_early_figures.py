@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from foreshock.analysis.figures import early
-from foreshock.analysis.figures.early import cost_faults, cost_figure, pareto_front, size_figure
+from foreshock.analysis.figures import costs, sizes
+from foreshock.analysis.figures.costs import cost_faults, cost_figure, pareto_front
 from foreshock.analysis.figures.point_names import label_points
+from foreshock.analysis.figures.sizes import size_figure
 from foreshock.analysis.locate.fault_truth import broken_kernels
 from foreshock.analysis.report import make_report
 from foreshock.analysis.runs.load import load
@@ -97,7 +98,7 @@ def test_an_oracle_bounds_and_does_not_compete(folder):
 
 
 def test_a_model_without_measured_costs_still_has_its_figure(folder, drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(early, "monitor_costs", lambda model: {})
+    monkeypatch.setattr(costs, "monitor_costs", lambda model: {})
     cost_figure(contest(load(folder, folder), "reference"), tmp_path / "figure.png")
     assert "no cost was measured" in drawn["figure.png"][0]
 
@@ -119,7 +120,8 @@ def drawn(monkeypatch):
         legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
         figures[path.name] = "\n".join([*legends, *(t.get_text() for t in figure.findobj(plt.Text))]), figure
 
-    monkeypatch.setattr(early, "save", keep)
+    monkeypatch.setattr(costs, "save", keep)
+    monkeypatch.setattr(sizes, "save", keep)
     yield figures
     plt.close("all")
 
