@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from foreshock.analysis.runs.load import label_runs
 from foreshock.experiments import trace
 from foreshock.experiments.plan import FIRST_SEED, ROLES
 from foreshock.experiments.trace import TraceError
+from foreshock.faults.card import InjectionCard, read_card
 
 ALPHAS = (0.05, 0.10, 0.20, 0.5)
 
@@ -47,25 +49,34 @@ def role_of(seed: int, fault: str | None) -> str:
     return max((role for role in ROLES if FIRST_SEED[role] <= seed), key=FIRST_SEED.__getitem__)
 
 
-def fault_names(faults: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each fault's configuration: its class, and the keys in which the faults of that class differ."""
-    of_class: dict[str, list[dict[str, Any]]] = {}
-    flat = [_flat(fault) for fault in faults]
-    for fault in flat:
-        of_class.setdefault(fault["_target_"], []).append(fault)
-    names = []
-    for fault in flat:
-        kind = fault["_target_"].rsplit(".", 1)[-1]
-        differing = sorted(k for k in fault if len({repr(o.get(k)) for o in of_class[fault["_target_"]]}) > 1)
-        names.append(" ".join([kind, *(f"{key}={fault[key]}" for key in differing)]))
-    return names
+def fault_names(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each run's fault: its class, and what in the cards of the faults of that class differs.
+
+    Faults of different configurations have different names.
+    """
+    kinds = [manifest["config"]["fault"]["_target_"].rpartition(".")[2] for manifest in manifests]
+    cards = [_said(read_card(manifest["injection"])) for manifest in manifests]
+    names: dict[str, str] = {}
+    for kind, card, manifest in zip(kinds, cards, manifests, strict=True):
+        alike = [other for of, other in zip(kinds, cards, strict=True) if of == kind]
+        differing = sorted(key for key in card if len({repr(other.get(key)) for other in alike}) > 1)
+        name = " ".join([kind, *(f"{key}={card[key]}" for key in differing)])
+        names.setdefault(_key(manifest["config"]["fault"]), _unused(name, names.values()))
+    return [names[_key(manifest["config"]["fault"])] for manifest in manifests]
 
 
-def _flat(node: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
-    return flat
+def _said(card: InjectionCard) -> dict[str, Any]:
+    """What a card says of each injection, by key; several injections are numbered."""
+    said: dict[str, Any] = {}
+    for number, injection in enumerate(card.injections):
+        window = {f"window_{key}" if key == "phase" else key: value for key, value in asdict(injection.window).items()}
+        keys = {"what": injection.what, **window, **injection.where, **injection.size}
+        said |= {key if len(card.injections) == 1 else f"{number}.{key}": value for key, value in keys.items()}
+    return said
+
+
+def _key(node: Mapping[str, Any]) -> str:
+    return json.dumps(node, sort_keys=True)
 
 
 def index_of_runs(folder: Path) -> dict[str, Any]:
@@ -81,12 +92,12 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
     if not manifests:
         raise TraceError(f"{folder} holds neither experiment.json nor a finished run")
     healthy = {run_id for run_id, manifest in manifests.items() if manifest["onset_step"] is None}
-    names = fault_names([manifest["config"]["fault"] for manifest in manifests.values()])
+    names = fault_names(list(manifests.values()))
     models: dict[str, str] = {}
     cells = []
     for (run_id, manifest), name in zip(manifests.items(), names, strict=True):
         fault = None if run_id in healthy else name
-        key = json.dumps(manifest["config"]["model"], sort_keys=True)
+        key = _key(manifest["config"]["model"])
         kind = "moe" if manifest["config"]["model"].get("moe") else "dense"
         width = manifest["config"]["model"].get("d_model")
         model = models.setdefault(key, _unused(f"{kind} d_model={width}", models.values()))

@@ -1,54 +1,56 @@
-"""A manifest's fault node says which class of sites it hits, where."""
+"""A run's injection card says which class of sites its fault hits, where."""
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
 from foreshock.analysis.locate import fault_truth
 from foreshock.analysis.locate.fault_truth import HEALTHY, OTHER, Truth, truth, truth_of
+from foreshock.experiments.trace import Trace
+from foreshock.faults.card import InjectionCard
+from foreshock.faults.natural_bf16 import NaturalBF16
 from foreshock.models import numerics
+from tests.injections import card, of_attention, of_learning_rate, of_modules
 
-ATTENTION = {"bits": 2, "rounding": "truncate", "phase": "backward", "layers": None, "heads": None, "onset": 0}
-MODULE = {"bits": 2, "rounding": "flip", "share": 0.0, "onset": 0}
 ROUTERS = ["blocks.1.mlp.router", "blocks.0.mlp.router"]
 
 
 @pytest.mark.parametrize(
-    ("fault", "expected"),
+    ("injections", "expected"),
     [
-        ({"sites": ["delta"], **ATTENTION}, Truth("o delta dp ds v")),
-        ({"sites": ["o", "do"], **ATTENTION}, Truth("p s")),  # together they break what P and S break
-        ({"sites": ["dq", "do"], **ATTENTION}, Truth(None)),
-        ({"sites": ["dk"], **ATTENTION | {"layers": [1], "heads": [0, 1]}}, Truth("dk", None, (1,), (0, 1))),
-        ({"sites": ["o"], **ATTENTION | {"phase": "both"}}, Truth(None)),
-        ({"sites": ["o"], **ATTENTION | {"bits": 0}}, Truth(OTHER)),
-        ({"modules": ["blocks.1.mlp.input"], "site": "y", **MODULE}, Truth("linear layer", "input", (1,))),
-        ({"modules": ["blocks.0.mlp.shared.gate"], "site": "dw", **MODULE}, Truth("linear layer", "shared_gate", (0,))),
-        ({"modules": ["blocks.0.mlp.shared.gate"], "site": "dx", **MODULE}, Truth(None)),
-        ({"modules": ["blocks.0.mlp.gate"], "site": "dx", **MODULE}, Truth("linear layer", "gate", (0,))),
-        ({"modules": ["blocks.0.mlp.output"], "site": "dx", **MODULE}, Truth(None)),
-        ({"modules": ["blocks.0.attention.k"], "site": "dx", **MODULE}, Truth("linear layer", "k", (0,))),
-        ({"modules": ROUTERS, "site": "dy", **MODULE}, Truth("router", "router", (0, 1))),
-        ({"modules": ROUTERS, "site": "dx", **MODULE}, Truth(None)),
-        ({"modules": ROUTERS, "site": "dw", **MODULE}, Truth("router", "router", (0, 1))),
-        ({"modules": ["blocks.2.attention.q_norm"], "site": "dx", **MODULE}, Truth("norm", "q", (2,))),
-        ({"modules": ["final_norm"], "site": "dx", **MODULE}, Truth("norm", "final")),
-        ({"modules": ["final_norm"], "site": "y", **MODULE}, Truth(None)),
-        ({"modules": ["final_norm"], "site": "dw", **MODULE}, Truth(None)),
-        ({"modules": ["head"], "site": "dy", **MODULE}, Truth("loss kernel", "loss kernel")),
-        ({"modules": ["head"], "site": "dw", **MODULE}, Truth("linear layer", "head")),
-        ({"modules": ["blocks.0.attention.q"], "site": "dy", **MODULE}, Truth(None)),
-        ({"modules": ["tokens"], "site": "y", **MODULE}, Truth(None)),
-        ({"modules": ["head", "final_norm"], "site": "dx", **MODULE}, Truth(None)),
-        ({"factor": 10.0}, Truth(OTHER)),
-        ({"faults": {"a": {"sites": ["dq"], **ATTENTION}, "b": {"factor": 10.0}}}, Truth("dq")),
-        ({"faults": {"a": {"sites": ["dq"], **ATTENTION}, "b": {"sites": ["o"], **ATTENTION}}}, Truth(None)),
-        ({"faults": {"b": {"factor": 10.0}}}, Truth(OTHER)),
-        ({"pv_accumulation": "bf16", "pv_block": 1, "onset": 0}, Truth(None)),
+        ([of_attention(["delta"], 2)], Truth("o delta dp ds v")),
+        ([of_attention(["o", "do"], 2)], Truth("p s")),  # together they break what P and S break
+        ([of_attention(["dq", "do"], 2)], Truth(None)),
+        ([of_attention(["dk"], 2, layers=[1], heads=[0, 1])], Truth("dk", None, (1,), (0, 1))),
+        ([of_attention(["o"], 2, phase="both")], Truth(None)),
+        ([of_attention(["o"], 0)], Truth(OTHER)),
+        ([of_modules(["blocks.1.mlp.input"], "y")], Truth("linear layer", "input", (1,))),
+        ([of_modules(["blocks.0.mlp.shared.gate"], "dw")], Truth("linear layer", "shared_gate", (0,))),
+        ([of_modules(["blocks.0.mlp.shared.gate"], "dx")], Truth(None)),
+        ([of_modules(["blocks.0.mlp.gate"], "dx")], Truth("linear layer", "gate", (0,))),
+        ([of_modules(["blocks.0.mlp.output"], "dx")], Truth(None)),
+        ([of_modules(["blocks.0.attention.k"], "dx")], Truth("linear layer", "k", (0,))),
+        ([of_modules(ROUTERS, "dy")], Truth("router", "router", (0, 1))),
+        ([of_modules(ROUTERS, "dx")], Truth(None)),
+        ([of_modules(ROUTERS, "dw")], Truth("router", "router", (0, 1))),
+        ([of_modules(["blocks.2.attention.q_norm"], "dx")], Truth("norm", "q", (2,))),
+        ([of_modules(["final_norm"], "dx")], Truth("norm", "final")),
+        ([of_modules(["final_norm"], "y")], Truth(None)),
+        ([of_modules(["final_norm"], "dw")], Truth(None)),
+        ([of_modules(["head"], "dy")], Truth("loss kernel", "loss kernel")),
+        ([of_modules(["head"], "dw")], Truth("linear layer", "head")),
+        ([of_modules(["blocks.0.attention.q"], "dy")], Truth(None)),
+        ([of_modules(["tokens"], "y")], Truth(None)),
+        ([of_modules(["head", "final_norm"], "dx")], Truth(None)),
+        ([of_learning_rate(10.0)], Truth(OTHER)),
+        ([of_attention(["dq"], 2), of_learning_rate(10.0)], Truth("dq")),
+        ([of_attention(["dq"], 2), of_attention(["o"], 2)], Truth(None)),
+        ([], Truth(OTHER)),
+        (NaturalBF16(pv_block=1).describe().injections, Truth(None)),
     ],
 )  # fmt: skip
-def test_the_truth_of_a_fault(fault, expected):
-    assert truth(fault, onset=1) == expected
+def test_the_truth_of_a_fault(injections, expected):
+    assert truth(InjectionCard("other", tuple(injections)), onset=1) == expected
 
 
 @pytest.mark.parametrize(
@@ -65,10 +67,9 @@ def test_the_truth_of_a_fault(fault, expected):
 )
 def test_a_fault_in_a_query_head_breaks_the_laws_of_its_group(sites, heads, expected):
     """Two query heads to a key-value head, whose number the laws go by."""
-    fault = {"sites": sites, **ATTENTION, "heads": heads}
-    assert truth(fault, 1, shared=2).heads == expected
-    both = {"faults": {"a": fault, "b": {"factor": 10.0}}}
-    assert truth(both, 1, shared=2).heads == expected
+    fault = of_attention(sites, 2, heads=heads)
+    for injections in ((fault,), (fault, of_learning_rate(10.0))):
+        assert truth(InjectionCard("other", injections), 1, shared=2).heads == expected
 
 
 def test_the_sites_of_key_value_heads_are_those_of_the_kernel():
@@ -80,16 +81,16 @@ def test_the_sites_of_key_value_heads_are_those_of_the_kernel():
     [({}, (1,)), ({"n_heads": 4, "n_kv_heads": None}, (1,)), ({"n_heads": 4, "n_kv_heads": 2}, (0,))],
 )
 def test_the_truth_of_a_run_knows_its_groups(model, heads):
-    config = {"fault": {"sites": ["o"], **ATTENTION, "heads": [1]}, "model": model}
-    assert truth_of(SimpleNamespace(manifest={"config": config}, onset=1)).heads == heads
+    manifest = {"config": {"model": model}, "onset_step": 1, "injection": card(of_attention(["o"], 2, heads=[1]))}
+    assert truth_of(Trace("run", Path(), manifest)).heads == heads
 
 
 def test_without_onset_a_run_is_healthy():
-    assert truth({"_target_": "faults.none.NoFault"}, None) == Truth(HEALTHY)
+    assert truth(InjectionCard("other"), None) == Truth(HEALTHY)
 
 
 def test_the_input_of_experts_obeys_no_law():
     """It also feeds the choice of experts; their weights' law stays."""
-    fault = {"modules": ["blocks.0.mlp.input"], **MODULE}
-    assert truth(fault | {"site": "dx"}, 1, experts=True) == Truth(None)
-    assert truth(fault | {"site": "dx"}, 1) == truth(fault | {"site": "y"}, 1, experts=True)
+    dx, y = (InjectionCard("other", (of_modules(["blocks.0.mlp.input"], tensor),)) for tensor in ("dx", "y"))
+    assert truth(dx, 1, experts=True) == Truth(None)
+    assert truth(dx, 1) == truth(y, 1, experts=True)
