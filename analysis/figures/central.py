@@ -83,8 +83,9 @@ def _faulty_run(axis: plt.Axes, run: ScoredRun, curve: pd.Series, alarm: int | N
     """A run's curve, its alarm and its divergence."""
     axis.plot(curve.index, curve, color=FAULTY, linewidth=1.0, alpha=0.75)
     if alarm is not None:
-        marker = {"markersize": 9, "markeredgecolor": "white", "zorder": 5, "clip_on": False}
-        axis.plot(alarm, curve.asof(alarm), "v", color=ALARM, **marker)
+        axis.plot(
+            alarm, curve.asof(alarm), "v", color=ALARM, markersize=9, markeredgecolor="white", zorder=5, clip_on=False
+        )
     if run.divergence is not None:
         axis.axvline(run.divergence, color=ALARM, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.7)
 

@@ -138,7 +138,7 @@ def _score(held: Contest, tables: Tables) -> None:
     tables.add("runs", scores)
     tables.add("leaderboard", board(held, scores, monitor_costs(held.experiment.model)))
     keys = held.keys
-    if any(detector.maxima and not detector.declined for detector in held.detectors.values()):
+    if any(len(detector.maxima) > 1 and not detector.declined for detector in held.detectors.values()):
         half, tau = halves(held)
         tables.add("halves", half.assign(**keys, tau=tau))
     tables.add("profiles", profiles(held, scores))

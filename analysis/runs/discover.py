@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from foreshock.analysis.runs.checks import NEEDED_ROLES
 from foreshock.analysis.runs.conf import conf
 from foreshock.analysis.runs.experiment import Experiment
 from foreshock.analysis.runs.index import read_index
@@ -82,7 +83,8 @@ def _key(node: Mapping[str, Any]) -> str:
 def index_of_runs(folder: Path) -> dict[str, Any]:
     """An index for a folder's finished runs: roles by seed, faults by configuration, the reference set's detectors.
 
-    The rate is the smallest of ``ALPHAS`` that the calibration runs support. Raises TraceError without runs.
+    The rate is the smallest of ``ALPHAS`` that the calibration runs support. Raises TraceError without runs, and
+    where a model has none of a role that scoring needs.
     """
     manifests = {}
     for path in sorted(folder.glob("[!.]*/manifest.json")):
@@ -103,6 +105,8 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
         model = models.setdefault(key, _unused(f"{kind} d_model={width}", models.values()))
         seed = manifest["seed"]
         cells.append({"run_id": run_id, "model": model, "fault": fault, "seed": seed, "role": role_of(seed, fault)})
+    for model in models.values():
+        _check_roles(folder, model, [cell["role"] for cell in cells if cell["model"] == model])
     calibration = min(
         sum(cell["role"] == "calibration" and cell["model"] == model for cell in cells) for model in models.values()
     )
@@ -124,6 +128,20 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
         "rule": conf("rule", "ewma"),
         "runs": cells,
     }
+
+
+def _check_roles(folder: Path, model: str, roles: Sequence[str]) -> None:
+    """Raises TraceError where a role that scoring needs has no run, with what its runs are told by."""
+    counts = ", ".join(f"{roles.count(role)} {role}" for role in ROLES)
+    for role in NEEDED_ROLES:
+        if role in roles:
+            continue
+        first = FIRST_SEED[role]
+        told = "with a fault" if role == "faulty" else f"healthy, with a seed from {first} to {first + 999}"
+        rate = " (n of them support alpha=1/(n + 1), 19 support 0.05)" if role == "calibration" else ""
+        raise TraceError(
+            f"{folder} has no {role} run of {model}, {told}: at least 1 is needed{rate}; its healthy runs are {counts}"
+        )
 
 
 def _unused(name: str, taken) -> str:

@@ -6,6 +6,7 @@ All of them lie in a folder outside the clone: commands find them by ``--config-
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from foreshock.analysis import report, score
 from foreshock.analysis.detect.tracks.by_name import TRACKS, tracks_of
 from foreshock.analysis.reports.kinds.by_name import kind_of
-from foreshock.analysis.runs.conf import Conf
+from foreshock.analysis.runs.conf import Conf, own_conf
 from foreshock.analysis.runs.simulated import simulate_experiment
 from foreshock.experiments import reproduce
 from foreshock.experiments.build import ROOT, build_run
@@ -95,23 +96,39 @@ title: Mine
 models: ["${scale.dense}"]
 align: [steps]
 draw: alarm_counts
-monitors: [loss, gradient_norm]
+monitors: [loss, gradient_norm, last_loss]
 overrides: [train.compile=false]
 faults:
   lr10: {label: LR, overrides: [fault=lr_scale, fault.factor=10.0]}
 detectors:
   training loss: [train_loss_ema]
   gradient norm: [grad_global_norm]
+  mine: [last_loss]
 baseline: training loss
 figure: {}
 """
+MONITOR = """
+from foreshock.monitors.base import Needs, Signal
+
+
+class LastLoss:
+    needs = Needs()
+
+    def __init__(self, every_steps: int) -> None:
+        self.signals = (Signal("last_loss", "nats/token", "up", every_steps=every_steps, family="optimization"),)
+
+    def observe(self, view):
+        return {"last_loss": view.loss.detach()}
+"""
 FILES = {
+    "my_monitor.py": MONITOR,
     "my_track.py": TRACK,
     "my_kind.py": KIND,
     "mine.py": DETECTOR,
     "conf/track/start.yaml": "_target_: my_track.StartTrack\nsamples: 25\n",
     "conf/report_kind/alarm_counts.yaml": "_target_: my_kind.AlarmCounts\ntitle: Who alarms?\n",
     "conf/rule/slow.yaml": "chart: ewma\nweight: 0.05\n",
+    "conf/monitor/last_loss.yaml": "# @package monitor.last_loss\n_target_: my_monitor.LastLoss\nevery_steps: 10\n",
     "conf/experiment/my_counts.yaml": EXPERIMENT,
 }
 
@@ -124,7 +141,7 @@ def mine(tmp_path, monkeypatch):
         (tmp_path / name).write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for module in ("my_track", "my_kind"):
+    for module in ("my_track", "my_kind", "my_monitor"):
         sys.modules.pop(module, None)
 
 
@@ -223,19 +240,20 @@ def test_an_unknown_track_is_named_with_the_nearest(mine, runs, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_a_new_experiment_with_a_kind_of_its_own_is_trained_scored_and_drawn_again(
+def test_a_new_experiment_with_a_monitor_and_a_kind_of_its_own_is_trained_scored_and_drawn_again(
     mine, text, tiny, tmp_path, monkeypatch, capsys
 ):
     """Its runs have the ids that they have without what was added."""
     given = ["data=text", f"data.path={text}", *tiny, "train.steps=40", "scale.alpha=0.5", "at_once=1"]
     given.append("scale.seeds={reference: 4, calibration: 1, test: 1, faulty: 1}")
     folders = [f"out={tmp_path / 'runs'}", f"report={tmp_path / 'report'}"]
-    added = ["--config-dir", str(mine / "conf"), "plugins=[my_kind]"]
+    added = ["--config-dir", str(mine / "conf"), "plugins=[my_kind,my_monitor]"]
     monkeypatch.setattr("sys.argv", ["reproduce", *added, "experiment=my_counts", *given, *folders])
     reproduce.main()
     picture, index = tmp_path / "report" / "alarms.png", json.loads((tmp_path / "report/experiment.json").read_text())
-    assert index["report_kind"]["title"] == "Who alarms?" and index["plugins"] == ["my_kind"]
+    assert index["report_kind"]["title"] == "Who alarms?" and "my_kind" in index["plugins"]
     assert picture.stat().st_size > 5_000
+    assert "mine" in set(pd.read_csv(tmp_path / "report" / "leadtime.csv")["detector"])
     picture.unlink()
     shutil.rmtree(mine / "conf")
     report.main([f"runs={tmp_path / 'runs'}", f"report={tmp_path / 'report'}"])
@@ -243,3 +261,13 @@ def test_a_new_experiment_with_a_kind_of_its_own_is_trained_scored_and_drawn_aga
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         run = build_run(compose("reproduce", [*given, "train.compile=false", "monitor=[loss]", "fault=none", "seed=0"]))
     assert run.run_id in {cell["run_id"] for cell in index["runs"]}
+
+
+@pytest.mark.parametrize("given", [["--config-dir", "conf"], ["--config-dir=conf"], ["config_dir=conf"]])
+def test_a_command_line_names_folders_and_plugins(given, mine, monkeypatch):
+    monkeypatch.chdir(mine)
+    conf, others = own_conf(["runs=a", *given, "plugins=[my_track, my_kind]", "tracks=start"])
+    assert conf == Conf((Path("conf"),), ("my_track", "my_kind")) and others == ["runs=a", "tracks=start"]
+    with pytest.raises(ValueError, match=r"--config-dir is not allowed without a folder"):
+        own_conf(["--config-dir"])
+    assert own_conf(["plugins=[]"]) == (Conf(), [])
