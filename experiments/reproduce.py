@@ -23,10 +23,20 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from foreshock.analysis.report import make_report
+from foreshock.analysis.reports.kinds.by_name import recorded
 from foreshock.analysis.runs.align import AXES
+from foreshock.analysis.runs.conf import Conf
 from foreshock.analysis.runs.index import check_parts
 from foreshock.experiments.build import Run, build_run
-from foreshock.experiments.cli import COMPOSE_ERRORS, CONF, explain, guarded, one_line_errors
+from foreshock.experiments.cli import (
+    COMPOSE_ERRORS,
+    CONF,
+    explain,
+    guarded,
+    one_line_errors,
+    options,
+    own_folders,
+)
 from foreshock.experiments.executors import Executor, executor_of
 from foreshock.experiments.files import sealed, write_whole
 from foreshock.experiments.names import check_name
@@ -53,7 +63,7 @@ def build_all(members: Sequence[Sequence[str]]) -> list[Run]:
             try:
                 composed[tuple(shared)] = compose(CONFIG_NAME, overrides=shared)
             except COMPOSE_ERRORS as error:
-                raise ValueError(explain(error, CONFIG_NAME, shared)) from None
+                raise ValueError(explain(error, CONFIG_NAME, shared, own_folders())) from None
         config = composed[tuple(shared)]
         config.seed = int(seed.removeprefix("seed="))
         runs.append(build_run(config, load_once))
@@ -116,7 +126,7 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
 
 def _chosen(monitors: Sequence[str], given: Sequence[str]) -> str:
     """The override that lets these monitors watch. Raises ValueError on an unknown one, or if another is asked for."""
-    check_named(monitors, sorted(path.stem for path in (Path(CONF) / "monitor").glob("*.yaml")), "experiment.monitors")
+    check_named(monitors, options("monitor", own_folders()), "experiment.monitors")
     for line in given:
         root, *rest = line.lstrip("+~").split("=")[0].split(".")
         if root == "monitor" and not set(rest[:1]) & set(monitors):
@@ -142,10 +152,11 @@ def main(config: DictConfig) -> None:
     check_command(ReproduceCommand, settings)
     given = list(HydraConfig.get().overrides.task)
     experiment = chosen_experiment(settings, given)
-    check_settings(settings, experiment, given)
+    conf = Conf(own_folders(), tuple(settings["plugins"]))
+    check_settings(settings, experiment, given, conf)
     planned = planned_runs(experiment, settings["scale"])
     runs = build_all([[*given, *cell.overrides] for cell in planned])
-    check_runs(settings, experiment, planned, runs)
+    check_runs(settings, experiment, planned, runs, conf)
     if config.dry_run:
         for cell, run in zip(planned, runs, strict=True):
             print(f"{run.run_id}  {cell.model:<9}  {cell.role:<11}  seed {cell.seed:<5} {cell.fault or 'healthy'}")
@@ -164,6 +175,7 @@ def main(config: DictConfig) -> None:
         "command": shlex.join(["python", "-m", "experiments.reproduce", *sys.argv[1:]]),
         "sweep": timing,
         "runs": [{**dataclasses.asdict(cell), "run_id": run.run_id} for cell, run in zip(planned, runs, strict=True)],
+        **recorded(experiment["draw"], conf),
     }
     write_whole(report / "experiment.json", sealed(index))
     make_report(report, out)

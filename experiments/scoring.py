@@ -10,8 +10,9 @@ from foreshock.analysis.detect.alarms import conformal_rank
 from foreshock.analysis.detect.bands import MIN_REFERENCE_RUNS
 from foreshock.analysis.detect.controls import CONTROLS
 from foreshock.analysis.detect.rules import make_rule
-from foreshock.analysis.reports.kinds.by_name import BY_SIZE, CASES, DRAWINGS, NEEDED
+from foreshock.analysis.reports.kinds.by_name import kind_named
 from foreshock.analysis.runs.checks import check_alike
+from foreshock.analysis.runs.conf import Conf
 from foreshock.analysis.runs.experiment import HEALTHY
 from foreshock.analysis.runs.index import Seeds
 from foreshock.analysis.scores.contest import ALL_FAULTS
@@ -23,18 +24,20 @@ from foreshock.experiments.validation import check_named, check_node, nearest
 from foreshock.faults.base import Fault
 
 
-def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], given: Sequence[str]) -> None:
+def check_settings(
+    settings: Mapping[str, Any], experiment: Mapping[str, Any], given: Sequence[str], conf: Conf | None = None
+) -> None:
     """Every setting of the scoring that can be judged without a run.
 
     settings: the whole composed configuration; experiment: its experiment as chosen; given: the command line's
-    overrides. Raises ValueError, in one line that names the key.
+    overrides; conf: where kinds of reports are. Raises ValueError, in one line that names the key.
     """
     make_rule(**settings["rule"])
     if "cases" in experiment:
         return
     _check_seeds(settings, experiment)
     _check_names(experiment, given)
-    _check_kind(experiment)
+    kind_named(experiment.get("draw"), conf or Conf()).check(experiment)
     for name, fault in experiment["faults"].items():
         if fault.get("overrides") is None:
             raise ValueError(f"experiment.faults.{name}.overrides is missing: what switches the fault on")
@@ -97,29 +100,12 @@ def _check_names(experiment: Mapping[str, Any], given: Sequence[str]) -> None:
             check_named(claim.get(test) or [], ["healthy", *sorted(faults)], f"experiment.claims.{test}")
 
 
-def _check_kind(experiment: Mapping[str, Any]) -> None:
-    """The kind of central figure is one of those that there are, and has what it needs."""
-    kind: Any = experiment.get("draw")
-    check_named([kind], [drawing for drawing in DRAWINGS if drawing != CASES], "experiment.draw")
-    for key in NEEDED.get(kind, ()):
-        if not experiment.get(key):
-            raise ValueError(f"experiment.{key} is missing: experiment.draw={kind} needs it")
-    if "family" in NEEDED.get(kind, ()):
-        check_named([experiment["family"]], experiment["detectors"], "experiment.family")
-    if kind == "paired":
-        check_named([experiment["control"]], experiment["faults"], "experiment.control")
-    if kind == "grid":
-        without = next((name for name, fault in experiment["faults"].items() if not fault.get("cell")), None)
-        if without:
-            raise ValueError(f"experiment.faults.{without}.cell is missing: experiment.draw=grid needs it")
-    if kind in BY_SIZE and experiment["align"] != ["steps"]:
-        raise ValueError(
-            f"align={','.join(experiment['align'])} is not allowed with experiment.draw={kind}: steps alone"
-        )
-
-
 def check_runs(
-    settings: Mapping[str, Any], experiment: Mapping[str, Any], planned: Sequence[PlannedRun], runs: Sequence[Run]
+    settings: Mapping[str, Any],
+    experiment: Mapping[str, Any],
+    planned: Sequence[PlannedRun],
+    runs: Sequence[Run],
+    conf: Conf | None = None,
 ) -> None:
     """What only the built runs tell: whether some monitor has every signal, the label enough evaluations, every fault
     a run of its own, and a threshold healthy runs that are alike.
@@ -143,9 +129,9 @@ def check_runs(
     for name in experiment.get("drift", []):
         if signals[name].axes != ("layer", "head"):
             raise ValueError(f"experiment.drift={name!r} is not allowed: a signal of layers and heads")
-    if experiment["draw"] == "localise" and not any(signal.law for signal in signals.values()):
-        raise ValueError("experiment.draw=localise is not allowed: no configured monitor has a conservation law")
-    if experiment["draw"] in BY_SIZE and not any(_has_bits(run.fault) for run in runs):
+    kind = kind_named(experiment["draw"], conf or Conf())
+    kind.check_signals(signals.values())
+    if kind.by_size and not any(_has_bits(run.fault) for run in runs):
         raise ValueError(
             f"experiment.draw={experiment['draw']} is not allowed: no fault of this experiment has a number of bits"
         )

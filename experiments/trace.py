@@ -26,7 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from foreshock.experiments.files import damage, read_checked, sealed, sha256, unsealed, write_whole
-from foreshock.experiments.migration import from_schema_2
+from foreshock.experiments.migration import from_schema_2, with_card
+from foreshock.faults.card import InjectionCard, read_card
 from foreshock.monitors.signal import Signal, read_signal
 
 TRACE, WEIGHTS = "trace", "weights.safetensors"
@@ -100,13 +101,13 @@ def as_of_today(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """
     version = manifest.get("schema")
     if version == 2:
-        return from_schema_2(manifest)
+        return with_card(from_schema_2(manifest))
     if version != SCHEMA_VERSION:
         raise TraceError(
             f"{path} has schema version {version}, and this code reads {SCHEMA_VERSION} and 2: train the run again, or "
             "read it with the release that wrote it"
         )
-    return dict(manifest)
+    return with_card(manifest)
 
 
 def damaged(path: Path, reason: object, folder: Path) -> TraceError:
@@ -209,6 +210,14 @@ class Trace:
         """The first step whose weights a faulty update may have touched; None for a healthy run."""
         onset: int | None = self.manifest["onset_step"]
         return onset
+
+    @cached_property
+    def card(self) -> InjectionCard:
+        """What the run's fault does. Raises TraceError where the manifest says nothing of the kind."""
+        try:
+            return read_card(self.manifest["injection"])
+        except (TypeError, ValueError, KeyError) as error:
+            raise TraceError(f"run {self.run_id} in {self.folder} does not say what its fault does: {error}") from None
 
     @property
     def end_reason(self) -> str:

@@ -13,7 +13,8 @@ from foreshock.analysis.detect.bands import DeclinedSignal, Exact
 from foreshock.analysis.detect.charts import AlarmRule
 from foreshock.analysis.detect.entrants import BadEntrant, FromFile, check_causal
 from foreshock.analysis.detect.joint import Scale, member_scales
-from foreshock.analysis.detect.tracks import TRACKS, Band, Charted, Raw, Track
+from foreshock.analysis.detect.tracks.base import Band, Charted, Raw, Track
+from foreshock.analysis.detect.tracks.by_name import TRACKS
 from foreshock.analysis.runs.align import Aligned, hold, positions, thin
 from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 from foreshock.experiments.trace import Series, TraceError

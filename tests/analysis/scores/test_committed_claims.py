@@ -10,7 +10,7 @@ import pytest
 from foreshock.analysis.locate.localise import shares_right
 from foreshock.analysis.scores.inference import CHANCE, chance_of_alarms
 
-RESULTS = Path(__file__).parents[2] / "results"
+RESULTS = Path(__file__).parents[3] / "results"
 CLAIMS = sorted(RESULTS.glob("*/claims.csv"))
 ALARMS = re.compile(r"in (\d+) of (\d+) runs.*\(by chance ([^)]+)\)", re.DOTALL)
 

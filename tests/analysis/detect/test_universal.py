@@ -8,7 +8,8 @@ from scipy.stats import norm
 
 from foreshock.analysis.detect.bands import DeclinedSignal
 from foreshock.analysis.detect.detection import Detection
-from foreshock.analysis.detect.tracks import TRACKS, universal_threshold
+from foreshock.analysis.detect.tracks.by_name import TRACKS
+from foreshock.analysis.detect.tracks.universal import universal_threshold
 from foreshock.analysis.reports.boards import Request, score_runs
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.scores.contest import contest, run_scores

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from foreshock.analysis.figures import early
-from foreshock.analysis.figures.early import cost_faults, cost_figure, pareto_front, size_figure
+from foreshock.analysis.figures import costs, sizes
+from foreshock.analysis.figures.costs import cost_faults, cost_figure, pareto_front
 from foreshock.analysis.figures.point_names import label_points
+from foreshock.analysis.figures.sizes import size_figure
 from foreshock.analysis.locate.fault_truth import broken_kernels
 from foreshock.analysis.report import make_report
 from foreshock.analysis.runs.load import load
@@ -20,7 +21,9 @@ from foreshock.analysis.scores.contest import contest, run_scores
 from foreshock.analysis.scores.delays import Size, blind_table, delays, oracles, size, smallest_table
 from foreshock.analysis.scores.inference import chance_of_alarms
 from foreshock.analysis.scores.leaderboard import board
+from foreshock.faults.card import InjectionCard
 from tests.described import described
+from tests.injections import card, of_attention, of_learning_rate, of_modules
 
 EARLY, SLOW, NORM = "key_shift_residual.over_noise", "qk_delta2_spectrum.entropy.w50", "grad_global_norm"
 ORACLE = "delta_bias_oracle"
@@ -35,12 +38,11 @@ DETECTORS = {
     "weight norm": ["weight_norm.q"],
     "homemade": ["unmeasured"],
 }
-NODE = {"sites": ["o"], "rounding": "truncate", "phase": "backward", "layers": None, "heads": None}
 FAULTS = {
-    "o1": {"shows": {EARLY: 200}, "onset": 1, "design": {**NODE, "bits": 1, "onset": 0}},
-    "o5": {"shows": {EARLY: 50, SLOW: 400}, "onset": 1, "diverges": 700, "design": {**NODE, "bits": 5, "onset": 0}},
-    "late5": {"shows": {EARLY: 301, SLOW: 701}, "onset": 301, "design": {**NODE, "bits": 5, "onset": 300}},
-    "lr": {"shows": {NORM: 301, ORACLE: 301}, "onset": 301, "design": {"factor": 10.0}},
+    "o1": {"shows": {EARLY: 200}, "onset": 1, "injection": card(of_attention(["o"], 1))},
+    "o5": {"shows": {EARLY: 50, SLOW: 400}, "onset": 1, "diverges": 700, "injection": card(of_attention(["o"], 5))},
+    "late5": {"shows": {EARLY: 301, SLOW: 701}, "onset": 301, "injection": card(of_attention(["o"], 5, onset=300))},
+    "lr": {"shows": {NORM: 301, ORACLE: 301}, "onset": 301, "injection": card(of_learning_rate(10.0))},
 }
 
 
@@ -97,7 +99,7 @@ def test_an_oracle_bounds_and_does_not_compete(folder):
 
 
 def test_a_model_without_measured_costs_still_has_its_figure(folder, drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(early, "monitor_costs", lambda model: {})
+    monkeypatch.setattr(costs, "monitor_costs", lambda model: {})
     cost_figure(contest(load(folder, folder), "reference"), tmp_path / "figure.png")
     assert "no cost was measured" in drawn["figure.png"][0]
 
@@ -119,7 +121,8 @@ def drawn(monkeypatch):
         legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
         figures[path.name] = "\n".join([*legends, *(t.get_text() for t in figure.findobj(plt.Text))]), figure
 
-    monkeypatch.setattr(early, "save", keep)
+    monkeypatch.setattr(costs, "save", keep)
+    monkeypatch.setattr(sizes, "save", keep)
     yield figures
     plt.close("all")
 
@@ -157,30 +160,31 @@ def test_the_report_has_them_all(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("node", "expected", "where"),
+    ("injections", "expected", "where"),
     [
-        ({**NODE, "bits": 2, "onset": 0}, Size("o", "backward", "truncate", 2, 1.0, "all", "all", 0), "o"),
+        ([of_attention(["o"], 2)], Size("o", "backward", "truncate", 2, 1.0, "all", "all", 0), "o"),
         (
-            {**NODE, "bits": 9, "rounding": "flip", "share": 0.0, "layers": [1], "heads": [0, 1], "onset": 5},
+            [of_attention(["o"], 9, "flip", onset=5, share=0.0, layers=[1], heads=[0, 1])],
             Size("o", "backward", "flip", 9, 0.0, "1", "0+1", 5),
             "o, flip, layer 1, head 0+1, one element",
         ),
         (
-            {"modules": ["head"], "site": "dy", "bits": 3, "rounding": "round_half_up", "share": 0.5, "onset": 0},
+            [of_modules(["head"], "dy", 3, "round_half_up", share=0.5)],
             Size("head dy", "", "round_half_up", 3, 0.5, "all", "all", 0),
             "head dy, round half up, 0.5 of elements",
         ),
         (
-            {**NODE, "bits": 1, "phase": "forward", "onset": 0},
+            [of_attention(["o"], 1, phase="forward")],
             Size("o", "forward", "truncate", 1, 1.0, "all", "all", 0),
             "o, forward",
         ),
-        ({**NODE, "bits": 0, "onset": 0}, None, None),
-        ({"factor": 10.0}, None, None),
+        ([of_attention(["o"], 0)], None, None),
+        ([of_learning_rate(10.0)], None, None),
+        ([of_attention(["o"], 2), of_attention(["do"], 2)], None, None),
     ],
 )
-def test_the_size_of_a_fault_is_its_manifests(node, expected, where):
-    assert size(node) == expected
+def test_the_size_of_a_fault_is_its_card_s(injections, expected, where):
+    assert size(InjectionCard("other", tuple(injections))) == expected
     assert expected is None or expected.where == where
 
 

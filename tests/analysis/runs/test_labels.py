@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from foreshock.analysis.runs.labels import (
+    DrawupLabel,
     divergence_step,
     drawup,
     drawup_threshold,
@@ -140,8 +141,8 @@ def test_llm_foundrys_rule_needs_twice_the_mean_for_five_steps():
 
 
 def test_every_other_label_agrees_on_a_gross_divergence_and_on_health():
-    settings = dict(ema_span=5, min_drawup_nats=0.10, healthy_factor=1.5, consecutive=5)
-    common = dict(healthy_held_out=HEALTHY, healthy_training=[noisy_loss(s) for s in range(1, 5)], settings=settings)
+    training = [noisy_loss(s) for s in range(1, 5)]
+    common = dict(healthy_held_out=HEALTHY, healthy_training=training, label=DrawupLabel())
     healthy = sensitivity_labels((STEPS, HEALTHY[0]), (TRAINING_STEPS, noisy_loss()), **common)
     assert healthy == dict.fromkeys(("delta x0.5", "delta x2", "training loss", "OLMo", "LLM-Foundry"))
     held_out, training = HEALTHY[0].copy(), noisy_loss()

@@ -4,7 +4,7 @@ import pytest
 
 from foreshock.analysis.detect.detection import Detection
 from foreshock.analysis.detect.rules import make_rule
-from foreshock.analysis.detect.tracks import TRACKS
+from foreshock.analysis.detect.tracks.by_name import TRACKS
 from foreshock.analysis.runs.load import load
 from tests.described import described
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from foreshock.analysis.reports.kinds import by_name
-from foreshock.analysis.reports.kinds.by_name import BY_SIZE, DRAWINGS, KINDS, NEEDED, kind_of
+from foreshock.analysis.reports.kinds.by_name import DRAWINGS, KINDS, kind_of
 from foreshock.analysis.reports.page import TEMPLATES, verdict
 
 
@@ -17,12 +17,13 @@ def test_every_kind_is_a_file_of_its_name():
 
 
 def test_a_kind_says_what_it_needs():
-    assert NEEDED["grid"] == ("healthy_cell",) and NEEDED["paired"] == ("control", "drift") and NEEDED["central"] == ()
-    assert BY_SIZE == ("early_warning", "smallest")
+    needs = {name: kind.needs for name, kind in KINDS.items()}
+    assert needs["grid"] == ("healthy_cell",) and needs["paired"] == ("control", "drift") and needs["central"] == ()
+    assert [name for name, kind in KINDS.items() if kind.by_size] == ["early_warning", "smallest"]
 
 
 def test_an_unknown_kind_is_named():
-    with pytest.raises(ValueError, match=r"experiment\.draw='pie' is not allowed: one of central, .*, cases"):
+    with pytest.raises(ValueError, match=r"experiment\.draw='pie' is not allowed: one of central, .*smallest"):
         kind_of({"experiment": {"draw": "pie"}})
 
 

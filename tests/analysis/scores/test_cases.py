@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from foreshock.analysis.detect.tracks import universal_threshold
+from foreshock.analysis.detect.tracks.universal import universal_threshold
 from foreshock.analysis.figures.cases import cases_figure
 from foreshock.analysis.scores import cases
 from foreshock.analysis.scores.cases import ALL_LAWS, case_rows, totals

@@ -17,27 +17,28 @@ from foreshock.analysis.runs.load import load
 from foreshock.analysis.scores.inference import clopper_pearson_interval
 from foreshock.monitors.law import DK, DQ, DV, KEY_SHIFT, QK_GAUGE, VALUE_SHIFT, VO_GAUGE, Law
 from tests.described import DECLARED, described
+from tests.injections import card, of_attention, of_learning_rate, of_modules
 
 KEY, VALUE = "key_shift_residual.over_noise", "value_shift_residual.over_noise"
 QK, VO = "qk_gauge_residual.matrix.over_noise", "vo_gauge_residual.matrix.over_noise"
 EULER, NORM = "linear_euler_residual.q.over_noise", "norm_orthogonality_residual.final.over_noise"
 SIGNALS = {name: described(name) for name in (KEY, VALUE, QK, VO, EULER, NORM, "grad_global_norm")}
 COUNTS = {"reference": 4, "calibration": 9, "test": 4, "faulty": 2}
-ATTENTION_FAULT = {"bits": 2, "rounding": "truncate", "phase": "backward", "layers": [1], "heads": [1], "onset": 300}
-MODULE_FAULT = {"bits": 2, "rounding": "truncate", "share": 1.0, "onset": 300}
 ONSET = {"onset": 301}
+
+
+def of_one_head(tensor):
+    return card(of_attention([tensor], 2, onset=300, layers=[1], heads=[1]))
+
+
 FAULTS = {
-    "o": {"shows": {KEY: 301}, "design": {"sites": ["o"], **ATTENTION_FAULT}, **ONSET},
-    "do": {"shows": {VALUE: 301, VO: 301}, "design": {"sites": ["do"], **ATTENTION_FAULT}, **ONSET},
-    "dk_seen_as_o": {"shows": {KEY: 301}, "design": {"sites": ["dk"], **ATTENTION_FAULT}, **ONSET},
-    "dq_unseen": {"shows": {}, "design": {"sites": ["dq"], **ATTENTION_FAULT}, **ONSET},
-    "q": {
-        "shows": {EULER: 301},
-        "design": {"modules": ["blocks.1.attention.q"], "site": "dw", **MODULE_FAULT},
-        **ONSET,
-    },
-    "norm": {"shows": {NORM: 301}, "design": {"modules": ["final_norm"], "site": "dx", **MODULE_FAULT}, **ONSET},
-    "lr": {"shows": {"grad_global_norm": 301}, "design": {"factor": 10.0}, **ONSET},
+    "o": {"shows": {KEY: 301}, "injection": of_one_head("o"), **ONSET},
+    "do": {"shows": {VALUE: 301, VO: 301}, "injection": of_one_head("do"), **ONSET},
+    "dk_seen_as_o": {"shows": {KEY: 301}, "injection": of_one_head("dk"), **ONSET},
+    "dq_unseen": {"shows": {}, "injection": of_one_head("dq"), **ONSET},
+    "q": {"shows": {EULER: 301}, "injection": card(of_modules(["blocks.1.attention.q"], "dw", onset=300)), **ONSET},
+    "norm": {"shows": {NORM: 301}, "injection": card(of_modules(["final_norm"], "dx", onset=300)), **ONSET},
+    "lr": {"shows": {"grad_global_norm": 301}, "injection": card(of_learning_rate(10.0, onset=300)), **ONSET},
 }
 
 

@@ -13,13 +13,14 @@ from foreshock.analysis.runs.load import load
 from foreshock.analysis.runs.readings import at_end
 from foreshock.analysis.scores.inference import bca_interval
 from foreshock.analysis.scores.paired import differences, drift_table, paired_table
+from tests.injections import card, of_learning_rate
 
 HEADS = {"unit": "1", "bad": "both", "axes": ["layer", "head"], "every_steps": 10}
 SIGNALS = {"norm": HEADS | {"bad": "up"}, "bias": HEADS}
 FAULTS = {
-    "control": {"onset": 1, "design": {"factor": 1.0}},
-    "idle": {"onset": 1, "design": {"factor": 2.0}},
-    "shifts": {"onset": 1, "shows": {"norm": 1}, "design": {"factor": 3.0}},
+    "control": {"onset": 1, "injection": card(of_learning_rate(1.0))},
+    "idle": {"onset": 1, "injection": card(of_learning_rate(2.0))},
+    "shifts": {"onset": 1, "shows": {"norm": 1}, "injection": card(of_learning_rate(3.0))},
 }
 
 

@@ -21,7 +21,7 @@ from foreshock.analysis.score import main
 from foreshock.analysis.scores import outcome
 from tests.analysis.made_up_board import EARLY, scored
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RISE = np.concatenate((np.zeros(60), np.full(60, 8.0)))
 
 

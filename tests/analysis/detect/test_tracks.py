@@ -11,7 +11,7 @@ from foreshock.analysis.detect.bands import (
     left_out_z,
 )
 from foreshock.analysis.detect.published import PublishedRule, published_rule
-from foreshock.analysis.detect.tracks import TRACKS
+from foreshock.analysis.detect.tracks.by_name import TRACKS
 from foreshock.analysis.runs.align import Aligned
 from foreshock.analysis.runs.catalogue import catalogue
 from foreshock.monitors.signal import Signal
