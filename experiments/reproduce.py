@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from foreshock.analysis.report import make_report
 from foreshock.analysis.runs.align import AXES
-from foreshock.analysis.runs.index import check_parts
+from foreshock.analysis.runs.index import Several, check_parts
 from foreshock.experiments.build import Run, build_run
 from foreshock.experiments.cli import COMPOSE_ERRORS, CONF, explain, guarded, one_line_errors
 from foreshock.experiments.executors import Executor, executor_of
@@ -32,11 +32,11 @@ from foreshock.experiments.files import sealed, write_whole
 from foreshock.experiments.names import check_name
 from foreshock.experiments.plan import PlannedRun, plan, plan_cases
 from foreshock.experiments.scoring import check_runs, check_settings
-from foreshock.experiments.settings import ReproduceCommand, check_command
+from foreshock.experiments.settings import ReproduceCommand, check_command, resolved
 from foreshock.experiments.sweep import sweep
 from foreshock.experiments.train import describe
 from foreshock.experiments.training.data import load_once
-from foreshock.experiments.validation import check_named
+from foreshock.experiments.validation import check_named, check_value
 
 CONFIG_NAME = "reproduce"
 
@@ -76,12 +76,14 @@ INSTEAD = {
 """By key of a single run, which an experiment sets for each of its own, what to set in its place."""
 
 
-def _check_has_effect(line: str, experiment: Mapping[str, Any]) -> None:
+def _check_has_effect(line: str, experiment: Mapping[str, Any], scale: Mapping[str, Any]) -> None:
     """Raises ValueError on an override that every run of the experiment replaces by another."""
     key, _, value = line.lstrip("+~").partition("=")
     root = key.split(".")[0].split("@")[0]
     if key in INSTEAD or root in ("seed", "fault"):
         raise ValueError(f"{line} has no effect on an experiment: {INSTEAD[root]}")
+    if key.startswith("scale.seeds") and experiment.get("seeds", scale["seeds"]) != scale["seeds"]:
+        raise ValueError(f"{line} has no effect on this experiment, which has seeds of its own: set experiment.seeds")
     for own in experiment.get("overrides") or ():
         its_key, _, its_value = str(own).partition("=")
         if its_key == key and its_value != value:
@@ -92,14 +94,15 @@ def _check_has_effect(line: str, experiment: Mapping[str, Any]) -> None:
 
 
 def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
-    """The composed experiment, its ``align`` replaced by a top-level one, its ``monitors`` an override of every run.
+    """The composed experiment, its ``align`` replaced by a top-level one, its ``monitors`` an override of every run,
+    its faults those that ``only`` names.
 
     Raises ValueError on a value that is not allowed, and on an override that every run would undo.
     """
-    check_parts(settings)
-    experiment = settings["experiment"]
+    experiment = _with_chosen_faults(settings["experiment"])
+    check_parts({**settings, "experiment": experiment})
     for line in {line.split("=")[0]: line for line in given}.values():  # the last of each key
-        _check_has_effect(line, experiment)
+        _check_has_effect(line, experiment, settings["scale"])
     for field in ("experiment", "scale"):
         check_name(settings[field]["name"], f"{field}.name")
     if experiment.get("monitors") is not None:
@@ -112,6 +115,21 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
     if settings["align"] not in AXES:
         raise ValueError(f"align={settings['align']} is not allowed: {' or '.join(AXES)}")
     return {**experiment, "align": [settings["align"]]}
+
+
+def _with_chosen_faults(experiment: Any) -> Any:
+    """The experiment without ``only``, a list of the faults that it runs, and without the others. null: all of them.
+
+    Raises ValueError on a name that is no fault of the experiment, or stands there twice.
+    """
+    if not isinstance(experiment, Mapping) or "only" not in experiment:
+        return experiment
+    names, rest = experiment["only"], {key: value for key, value in experiment.items() if key != "only"}
+    if names is None:
+        return rest
+    check_value(Several, names, "experiment.only")
+    check_named(names, rest["faults"], "experiment.only")
+    return {**rest, "faults": {name: fault for name, fault in rest["faults"].items() if name in names}}
 
 
 def _chosen(monitors: Sequence[str], given: Sequence[str]) -> str:
@@ -138,7 +156,7 @@ def planned_runs(experiment: Mapping[str, Any], scale: Mapping[str, Any]) -> lis
 @hydra.main(version_base="1.3", config_path=CONF, config_name=CONFIG_NAME)
 @one_line_errors
 def main(config: DictConfig) -> None:
-    settings: Any = OmegaConf.to_container(config, resolve=True)
+    settings = resolved(config)
     check_command(ReproduceCommand, settings)
     given = list(HydraConfig.get().overrides.task)
     experiment = chosen_experiment(settings, given)

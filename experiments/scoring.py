@@ -33,7 +33,7 @@ def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], g
     if "cases" in experiment:
         return
     _check_seeds(settings, experiment)
-    _check_names(experiment, given)
+    _check_names(experiment, settings["experiment"]["faults"], given)
     _check_kind(experiment)
     for name, fault in experiment["faults"].items():
         if fault.get("overrides") is None:
@@ -72,18 +72,20 @@ def _dropped(given: Sequence[str], where: str) -> set[str]:
     return {line.removeprefix(f"~{where}.").split("=")[0] for line in given if line.startswith(f"~{where}.")}
 
 
-def _check_names(experiment: Mapping[str, Any], given: Sequence[str]) -> None:
-    """Detectors and faults that an experiment refers to are there, or were dropped on purpose."""
+def _check_names(experiment: Mapping[str, Any], configured: Iterable[str], given: Sequence[str]) -> None:
+    """Detectors and faults that an experiment refers to are there, or were dropped on purpose.
+
+    configured: the experiment's faults, those among them that ``experiment.only`` leaves out.
+    """
     baseline = experiment["baseline"]
     check_named([baseline] if isinstance(baseline, str) else baseline, experiment["detectors"], "experiment.baseline")
     _check_taken(experiment["detectors"], CONTROLS, "experiment.detectors")
     _check_taken(experiment["faults"], (HEALTHY, ALL_FAULTS), "experiment.faults")
     detectors = {*experiment["detectors"], *_dropped(given, "experiment.detectors")}
-    faults = {*experiment["faults"], *_dropped(given, "experiment.faults")}
+    faults = {*experiment["faults"], *configured, *_dropped(given, "experiment.faults")}
     ignored, claims = experiment.get("should_ignore", {}), experiment.get("claims", [])
     for key in ("groups", "headline"):
         check_named(experiment.get(key, []), sorted(detectors), f"experiment.{key}")
-    check_named(experiment.get("headline", []), sorted(detectors), "experiment.headline")
     check_named(ignored, sorted(detectors), "experiment.should_ignore")
     for family, names in ignored.items():
         check_named(names, sorted(faults), f"experiment.should_ignore.{family}")
