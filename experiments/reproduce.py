@@ -31,12 +31,12 @@ from foreshock.experiments.executors import Executor, executor_of
 from foreshock.experiments.files import sealed, write_whole
 from foreshock.experiments.names import check_name
 from foreshock.experiments.plan import PlannedRun, plan, plan_cases
-from foreshock.experiments.scoring import check_runs, check_settings
+from foreshock.experiments.scoring import check_runs, check_settings, unwatched
 from foreshock.experiments.settings import ReproduceCommand, check_command, resolved
 from foreshock.experiments.sweep import sweep
 from foreshock.experiments.train import describe
 from foreshock.experiments.training.data import load_once
-from foreshock.experiments.validation import check_named, check_value
+from foreshock.experiments.validation import check_named, check_value, did_you_mean
 
 CONFIG_NAME = "reproduce"
 
@@ -76,14 +76,19 @@ INSTEAD = {
 """By key of a single run, which an experiment sets for each of its own, what to set in its place."""
 
 
-def _check_has_effect(line: str, experiment: Mapping[str, Any], scale: Mapping[str, Any]) -> None:
-    """Raises ValueError on an override that every run of the experiment replaces by another."""
+def _check_has_effect(line: str, experiment: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError on an override that no run takes up, or that every run replaces by another."""
+    scale = settings["scale"]
     key, _, value = line.lstrip("+~").partition("=")
     root = key.split(".")[0].split("@")[0]
     if key in INSTEAD or root in ("seed", "fault"):
         raise ValueError(f"{line} has no effect on an experiment: {INSTEAD[root]}")
     if key.startswith("scale.seeds") and experiment.get("seeds", scale["seeds"]) != scale["seeds"]:
         raise ValueError(f"{line} has no effect on this experiment, which has seeds of its own: set experiment.seeds")
+    if line.startswith("+scale.") and key.count(".") > 1 and not key.startswith(("scale.seeds", "scale.moe_seeds")):
+        known, leaf = _keys(settings["sizes"]), key.rpartition(".")[2]
+        if leaf not in known:
+            raise ValueError(f"{key} is not a key of the configuration{did_you_mean(leaf, known)}")
     for own in experiment.get("overrides") or ():
         its_key, _, its_value = str(own).partition("=")
         if its_key == key and its_value != value:
@@ -91,6 +96,13 @@ def _check_has_effect(line: str, experiment: Mapping[str, Any], scale: Mapping[s
                 f"{line} has no effect on this experiment, whose runs all have {own}: change experiment.overrides, or "
                 "what it takes from the scale"
             )
+
+
+def _keys(sizes: Any) -> list[str]:
+    """The keys of an experiment's sizes, at any depth."""
+    if not isinstance(sizes, Mapping):
+        return []
+    return [key for name, size in sizes.items() for key in (str(name), *_keys(size))]
 
 
 def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
@@ -102,7 +114,7 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
     experiment = _with_chosen_faults(settings["experiment"])
     check_parts({**settings, "experiment": experiment})
     for line in {line.split("=")[0]: line for line in given}.values():  # the last of each key
-        _check_has_effect(line, experiment, settings["scale"])
+        _check_has_effect(line, experiment, settings)
     for field in ("experiment", "scale"):
         check_name(settings[field]["name"], f"{field}.name")
     if experiment.get("monitors") is not None:
@@ -164,6 +176,9 @@ def main(config: DictConfig) -> None:
     planned = planned_runs(experiment, settings["scale"])
     runs = build_all([[*given, *cell.overrides] for cell in planned])
     check_runs(settings, experiment, planned, runs)
+    left_out = unwatched(experiment, runs)
+    if left_out:
+        print(f"not scored, as no configured monitor has their signals: {', '.join(left_out)}")
     if config.dry_run:
         for cell, run in zip(planned, runs, strict=True):
             print(f"{run.run_id}  {cell.model:<9}  {cell.role:<11}  seed {cell.seed:<5} {cell.fault or 'healthy'}")

@@ -16,11 +16,13 @@ from foreshock.analysis.runs.experiment import HEALTHY
 from foreshock.analysis.runs.index import Seeds
 from foreshock.analysis.scores.contest import ALL_FAULTS
 from foreshock.experiments.build import Run
+from foreshock.experiments.plain_config import monitors_of
 from foreshock.experiments.plan import PlannedRun
 from foreshock.experiments.trace import Trace
 from foreshock.experiments.training.run_writer import HELD_OUT
 from foreshock.experiments.validation import check_named, check_node, nearest
 from foreshock.faults.base import Fault
+from foreshock.monitors.base import Signal
 
 
 def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], given: Sequence[str]) -> None:
@@ -123,21 +125,24 @@ def _check_kind(experiment: Mapping[str, Any]) -> None:
 def check_runs(
     settings: Mapping[str, Any], experiment: Mapping[str, Any], planned: Sequence[PlannedRun], runs: Sequence[Run]
 ) -> None:
-    """What only the built runs tell: whether some monitor has every signal, the label enough evaluations, every fault
+    """What only the built runs tell: whether some monitor has every signal (one of ``conf/monitor`` that is not
+    configured counts for detectors and panels, which are then left out), the label enough evaluations, every fault
     a run of its own, and a threshold healthy runs that are alike.
 
     Raises ValueError or TraceError, in one line that names the key.
     """
-    signals = {name: signal for run in runs for name, signal in run.signals.items()} | {HELD_OUT.name: HELD_OUT}
+    signals = _signals_of(runs)
     if "cases" in experiment:
         _check_signals(list(experiment["laws"].values()), signals, "experiment.laws")
         return
     _check_taken(experiment["detectors"], signals, "experiment.detectors")
     _check_scored(experiment.get("score_every", 1), min(run.train.steps for run in runs))
+    known = {signal.name: signal for monitor in monitors_of(experts=True).values() for signal in monitor.signals} | signals
     for name, wanted in experiment["detectors"].items():
-        _check_signals(wanted, signals, f"experiment.detectors.{name}")
+        _check_signals(wanted, known, f"experiment.detectors.{name}")
     for name, panel in experiment["figure"].items():
-        _check_signals(panel["signals"], signals, f"experiment.figure.{name}.signals")
+        _check_signals(panel["signals"], known, f"experiment.figure.{name}.signals")
+    _check_baseline(experiment, runs)
     for claim in experiment.get("claims", []):
         if claim.get("panel"):
             _check_signals(claim["panel"]["signals"], signals, "experiment.claims.panel.signals")
@@ -153,6 +158,27 @@ def check_runs(
         )
     _check_evaluations(settings["label"]["consecutive"], runs)
     _check_faults(planned, runs)
+
+
+def _signals_of(runs: Sequence[Run]) -> dict[str, Signal]:
+    """What the configured monitors of these runs record, and the loop, by name."""
+    return {name: signal for run in runs for name, signal in run.signals.items()} | {HELD_OUT.name: HELD_OUT}
+
+
+def unwatched(experiment: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+    """The detectors all of whose signals belong to monitors that are not configured (``monitor=[...]``): no table has
+    them."""
+    signals = _signals_of(runs)
+    detectors = experiment.get("detectors", {})
+    return [name for name, wanted in detectors.items() if not any(signal in signals for signal in wanted)]
+
+
+def _check_baseline(experiment: Mapping[str, Any], runs: Sequence[Run]) -> None:
+    """Some baseline has a signal that is recorded."""
+    baseline, absent = experiment["baseline"], unwatched(experiment, runs)
+    names = [baseline] if isinstance(baseline, str) else baseline
+    if all(name in absent for name in names):
+        raise ValueError(f"experiment.baseline={', '.join(names)}: no configured monitor has their signals")
 
 
 def _has_bits(fault: Fault) -> bool:
