@@ -36,7 +36,7 @@ from foreshock.experiments.settings import ReproduceCommand, check_command, reso
 from foreshock.experiments.sweep import sweep
 from foreshock.experiments.train import describe
 from foreshock.experiments.training.data import load_once
-from foreshock.experiments.validation import check_named, check_value, did_you_mean
+from foreshock.experiments.validation import check_mapping, check_named, check_value, did_you_mean
 
 CONFIG_NAME = "reproduce"
 
@@ -111,8 +111,12 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
 
     Raises ValueError on a value that is not allowed, and on an override that every run would undo.
     """
-    experiment = _with_chosen_faults(settings["experiment"])
+    whole = settings.get("experiment")
+    check_mapping(whole, "experiment")
+    experiment = {key: value for key, value in whole.items() if key != "only"}
     check_parts({**settings, "experiment": experiment})
+    if whole.get("only") is not None:
+        experiment["faults"] = _chosen_faults(whole["only"], experiment.get("faults", {}))
     for line in {line.split("=")[0]: line for line in given}.values():  # the last of each key
         _check_has_effect(line, experiment, settings)
     for field in ("experiment", "scale"):
@@ -129,19 +133,11 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
     return {**experiment, "align": [settings["align"]]}
 
 
-def _with_chosen_faults(experiment: Any) -> Any:
-    """The experiment without ``only``, a list of the faults that it runs, and without the others. null: all of them.
-
-    Raises ValueError on a name that is no fault of the experiment, or stands there twice.
-    """
-    if not isinstance(experiment, Mapping) or "only" not in experiment:
-        return experiment
-    names, rest = experiment["only"], {key: value for key, value in experiment.items() if key != "only"}
-    if names is None:
-        return rest
+def _chosen_faults(names: Any, faults: Mapping[str, Any]) -> dict[str, Any]:
+    """The faults that ``experiment.only`` names, in the experiment's order. Raises ValueError on a name that is none."""
     check_value(Several, names, "experiment.only")
-    check_named(names, rest["faults"], "experiment.only")
-    return {**rest, "faults": {name: fault for name, fault in rest["faults"].items() if name in names}}
+    check_named(names, faults, "experiment.only")
+    return {name: fault for name, fault in faults.items() if name in names}
 
 
 def _chosen(monitors: Sequence[str], given: Sequence[str]) -> str:

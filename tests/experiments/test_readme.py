@@ -106,7 +106,7 @@ def test_the_example_monitor_s_places_are_where_the_readme_says(trend):
     assert len(row) == len(header) and row[0] == trend().signals[0].name
     assert (row[3], row[4]) == (trend().signals[0].unit, trend().signals[0].bad)
     assert yaml.safe_load(re.search(r"`(loss trend: .*?)`", README).group(1)) == {"loss trend": ["loss_trend"]}
-    assert "attention_monitors" in (ROOT / "conf" / "scale" / "laptop.yaml").read_text()
+    assert "  laptop: {steps: 1500, monitors: [" in (ROOT / "conf" / "experiment" / "paper_attention.yaml").read_text()
 
 
 def test_the_example_detector_is_a_detector(tmp_path):
