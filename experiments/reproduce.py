@@ -134,7 +134,7 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
 
 
 def _chosen_faults(names: Any, faults: Mapping[str, Any]) -> dict[str, Any]:
-    """The faults that ``experiment.only`` names, in the experiment's order. Raises ValueError on a name that is none."""
+    """The faults that ``experiment.only`` names, in their own order. Raises ValueError on a name that is none."""
     check_value(Several, names, "experiment.only")
     check_named(names, faults, "experiment.only")
     return {name: fault for name, fault in faults.items() if name in names}

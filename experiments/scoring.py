@@ -137,7 +137,7 @@ def check_runs(
         return
     _check_taken(experiment["detectors"], signals, "experiment.detectors")
     _check_scored(experiment.get("score_every", 1), min(run.train.steps for run in runs))
-    known = {signal.name: signal for monitor in monitors_of(experts=True).values() for signal in monitor.signals} | signals
+    known = signals.keys() | {signal.name for monitor in monitors_of(True).values() for signal in monitor.signals}
     for name, wanted in experiment["detectors"].items():
         _check_signals(wanted, known, f"experiment.detectors.{name}")
     for name, panel in experiment["figure"].items():
@@ -187,7 +187,7 @@ def _has_bits(fault: Fault) -> bool:
     return len(card.injections) == 1 and "bits" in card.injections[0].size and not card.control
 
 
-def _check_signals(names: Sequence[str], known: Mapping[str, Any], where: str) -> None:
+def _check_signals(names: Sequence[str], known: Collection[str], where: str) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"{where}: no configured monitor has a signal {name!r}{nearest(name, known)}")

@@ -33,7 +33,7 @@ UNCHECKED = {
 
 REFUSED = {line: "no fault of this experiment has a number of bits" for line in COMMANDS if "calibration: 59" in line}
 """Commands that compose and are refused before training, and what is said: ``experiment=early_warning`` tells faults by
-their number of bits, which lr10, batch8 and decay alone lack. ``experiment=early_warning_silence`` has the same runs."""
+their number of bits, which lr10, batch8 and decay lack. ``experiment=early_warning_silence`` has the same runs."""
 
 WORK = {
     "analysis.order": ("read_table",),

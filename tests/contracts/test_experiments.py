@@ -171,8 +171,9 @@ def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, on
     It finds its healthy runs there, as it would those of another experiment: they are trained once a suite.
     """
     small = [
-        "data=text", f"data.path={text}", *tiny, "train.steps=60", *short(experiment), "monitor.qk_increment.every_steps=10",
-        "monitor.delta_w.every_steps=10", "scale.seeds={reference: 4, calibration: 1, test: 1, faulty: 1}",
+        "data=text", f"data.path={text}", *tiny, "train.steps=60", *short(experiment),
+        "monitor.qk_increment.every_steps=10", "monitor.delta_w.every_steps=10",
+        "scale.seeds={reference: 4, calibration: 1, test: 1, faulty: 1}",
     ]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = OmegaConf.to_container(compose("reproduce", [f"experiment={experiment}", *small]), resolve=True)

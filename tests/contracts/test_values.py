@@ -179,7 +179,7 @@ def takes(option: str, path: str, value: object) -> bool:
 
 
 def walk(check, node: Mapping, part: str, option: str = "", keys: Collection[str] | None = None) -> None:
-    """Every leaf of a node below ``part`` against every value. keys: those below ``part`` that are walked, if not all."""
+    """Every leaf of a node below ``part``, of ``keys`` alone where they are given, against every value."""
     for path in leaves(node):
         if path[0] != part or (keys is not None and path[1] not in keys):
             continue

@@ -16,11 +16,12 @@ experiment:
   name: mine
   overrides: ["train.steps=${sizes.steps}"]
 """
+SIZES = "localise: {steps: 9, onset: 5, every_steps: 1, rows: 1}"
 SCALES = {
     "from_desk": "# @package _global_\ndefaults: [desk]\nscale: {name: from_desk}\n",
     "new": "# @package _global_\ndefaults: [desk]\nscale: {name: new, sizes: new}\n",
-    "whole": "# @package _global_\ndefaults: [desk]\nscale: {name: whole, sizes: whole, localise: {steps: 9, onset: 5, every_steps: 1, rows: 1}}\n",
-}  # fmt: skip
+    "whole": f"# @package _global_\ndefaults: [desk]\nscale: {{name: whole, sizes: whole, {SIZES}}}\n",
+}
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_sizes_that_may_be_pass():
     ("given", "message"),
     [
         (["experiment=early_warning", "+scale.early_warning.onsett=3"], r"onsett is not a key .* 'onset'"),
-        (["experiment=early_warning_small", "scale.seeds.test=9"], r"scale\.seeds\.test=9 has no effect on this .* own"),
+        (["experiment=early_warning_small", "scale.seeds.test=9"], r"scale\.seeds\.test=9 has no effect on this .*"),
         (["experiment=early_warning_small", "experiment.only=[o9]"], r"experiment\.only='o9' is not allowed: .* 'o8'"),
         (["experiment=early_warning_small", "experiment.only=[]"], r"experiment\.only=\[\] is not allowed: not empty"),
         (["experiment=early_warning_small", "experiment.only=[o2,o2]"], r"experiment\.only=.* o2 stands there twice"),
