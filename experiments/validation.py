@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    TypeAdapter,
     ValidationError,
     create_model,
     model_validator,
@@ -187,6 +188,15 @@ def check_node(schema: type[Schema], node: Any, where: str) -> Schema:
     check_numbers(node, where)
     try:
         return schema.model_validate(node)
+    except ValidationError as error:
+        raise ValueError(first_mistake(error, where)) from None
+
+
+def check_value(kind: Any, value: Any, where: str) -> None:
+    """Raises ValueError, in one line, where a plain value is not of a kind, an annotation."""
+    check_numbers(value, where)
+    try:
+        TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
         raise ValueError(first_mistake(error, where)) from None
 

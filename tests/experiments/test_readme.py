@@ -18,6 +18,7 @@ from foreshock.experiments.build import ROOT, construct
 from foreshock.experiments.training.loop import train
 from foreshock.faults.base import Fault, LearningRateScale, Sites
 from foreshock.monitors.base import Monitor, StepView, due_readings
+from tests.contracts.commands import planned_by
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -106,7 +107,17 @@ def test_the_example_monitor_s_places_are_where_the_readme_says(trend):
     assert len(row) == len(header) and row[0] == trend().signals[0].name
     assert (row[3], row[4]) == (trend().signals[0].unit, trend().signals[0].bad)
     assert yaml.safe_load(re.search(r"`(loss trend: .*?)`", README).group(1)) == {"loss trend": ["loss_trend"]}
-    assert "attention_monitors" in (ROOT / "conf" / "scale" / "laptop.yaml").read_text()
+    assert "  laptop: {steps: 1500, monitors: [" in (ROOT / "conf" / "experiment" / "paper_attention.yaml").read_text()
+
+
+def test_the_example_experiment_plans_its_runs(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "late_bits.yaml").write_text(yaml_block(2))
+    for scale, steps, onset in (("laptop", 600, 300), ("published", 3000, 500)):
+        given = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=late_bits", f"scale={scale}"]
+        experiment, planned = planned_by(given)
+        assert f"train.steps={steps}" in planned[0].overrides and f"fault.onset={onset}" in planned[0].overrides
+        assert {*experiment["baseline"]} < {*experiment["detectors"]}
 
 
 def test_the_example_detector_is_a_detector(tmp_path):
