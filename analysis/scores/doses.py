@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from foreshock.analysis.detect.tracks import universal_threshold
+from foreshock.analysis.detect.tracks.universal import universal_threshold
 from foreshock.analysis.runs.labels import divergence_step
 
 ALPHA = 0.05

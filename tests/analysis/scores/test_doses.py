@@ -18,7 +18,7 @@ from foreshock.analysis.scores.doses import (
     laws_threshold,
 )  # fmt: skip
 
-GPT2 = Path(__file__).parents[2] / "results/gpt2_124m-doses"
+GPT2 = Path(__file__).parents[3] / "results/gpt2_124m-doses"
 
 
 def a_run(bits: int, *, loss_from_100: float, entropy_from_100: float, law: float) -> pd.DataFrame:
