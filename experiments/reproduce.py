@@ -178,7 +178,7 @@ def main(config: DictConfig) -> None:
     check_command(ReproduceCommand, settings)
     given = list(HydraConfig.get().overrides.task)
     experiment = chosen_experiment(settings, given)
-    conf = Conf(own_folders(), tuple(settings["plugins"]))
+    conf = Conf(own_folders(), settings["plugins"] or ())
     check_settings(settings, experiment, given, conf)
     planned = planned_runs(experiment, settings["scale"])
     runs = build_all([[*given, *cell.overrides] for cell in planned])

@@ -29,7 +29,7 @@ class Conf:
     """
 
     folders: tuple[Path, ...] = ()
-    plugins: tuple[str, ...] = ()
+    plugins: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         missing = next((folder for folder in self.folders if not folder.is_dir()), None)
@@ -92,9 +92,7 @@ def conf(group: str, name: str) -> dict[str, Any]:
     return Conf().content(group, name)
 
 
-def construct(
-    node: Mapping[str, Any], where: str, bases: tuple[type[Made], ...], plugins: tuple[str, ...] = ()
-) -> Made:
+def construct(node: Mapping[str, Any], where: str, bases: tuple[type[Made], ...], plugins: Sequence[str] = ()) -> Made:
     """The object of a node: its class, in ``_target_``, is given its name and the node's other keys.
 
     where: ``group.name``; bases: one of them is a base of the class, which is checked before the class is called.

@@ -46,5 +46,5 @@ def kind_of(index: Mapping[str, Any], conf: Conf | None = None) -> Kind:
     """
     name, conf = index["experiment"]["draw"], conf or Conf()
     if GROUP in index and name not in conf.files(GROUP):
-        return construct(index[GROUP], f"{GROUP}.{name}", (Kind,), tuple(index.get(PLUGINS, ())))
+        return construct(index[GROUP], f"{GROUP}.{name}", (Kind,), index.get(PLUGINS, ()))
     return kind_named(name, conf)
