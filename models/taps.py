@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def known(value: T | None, name: str) -> T:
-    """A value that some steps lack. Raises ValueError where this one does."""
+    """A value that some steps lack; name: what the error calls it. Raises ValueError where this step does."""
     if value is None:
         raise ValueError(f"this monitor reads {name}, and the step has none")
     return value
