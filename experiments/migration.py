@@ -1,4 +1,6 @@
-"""A manifest of schema version 2 as version 3 has it. Needs no torch.
+"""Manifests of schema versions 2 and 3 as version 4 has them. Needs no torch.
+
+In version 3 every signal was read at multiples of its cadence, and no manifest said so.
 
 Version 2 said of a signal its name, unit, bad direction, axes and cadence, and whether it stays put in health. What
 version 3 says beyond that is in ``signals_of_schema_2.json``, written from the monitors' declarations: by the signal's
@@ -24,9 +26,15 @@ WINDOW = re.compile(r"\.w\d+$")
 
 
 def from_schema_2(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with its signals described anew. Raises TypeError, ValueError or KeyError on others than signals."""
+    """The manifest with its signals described anew, of version 3. Raises TypeError, ValueError or KeyError on others than signals."""
     signals = {name: _described(name, signal) for name, signal in manifest["signals"].items()}
     return {**manifest, "schema": 3, "signals": signals}
+
+
+def from_schema_3(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with its signals read at multiples of their cadence. Raises TypeError on others than signals."""
+    signals = {name: {**signal, "jittered": False} for name, signal in manifest["signals"].items()}
+    return {**manifest, "schema": 4, "signals": signals}
 
 
 @lru_cache(maxsize=1)

@@ -65,7 +65,7 @@ class Experiment:
 
     @property
     def score_every(self) -> int:
-        """Detectors see samples at multiples of so many steps; 1 unless the experiment says otherwise."""
+        """Detectors see what is read every so many steps (``Cadence.thinned``); 1 unless the experiment says otherwise."""
         return self.index["experiment"].get("score_every", 1)
 
     @property
