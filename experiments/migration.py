@@ -26,13 +26,13 @@ WINDOW = re.compile(r"\.w\d+$")
 
 
 def from_schema_2(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with its signals described anew, of version 3. Raises TypeError, ValueError or KeyError on others than signals."""
+    """The manifest of version 3: its signals described anew. Raises TypeError, ValueError or KeyError on others."""
     signals = {name: _described(name, signal) for name, signal in manifest["signals"].items()}
     return {**manifest, "schema": 3, "signals": signals}
 
 
 def from_schema_3(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with its signals read at multiples of their cadence. Raises TypeError on others than signals."""
+    """The manifest of version 4: signals are read at multiples of their cadence. Raises TypeError on others."""
     signals = {name: {**signal, "jittered": False} for name, signal in manifest["signals"].items()}
     return {**manifest, "schema": 4, "signals": signals}
 

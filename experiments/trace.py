@@ -8,7 +8,8 @@ a manifest without ``files`` is an older one, whose files are read unchecked.
 
 Columns of a part: step, tokens (training tokens seen by then), signal, layer and head (-1 where the
 signal has no such axis), value, and undefined: true marks a missing sample (a zero update has no entropy),
-while a NaN or Inf that is not undefined arose from a nonzero computation.
+while a NaN or Inf that is not undefined arose from a nonzero computation. At which steps a signal has readings, its
+entry in ``signals`` of the manifest says: ``every_steps``, and ``jittered`` (``monitors.cadence``).
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ def as_of_today(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
         return from_schema_3(manifest)
     if version != SCHEMA_VERSION:
         raise TraceError(
-            f"{path} has schema version {version}, and this code reads {SCHEMA_VERSION}, 3 and 2: train the run again, or "
-            "read it with the release that wrote it"
+            f"{path} has schema version {version}, and this code reads {SCHEMA_VERSION}, 3 and 2: train the run again, "
+            "or read it with the release that wrote it"
         )
     return dict(manifest)
 

@@ -5,7 +5,7 @@ acts at steps 5, 15, 25 ... So monitors that read single steps (laws, recomputat
 activations and weights) read at *jittered* steps: reading k at step 10 k + j_k, where j is one constant of the trace
 schema. Every phase of every period up to 30 is met within any 60 readings in a row, which are 600 steps. A cadence of
 10 m takes every m-th of them, a cadence of 1 every step, and any other cadence, such as 3, its multiples. Increments
-over a window and held-out evaluations stay at multiples of their cadence: a window holds every phase.
+over a window and held-out evaluations stay at multiples of their cadence: an increment holds every step of its window.
 
     cadence 10, jittered:        11, 26, 37, 41, 57, 69, 71, 89, 97, 104, ...
     cadence 10, not jittered:    10, 20, 30, 40, 50, 60, 70, 80, 90, 100, ...
@@ -29,7 +29,7 @@ JITTER_STEPS = (
 )
 # fmt: on
 """j_0 to j_59, repeated. No formula gave them: simulated annealing redrew or swapped digits until no phase of a period
-up to 30 waits for more than 60 readings. Also, every m-th reading, m from 2 to 5, meets every last digit of a step within
+up to 30 waited for more than 60 readings, and every m-th reading, m from 2 to 5, met every last digit of a step within
 600 steps. j_0 = 0, so that all monitors read at multiples of 600; reading 0 is before the first update, and is none.
 
 In the observation id of every monitor that it moves: with other digits those are read again."""

@@ -65,7 +65,7 @@ class Experiment:
 
     @property
     def score_every(self) -> int:
-        """Detectors see what is read every so many steps (``Cadence.thinned``); 1 unless the experiment says otherwise."""
+        """Detectors see the readings of so many steps' cadence (``Cadence.thinned``); 1 unless the experiment says."""
         return self.index["experiment"].get("score_every", 1)
 
     @property

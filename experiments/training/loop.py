@@ -181,7 +181,6 @@ class _Together:
         states = [state for state in (writer.resume() for writer in self.writers) if state is not None]
         if not states:  # which all have, or none
             self.first = 0
-            self.watch.record(0)
             self.finite = torch.ones(len(members), dtype=torch.bool, device=device)
             self.best_held_out = self.label(0, [self.healthy] * len(members))
         else:
@@ -191,6 +190,7 @@ class _Together:
             self.finite, self.best_held_out = (
                 torch.stack([state[key] for state in states]) for key in ("finite", "best_held_out")
             )
+        self.watch.record(self.first)  # again, for monitors that now look back to other steps than at the checkpoint
 
     def train(self, until: float | None, progress: Progress | None) -> None:
         """To the end, or to ``until``, on the monotonic clock, or until others ask for an end."""
