@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from foreshock.experiments import trace
+from foreshock.monitors.cadence import Cadence
 
 TOKENS_PER_STEP = 64
 LABEL = {"ema_span": 5, "min_drawup_nats": 0.10, "healthy_factor": 1.5, "consecutive": 5}
@@ -39,7 +40,8 @@ def simulate_run(
     every: dict[str, Any] = {"held_out_loss": LOSS, "train_loss_raw": LOSS}
     parts = []
     for name, meta in (every | dict(signals)).items():
-        at = np.arange(meta["every_steps"], steps + 1, meta["every_steps"])
+        cadence = Cadence(meta["every_steps"], meta.get("jittered", False))
+        at = np.array([step for step in range(1, steps + 1) if cadence.is_due(step)], int)
         layers, heads = 2 if "layer" in meta["axes"] else 1, 2 if "head" in meta["axes"] else 1
         noise = generator.normal(size=(len(at), layers, heads))
         values = 2.0 + 0.1 * noise
