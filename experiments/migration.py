@@ -1,4 +1,6 @@
-"""A manifest of before as it would be written today. Needs no torch.
+"""A manifest of before, of schema version 2 or 3, as version 4 has it. Needs no torch.
+
+In version 3 every signal was read at multiples of its cadence, and no manifest said so.
 
 Version 2 said of a signal its name, unit, bad direction, axes and cadence, and whether it stays put in health. What
 version 3 says beyond that is in ``signals_of_schema_2.json``, written from the monitors' declarations: by the signal's
@@ -29,9 +31,15 @@ WINDOW = re.compile(r"\.w\d+$")
 
 
 def from_schema_2(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with its signals described anew. Raises TypeError, ValueError or KeyError on others than signals."""
+    """The manifest of version 3: its signals described anew. Raises TypeError, ValueError or KeyError on others."""
     signals = {name: _described(name, signal) for name, signal in manifest["signals"].items()}
     return {**manifest, "schema": 3, "signals": signals}
+
+
+def from_schema_3(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of version 4: signals are read at multiples of their cadence. Raises TypeError on others."""
+    signals = {name: {**signal, "jittered": False} for name, signal in manifest["signals"].items()}
+    return {**manifest, "schema": 4, "signals": signals}
 
 
 @lru_cache(maxsize=1)

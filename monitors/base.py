@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
@@ -13,6 +13,7 @@ from foreshock.models.anatomy import Anatomy
 from foreshock.models.moe import Routing
 from foreshock.models.numerics import HEALTHY, AttentionNumerics
 from foreshock.models.taps import NO_TAPS, LinearModule, NormModule, Tap, Taps
+from foreshock.monitors.cadence import Cadence
 from foreshock.monitors.needs import Lookback, Needs
 from foreshock.monitors.signal import Signal
 
@@ -41,7 +42,7 @@ class WeightHistory:
 
     def _readers(self, step: int) -> list[Lookback]:
         """The lookbacks that will ask for this step's weights."""
-        return [lb for lb in self._lookbacks if (step + lb.steps) % lb.every_steps == 0]
+        return [lb for lb in self._lookbacks if lb.cadence.is_due(step + lb.steps)]
 
     @torch.no_grad()
     def record(self, step: int, anatomy: Anatomy) -> None:
@@ -122,8 +123,8 @@ class Monitor(Protocol):
 
     signals: the series that it gives, each described whole; needs: what it reads for them.
 
-    The loop calls ``observe`` at every step that is a multiple of some signal's cadence, and takes
-    the signals that are due. Values are 0-dim, per-layer or per-layer-and-head tensors on the
+    The loop calls ``observe`` at every step at which some signal is due (``monitors.cadence``), and takes the signals
+    that are. Values are 0-dim, per-layer or per-layer-and-head tensors on the
     device: no ``.item()``. A signal that has no reading yet is left out.
     A monitor with memory also has ``state_dict`` and ``load_state_dict``.
     """
@@ -144,7 +145,18 @@ def tapped(monitors: Iterable[Monitor]) -> frozenset[str]:
     return frozenset(place for monitor in monitors for place in monitor.needs.taps)
 
 
+def described_signals(monitor: Monitor) -> list[Signal]:
+    """A monitor's signals, with whether they are read at jittered steps, which its needs say."""
+    return [replace(signal, jittered=monitor.needs.jittered) for signal in monitor.signals]
+
+
+def cadences(monitor: Monitor) -> tuple[Cadence, ...]:
+    """The cadences of a monitor's signals, each once, the fastest first."""
+    return tuple(Cadence(steps, monitor.needs.jittered) for steps in sorted({s.every_steps for s in monitor.signals}))
+
+
 def due_readings(monitor: Monitor, step: int, readings: Mapping[str, Reading]) -> dict[str, Reading]:
     """Of a monitor's readings, those of the signals that are due at a step."""
-    due = (signal.name for signal in monitor.signals if step % signal.every_steps == 0)
-    return {name: readings[name] for name in due if name in readings}
+    due = {cadence.every_steps for cadence in cadences(monitor) if cadence.is_due(step)}
+    names = (signal.name for signal in monitor.signals if signal.every_steps in due)
+    return {name: readings[name] for name in names if name in readings}

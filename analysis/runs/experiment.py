@@ -70,7 +70,7 @@ class Experiment:
 
     @property
     def score_every(self) -> int:
-        """Detectors see samples at multiples of so many steps; 1 unless the experiment says otherwise."""
+        """Detectors see the readings of so many steps' cadence (``Cadence.thinned``); 1 unless the experiment says."""
         return self.index["experiment"].get("score_every", 1)
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from foreshock.experiments import trace
+from foreshock.monitors.cadence import Cadence
 
 TOKENS_PER_STEP = 64
 LABEL = {"ema_span": 5, "min_drawup_nats": 0.10, "healthy_factor": 1.5, "consecutive": 5}
@@ -39,7 +40,8 @@ def simulate_run(
     described = losses | dict(signals)
     parts = []
     for name, meta in described.items():
-        at = np.arange(meta["every_steps"], steps + 1, meta["every_steps"])
+        cadence = Cadence(meta["every_steps"], meta.get("jittered", False))
+        at = np.array([step for step in range(1, steps + 1) if cadence.is_due(step)], int)
         noise = generator.normal(size=(len(at), _length(meta, "layer"), _length(meta, "head")))
         if name in losses:
             values = _loss(at, noise, diverges)

@@ -246,7 +246,7 @@ class _Seen:
     def of(cls, view: StepView, monitors: Collection[Monitor]) -> _Seen:
         """Of a stack's view, what these monitors may ask for at this step."""
         stack, lookbacks = _Stack.of(view), [lookback for monitor in monitors for lookback in monitor.needs.history]
-        past = {view.step - lookback.steps for lookback in lookbacks if view.step % lookback.every_steps == 0}
+        past = {view.step - lookback.steps for lookback in lookbacks if lookback.cadence.is_due(view.step)}
         return cls(
             view.loss,
             view.grad_norm,

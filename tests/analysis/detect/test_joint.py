@@ -8,6 +8,7 @@ from foreshock.analysis.detect.charts import EWMA
 from foreshock.analysis.detect.detection import Detection
 from foreshock.analysis.detect.joint import MIN_RUNS, Scale, member_scales
 from foreshock.analysis.runs.load import load
+from foreshock.experiments.trace import read
 from tests.analysis.made_up_board import COUNTS, with_singles
 
 HEAVY = {
@@ -83,6 +84,32 @@ def test_one_threshold_cuts_each_member_at_its_own_height(made):
         crossed = [w[s > limit][:1] for (w, s), limit in zip(charts, limits, strict=True)]
         assert detector.alarms[run] == min((int(at[0]) for at in crossed if len(at)), default=None)
     assert detector.alarms_at(np.inf) == dict.fromkeys(detector.charts)
+
+
+def test_members_that_are_read_at_different_steps_each_count_with_their_latest_reading(made):
+    """At a step the joint statistic is the largest of what each member last read; an alarm is at a member's reading."""
+    signals = {
+        "jittered": HEAVY["quiet"] | {"jittered": True},
+        "multiples": HEAVY["quiet"] | {"every_steps": 50},
+    }
+    faults = {
+        "f": {"shows": {"jittered": 400}, "onset": 301},
+        "g": {"shows": {"multiples": 400}, "onset": 301},
+    }
+    folder = made(COUNTS, signals, {"both": ["jittered", "multiples"]}, faults, baseline="both")
+    detector = with_singles(load(folder, folder)).detectors["both"]
+    steps = {name: series.steps for name, series in read(folder / "f3000").signals.items()}
+    assert len(set(steps["jittered"]) & set(steps["multiples"])) < 5
+    for run, charts in detector.charts.items():
+        latest = np.full((len(charts), 1001), -np.inf)
+        for row, ((where, statistic), scale) in enumerate(zip(charts, detector.scales, strict=True)):
+            for step, value in zip(where, scale.of(statistic), strict=True):
+                latest[row, step:] = value
+        above = np.flatnonzero(np.nanmax(latest, axis=0) > detector.threshold)
+        assert detector.alarms[run] == (int(above[0]) if len(above) else None), run
+    for fault, name in (("f", "jittered"), ("g", "multiples")):
+        alarms = [alarm for run, alarm in detector.alarms.items() if run.startswith(fault)]
+        assert all(alarm in steps[name] and 400 <= alarm <= 500 for alarm in alarms)
 
 
 @pytest.mark.parametrize("value", [0.3, 1 / 3, 0.1, 5.545])

@@ -5,6 +5,7 @@ import pytest
 
 from foreshock.analysis.runs.align import Aligned, hold, positions, thin
 from foreshock.experiments.trace import Series
+from foreshock.monitors.cadence import Cadence
 
 
 def series(steps, tokens, values, undefined=None) -> Series:
@@ -25,7 +26,31 @@ def test_samples_on_the_grid_stay_as_they_are():
 def test_what_broke_once_stays_broken_even_where_every_sample_is_kept():
     one = series([10, 20, 30], [100, 200, 300], [1.0, np.nan, 3.0])
     assert hold(one, "steps", one.steps).values.ravel().tolist() == [1.0, np.inf, np.inf]
-    assert thin(one, 10).values.ravel().tolist() == [1.0, np.inf, np.inf]
+    assert thin(one, Cadence(10)).values.ravel().tolist() == [1.0, np.inf, np.inf]
+
+
+def test_jittered_readings_are_thinned_to_every_so_many_th():
+    cadence = Cadence(10, jittered=True)
+    steps = [step for step in range(1, 1201) if cadence.is_due(step)]
+    whole = series(steps, steps, np.arange(1, 121))
+    for every, kept in ((1, 1), (10, 1), (5, 1), (20, 2), (3, 3), (30, 3), (600, 60)):
+        thinned = thin(whole, cadence.thinned(every))
+        assert thinned.values.ravel().tolist() == list(range(kept, 121, kept)), every
+        assert thinned.steps.tolist() == steps[kept - 1 :: kept]
+
+
+def test_readings_of_every_step_are_thinned_to_those_of_a_slower_monitor_like_it():
+    every_step = series(range(1, 101), range(1, 101), range(1, 101))
+    jittered = thin(every_step, Cadence(1, jittered=True).thinned(10)).steps.tolist()
+    assert jittered == [step for step in range(1, 101) if Cadence(10, jittered=True).is_due(step)]
+    assert thin(every_step, Cadence(1).thinned(10)).steps.tolist() == list(range(10, 101, 10))
+    assert len(thin(series(np.empty(0, int), [], []), Cadence(10, jittered=True)).steps) == 0
+
+
+def test_a_jittered_reading_that_was_skipped_over_still_breaks_the_signal():
+    cadence = Cadence(10, jittered=True)
+    whole = series([11, 26, 37, 41], [11, 26, 37, 41], [1.0, 2.0, np.nan, 4.0])
+    assert thin(whole, cadence.thinned(20)).values.ravel().tolist() == [2.0, np.inf]
 
 
 def test_each_position_shows_the_latest_sample_at_or_before_it():
