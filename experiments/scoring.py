@@ -128,7 +128,7 @@ def check_runs(
         _check_signals(wanted, known, f"experiment.detectors.{name}")
     for name, panel in experiment["figure"].items():
         _check_signals(panel["signals"], known, f"experiment.figure.{name}.signals")
-    _check_baseline(experiment, runs)
+    _check_watched(experiment, runs)
     for claim in experiment.get("claims", []):
         if claim.get("panel"):
             _check_signals(claim["panel"]["signals"], signals, "experiment.claims.panel.signals")
@@ -159,12 +159,17 @@ def unwatched(experiment: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
     return [name for name, wanted in detectors.items() if not any(signal in signals for signal in wanted)]
 
 
-def _check_baseline(experiment: Mapping[str, Any], runs: Sequence[Run]) -> None:
-    """Some baseline has a signal that is recorded."""
-    baseline, absent = experiment["baseline"], unwatched(experiment, runs)
+def _check_watched(experiment: Mapping[str, Any], runs: Sequence[Run]) -> None:
+    """Some baseline, some panel and, where there is one, the family of the figure have signals that are recorded."""
+    baseline, absent, signals = experiment["baseline"], unwatched(experiment, runs), _signals_of(runs)
     names = [baseline] if isinstance(baseline, str) else baseline
     if all(name in absent for name in names):
         raise ValueError(f"experiment.baseline={', '.join(names)}: no configured monitor has their signals")
+    if experiment.get("family") in absent:
+        raise ValueError(f"experiment.family={experiment['family']}: no configured monitor has its signals")
+    panels = experiment["figure"]
+    if panels and not any(signals.keys() >= set(panel["signals"]) for panel in panels.values()):
+        raise ValueError(f"experiment.figure={', '.join(panels)}: no configured monitor has the signals of a panel")
 
 
 def _has_bits(fault: Fault) -> bool:

@@ -1,6 +1,7 @@
 """What an experiment's scoring asks for is judged before a step is trained."""
 
 import copy
+import dataclasses
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -9,7 +10,7 @@ from omegaconf import OmegaConf
 from foreshock.experiments.cli import CONF
 from foreshock.experiments.plan import PlannedRun
 from foreshock.experiments.reproduce import chosen_experiment
-from foreshock.experiments.scoring import check_runs, check_settings
+from foreshock.experiments.scoring import check_runs, check_settings, unwatched
 
 
 def settings_of(*given):
@@ -88,6 +89,24 @@ def test_a_signal_that_only_another_model_has_stays_usable(dense):
     settings, experiment, planned, runs = dense
     experiment["detectors"]["router"] = ["routing_entropy"]
     check_runs(settings, experiment, planned, runs)
+
+
+def test_a_detector_of_a_monitor_that_is_left_out_is_not_scored(dense):
+    settings, experiment, planned, runs = dense
+    runs = [dataclasses.replace(run, monitors={"loss": run.monitors["loss"]}, left_out_monitors={}) for run in runs]
+    experiment |= {
+        "detectors": {"loss": ["train_loss_raw"], "norm": ["grad_global_norm"]},
+        "baseline": ["loss", "norm"],
+    }
+    check_runs(settings, experiment, planned, runs)
+    assert unwatched(experiment, runs) == ["norm"]
+    for change, message in (
+        ({"baseline": "norm"}, r"experiment\.baseline=norm: no configured monitor has their signals"),
+        ({"family": "norm"}, r"experiment\.family=norm: no configured monitor has its signals"),
+        ({"figure": {"it": {"signals": ["grad_global_norm"]}}}, r"experiment\.figure=it: no configured monitor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_runs(settings, experiment | change, planned, runs)
 
 
 @pytest.mark.parametrize(
