@@ -124,8 +124,8 @@ class Monitor(Protocol):
     signals: the series that it gives, each described whole; needs: what it reads for them.
 
     The loop calls ``observe`` at every step at which some signal is due (``monitors.cadence``), and takes the signals
-    that are. Values are 0-dim, per-layer or per-layer-and-head tensors on the
-    device: no ``.item()``. A signal that has no reading yet is left out.
+    that are. Values are 0-dim, per-layer or per-layer-and-head tensors on the device: no ``.item()``. A signal that has
+    no reading yet is left out.
     A monitor with memory also has ``state_dict`` and ``load_state_dict``.
     """
 

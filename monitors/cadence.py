@@ -30,7 +30,7 @@ JITTER_STEPS = (
 # fmt: on
 """j_0 to j_59, repeated. No formula gave them: simulated annealing redrew or swapped digits until no phase of a period
 up to 30 waited for more than 60 readings, and every m-th reading, m from 2 to 5, met every last digit of a step within
-600 steps. j_0 = 0, so that all monitors read at multiples of 600; reading 0 is before the first update, and is none.
+600 steps. j_0 = 0, so that cadences that divide 600 meet at its multiples; reading 0, before any update, is none.
 
 In the observation id of every monitor that it moves: with other digits those are read again."""
 
@@ -59,7 +59,7 @@ class Cadence:
     def thinned(self, every_steps: int) -> Cadence:
         """The cadence of those of its readings that one of ``every_steps`` has too.
 
-        What is jittered and read at every step is thinned to jittered steps, as if it had been read there alone.
+        Readings of single steps that are there at every step are thinned to jittered ones.
         """
         moves = self.moves or (self.jittered and self.every_steps == 1)
         return Cadence(lcm(self.every_steps, every_steps) if moves else every_steps, moves)
