@@ -111,7 +111,7 @@ def chosen_experiment(settings: Mapping[str, Any], given: Sequence[str]) -> dict
 
     Raises ValueError on a value that is not allowed, and on an override that every run would undo.
     """
-    whole = settings.get("experiment")
+    whole: Any = settings.get("experiment")
     check_mapping(whole, "experiment")
     experiment = {key: value for key, value in whole.items() if key != "only"}
     check_parts({**settings, "experiment": experiment})
