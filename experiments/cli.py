@@ -24,7 +24,7 @@ from foreshock.experiments.trace import TraceError
 from foreshock.experiments.training.checkpoint import RunError
 from foreshock.experiments.training.out_of_memory import OutOfMemory
 from foreshock.experiments.training.stopping import Stopped, stoppable
-from foreshock.experiments.validation import did_you_mean
+from foreshock.experiments.validation import did_you_mean, nearest
 
 CONF = str(ROOT / "conf")
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
@@ -146,6 +146,18 @@ def _check_folders(own: Sequence[Path]) -> None:
             raise ValueError(f"{folder / twice} is not allowed: conf/{twice} is there already; give yours another name")
 
 
+def _check_additions(config_name: str, lines: Sequence[str], folders: Sequence[Path]) -> None:
+    """Raises ValueError for a key added with ``+`` beside those of the configuration: nothing would read it."""
+    added = {line.lstrip("+").partition("=")[0] for line in lines if line.startswith("+")}
+    roots = {key: re.split(r"[.@/]", key)[0] for key in sorted(added)}
+    if not roots:
+        return
+    known = {str(name) for name in compose(config_name, overrides=_searched(folders))} | _groups(folders) | {"hydra"}
+    for key, root in roots.items():
+        if root not in known:
+            raise ValueError(f"+{key} has no effect: {root} is not a key of the configuration{nearest(root, known)}")
+
+
 def _searched(folders: Sequence[Path]) -> list[str]:
     """The override that lets Hydra search folders of one's own too."""
     return [f"hydra.searchpath=[{','.join(f'file://{folder.absolute()}' for folder in folders)}]"] if folders else []
@@ -167,6 +179,7 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
                 compose(config_name, overrides=[*_searched(own), *combination])
             except COMPOSE_ERRORS as error:
                 raise ValueError(explain(error, config_name, combination, own)) from None
+        _check_additions(config_name, lines, own)
 
 
 def one_line_errors(task: Callable[..., None]) -> Callable[..., None]:

@@ -52,8 +52,8 @@ def nearest(word: Any, known: Iterable[Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message repeats it: cut where it is long."""
-    said = repr(value)
+    """A value as a message repeats it, None as YAML has it: cut where it is long."""
+    said = "null" if value is None else repr(value)
     return said if len(said) <= LONGEST_SHOWN else f"{said[:LONGEST_SHOWN]}..."
 
 

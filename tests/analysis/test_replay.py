@@ -195,7 +195,7 @@ def test_a_wrong_command_line_ends_in_one_line(arguments, message, capsys):
         ("[]", "is damaged (is no JSON object): the command that made it writes it again"),
         ("null", "is damaged (is no JSON object)"),
         ("{", "is damaged (Expecting property name"),
-        ("{}", "experiment=None is not allowed: keys with values"),
+        ("{}", "experiment=null is not allowed: keys with values"),
     ],
 )
 def test_an_index_that_is_none_is_named(folder, tmp_path, content, message):
