@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+from pandas import read_parquet
 
 from foreshock.analysis.figures.doses import dose_readings_figure
 from foreshock.analysis.scores.doses import dose_table, doses_of, laws_threshold
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
         if not value.isdecimal() or not int(value):
             fail(f"{name}={value} is not allowed: a whole number from 1 on")
     try:
-        doses = doses_of(pd.read_parquet(given["readings"]))
+        doses = doses_of(read_parquet(given["readings"]))
         every_steps = round(np.diff(doses[0].worst_law.index).mean())  # jitter moves single readings
         limit = laws_threshold(int(sizes["steps"]), every_steps, int(sizes["heads"]))
     except (ValueError, OSError) as error:

@@ -22,8 +22,8 @@ import pandas as pd
 
 from foreshock.analysis.runs.csv_table import read_table
 from foreshock.analysis.scores.inference import bca_interval, max_t_test
+from foreshock.experiments.names import check_distinct
 from foreshock.experiments.usage import fail, misused, show_help
-from foreshock.experiments.validation import check_distinct
 
 OPTIONS = {"table", "detector", "against", "fault", "model", "track"}
 DEFAULTS = {"fault": "attention", "track": "reference"}

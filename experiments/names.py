@@ -1,9 +1,12 @@
-"""Names from configurations and files that become parts of a path: plain file names, and nothing else."""
+"""Names from configurations and files: those that become parts of a path are plain file names, those of a list differ.
+
+Needs only the standard library.
+"""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MOST_CHARACTERS = 100
@@ -38,3 +41,20 @@ def check_index_names(index: Mapping[str, Any]) -> None:
         check_name(model, "experiment.models")
     for cell in index["runs"]:
         check_name(cell["run_id"], "run_id")
+
+
+def repeated(names: Iterable[Any]) -> Any | None:
+    """The first name that stands in a list twice; None where all differ."""
+    seen = []
+    for name in names:
+        if name in seen:
+            return name
+        seen.append(name)
+    return None
+
+
+def check_distinct(names: Sequence[Any], where: str) -> None:
+    """Raises ValueError for a name that stands there twice."""
+    twice = repeated(names)
+    if twice is not None:
+        raise ValueError(f"{where}={','.join(map(str, names))} is not allowed: {twice} stands there twice")

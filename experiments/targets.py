@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from foreshock.experiments.validation import check_distinct
+from foreshock.experiments.names import check_distinct
 from foreshock.names import importable, short
 
 PACKAGES = {

@@ -22,6 +22,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from foreshock.experiments.names import repeated
+
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4028234663852886e38
 """The largest numbers of int32 and FP32, in which kernels count and compute."""
@@ -92,23 +94,6 @@ def check_named(names: Iterable[Any], known: Iterable[Any], where: str) -> None:
         if name not in known:
             allowed = f"one of {', '.join(map(str, known))}" if known else "there is none"
             raise ValueError(f"{where}={shown(name)} is not allowed: {allowed}{nearest(name, known)}")
-
-
-def repeated(names: Iterable[Any]) -> Any | None:
-    """The first name that stands in a list twice; None where all differ."""
-    seen = []
-    for name in names:
-        if name in seen:
-            return name
-        seen.append(name)
-    return None
-
-
-def check_distinct(names: Sequence[Any], where: str) -> None:
-    """Raises ValueError for a name that stands there twice."""
-    twice = repeated(names)
-    if twice is not None:
-        raise ValueError(f"{where}={','.join(map(str, names))} is not allowed: {twice} stands there twice")
 
 
 def distinct(names: list[Any]) -> list[Any]:

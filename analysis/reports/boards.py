@@ -28,7 +28,8 @@ from foreshock.analysis.scores.leaderboard import RANKED, board
 from foreshock.analysis.scores.other_charts import charts
 from foreshock.analysis.scores.profiles import profiles
 from foreshock.analysis.scores.sensitivity import halves, label_sensitivity
-from foreshock.experiments.validation import check_distinct, check_named
+from foreshock.experiments.names import check_distinct
+from foreshock.experiments.validation import check_named
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -90,6 +91,14 @@ def own_conf(arguments: Sequence[str]) -> tuple[Conf, list[str]]:
 def conf(group: str, name: str) -> dict[str, Any]:
     """A plain file of the project's ``conf/``. Raises ValueError where there is none, naming those that are."""
     return Conf().content(group, name)
+
+
+def experiment_named(name: str) -> dict[str, Any]:
+    """An experiment of the project as Hydra composes it at its default scale, its references left as they stand."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("reproduce", overrides=[f"experiment={name}"])
+    content: Any = OmegaConf.to_container(composed.experiment, resolve=False)
+    return content
 
 
 def construct(node: Mapping[str, Any], where: str, bases: tuple[type[Made], ...], plugins: Sequence[str] = ()) -> Made:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foreshock.analysis.runs.checks import NEEDED_ROLES
-from foreshock.analysis.runs.conf import conf
+from foreshock.analysis.runs.conf import conf, experiment_named
 from foreshock.analysis.runs.experiment import Experiment
 from foreshock.analysis.runs.index import read_index
 from foreshock.analysis.runs.load import label_runs
@@ -110,17 +110,17 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
     calibration = min(
         sum(cell["role"] == "calibration" and cell["model"] == model for cell in cells) for model in models.values()
     )
-    base, moe = conf("experiment/base", "reference_set"), conf("experiment", "reference_set_moe")
+    reference_set = experiment_named("reference_set_moe")  # its detectors are those of the dense half, and more
     return {
         "experiment": {
             "name": folder.resolve().name,
             "title": folder.resolve().name,
             "models": list(models.values()),
             "align": ["steps"],
-            "score_every": base["score_every"],
+            "score_every": reference_set["score_every"],
             "faults": {name: {"label": name} for name in dict.fromkeys(c["fault"] for c in cells) if name},
-            "detectors": base["detectors"] | moe["detectors"],
-            "baseline": base["baseline"],
+            "detectors": reference_set["detectors"],
+            "baseline": reference_set["baseline"],
             "figure": {},
         },
         "scale": {"name": "as found", "alpha": next((a for a in ALPHAS if a * (calibration + 1) >= 1), ALPHAS[0])},

@@ -36,6 +36,7 @@ REFUSED = {line: "no fault of this experiment has a number of bits" for line in 
 their number of bits, which lr10, batch8 and decay lack. ``experiment=early_warning_silence`` has the same runs."""
 
 WORK = {
+    "analysis.doses": ("read_parquet",),
     "analysis.order": ("read_table",),
     "analysis.reduced": ("load",),
     "analysis.report": ("make_report",),

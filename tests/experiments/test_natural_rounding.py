@@ -153,7 +153,7 @@ def test_weights_that_do_not_fit_are_named(make_run, tmp_path):
 
 def test_the_kernels_are_the_arithmetics_of_the_experiment():
     """And beside them the fault that is known to add up."""
-    faults = yaml.safe_load((CONF / "experiment" / "natural_bf16.yaml").read_text())["faults"]
+    faults = yaml.safe_load((CONF / "experiment" / "natural_bf16.yaml").read_text())["experiment"]["faults"]
     for name, fault in faults.items():
         changes = {}
         for key, _, value in (override.partition("=") for override in fault["overrides"] if "fault." in override):

@@ -242,6 +242,6 @@ def test_an_interval_of_ranks_is_not_rounded_past_its_point():
     row |= {"rmlt_steps": 10.0, "rmlt_low": np.nan, "rmlt_high": np.nan, "relative_lead_steps": 0.0, "baseline": "b"}
     row |= {"p_beats_baseline": np.nan, "size_over_threshold": 2.0, "diverged": 10, "detected": 1.0}
     row |= {"share_of_possible_lead": 0.5, "share_low": 0.4, "share_high": 0.6}
-    row |= {"rank": 11.5, "rank_low": 11.5, "rank_high": 14.5}
+    row |= {"rank": 11.5, "rank_low": 11.5, "rank_high": 14.5, "alpha": 0.05, "alpha_supported": 0.05}
     faults = ["all", *(f"f{i}" for i in range(MIN_FAULTS))]
     assert "11.5 (11.5–14.5)" in printed(pd.DataFrame([{**row, "detector": "d", "fault": fault} for fault in faults]))
