@@ -22,29 +22,35 @@ def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, T
 
     Each query head has the k and v that it reads: a group's appear once for each of its query heads.
     """
-    q, k, v = ([at_least_fp32(tap.module.stored(tap.inputs[i][rows])) for tap in taps] for i in range(3))
+    q, k, v = ([at_least_fp32(tap.call.stored(tap.inputs[i][rows])) for tap in taps] for i in range(3))
     heads = q[0].shape[1]
     return torch.stack(q), *(torch.stack([per_query_head(x, heads) for x in shared]) for shared in (k, v))
 
 
 def window_of(taps: Collection[Tap]) -> int | None:
     """How many keys a query of these layers sees, None for all before it."""
-    return next(iter(taps)).module.window
+    return next(iter(taps)).call.window
+
+
+def scale_of(taps: Collection[Tap]) -> float | None:
+    """What these layers multiply q k^T by, None for 1 / sqrt(D)."""
+    return next(iter(taps)).call.scale
 
 
 @on_trailing_axes
-def masked_scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """S = q k^T / sqrt(D) + mask. q: (..., T, D), k: (..., S, D), mask: (1, T, S) -> (..., T, S).
+def masked_scores(q: Tensor, k: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """S = scale q k^T + mask; scale: None for 1 / sqrt(D). q: (..., T, D), k: (..., S, D), mask: (1, T, S) -> (..., T, S).
 
     One call of a kernel that scales, multiplies and adds; vmap would make three of it, which round otherwise.
     """
     mask, flat_q, flat_k = (x.reshape(-1, *x.shape[-2:]) for x in (mask, q, k))
-    return torch.baddbmm(mask, flat_q, flat_k.mT, alpha=1 / math.sqrt(q.shape[-1])).view(*q.shape[:-1], -1)
+    alpha = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return torch.baddbmm(mask, flat_q, flat_k.mT, alpha=alpha).view(*q.shape[:-1], -1)
 
 
-def causal_scores(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
-    """S = q k^T / sqrt(D) where a query may look, -inf elsewhere. q, k: (..., T, D) -> (..., T, T)."""
-    return masked_scores(q, k, score_mask(q.shape[-2], window, 1, q.device, q.dtype))
+def causal_scores(q: Tensor, k: Tensor, window: int | None = None, scale: float | None = None) -> Tensor:
+    """S = scale q k^T where a query may look, -inf elsewhere. q, k: (..., T, D) -> (..., T, T)."""
+    return masked_scores(q, k, score_mask(q.shape[-2], window, 1, q.device, q.dtype), scale)
 
 
 class AttentionScores:
@@ -70,6 +76,6 @@ class AttentionScores:
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
         q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).output)))
-        scores = causal_scores(q, k, window_of(taps))
+        scores = causal_scores(q, k, window_of(taps), scale_of(taps))
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
         return {"max_attn_logit": scores.amax((1, 3, 4)), "attn_entropy": entropy.mean((1, 3))}

@@ -106,8 +106,8 @@ def twin_of(t: DotProductStep, rounding: KernelRounding, o: Tensor | None = None
     """
     store = _to_bf16 if rounding.rounds else _unrounded
     exponential = fast_exp if rounding.fast_exp else _exp
-    H, T, D = t.q.shape[-3:]
-    G, scale = t.k.shape[-3], 1 / math.sqrt(D)
+    H, T, _ = t.q.shape[-3:]
+    G, scale = t.k.shape[-3], t.factor
     k, v = (per_query_head(x, H) for x in (t.k, t.v))
     mask = score_mask(T, t.window, 1, t.q.device, t.q.dtype)
     dq = _Sum(t.q, store, rounding.sum_keys is not None)
@@ -119,7 +119,7 @@ def twin_of(t: DotProductStep, rounding: KernelRounding, o: Tensor | None = None
         i = slice(first, min(first + at_a_time, T))
         j = slice(0 if t.window is None else max(0, first + 1 - t.window), i.stop)
         q_i, do_i, k_j, v_j = t.q[..., i, :], t.do[..., i, :], k[..., j, :], v[..., j, :]
-        s = masked_scores(q_i, k_j, mask[:, i, j])
+        s = masked_scores(q_i, k_j, mask[:, i, j], t.scale)
         o_i, lse = _forward(s, v_j, j.start, rounding.forward_keys, exponential, store)
         p = _exp(s - lse)
         p_stored = store(p)
@@ -159,7 +159,7 @@ class _Alike:
         """k, v: of each query head, (B, H, T, D)."""
         queries, keys, D = repeats(t.q, t.do), repeats(k, v), t.q.shape[-1]
         dp2 = squared_norm(t.do) * squared_norm(v).amax(-1, keepdim=True) * (math.log2(D) + 1) / D
-        return cls(queries * squared_norm(t.q), keys * squared_norm(k) / D, queries, keys, dp2)
+        return cls(queries * squared_norm(t.q), keys * squared_norm(k) / t.over_factor_squared, queries, keys, dp2)
 
     def flips(self, i: slice, j: slice, s: Tensor, p: Tensor, ds: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """``Flips.matrix`` and ``.trace`` of queries i and keys j."""

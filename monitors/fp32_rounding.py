@@ -98,7 +98,7 @@ class LinearStep:
         def together(tensors: Iterable[Tensor]) -> Tensor:
             return at_least_fp32(torch.stack([tensor.flatten(0, -2)[sample] for tensor in tensors]))
 
-        x, y = together(tap.x for tap in taps), together(tap.output for tap in taps)
+        x, y = together(tap.x for tap in taps), together(tap.y for tap in taps)
         dy, tokens = together(tap.output_grad for tap in taps), taps[0].output.shape[:-1].numel()
         w, dw = [tap.w for tap in taps], [tap.dw for tap in taps]
         own = [tap.product.dx for tap in taps]

@@ -93,12 +93,12 @@ def kernel_rounding(tap: Tap) -> KernelRounding | None:
     keys, no window, and a multiple of 16 tokens where its exponential is fast: it takes the rest by another. PyTorch
     serves all else by kernels that it chooses by device and shape, or sums a group's dK outside of them.
     """
-    module, q_BHTD = tap.module, tap.inputs[0]
-    if module.backend == "reference":
+    call, q_BHTD = tap.call, tap.inputs[0]
+    if call.kernel == "reference":
         return REFERENCE
-    if module.backend == "triton":
-        return triton_rounding(module.tiles.forward.keys, module.tiles.deterministic)
-    plain = module.window is None and q_BHTD.shape[-3] == tap.inputs[1].shape[-3]
+    if call.kernel == "triton":
+        return triton_rounding(call.tiles.forward.keys, call.tiles.deterministic)
+    plain = call.window is None and q_BHTD.shape[-3] == tap.inputs[1].shape[-3]
     on_cpu = q_BHTD.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled()  # the flag is the CPU's as well
     if q_BHTD.dtype is not torch.bfloat16 or not on_cpu or not plain:
         return None

@@ -97,7 +97,7 @@ def _signals(law: str, part: str, every_steps: int) -> tuple[Signal, Signal]:
 
 def _euler(taps: Sequence[Tap], step: LinearStep) -> BrokenLaw:
     """Over all tokens of the taps, the prediction from the sampled ones."""
-    laws = [conservation.linear_euler(tap.w, tap.dw, tap.output, tap.output_grad) for tap in taps]
+    laws = [conservation.linear_euler(tap.w, tap.dw, tap.y, tap.output_grad) for tap in taps]
     broken, scale = (torch.stack(parts) for parts in zip(*laws, strict=True))
     return broken, scale, _rounding(step).linear_euler_noise(step)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from foreshock.models.taps import Tap
@@ -93,7 +92,7 @@ def _step(taps: Sequence[Tap], rows: slice) -> NormStep:
         stacked = torch.stack([vector.detach() for vector in vectors]).double()
         return stacked.view(len(taps), *[1] * (taps[0].output.ndim - 1), -1)
 
-    first = taps[0].module
+    kind = taps[0].kind
     return NormStep(
         x=together([tap.inputs[0] for tap in taps]),
         dx=together([tap.input_grads[0] for tap in taps]),
@@ -101,6 +100,6 @@ def _step(taps: Sequence[Tap], rows: slice) -> NormStep:
         dy=together([tap.output_grad for tap in taps]),
         gain=beside([tap.module.weight for tap in taps]),
         bias=None if taps[0].bias is None else beside([tap.bias for tap in taps]),
-        eps=first.eps,
-        centred=isinstance(first, nn.LayerNorm),
+        eps=kind.eps,
+        centred=kind.centred,
     )

@@ -90,7 +90,7 @@ def _score_gradient_floor(twin: Twin) -> Tensor:
 def key_shift_noise(twin: Twin) -> Tensor:
     """sum_i ds_i^2 |q_i|^2 / D + sum_j |e(dK_j)|^2."""
     t = twin.step
-    rows = twin.ds_row.square() * squared_norm(t.q) / t.q.shape[-1] + _score_gradient_floor(twin)
+    rows = twin.ds_row.square() * squared_norm(t.q) / t.over_factor_squared + _score_gradient_floor(twin)
     return _heads(rows, twin) + squared_norm(twin.dk_error).sum(-1) + _floor(twin, squared_norm(t.dk))
 
 

@@ -49,7 +49,8 @@ class LogitLaws:
         in_bf16 = tap.output.dtype == torch.bfloat16
         rounding = autocast_rounding if in_bf16 else fp32_rounding
         logits, dlogits = (at_least_fp32(part.flatten(0, -2)[sample]) for part in (tap.output, tap.output_grad))
-        noise = rounding.logit_shift_noise(logits, dlogits, tap.output.shape[:-1].numel())
+        tokens = tap.output.shape[:-1].numel() / (view.loss_scale or 1)
+        noise = rounding.logit_shift_noise(logits, dlogits, tokens) * (dlogits != 0).any(-1)
         readings = _both("logit_shift_residual", conservation.logit_shift(dlogits), noise.sum())
         if view.anatomy.tied or not all_seen([tap], "head"):
             return readings
