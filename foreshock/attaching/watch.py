@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -30,7 +31,8 @@ TABLE_WIDTH = 100
 class AttachedWatch:
     """What ``foreshock.attach`` returns. Call ``step`` after each ``optimizer.step()``; a context manager closes it.
 
-    steps: how often ``step`` was called; readings: of the last step that had any, by signal, on the device;
+    steps: how often ``step`` was called; readings: of the last step that had any, by signal, on the device; seen: the
+    last step of each signal that has had a reading;
     monitors: names of those that read; declined: by monitor, or ``<monitor>.over_noise``, why it does not read;
     tracebacks: of monitors that raised and were switched off; stopped: why the watch has stopped itself, or None.
     """
@@ -47,6 +49,7 @@ class AttachedWatch:
         self.anatomy, self.steps, self.stopped = anatomy, 0, None
         self.declined, self.tracebacks = dict(declined), {}
         self.readings: dict[str, Reading] = {}
+        self.seen: dict[str, int] = {}
         self._monitors, self._options = dict(monitors), options
         self._watch = Watch(anatomy, optimizer, monitors)
         self._optimizer = optimizer
@@ -142,6 +145,7 @@ class AttachedWatch:
             self._reading = self._sight.apart = False
         if readings:
             self.readings = readings
+            self.seen |= dict.fromkeys(readings, self.steps)
             self._pass_on(readings)
         return readings
 
@@ -182,7 +186,12 @@ class AttachedWatch:
     def _observe(self, name: str, view: StepView) -> dict[str, Reading]:
         """What one monitor reads; one that raises is switched off, and its traceback kept."""
         try:
-            return self._watch.observe(view, [name])
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                readings = self._watch.observe(view, [name])
+            if caught:
+                self._decline(name, f"in part: {'; '.join(sorted({str(each.message) for each in caught}))}", off=False)
+            return readings
         except Unreadable as reason:
             self._decline(name, str(reason), off=False)
         except Exception as error:
