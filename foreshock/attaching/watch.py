@@ -66,6 +66,10 @@ class AttachedWatch:
     def monitors(self) -> tuple[str, ...]:
         return tuple(self._monitors)
 
+    def monitor(self, name: str) -> Monitor:
+        """A monitor that reads. Raises KeyError for another name."""
+        return self._monitors[name]
+
     def summary(self) -> str:
         """How many monitors read, and a line for each that does not."""
         width = max((len(name) for name in self.declined), default=0)
