@@ -54,6 +54,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         self.lm_head.weight = self.wte.weight
+        self.apply(lambda m: nn.init.normal_(m.weight, std=0.02) if isinstance(m, (nn.Linear, nn.Embedding)) else None)
 
     def forward(self, idx, targets=None):
         x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]

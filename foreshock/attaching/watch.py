@@ -193,6 +193,7 @@ class AttachedWatch:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 readings = self._watch.observe(view, [name])
+            self._note_unpredicted(name, view, readings)
             if caught:
                 self._decline(name, f"in part: {'; '.join(sorted({str(each.message) for each in caught}))}", off=False)
             return readings
@@ -203,6 +204,17 @@ class AttachedWatch:
             said = " ".join(str(error).split())
             self._decline(name, f"switched off, it raised {type(error).__name__}: {said} (watch.tracebacks[{name!r}])")
         return {}
+
+    def _note_unpredicted(self, name: str, view: StepView, readings: Mapping[str, Reading]) -> None:
+        """Say once that a kernel's laws have no prediction beside them."""
+        ratios = [signal.name for signal in self._monitors[name].signals if signal.universal]
+        if not ratios or not readings or any(ratio in readings for ratio in ratios):
+            return
+        call = next((tap.call for tap in view.taps.at("dot_product").values() if tap.call is not None), None)
+        if call is not None:
+            of = "" if call.dtype is None else f" of {str(call.dtype).removeprefix('torch.')}"
+            reason = f"the rounding of a {call.kernel} kernel{of} is not known"
+            self._decline(f"{name}.over_noise", reason, off=False)
 
     def _decline(self, name: str, reason: str, off: bool = True) -> None:
         if off:

@@ -24,7 +24,7 @@ VOCABULARY, CONTEXT = 31, 16
 def gpt(**changes: Any) -> nn.Module:
     """nanoGPT's model, tiny, the same each time; its head is tied to its embedding."""
     torch.manual_seed(0)
-    small = {"vocabulary": VOCABULARY, "context": CONTEXT, "width": 16, "layers": 2, "heads": 2}
+    small = {"vocabulary": VOCABULARY, "context": CONTEXT, "width": 32, "layers": 2, "heads": 2}
     return nanogpt_style.GPT(**small | changes)
 
 
