@@ -51,7 +51,7 @@ test: setup
 test-all: setup
 	$(PYTEST) $(ARGS)
 
-# Style, and types where they are strict.
+# Style and types.
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 

@@ -3,7 +3,7 @@
 A reduced folder holds ``experiment.json`` (the experiment's index), ``runs.json`` (manifests, what all share
 written once), ``checksums.json`` (the SHA-256 of each of the others; an older folder has none and is read unchecked)
 and ``signals.parquet``: the rows of a trace (``experiments.trace``) with the run's id, for the signals of the
-experiment's detectors and the label, at multiples of its ``score_every``, as FP32 rounded to
+experiment's detectors and the label, as often as its ``score_every`` says, as FP32 rounded to
 ``SHARE_OF_SPREAD`` of the spread that the reference runs have at that sample: far below what any z-score can mean.
 Labels that need the whole training loss are computed before it is thinned.
 
@@ -82,7 +82,7 @@ def _rows(run: Trace, signals: Mapping[str, tuple[np.ndarray, np.ndarray]], ever
     for name, (known, quantum) in signals.items():
         if name not in run.signals:
             continue
-        series = thin(run.signals[name], every)
+        series = thin(run.signals[name], run.described[name].cadence.thinned(every))
         values = series.values.copy()
         at = np.isin(series.steps, known)
         values[at] = rounded(values[at], quantum[np.searchsorted(known, series.steps[at])][..., None])

@@ -1,6 +1,8 @@
 """The report of an experiment: figures, tables and one self-contained page.
 
 python -m analysis.report runs=DIR report=DIR [align=steps|tokens]     # score and draw saved runs again, in seconds
+
+A kind of report of one's own is found as the experiment recorded it, or with --config-dir DIR and plugins=[a,b].
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from rich.console import Console
 
 from foreshock.analysis.figures.leads import lead_figure
 from foreshock.analysis.reports.cases import make_case_report
-from foreshock.analysis.reports.kinds.base import one_of_each_model
+from foreshock.analysis.reports.kinds.base import Kind, one_of_each_model
 from foreshock.analysis.reports.kinds.by_name import kind_of
 from foreshock.analysis.reports.page import page, verdict
 from foreshock.analysis.reports.summary import print_summary
+from foreshock.analysis.runs.conf import Conf, own_conf
 from foreshock.analysis.runs.experiment import Experiment
+from foreshock.analysis.runs.index import read_index
 from foreshock.analysis.runs.load import has_cases, load, views
 from foreshock.analysis.runs.readings import end_table
 from foreshock.analysis.scores.claims import check_claims
@@ -26,12 +30,17 @@ from foreshock.analysis.scores.contest import Contest, contest
 from foreshock.analysis.scores.receipts import write_receipts
 from foreshock.analysis.scores.table import in_unit, lead_table, run_table
 from foreshock.experiments.trace import TraceError
-from foreshock.experiments.usage import misused, show_help
+from foreshock.experiments.usage import fail, misused, show_help
+
+USAGE = (
+    "python -m analysis.report runs=DIR report=DIR [align=steps|tokens] [allow_mixed=true] [--config-dir DIR] "
+    "[plugins=[a,b]]"
+)
 
 
-def _draw(contests: Sequence[Contest], report: Path) -> list[tuple[str, Path]]:
+def _draw(kind: Kind, contests: Sequence[Contest], report: Path) -> list[tuple[str, Path]]:
     """The pictures of the experiment's kind, and a lead-time figure for each view with one diverging fault."""
-    figures = kind_of(contests[0].experiment.index).draw(contests, report)
+    figures = kind.draw(contests, report)
     for view in contests:
         experiment = view.experiment
         if len(experiment.faults) == 1 and any(run.divergence is not None for run in experiment.of("faulty")):
@@ -41,7 +50,7 @@ def _draw(contests: Sequence[Contest], report: Path) -> list[tuple[str, Path]]:
     return figures
 
 
-def _write_tables(contests: Sequence[Contest], leads: Sequence[pd.DataFrame], report: Path) -> None:
+def _write_tables(kind: Kind, contests: Sequence[Contest], leads: Sequence[pd.DataFrame], report: Path) -> None:
     """``leadtime.csv``, ``runs.csv`` and ``ends.csv`` with all models, once an axis: in tokens ``leadtime-tokens.csv``
 
     and so on; then the tables of the experiment's kind.
@@ -55,7 +64,6 @@ def _write_tables(contests: Sequence[Contest], leads: Sequence[pd.DataFrame], re
         runs.to_csv(report / f"runs{suffix}.csv", index=False)
         ends = pd.concat([end_table(view.experiment) for view, _ in chosen])
         ends.to_csv(report / f"ends{suffix}.csv", index=False, float_format="%.6g")
-    kind = kind_of(contests[0].experiment.index)
     parts: dict[str, list[pd.DataFrame]] = {}
     for _, view in one_of_each_model(contests):
         for name, table in kind.model_tables(view).items():
@@ -64,31 +72,35 @@ def _write_tables(contests: Sequence[Contest], leads: Sequence[pd.DataFrame], re
         pd.concat(tables).to_csv(report / f"{name}.csv", index=False, float_format="%.6g")
 
 
-def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str | None = None) -> list[Experiment]:
+def make_report(
+    report: Path, runs: Path, allow_mixed: bool = False, align: str | None = None, conf: Conf | None = None
+) -> list[Experiment]:
     """Score the runs that ``report/experiment.json`` lists; write figures, tables, ``index.html`` and receipts there.
 
-    align: ``steps`` or ``tokens``, or None for what the experiment asks for. Returns its views, scored; none of an
-    experiment of cases, whose report is that of ``reports.cases``.
+    align: ``steps`` or ``tokens``, or None for what the experiment asks for; conf: where its kind of report is, if
+    not where its index says. Returns its views, scored; none of an experiment of cases, whose report is that of
+    ``reports.cases``.
     """
     if has_cases(report):
         make_case_report(report, runs)
         return []
+    kind = kind_of(read_index(report), conf)
     chosen = dict.fromkeys((model, align or axis) for model, axis in views(report))
     experiments = [load(report, runs, allow_mixed, model, axis) for model, axis in chosen]
     contests = [contest(experiment, "reference", singles=True) for experiment in experiments]
     leads = [lead_table(view) for view in contests]
-    figures = _draw(contests, report)
-    _write_tables(contests, leads, report)
+    figures = _draw(kind, contests, report)
+    _write_tables(kind, contests, leads, report)
     claims = pd.concat([check_claims(view) for view in contests])
     if len(claims):
         claims.to_csv(report / "claims.csv", index=False)
     for _, view in one_of_each_model(contests):
         write_receipts(view, report / "receipts")
-    (report / "index.html").write_text(page(contests, leads, claims, figures), encoding="utf-8")
+    (report / "index.html").write_text(page(kind, contests, leads, claims, figures), encoding="utf-8")
     console = Console(width=None if sys.stdout.isatty() else 150)
     for view, table in zip(contests, leads, strict=True):
-        print_summary(view, table, console)
-    of_first = kind_of(experiments[0].index).tables(contests[0])
+        print_summary(view, kind, table, console)
+    of_first = kind.tables(contests[0])
     for name, table in of_first.items():
         table.to_csv(report / f"{name}.csv", index=False)
     for table in list(of_first.values())[-1:]:
@@ -103,16 +115,19 @@ def make_report(report: Path, runs: Path, allow_mixed: bool = False, align: str 
 
 def main(arguments: list[str]) -> None:
     show_help(arguments, __doc__)
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    unread = len(given) != len(arguments)  # no key=value, or a key twice
+    try:
+        conf, others = own_conf(arguments)
+    except ValueError as error:
+        fail(str(error))
+    given = dict(argument.split("=", 1) for argument in others if "=" in argument)
+    unread = len(given) != len(others)  # no key=value, or a key twice
     mixed, align = given.pop("allow_mixed", "false"), given.pop("align", None)
     if unread or set(given) != {"runs", "report"} or mixed not in ("true", "false"):
-        misused("python -m analysis.report runs=DIR report=DIR [align=steps|tokens] [allow_mixed=true]")
+        misused(USAGE)
     try:
-        make_report(Path(given["report"]), Path(given["runs"]), allow_mixed=mixed == "true", align=align)
+        make_report(Path(given["report"]), Path(given["runs"]), mixed == "true", align, conf)
     except (ValueError, OSError, TraceError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ detector=FILE.py    one's own detector (analysis/detect/entrants.py); may be giv
 time_limit_s=120    what a detector's answers may take together, on one track of one experiment
 memory_limit_gib=4  what its process may have
 alarms=FILE.csv     one's own alarms: run_id, monitor, step; may be given again
+config_dir=DIR      a folder like conf/ with rules and tracks of one's own; --config-dir DIR is the same
+plugins=A,B         modules whose classes its files may name
 rule=NAME           a file of conf/rule for every signal, instead of the experiment's own
 alpha=NUMBER        false-alarm rate of a run, instead of the experiment's own
 threshold=maximum   the largest of all calibration runs; without it conformal, at the rate of alpha
-tracks=A,B          of reference, self, floor, published, universal; all by default
+tracks=A,B          of reference, self, floor, published, universal and one's own; all by default
 singles=true        every signal by itself too
 allow_mixed=true    accept runs of different sources, data or torch, and say so
 """
@@ -23,12 +25,13 @@ from pathlib import Path
 from rich.console import Console
 
 from foreshock.analysis.detect.isolation import DEFAULT_LIMITS, Limits
-from foreshock.analysis.detect.tracks import TRACKS
 from foreshock.analysis.reports.boards import Request, score_runs
 from foreshock.analysis.reports.leaderboard_print import print_board
+from foreshock.analysis.runs.conf import own_conf
 from foreshock.analysis.scores.outcome import score
 from foreshock.experiments.trace import TraceError
-from foreshock.experiments.usage import show_help
+from foreshock.experiments.usage import fail, show_help
+from foreshock.experiments.validation import nearest
 
 __all__ = ["main", "score"]
 
@@ -43,15 +46,17 @@ def _number(key: str, given: str | float) -> float:
 
 
 def _request(arguments: Sequence[str]) -> Request:
+    conf, others = own_conf(arguments)
     given: dict[str, list[str]] = {}
-    for argument in arguments:
+    for argument in others:
         key, _, value = argument.partition("=")
         given.setdefault(key, []).append(value)
     several = {"detector": "detectors", "alarms": "alarms"}
     single = {"runs", "out", "rule", "alpha", "threshold", "tracks", "singles", "allow_mixed", *LIMITS}
     for key, values in given.items():
         if key not in several and key not in single:
-            raise ValueError(f"{key} is not an option: {', '.join(sorted({*several, *single}))}")
+            options = sorted({*several, *single, "config_dir", "plugins"})
+            raise ValueError(f"{key} is not an option{nearest(key, options)}: {', '.join(options)}")
         if key in single and len(values) > 1:
             raise ValueError(f"{key} is given {len(values)} times")
     for key in ("runs", "out"):
@@ -79,11 +84,12 @@ def _request(arguments: Sequence[str]) -> Request:
         alarms=tuple(Path(path) for path in given.get("alarms", ())),
         rule=given.get("rule", [None])[0],
         alpha=rate,
-        tracks=tuple(given["tracks"][0].split(",")) if "tracks" in given else tuple(TRACKS),
+        tracks=tuple(given["tracks"][0].split(",")) if "tracks" in given else None,
         maximum=given.get("threshold") == ["maximum"],
         singles=given.get("singles", ["false"])[0] == "true",
         allow_mixed=given.get("allow_mixed", ["false"])[0] == "true",
         limits=limits,
+        conf=conf,
     )
 
 
@@ -93,8 +99,7 @@ def main(arguments: Sequence[str]) -> None:
         request = _request(arguments)
         tables = score_runs(request)
     except (ValueError, OSError, TraceError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     console = Console(width=None if sys.stdout.isatty() else 150)  # of the lines between its tables
     print_board(tables.get("leaderboard"), console)
     written = ", ".join(f"{name}.csv" for name in tables.parts)

@@ -8,7 +8,6 @@ these parts alone and keeps the rest of the file.
 from __future__ import annotations
 
 import json
-import math
 import resource
 import subprocess
 import sys
@@ -32,9 +31,10 @@ from foreshock.experiments.build import ROOT, Run, build_run
 from foreshock.experiments.cli import CONF
 from foreshock.experiments.trace import write_whole
 from foreshock.experiments.usage import fail, misused, show_help
-from foreshock.monitors.base import Monitor, StepView, WeightHistory, tapped
+from foreshock.monitors.base import Monitor, StepView, WeightHistory, cadences, tapped
+from foreshock.monitors.cadence import Cadence, period
 from foreshock.monitors.spectra import qk_increment
-from foreshock.monitors.watch import Watch, cadences, is_due
+from foreshock.monitors.watch import Watch
 
 STEPS = {"mha_nano": 120, "mha_small": 24}
 CONSERVATION = ("attention_laws", "linear_laws", "logit_laws", "norm_laws", "router_laws")
@@ -102,7 +102,7 @@ def _monitor_seconds(view: StepView, groups: Mapping[str, Mapping[str, Monitor]]
             cost = _cpu_seconds(partial(history.record, now, view.anatomy))
             seen = replace(view, step=now, tokens=now, history=history)
             for monitor in monitors.values() if now else ():
-                if is_due(now, cadences(monitor)):
+                if any(cadence.is_due(now) for cadence in cadences(monitor)):
                     cost += _cpu_seconds(partial(monitor.observe, seen))
             spent[group] += cost if now > windows else 0.0
     return {group: seconds / windows for group, seconds in spent.items()}
@@ -125,7 +125,7 @@ def tap_shares(run: Run, count: int) -> dict[str, float]:
 
 def _taps(monitors: Mapping[str, Monitor], places: Mapping[str, float]) -> float:
     """What the taps of these monitors add to a step of a period, a place that several read at one step once."""
-    return taps_share([MonitorCost(name, 0.0, cadences(m), taps_of(m, places)) for name, m in monitors.items()])
+    return taps_share([MonitorCost(name, 0.0, _every_steps(m), taps_of(m, places)) for name, m in monitors.items()])
 
 
 def taps_of(monitor: Monitor, places: Mapping[str, float]) -> dict[str, float]:
@@ -189,17 +189,20 @@ def monitor_shares(model: str) -> dict[str, Any]:
         name: {
             "share_of_step": spent[name] / typical,
             "signals": [signal.name for signal in monitor.signals],
-            "every_steps": cadences(monitor),
+            "every_steps": _every_steps(monitor),
             "taps": taps_of(monitor, places),
         }
         for name, monitor in run.monitors.items()
     }
 
 
-def due_together(cadence: Mapping[str, int]) -> list[frozenset[str]]:
-    """Of each step of a period, the names that are due at it; cadence: steps by name."""
-    period = math.lcm(*cadence.values())
-    return [frozenset(n for n, every in cadence.items() if step % every == 0) for step in range(period)]
+def _every_steps(monitor: Monitor) -> tuple[int, ...]:
+    return tuple(cadence.every_steps for cadence in cadences(monitor))
+
+
+def due_together(named: Mapping[str, Cadence]) -> list[frozenset[str]]:
+    """Of each step of a period, the names that are due at it; named: cadences."""
+    return [frozenset(n for n, cadence in named.items() if cadence.is_due(s)) for s in range(period(named.values()))]
 
 
 def conservation_costs(model: str) -> dict[str, float]:
@@ -211,7 +214,7 @@ def conservation_costs(model: str) -> dict[str, float]:
     torch.set_num_threads(1)
     run = build_run(compose("config", overrides=[f"model={model}"]))
     laws = {name: run.monitors[name] for name in CONSERVATION if name in run.monitors}
-    due = due_together({name: min(s.every_steps for s in monitor.signals) for name, monitor in laws.items()})
+    due = due_together({name: cadences(monitor)[0] for name, monitor in laws.items()})
     everything = frozenset(laws)
     plain, watched = (
         _step_of(run),

@@ -61,17 +61,21 @@ def _models(count: int, device: str) -> list[Transformer]:
     return [Transformer(NANO).initialise(torch.Generator().manual_seed(seed)).to(device) for seed in range(count)]
 
 
+def _tokens(model: Transformer) -> RandomTokens:
+    return RandomTokens(BATCH_SIZE, NANO.context_length, model.tokens.num_embeddings)
+
+
 def single(config: TrainConfig, monitors: Mapping[str, Monitor]) -> Step:
     """A step of one run, watched by these monitors."""
     (model,) = _models(1, config.device)
-    engine = SingleEngine(model, config, RandomTokens(BATCH_SIZE, NANO.context_length, NANO.vocab_size), 0)
+    engine = SingleEngine(model, config, _tokens(model), 0)
     return _watched_step(engine, Watch(engine.anatomy, engine.optimizer, monitors), [FAULTY])
 
 
 def stacked(config: TrainConfig, size: int, monitors: Sequence[Mapping[str, Monitor]]) -> Step:
     """A step of a stack, each run of it watched by monitors of its own."""
-    corpus = RandomTokens(BATCH_SIZE, NANO.context_length, NANO.vocab_size)
-    engine = StackedEngine(_models(size, config.device), [config] * size, corpus, range(size))
+    models = _models(size, config.device)
+    engine = StackedEngine(models, [config] * size, _tokens(models[0]), range(size))
     faster = replace(HEALTHY, lr_scale=LearningRateScale().times(10))
     sites = [faster] * (size // 2) + [FAULTY] * (size - size // 2)
     return _watched_step(engine, StackedWatch(engine.anatomy, engine.optimizer, monitors), sites)

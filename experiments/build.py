@@ -37,7 +37,7 @@ from foreshock.faults.base import Fault, Sites
 from foreshock.faults.fit import check_fits
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.transformer import Transformer, TransformerConfig, skeleton
-from foreshock.monitors.base import Monitor, Signal
+from foreshock.monitors.base import Monitor, Signal, cadences, described_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_KEYS = ("seed", "fault", "model", "data", "train", "monitor")
@@ -144,7 +144,7 @@ class Run:
     def signals(self) -> dict[str, Signal]:
         """Every signal that a configured monitor has, by name, those of ``left_out_monitors`` among them."""
         configured = (*self.monitors.values(), *self.left_out_monitors.values())
-        return {signal.name: signal for monitor in configured for signal in monitor.signals}
+        return {signal.name: signal for monitor in configured for signal in described_signals(monitor)}
 
     @property
     def device(self) -> torch.device:
@@ -190,7 +190,10 @@ class Run:
     @cached_property
     def observations(self) -> dict[str, str]:
         """By monitor, the identity of what it reads of this trajectory."""
-        return {name: observation_id(self.run_id, self.config["monitor"][name]) for name in self.monitors}
+        return {
+            name: observation_id(self.run_id, self.config["monitor"][name], cadences(monitor))
+            for name, monitor in self.monitors.items()
+        }
 
     def healthy_sites(self) -> Sites:
         return Sites(batch_size=self.train.batch_size)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +24,7 @@ from foreshock.experiments.trace import TraceError
 from foreshock.experiments.training.checkpoint import RunError
 from foreshock.experiments.training.out_of_memory import OutOfMemory
 from foreshock.experiments.training.stopping import Stopped, stoppable
-from foreshock.experiments.validation import did_you_mean
+from foreshock.experiments.validation import did_you_mean, nearest
 
 CONF = str(ROOT / "conf")
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
@@ -32,20 +33,35 @@ USER_ERRORS = (ValueError, OSError, RunError, TraceError, MemoryError, OutOfMemo
 """Errors that a person can mend: shown in one line. Anything else is a bug and keeps its traceback."""
 
 
-def _groups() -> set[str]:
-    return {path.name for path in Path(CONF).iterdir() if path.is_dir()}
+def own_folders() -> tuple[Path, ...]:
+    """Configuration folders beside conf/, as ``--config-dir`` gives them; none outside a command of Hydra."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else ()
+    return tuple(Path(s.path) for s in sources if s.schema == "file" and s.provider not in ("hydra", "main"))
 
 
-def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
-    """One line for overrides that do not compose, with the nearest option or key where one of them is to blame."""
-    chosen = [line for line in overrides if line.split("=")[0] in _groups()]
+def options(group: str, folders: Sequence[Path] = ()) -> list[str]:
+    """The files of a group by name, in conf/ and in folders of one's own."""
+    return sorted({path.stem for folder in (Path(CONF), *folders) for path in (folder / group).glob("*.yaml")})
+
+
+def _groups(folders: Sequence[Path] = ()) -> set[str]:
+    return {path.name for folder in (Path(CONF), *folders) for path in folder.iterdir() if path.is_dir()}
+
+
+def explain(error: Exception, config_name: str, overrides: Sequence[str], folders: Sequence[Path] = ()) -> str:
+    """One line for overrides that do not compose, with the nearest option or key where one of them is to blame.
+
+    folders: of one's own beside conf/.
+    """
+    groups = _groups(folders)
+    chosen = [line for line in overrides if line.split("=")[0] in groups]
     for line in chosen:
         group, option = line.split("=", 1)
-        known = sorted(path.stem for path in (Path(CONF) / group).glob("*.yaml"))
+        known = options(group, folders)
         for name in option.strip("[]").split(","):
             if name and name not in known:
                 return f"{group}={option} is not an option of {group}{did_you_mean(name, known)}"
-    config = compose(config_name, overrides=chosen)
+    config = compose(config_name, overrides=[*_searched(folders), *chosen])
     for line in overrides:
         key = line.lstrip("+~").split("=")[0]
         parent, _, leaf = key.rpartition(".")
@@ -57,7 +73,7 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str
             and isinstance(node, DictConfig)
             and leaf not in set(node.keys())  # which also lists what has to be given
         ):
-            keys = {str(name) for name in node if name != "_target_"} | (set() if parent else _groups())
+            keys = {str(name) for name in node if name != "_target_"} | (set() if parent else groups)
             return f"{key} is not a key of the configuration{did_you_mean(leaf, sorted(keys))}"
     return _first_sentences(error)
 
@@ -119,15 +135,40 @@ def _choices(line: str, swept: bool) -> list[str]:
         raise ValueError(f"{line} cannot be read: {_first_sentences(error)}") from None
 
 
+def _check_folders(own: Sequence[Path]) -> None:
+    """Raises ValueError for a folder that is not there, or with a file that conf/ has too: Hydra would take ours."""
+    for folder in own:
+        if not folder.is_dir():
+            raise ValueError(f"--config-dir={folder} is not allowed: there is no such folder")
+        names = (file.relative_to(folder) for file in sorted(folder.rglob("*.yaml")))
+        twice = next((name for name in names if (Path(CONF) / name).exists()), None)
+        if twice is not None:
+            raise ValueError(f"{folder / twice} is not allowed: conf/{twice} is there already; give yours another name")
+
+
+def _check_additions(config_name: str, lines: Sequence[str], folders: Sequence[Path]) -> None:
+    """Raises ValueError for a key added with ``+`` beside those of the configuration: nothing would read it."""
+    added = {line.lstrip("+").partition("=")[0] for line in lines if line.startswith("+")}
+    roots = {key: re.split(r"[.@/]", key)[0] for key in sorted(added)}
+    if not roots:
+        return
+    known = {str(name) for name in compose(config_name, overrides=_searched(folders))} | _groups(folders) | {"hydra"}
+    for key, root in roots.items():
+        if root not in known:
+            raise ValueError(f"+{key} has no effect: {root} is not a key of the configuration{nearest(root, known)}")
+
+
+def _searched(folders: Sequence[Path]) -> list[str]:
+    """The override that lets Hydra search folders of one's own too."""
+    return [f"hydra.searchpath=[{','.join(f'file://{folder.absolute()}' for folder in folders)}]"] if folders else []
+
+
 def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     """Compose every combination that the command line asks for. Raises ValueError with one line."""
     swept = bool({"-m", "--multirun"} & set(arguments))
     flags, lines = flags_and_overrides(arguments)
-    own = [path for flag, path in itertools.pairwise(flags) if flag in ("--config-dir", "-cd")]
-    missing = next((path for path in own if not os.path.isdir(path)), None)
-    if missing is not None:
-        raise ValueError(f"--config-dir={missing} is not allowed: there is no such folder")
-    searched = [f"hydra.searchpath=[{','.join(f'file://{os.path.abspath(path)}' for path in own)}]"] if own else []
+    own = [Path(path) for flag, path in itertools.pairwise(flags) if flag in ("--config-dir", "-cd")]
+    _check_folders(own)
     of_hydra = next((line for line in lines if re.match(r"[+~]*hydra\b", line) and "_target_" in line), None)
     if of_hydra:
         raise ValueError(f"{of_hydra} is not allowed: Hydra takes no class by name; hydra/launcher=NAME chooses one")
@@ -135,9 +176,10 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     with initialize_config_dir(CONF, version_base="1.3"):
         for combination in itertools.product(*choices):
             try:
-                compose(config_name, overrides=[*searched, *combination])
+                compose(config_name, overrides=[*_searched(own), *combination])
             except COMPOSE_ERRORS as error:
-                raise ValueError(explain(error, config_name, combination)) from None
+                raise ValueError(explain(error, config_name, combination, own)) from None
+        _check_additions(config_name, lines, own)
 
 
 def one_line_errors(task: Callable[..., None]) -> Callable[..., None]:

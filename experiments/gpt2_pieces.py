@@ -93,7 +93,7 @@ def parts_of_a_step(size: Size) -> dict[str, float]:
     """
     training, _ = ready(partial(size.training, size.micro_batches[0], True))
     config = training.config
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "step": partial(training.step, STEP),
         "compiled micro-batch": training.unwatched_micro_batch,
         "eager micro-batch": training.eager_micro_batch,
@@ -105,12 +105,13 @@ def parts_of_a_step(size: Size) -> dict[str, float]:
     for call in calls.values():
         call()
     taken = in_turns(calls, training.device, TURNS)
-    watched = config.watched_sequences or config.micro_batch
-    share, without_s = watched / config.micro_batch, taken["step"] - taken["watched sequences"]
+    micro_batch = config.micro_batch or config.batch_size
+    watched = config.watched_sequences or micro_batch
+    share, without_s = watched / micro_batch, taken["step"] - taken["watched sequences"]
     all_compiled_s = without_s + share * taken["compiled micro-batch"]
     none_apart_s = without_s - (1 - share) * taken["compiled micro-batch"] + taken["eager micro-batch"]
     return {name: 1e3 * value for name, value in taken.items()} | {
-        "micro_batches_a_step": config.batch_size // config.micro_batch,
+        "micro_batches_a_step": config.batch_size // micro_batch,
         "watched_sequences": watched,
         "label_every_steps": config.held_out_every_steps,
         "tokens_per_s_if_all_were_compiled": training.tokens_a_step / all_compiled_s,

@@ -32,12 +32,13 @@ class Size:
     @classmethod
     def gpt2_124m(cls, device: str) -> Size:
         train: TrainConfig = construct("train", "gpt2", device=device)
+        micro_batch = train.micro_batch or train.batch_size
         return cls(
             construct("model", "gpt2_124m", backend="triton"),
             train,
             {"sdpa": {"backend": "sdpa"}, "dQ by atomics": {"deterministic": False}},
             "inductor",
-            (train.micro_batch, *(size for size in (64, 16, 8) if size != train.micro_batch)),
+            (micro_batch, *(size for size in (64, 16, 8) if size != micro_batch)),
         )
 
     @classmethod

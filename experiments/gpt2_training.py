@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from foreshock.faults.base import Sites
 from foreshock.models.numerics import AttentionNumerics
 from foreshock.models.transformer import Transformer, TransformerConfig
 from foreshock.monitors.base import StepView
+
+Name = TypeVar("Name")
 
 
 class RandomTokens:
@@ -49,7 +52,7 @@ class Training:
         self.config, self.device = config, torch.device(config.device)
         self.sites = Sites(batch_size=config.batch_size, numerics=numerics)
         initial = Transformer(model, config.precision).initialise(torch.Generator().manual_seed(0))
-        corpus = RandomTokens(config.batch_size, model.context_length, model.vocab_size)
+        corpus = RandomTokens(config.batch_size, model.context_length, initial.tokens.num_embeddings)
         self.engine = SingleEngine(initial.to(self.device), config, corpus, 0, compiler)
         self.model = self.engine.model
         self.tokens_a_step = config.batch_size * model.context_length
@@ -100,9 +103,9 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], device: torch.device, turns: int) -> dict[str, float]:
+def in_turns(calls: Mapping[Name, Callable[[], object]], device: torch.device, turns: int) -> dict[Name, float]:
     """The median seconds of each call, measured in turns; they are warm already."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
         for name, call in calls.items():
             taken[name].append(seconds(call, device))

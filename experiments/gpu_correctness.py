@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -239,36 +240,32 @@ def checks(device: torch.device) -> Iterator[tuple[str, Check]]:
     ).layer(0)
     for shape in SHAPES:
         tiles = pinned_tiles(shape.d_head)
-        yield f"healthy, {shape}", lambda shape=shape, tiles=tiles: check_healthy(shape, device, tiles)
+        yield f"healthy, {shape}", partial(check_healthy, shape, device, tiles)
     for shape in SHAPES:
         if shape.d_head < 64:
             continue
         tiles = pinned_tiles(shape.d_head, deterministic=False)
-        yield f"healthy, dQ by atomics, {shape}", lambda shape=shape, tiles=tiles: check_healthy(shape, device, tiles)
+        yield f"healthy, dQ by atomics, {shape}", partial(check_healthy, shape, device, tiles)
     tiles, long = pinned_tiles(64), Shape(16, 4, None, 2049, 64)
     for name, numerics in (("healthy", HEALTHY_LAYER), ("7 bits of o and do", paper)):
-        yield f"two runs, {name}", lambda n=numerics: check_repeats(long, device, tiles, n)
-        yield f"torch.compile, {name}", lambda n=numerics: check_compiled(long, device, tiles, n)
-        yield f"CUDA graph, {name}", lambda n=numerics: check_graph(long, device, tiles, n)
+        yield f"two runs, {name}", partial(check_repeats, long, device, tiles, numerics)
+        yield f"torch.compile, {name}", partial(check_compiled, long, device, tiles, numerics)
+        yield f"CUDA graph, {name}", partial(check_graph, long, device, tiles, numerics)
     for phase in ("forward", "backward"):
         for rounding in ROUNDINGS:
             for share, window in ((1.0, None), (0.3, 50)):
                 for tokens in (61, 211):
                     shape = Shape(18, 9, window, tokens, 64)
-                    case = shape, phase, rounding, share
                     yield (
                         f"every {phase} site, {rounding}, share {share}, {shape}",
-                        lambda case=case: check_faults(*case, device, tiles),
+                        partial(check_faults, shape, phase, rounding, share, device, tiles),
                     )
+    adding = pinned_tiles(64, deterministic=False)
     for tokens in (61, 211):
+        shape = Shape(18, 9, 50, tokens, 64)
         yield (
             f"every backward site, dQ by atomics, {tokens} tokens",
-            lambda shape=Shape(18, 9, 50, tokens, 64): check_faults(
-                shape, "backward", "truncate", 1.0, device, pinned_tiles(64, deterministic=False)
-            ),
+            partial(check_faults, shape, "backward", "truncate", 1.0, device, adding),
         )
     for arithmetic in ARITHMETICS:
-        yield (
-            str(arithmetic),
-            lambda a=arithmetic: check_arithmetic(a, Shape(4, 2, 50, 61, 64), device, tiles),
-        )
+        yield str(arithmetic), partial(check_arithmetic, arithmetic, Shape(4, 2, 50, 61, 64), device, tiles)

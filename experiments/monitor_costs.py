@@ -6,7 +6,6 @@ device is in it; what the host could have hidden behind a busy device is too: th
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,8 +17,9 @@ import torch
 
 from foreshock.experiments.gpt2_training import Training, in_turns, seconds
 from foreshock.experiments.gpu_record import first_line
-from foreshock.monitors.base import Monitor, StepView, WeightHistory, tapped
-from foreshock.monitors.watch import Watch, cadences, is_due
+from foreshock.monitors.base import Monitor, StepView, WeightHistory, cadences, tapped
+from foreshock.monitors.cadence import Cadence, period
+from foreshock.monitors.watch import Watch
 
 TURNS = 5
 LONG_S = 0.5
@@ -29,9 +29,9 @@ WARM_UP_STEPS = 120
 """Steps seen before a reading by monitors that see every step: with fewer, a spike score has no past to judge by."""
 
 
-def period(monitors: Mapping[str, Monitor]) -> int:
-    """Steps after which the same monitors are due again."""
-    return math.lcm(*(every for monitor in monitors.values() for every in cadences(monitor)))
+def cadences_of(monitors: Mapping[str, Monitor]) -> list[Cadence]:
+    """Those of all monitors' signals."""
+    return [cadence for monitor in monitors.values() for cadence in cadences(monitor)]
 
 
 def filled_watch(training: Training, monitors: Mapping[str, Monitor], now: int) -> Watch:
@@ -46,7 +46,7 @@ def filled_watch(training: Training, monitors: Mapping[str, Monitor], now: int) 
 def history_seconds(training: Training, monitors: Mapping[str, Monitor]) -> float:
     """Of the copies of weights, a step, over the period of those who ask for them."""
     lookbacks = [lookback for monitor in monitors.values() for lookback in monitor.needs.history]
-    steps = math.lcm(*(lookback.every_steps for lookback in lookbacks))
+    steps = period(lookback.cadence for lookback in lookbacks)
     history = WeightHistory(lookbacks)
     spent = [seconds(partial(history.record, s, training.engine.anatomy), training.device) for s in range(2 * steps)]
     return sum(spent[steps:]) / steps
@@ -54,7 +54,7 @@ def history_seconds(training: Training, monitors: Mapping[str, Monitor]) -> floa
 
 def warm_up(monitor: Monitor, view: StepView) -> None:
     """Let a monitor that sees every step see enough of them."""
-    if cadences(monitor)[0] == 1:
+    if cadences(monitor)[0].every_steps == 1:
         for step in range(view.step - WARM_UP_STEPS, view.step):
             monitor.observe(replace(view, step=step))
 
@@ -71,13 +71,18 @@ def monitor_seconds(monitor: Monitor, view: StepView, device: torch.device) -> d
     """``reading_s``, with every signal due as at the view's step; ``mean_s``, over the steps of a cadence."""
     fastest, *_, slowest = (*cadences(monitor), cadences(monitor)[-1])
     reading = reading_seconds(monitor, view, device)
-    between = reading_seconds(monitor, replace(view, step=view.step + fastest), device) if fastest < slowest else 0.0
-    return {"reading_s": reading, "mean_s": reading / slowest + between * (1 / fastest - 1 / slowest)}
+    soon = replace(view, step=fastest.next_after(view.step))
+    between = reading_seconds(monitor, soon, device) if fastest < slowest else 0.0
+    slow, fast = (1 / cadence.every_steps for cadence in (slowest, fastest))
+    return {"reading_s": reading, "mean_s": reading * slow + between * (fast - slow)}
 
 
 def taps_seconds(training: Training, monitors: Mapping[str, Monitor]) -> float:
     """Of tapping, a step: what the watched sequences take longer, for the places tapped at each step of a period."""
-    due = Counter(tapped(m for m in monitors.values() if is_due(step, cadences(m))) for step in range(period(monitors)))
+    due = Counter(
+        tapped(m for m in monitors.values() if any(cadence.is_due(step) for cadence in cadences(m)))
+        for step in range(period(cadences_of(monitors)))
+    )
     calls = {places: partial(training.backward_watched, places) for places in {frozenset(), *due}}
     for call in calls.values():
         call()
@@ -94,7 +99,7 @@ def watched_step(training: Training, watch: Watch, now: int) -> StepView:
 
 def monitor_costs(training: Training, monitors: Mapping[str, Monitor]) -> dict[str, Any]:
     """Everything that the monitors add to a step, as shares of it; a monitor that raises is there with its error."""
-    device, now = training.device, period(monitors)
+    device, now = training.device, period(cadences_of(monitors))
     watch = filled_watch(training, monitors, now)
     step_s = in_turns({"step": partial(training.step, now)}, device, TURNS)["step"]
     shares = {

@@ -104,7 +104,7 @@ def one_pass(
         (loss + auxiliary).backward()
     taps = tapped.at("dot_product").values()
     inputs, window = tapped_inputs(taps, slice(None)), window_of(taps)
-    o = torch.stack([tap.output for tap in taps])
+    o = torch.stack([tap.out for tap in taps])
     attention = [block.attention for block in model.blocks]
     return (
         conditions(*inputs, window) | {"output_bias": output_bias(*inputs, o, window)},

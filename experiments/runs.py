@@ -26,7 +26,7 @@ from foreshock.experiments import trace
 from foreshock.experiments.build import Run, build_run
 from foreshock.experiments.training import checkpoint, equivalences
 from foreshock.experiments.training.data import load_once
-from foreshock.experiments.training.identity import observation_id, trajectory_sources
+from foreshock.experiments.training.identity import trajectory_sources
 from foreshock.experiments.training.loop import CHECKSUM_EVERY_STEPS
 from foreshock.experiments.training.run_writer import weights_sha256
 from foreshock.experiments.training.source_code import digest_of
@@ -93,9 +93,8 @@ def why_stale(run_id: str, manifest: Mapping[str, Any]) -> str:
 
 def outdated_readings(stored: Stored) -> list[str]:
     """The monitors whose readings today's sources would take again."""
-    nodes = stored.manifest["config"]["monitor"]
-    known = stored.manifest.get("observations", {})
-    return [name for name, own in known.items() if observation_id(stored.folder.name, nodes[name]) != own]
+    today, known = run_of(stored.manifest).observations, stored.manifest.get("observations", {})
+    return [name for name, own in known.items() if today[name] != own]
 
 
 def table_of(runs: list[Stored]) -> Table:

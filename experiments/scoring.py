@@ -10,31 +10,36 @@ from foreshock.analysis.detect.alarms import conformal_rank
 from foreshock.analysis.detect.bands import MIN_REFERENCE_RUNS
 from foreshock.analysis.detect.controls import CONTROLS
 from foreshock.analysis.detect.rules import make_rule
-from foreshock.analysis.reports.kinds.by_name import BY_SIZE, CASES, DRAWINGS, NEEDED
+from foreshock.analysis.reports.kinds.by_name import kind_named
 from foreshock.analysis.runs.checks import check_alike
+from foreshock.analysis.runs.conf import Conf
 from foreshock.analysis.runs.experiment import HEALTHY
 from foreshock.analysis.runs.index import Seeds
 from foreshock.analysis.scores.contest import ALL_FAULTS
 from foreshock.experiments.build import Run
+from foreshock.experiments.plain_config import monitors_of
 from foreshock.experiments.plan import PlannedRun
 from foreshock.experiments.trace import Trace
 from foreshock.experiments.training.run_writer import HELD_OUT
 from foreshock.experiments.validation import check_named, check_node, nearest
 from foreshock.faults.base import Fault
+from foreshock.monitors.base import Signal
 
 
-def check_settings(settings: Mapping[str, Any], experiment: Mapping[str, Any], given: Sequence[str]) -> None:
+def check_settings(
+    settings: Mapping[str, Any], experiment: Mapping[str, Any], given: Sequence[str], conf: Conf | None = None
+) -> None:
     """Every setting of the scoring that can be judged without a run.
 
     settings: the whole composed configuration; experiment: its experiment as chosen; given: the command line's
-    overrides. Raises ValueError, in one line that names the key.
+    overrides; conf: where kinds of reports are. Raises ValueError, in one line that names the key.
     """
     make_rule(**settings["rule"])
     if "cases" in experiment:
         return
     _check_seeds(settings, experiment)
-    _check_names(experiment, given)
-    _check_kind(experiment)
+    _check_names(experiment, settings["experiment"]["faults"], given)
+    kind_named(experiment.get("draw"), conf or Conf()).check(experiment)
     for name, fault in experiment["faults"].items():
         if fault.get("overrides") is None:
             raise ValueError(f"experiment.faults.{name}.overrides is missing: what switches the fault on")
@@ -72,18 +77,20 @@ def _dropped(given: Sequence[str], where: str) -> set[str]:
     return {line.removeprefix(f"~{where}.").split("=")[0] for line in given if line.startswith(f"~{where}.")}
 
 
-def _check_names(experiment: Mapping[str, Any], given: Sequence[str]) -> None:
-    """Detectors and faults that an experiment refers to are there, or were dropped on purpose."""
+def _check_names(experiment: Mapping[str, Any], configured: Iterable[str], given: Sequence[str]) -> None:
+    """Detectors and faults that an experiment refers to are there, or were dropped on purpose.
+
+    configured: the experiment's faults, those among them that ``experiment.only`` leaves out.
+    """
     baseline = experiment["baseline"]
     check_named([baseline] if isinstance(baseline, str) else baseline, experiment["detectors"], "experiment.baseline")
     _check_taken(experiment["detectors"], CONTROLS, "experiment.detectors")
     _check_taken(experiment["faults"], (HEALTHY, ALL_FAULTS), "experiment.faults")
     detectors = {*experiment["detectors"], *_dropped(given, "experiment.detectors")}
-    faults = {*experiment["faults"], *_dropped(given, "experiment.faults")}
+    faults = {*experiment["faults"], *configured, *_dropped(given, "experiment.faults")}
     ignored, claims = experiment.get("should_ignore", {}), experiment.get("claims", [])
     for key in ("groups", "headline"):
         check_named(experiment.get(key, []), sorted(detectors), f"experiment.{key}")
-    check_named(experiment.get("headline", []), sorted(detectors), "experiment.headline")
     check_named(ignored, sorted(detectors), "experiment.should_ignore")
     for family, names in ignored.items():
         check_named(names, sorted(faults), f"experiment.should_ignore.{family}")
@@ -97,45 +104,31 @@ def _check_names(experiment: Mapping[str, Any], given: Sequence[str]) -> None:
             check_named(claim.get(test) or [], ["healthy", *sorted(faults)], f"experiment.claims.{test}")
 
 
-def _check_kind(experiment: Mapping[str, Any]) -> None:
-    """The kind of central figure is one of those that there are, and has what it needs."""
-    kind: Any = experiment.get("draw")
-    check_named([kind], [drawing for drawing in DRAWINGS if drawing != CASES], "experiment.draw")
-    for key in NEEDED.get(kind, ()):
-        if not experiment.get(key):
-            raise ValueError(f"experiment.{key} is missing: experiment.draw={kind} needs it")
-    if "family" in NEEDED.get(kind, ()):
-        check_named([experiment["family"]], experiment["detectors"], "experiment.family")
-    if kind == "paired":
-        check_named([experiment["control"]], experiment["faults"], "experiment.control")
-    if kind == "grid":
-        without = next((name for name, fault in experiment["faults"].items() if not fault.get("cell")), None)
-        if without:
-            raise ValueError(f"experiment.faults.{without}.cell is missing: experiment.draw=grid needs it")
-    if kind in BY_SIZE and experiment["align"] != ["steps"]:
-        raise ValueError(
-            f"align={','.join(experiment['align'])} is not allowed with experiment.draw={kind}: steps alone"
-        )
-
-
 def check_runs(
-    settings: Mapping[str, Any], experiment: Mapping[str, Any], planned: Sequence[PlannedRun], runs: Sequence[Run]
+    settings: Mapping[str, Any],
+    experiment: Mapping[str, Any],
+    planned: Sequence[PlannedRun],
+    runs: Sequence[Run],
+    conf: Conf | None = None,
 ) -> None:
-    """What only the built runs tell: whether some monitor has every signal, the label enough evaluations, every fault
+    """What only the built runs tell: whether some monitor has every signal (one of ``conf/monitor`` that is not
+    configured counts for detectors and panels, which are then left out), the label enough evaluations, every fault
     a run of its own, and a threshold healthy runs that are alike.
 
     Raises ValueError or TraceError, in one line that names the key.
     """
-    signals = {name: signal for run in runs for name, signal in run.signals.items()} | {HELD_OUT.name: HELD_OUT}
+    signals = _signals_of(runs)
     if "cases" in experiment:
         _check_signals(list(experiment["laws"].values()), signals, "experiment.laws")
         return
     _check_taken(experiment["detectors"], signals, "experiment.detectors")
     _check_scored(experiment.get("score_every", 1), min(run.train.steps for run in runs))
+    known = signals.keys() | {signal.name for monitor in monitors_of(True).values() for signal in monitor.signals}
     for name, wanted in experiment["detectors"].items():
-        _check_signals(wanted, signals, f"experiment.detectors.{name}")
+        _check_signals(wanted, known, f"experiment.detectors.{name}")
     for name, panel in experiment["figure"].items():
-        _check_signals(panel["signals"], signals, f"experiment.figure.{name}.signals")
+        _check_signals(panel["signals"], known, f"experiment.figure.{name}.signals")
+    _check_watched(experiment, runs)
     for claim in experiment.get("claims", []):
         if claim.get("panel"):
             _check_signals(claim["panel"]["signals"], signals, "experiment.claims.panel.signals")
@@ -143,14 +136,40 @@ def check_runs(
     for name in experiment.get("drift", []):
         if signals[name].axes != ("layer", "head"):
             raise ValueError(f"experiment.drift={name!r} is not allowed: a signal of layers and heads")
-    if experiment["draw"] == "localise" and not any(signal.law for signal in signals.values()):
-        raise ValueError("experiment.draw=localise is not allowed: no configured monitor has a conservation law")
-    if experiment["draw"] in BY_SIZE and not any(_has_bits(run.fault) for run in runs):
+    kind = kind_named(experiment["draw"], conf or Conf())
+    kind.check_signals(signals.values())
+    if kind.by_size and not any(_has_bits(run.fault) for run in runs):
         raise ValueError(
             f"experiment.draw={experiment['draw']} is not allowed: no fault of this experiment has a number of bits"
         )
     _check_evaluations(settings["label"]["consecutive"], runs)
     _check_faults(planned, runs)
+
+
+def _signals_of(runs: Sequence[Run]) -> dict[str, Signal]:
+    """What the configured monitors of these runs record, and the loop, by name."""
+    return {name: signal for run in runs for name, signal in run.signals.items()} | {HELD_OUT.name: HELD_OUT}
+
+
+def unwatched(experiment: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+    """The detectors all of whose signals belong to monitors that are not configured (``monitor=[...]``): no table has
+    them."""
+    signals = _signals_of(runs)
+    detectors = experiment.get("detectors", {})
+    return [name for name, wanted in detectors.items() if not any(signal in signals for signal in wanted)]
+
+
+def _check_watched(experiment: Mapping[str, Any], runs: Sequence[Run]) -> None:
+    """Some baseline, some panel and, where there is one, the family of the figure have signals that are recorded."""
+    baseline, absent, signals = experiment["baseline"], unwatched(experiment, runs), _signals_of(runs)
+    names = [baseline] if isinstance(baseline, str) else baseline
+    if all(name in absent for name in names):
+        raise ValueError(f"experiment.baseline={', '.join(names)}: no configured monitor has their signals")
+    if experiment.get("family") in absent:
+        raise ValueError(f"experiment.family={experiment['family']}: no configured monitor has its signals")
+    panels = experiment["figure"]
+    if panels and not any(signals.keys() >= set(panel["signals"]) for panel in panels.values()):
+        raise ValueError(f"experiment.figure={', '.join(panels)}: no configured monitor has the signals of a panel")
 
 
 def _has_bits(fault: Fault) -> bool:
@@ -159,7 +178,7 @@ def _has_bits(fault: Fault) -> bool:
     return len(card.injections) == 1 and "bits" in card.injections[0].size and not card.control
 
 
-def _check_signals(names: Sequence[str], known: Mapping[str, Any], where: str) -> None:
+def _check_signals(names: Sequence[str], known: Collection[str], where: str) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"{where}: no configured monitor has a signal {name!r}{nearest(name, known)}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from foreshock.experiments.validation import check_distinct
 from foreshock.names import importable, short
 
 PACKAGES = {
@@ -23,6 +24,8 @@ PACKAGES = {
     "monitor": ("monitors",),
     "data": ("experiments",),
     "train": ("experiments",),
+    "track": ("analysis.detect.tracks",),
+    "report_kind": ("analysis.reports.kinds",),
 }
 """By group of the configuration, the project's own packages whose classes it may name. A class is called before it is
 known to be of the right kind, so that a group takes none of a package that may start a process."""
@@ -36,8 +39,7 @@ def check_targets(config: Mapping[str, Any], plugins: Sequence[str] = ()) -> Non
     plugins: modules outside the project whose classes are allowed too. Raises ValueError that names the field, its
     value and what is allowed.
     """
-    if not isinstance(plugins, (list, tuple)) or not all(map(_is_module_name, plugins)):
-        raise ValueError(f"plugins={plugins!r} is not allowed: a list of module names, such as [my_faults]")
+    check_plugins(plugins)
     targets = list(_targets(config))
     for where, target in targets:
         module = target.rpartition(".")[0] if isinstance(target, str) else ""
@@ -47,6 +49,13 @@ def check_targets(config: Mapping[str, Any], plugins: Sequence[str] = ()) -> Non
             raise ValueError(f"{where}={target!r} is not allowed: a class of {allowed}{_nearest(target)}")
     for where, target in targets:
         target_class(target, where)
+
+
+def check_plugins(plugins: Any) -> None:
+    """Raises ValueError where ``plugins`` is no list of distinct names of modules."""
+    if not isinstance(plugins, (list, tuple)) or not all(map(_is_module_name, plugins)):
+        raise ValueError(f"plugins={plugins!r} is not allowed: a list of module names, such as [my_faults]")
+    check_distinct(plugins, "plugins")
 
 
 def target_class(target: str, where: str) -> type:

@@ -8,7 +8,8 @@ a manifest without ``files`` is an older one, whose files are read unchecked.
 
 Columns of a part: step, tokens (training tokens seen by then), signal, layer and head (-1 where the
 signal has no such axis), value, and undefined: true marks a missing sample (a zero update has no entropy),
-while a NaN or Inf that is not undefined arose from a nonzero computation.
+while a NaN or Inf that is not undefined arose from a nonzero computation. At which steps a signal has readings, its
+entry in ``signals`` of the manifest says: ``every_steps``, and ``jittered`` (``monitors.cadence``).
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from foreshock.experiments.files import damage, read_checked, sealed, sha256, unsealed, write_whole
-from foreshock.experiments.migration import from_schema_2
+from foreshock.experiments.migration import from_schema_2, from_schema_3, with_card
+from foreshock.faults.card import InjectionCard, read_card
 from foreshock.monitors.signal import Signal, read_signal
 
 TRACE, WEIGHTS = "trace", "weights.safetensors"
 
-SCHEMA_VERSION = 3
-"""Of the manifest. Version 2 is read too (``experiments.migration``)."""
+SCHEMA_VERSION = 4
+"""Of the manifest. Versions 2 and 3 are read too (``experiments.migration``)."""
 
 COLUMNS_VERSION = 2
 """Of the columns of a part."""
@@ -93,20 +95,22 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def as_of_today(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A manifest of this schema version or of version 2.
+    """A manifest of this schema version, or of an older one as this has it.
 
     Raises TraceError, with ``path``, where it is of another, and TypeError, ValueError or KeyError where it describes
     no signals.
     """
     version = manifest.get("schema")
     if version == 2:
-        return from_schema_2(manifest)
+        return with_card(from_schema_3(from_schema_2(manifest)))
+    if version == 3:
+        return with_card(from_schema_3(manifest))
     if version != SCHEMA_VERSION:
         raise TraceError(
-            f"{path} has schema version {version}, and this code reads {SCHEMA_VERSION} and 2: train the run again, or "
-            "read it with the release that wrote it"
+            f"{path} has schema version {version}, and this code reads {SCHEMA_VERSION}, 3 and 2: train the run again, "
+            "or read it with the release that wrote it"
         )
-    return dict(manifest)
+    return with_card(manifest)
 
 
 def damaged(path: Path, reason: object, folder: Path) -> TraceError:
@@ -209,6 +213,14 @@ class Trace:
         """The first step whose weights a faulty update may have touched; None for a healthy run."""
         onset: int | None = self.manifest["onset_step"]
         return onset
+
+    @cached_property
+    def card(self) -> InjectionCard:
+        """What the run's fault does. Raises TraceError where the manifest says nothing of the kind."""
+        try:
+            return read_card(self.manifest["injection"])
+        except (TypeError, ValueError, KeyError) as error:
+            raise TraceError(f"run {self.run_id} in {self.folder} does not say what its fault does: {error}") from None
 
     @property
     def end_reason(self) -> str:

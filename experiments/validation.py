@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    TypeAdapter,
     ValidationError,
     create_model,
     model_validator,
@@ -51,8 +52,8 @@ def nearest(word: Any, known: Iterable[Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message repeats it: cut where it is long."""
-    said = repr(value)
+    """A value as a message repeats it, None as YAML has it: cut where it is long."""
+    said = "null" if value is None else repr(value)
     return said if len(said) <= LONGEST_SHOWN else f"{said[:LONGEST_SHOWN]}..."
 
 
@@ -187,6 +188,15 @@ def check_node(schema: type[Schema], node: Any, where: str) -> Schema:
     check_numbers(node, where)
     try:
         return schema.model_validate(node)
+    except ValidationError as error:
+        raise ValueError(first_mistake(error, where)) from None
+
+
+def check_value(kind: Any, value: Any, where: str) -> None:
+    """Raises ValueError, in one line, where a plain value is not of a kind, an annotation."""
+    check_numbers(value, where)
+    try:
+        TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
         raise ValueError(first_mistake(error, where)) from None
 

@@ -63,3 +63,9 @@ class InjectionCard:
     def control(self) -> bool:
         """Whether no injection changes anything."""
         return all(injection.control for injection in self.injections)
+
+
+def read_card(plain: Mapping[str, Any]) -> InjectionCard:
+    """The card of plain values, as a manifest has it. Raises TypeError, ValueError or KeyError where they are none."""
+    injections = (Injection(**{**entry, "window": Window(**entry["window"])}) for entry in plain["injections"])
+    return InjectionCard(plain["family"], tuple(injections))

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from foreshock.models.anatomies.by_hand import of_roles
 from foreshock.models.anatomies.parts import (
     BLOCK,
     LINEAR_LAYERS,
@@ -25,10 +26,9 @@ from foreshock.models.anatomies.parts import (
     Heads,
     Part,
 )
-from foreshock.models.anatomies.by_hand import of_roles
 from foreshock.models.anatomies.structure import Found, of_structure
 from foreshock.models.moe import MoEConfig
-from foreshock.models.taps import Tap
+from foreshock.models.taps import M_co, Tap
 from foreshock.models.transformer import Transformer
 
 __all__ = ["BLOCK", "LINEAR_LAYERS", "MLP_PARTS", "NORMS", "OUTSIDE", "ROLES", "Anatomy", "Block", "Heads", "Part"]
@@ -79,7 +79,7 @@ class Anatomy:
         """A role's weights of all blocks, (L, rows, E), out of weights by name. Raises KeyError for a missing one."""
         return torch.stack([part.of(weights) for part in self.role(role)])
 
-    def taps(self, role: str, taps: Mapping[str, Tap]) -> list[Tap]:
+    def taps(self, role: str, taps: Mapping[str, Tap[M_co]]) -> list[Tap[M_co]]:
         """A role's taps out of taps by module name: one, or one a block.
 
         Of a role in a fused product they are its rows of that. None where the model lacks the role, or has it untapped.

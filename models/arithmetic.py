@@ -58,6 +58,7 @@ class Arithmetic:
     offset: float | None = None
 
     def __post_init__(self) -> None:
+        allowed: tuple[str, ...] | str
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not allowed: one of {', '.join(allowed)}")
@@ -87,10 +88,10 @@ def row_shift(s: Tensor, arithmetic: Arithmetic) -> Tensor:
     """What is subtracted from each row of scores before exp, (..., T, T) -> (..., T, 1); masked scores are -inf."""
     largest = s.amax(-1, keepdim=True)
     if arithmetic.row_max == "offset":
-        return largest + arithmetic.offset
+        return largest + arithmetic.offset  # type: ignore[operator]  # given with this row_max alone
     if arithmetic.row_max == "dynamic":
         repeats = (s >= largest + ROUNDS_TO_ONE).sum(-1, keepdim=True) > 1
-        moved = torch.where(largest > 0, arithmetic.beta * largest, 0.0)
+        moved = torch.where(largest > 0, arithmetic.beta * largest, 0.0)  # type: ignore[operator]  # given, as offset
         return torch.where(repeats, moved, largest)
     return largest
 

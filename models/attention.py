@@ -175,7 +175,8 @@ def attention(
         return flash_attention(q_BHTD, k_BGTD, v_BGTD, numerics, nonfinite, window)
     if backend == "triton":
         stored = (x.bfloat16() for x in (q_BHTD, k_BGTD, v_BGTD))
-        o_BHTD = flash_attention_triton(*stored, numerics, nonfinite, window, tiles)
+        # mypy does not know that there are three
+        o_BHTD = flash_attention_triton(*stored, numerics, nonfinite, window, tiles)  # type: ignore[arg-type, call-arg]
         return o_BHTD if q_BHTD.dtype is torch.bfloat16 else o_BHTD.float()  # a copy that autocast would round back
     if numerics:
         raise ValueError(f"attention backend {backend!r} has no fault sites: use 'reference' or 'triton'")

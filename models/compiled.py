@@ -39,7 +39,7 @@ class CompiledObjective:
 
     def __init__(self, model: Transformer, backend: str = "inductor") -> None:
         self._model = model
-        parts = [(model, "mean_nll", model.mean_nll)]
+        parts: list[tuple[torch.nn.Module, str, Any]] = [(model, "mean_nll", model.mean_nll)]
         for block in model.blocks:
             parts += [
                 (block, "before_attention", MethodType(_before_attention, block)),

@@ -120,7 +120,7 @@ class Corrupted:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for _, module in self._broken:
+        for _, module in self._broken:  # type: ignore[assignment]  # nobody reads ``_``
             _own_weight_again(module)  # a forward that raised has left its alias
 
 
@@ -161,7 +161,7 @@ def _alias_weight(corrupt: Corruption) -> Callable[..., None]:
     A tied head's weight is the embedding's too, whose share of the gradient comes from another kernel.
     """
 
-    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def hook(module: nn.Linear | nn.LayerNorm | nn.RMSNorm, arguments: tuple[Any, ...]) -> None:
         alias = module.weight.view_as(module.weight)
         if alias.requires_grad:
             alias.register_hook(corrupt)

@@ -84,7 +84,7 @@ def _add_counts(nonfinite: Tensor, count_B: Tensor) -> None:
 
 
 def _table(pass_: int, q: Tensor, k: Tensor, faults: list[int], shares: list[float], window: int) -> Tensor:
-    shape = AttentionShape(q.shape[1], *k.shape[1:], window)
+    shape = AttentionShape(q.shape[1], *k.shape[1:], window)  # type: ignore[call-arg]  # k has three sizes after B
     return fault_table(tuple(faults), tuple(shares), shape, q.device)[pass_]
 
 

@@ -40,7 +40,7 @@ def encode(numerics: LayerNumerics) -> tuple[list[int], list[float]]:
 
 def _decode(numbers: Sequence[int], shares: Sequence[float]) -> Iterator[tuple[int, int, int, int, int, float]]:
     for i, share in enumerate(shares):
-        yield (*numbers[_FIELDS * i : _FIELDS * (i + 1)], share)
+        yield (*numbers[_FIELDS * i : _FIELDS * (i + 1)], share)  # type: ignore[misc]  # mypy does not count a slice
 
 
 def constants(numbers: Sequence[int], shares: Sequence[float], wanted_pass: int) -> int:

@@ -142,6 +142,7 @@ class MoE(nn.Module):
         self.router = nn.Linear(d_model, E, bias=False)
         self.shared = MLP(d_model, config.shared_d_ff, kind) if config.shared_d_ff else None
         balanced = config.bias_update_speed is not None
+        self.balance_bias: Tensor | None
         self.register_buffer("balance_bias", torch.zeros(E) if balanced else None)
 
     def forward(self, x_BTM: Tensor) -> tuple[Tensor, Routing]:
@@ -183,7 +184,8 @@ class MoE(nn.Module):
         """Loss-free balancing after an update: b_e += scale speed sign(mean load - load_e)."""
         if self.balance_bias is not None:
             counts_E = routing.counts_E.float()
-            self.balance_bias += scale * self.config.bias_update_speed * (counts_E.mean() - counts_E).sign()
+            # where there is a bias, there is a speed
+            self.balance_bias += scale * self.config.bias_update_speed * (counts_E.mean() - counts_E).sign()  # type: ignore[operator]
 
 
 def auxiliary_loss(routings: Sequence[Routing], config: MoEConfig, balance_scale: float) -> Tensor:

@@ -91,7 +91,7 @@ def multiplied_in(operand: Tensor) -> torch.dtype:
     return operand.dtype
 
 
-def product_of(module: nn.Module, given: Tensor, seen: Watching) -> Product:
+def product_of(module: nn.Linear | GroupedLinear, given: Tensor, seen: Watching) -> Product:
     """The product of a linear layer's forward. given: its input; seen: what was noted meanwhile.
 
     Gradients at operands arrive in the backward. ``unseen`` where the forward made no product that PyTorch shows, or

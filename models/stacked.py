@@ -66,7 +66,7 @@ class StackedRMSNorm(RMSNorm):
 class StackedDotProduct(DotProduct):
     """The models folded into the batch; neighbours whose kernel has the same faults share one call."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # each model has numerics of its own
         self,
         q_NBHTD: Tensor,
         k_NBHTD: Tensor,
@@ -77,7 +77,8 @@ class StackedDotProduct(DotProduct):
         sizes = [size for _, size in numerics]
         parts = zip(*(x.split(sizes) for x in (q_NBHTD, k_NBHTD, v_NBHTD, nonfinite_N)), strict=True)
         outputs = [
-            super(StackedDotProduct, self).forward(*(x.flatten(0, 1) for x in (q, k, v)), layer, nonfinite)
+            # mypy does not know that there are three
+            super(StackedDotProduct, self).forward(*(x.flatten(0, 1) for x in (q, k, v)), layer, nonfinite)  # type: ignore[call-arg]
             for (layer, _), (q, k, v, nonfinite) in zip(numerics, parts, strict=True)
         ]
         together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -183,11 +184,12 @@ class StackedTransformer(Transformer):
         """
         for gradients, names in zip(self.gradients, self.segments, strict=True):
             parameters = [self.get_parameter(name) for name in names]
-            torch.cat([parameter.grad.flatten(1) for parameter in parameters], dim=1, out=gradients)
+            # the backward has left one in each
+            torch.cat([parameter.grad.flatten(1) for parameter in parameters], dim=1, out=gradients)  # type: ignore[union-attr]
             for parameter in parameters:
                 parameter.grad = None
 
-    def forward(
+    def forward(  # type: ignore[override]  # each slice has numerics of its own
         self, tokens_NBT1: Tensor, numerics: StackedNumerics | None = None, balance_scale: float = 1.0
     ) -> tuple[Tensor, Tensor, tuple[Routing, ...]]:
         """As of a transformer, the two terms one a slice, (N,); backpropagate their sum. No numerics: all healthy."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, Literal, TypeGuard, TypeVar, overload
 
 import torch.nn as nn
 from torch import Tensor
@@ -32,9 +32,21 @@ PLACES: Mapping[str, tuple[type[nn.Module], ...]] = {
 """What can be tapped: q, k, v and o of attention's dot product, after RoPE and QK-norm; every linear layer, the
 router, the experts and the head among them; every norm."""
 
+LinearModule = nn.Linear | GroupedLinear
+NormModule = nn.LayerNorm | nn.RMSNorm
+M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
+T = TypeVar("T")
+
+
+def known(value: T | None, name: str) -> T:
+    """A value that some steps lack; name: what the error calls it. Raises ValueError where this step does."""
+    if value is None:
+        raise ValueError(f"this monitor reads {name}, and the step has none")
+    return value
+
 
 @dataclass
-class Tap:
+class Tap(Generic[M_co]):
     """One module in one step. Tensors are detached, on the device, and not to be written.
 
     inputs: its tensor arguments that carry a gradient, in order; output; output_grad: the gradient of the step's
@@ -46,7 +58,7 @@ class Tap:
     product call says which kernel ran and how, of a norm kind what it computes.
     """
 
-    module: nn.Module
+    module: M_co
     inputs: tuple[Tensor, ...] = ()
     output: Tensor | None = None
     input_grads: dict[int, Tensor] = field(default_factory=dict)
@@ -88,17 +100,35 @@ class Tap:
     @property
     def x(self) -> Tensor:
         """The input of a linear layer as its product took it."""
-        return self.inputs[0].to(self.product.dtype) if self.product.x is None else self.product.x
+        product = known(self.product, "the product of a tapped layer")
+        return self.inputs[0].to(product.dtype) if product.x is None else product.x
 
     @property
     def w(self) -> Tensor:
         """The weight of a linear layer as its product took it."""
-        return self.weight.to(self.product.dtype) if self.product.w is None else self.product.w
+        product = known(self.product, "the product of a tapped layer")
+        return known(self.weight, "a tapped weight").to(product.dtype) if product.w is None else product.w
 
     @property
     def dw(self) -> Tensor:
         """The gradient at ``w``: of the weight itself where ``w`` is that or its cast, whose backward passes it on."""
-        return self.weight_grad if self.product.w is None else self.product.dw
+        product = known(self.product, "the product of a tapped layer")
+        return known(self.weight_grad if product.w is None else product.dw, "the gradient at a tapped weight")
+
+    @property
+    def out(self) -> Tensor:
+        """The output, of a module that took part in the step."""
+        return known(self.output, "the output of a tapped module")
+
+    @property
+    def known_call(self) -> AttentionCall:
+        """Of a dot product that took part in the step."""
+        return known(self.call, "the call of a tapped dot product")
+
+    @property
+    def dout(self) -> Tensor:
+        """The gradient at it."""
+        return known(self.output_grad, "the gradient at a tapped output")
 
 
 class Taps:
@@ -112,7 +142,7 @@ class Taps:
         for place in places:
             if place not in PLACES:
                 raise ValueError(f"tap place {place!r} is not allowed: one of {', '.join(PLACES)}")
-        self._taps: dict[str, dict[str, Tap]] = {
+        self._taps: dict[str, dict[str, Tap[Any]]] = {
             place: {name: _tap(module) for name, module in model.named_modules() if isinstance(module, PLACES[place])}
             for place in places
         }
@@ -123,7 +153,19 @@ class Taps:
         """What is tapped."""
         return frozenset(self._taps)
 
-    def at(self, place: str) -> Mapping[str, Tap]:
+    @overload
+    def at(self, place: Literal["dot_product"]) -> Mapping[str, Tap[DotProduct]]: ...
+
+    @overload
+    def at(self, place: Literal["linear"]) -> Mapping[str, Tap[LinearModule]]: ...
+
+    @overload
+    def at(self, place: Literal["norm"]) -> Mapping[str, Tap[NormModule]]: ...
+
+    @overload
+    def at(self, place: str) -> Mapping[str, Tap[nn.Module]]: ...
+
+    def at(self, place: str) -> Mapping[str, Tap[Any]]:
         if place not in self._taps:
             raise ValueError(f"nobody asked to tap {place!r} at this step: name it in the monitor's taps")
         return self._taps[place]
@@ -133,10 +175,10 @@ class Taps:
             for tap in taps.values():
                 if isinstance(tap.module, PLACES["norm"]):
                     self._handles.append(tap.module.register_forward_pre_hook(_alias_inputs))
-                    if getattr(tap.module, "bias", None) is not None:
-                        tap.bias = tap.module.bias.detach().clone()
+                    if (bias := getattr(tap.module, "bias", None)) is not None:
+                        tap.bias = bias.detach().clone()
                 self._handles.append(tap.module.register_forward_hook(_watch(tap)))
-                if isinstance(tap.module, PLACES["linear"]):
+                if _is_linear(tap.module):
                     self._handles += _watch_product(tap)
                     tap.weight = tap.module.weight.detach().clone()
                     self._handles.append(tap.module.weight.register_hook(_keep(tap, "weight_grad", copy=True)))
@@ -148,11 +190,15 @@ class Taps:
         self._handles.clear()
 
 
-def _tap(module: nn.Module) -> Tap:
+def _tap(module: nn.Module) -> Tap[Any]:
     """An empty one, with what the module by itself says of its call or kind."""
     if isinstance(module, DotProduct):
         return Tap(module, call=AttentionCall.of_module(module))
     return Tap(module, kind=NormKind.of(module) if isinstance(module, PLACES["norm"]) else None)
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[LinearModule]:
+    return isinstance(module, PLACES["linear"])
 
 
 def _alias_inputs(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -183,7 +229,7 @@ def _watch_product(tap: Tap) -> list[RemovableHandle]:
     def begin(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         open_now.append(Watching().__enter__())
 
-    def end(module: nn.Module, arguments: tuple[Any, ...], output: Tensor | None) -> None:
+    def end(module: LinearModule, arguments: tuple[Any, ...], output: Tensor | None) -> None:
         seen = open_now.pop()
         seen.__exit__(None, None, None)
         if output is not None and output.requires_grad:

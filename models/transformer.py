@@ -171,6 +171,8 @@ class Rotary(nn.Module):
         super().__init__()
         frequency = base ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
         angle_TD = torch.outer(torch.arange(context_length, dtype=torch.float32), frequency).repeat(1, 2)
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", angle_TD.cos(), persistent=False)
         self.register_buffer("sin", angle_TD.sin(), persistent=False)
 
@@ -192,9 +194,12 @@ class Attention(nn.Module):
         kv_width = config.kv_heads * D
         self.d_head = D
         self.q, self.k, self.v, self.o = (nn.Linear(E, width, bias=False) for width in (E, kv_width, kv_width, E))
+        self.q_norm: nn.Module | None
+        self.k_norm: nn.Module | None
         self.q_norm, self.k_norm = (_norm(config, D), _norm(config, D)) if config.qk_norm else (None, None)
         self.dot_product = DotProduct(config.backend, config.window, config.tiles)
         self.rotary = Rotary(D, config.context_length, config.rope_base) if config.positions == "rope" else None
+        self.nonfinite: Tensor
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
 
     def _heads(self, x_BTE: Tensor, norm: nn.Module | None = None, rotary: Rotary | None = None) -> Tensor:
@@ -260,7 +265,8 @@ class Transformer(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.context_length, config.d_model) if learned else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        # PyTorch's stub forgets what a ModuleList holds
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config) for _ in range(config.n_layers))  # type: ignore[assignment]
         self.final_norm = _norm(config, config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -313,7 +319,8 @@ class Transformer(nn.Module):
         inputs_BT, targets_BT = inputs_and_targets(tokens_BT1)
         logits_BTV, routings = self._run(inputs_BT, numerics)
         nll = self.mean_nll(logits_BTV.flatten(0, 1), targets_BT.flatten())
-        auxiliary = auxiliary_loss(routings, self.config.moe, balance_scale) if routings else torch.zeros_like(nll)
+        # experts alone have routings
+        auxiliary = auxiliary_loss(routings, self.config.moe, balance_scale) if routings else torch.zeros_like(nll)  # type: ignore[arg-type]
         return nll, auxiliary, routings
 
     def loss(self, tokens_BT1: Tensor, numerics: AttentionNumerics = HEALTHY) -> Tensor:
@@ -326,7 +333,7 @@ class Transformer(nn.Module):
     def update_balance(self, routings: Sequence[Routing], scale: float) -> None:
         """Let every router with a balancing bias follow the loads that it saw; nothing for the others."""
         for block, routing in zip(self.blocks, routings, strict=False):
-            block.mlp.update_balance(routing, scale)
+            block.mlp.update_balance(routing, scale)  # type: ignore[operator]  # experts alone have routings
 
 
 @lru_cache(maxsize=8)

@@ -26,12 +26,13 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any, of_others: Callabl
         return function(tree)
     if isinstance(tree, Mapping):
         return {key: map_tensors(function, value, of_others) for key, value in tree.items()}
+    values: list[Any] | dict[str, Any]
     if isinstance(tree, (list, tuple)):
         values = [map_tensors(function, value, of_others) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     if is_dataclass(tree):
         values = {field.name: map_tensors(function, getattr(tree, field.name), of_others) for field in fields(tree)}
-        return type(tree)(**values)
+        return type(tree)(**values)  # type: ignore[misc]  # a value, where is_dataclass allows a class as well
     return of_others(tree)
 
 

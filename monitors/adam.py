@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foreshock.models.taps import known
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 
 OUT_OF_DATE = 2.3
@@ -45,17 +46,19 @@ class AdamState:
         state = view.optimizer.state  # a defaultdict: to ask it for a parameter that it does not have would change it
         held = {name: p for name, p in view.model.named_parameters() if p in groups and p in state}
         weight = {name: parameter for name, parameter in held.items() if parameter.grad is not None}
+        if held and not weight:
+            known(None, f"the gradient of {next(iter(held))}")
         if not all("exp_avg_sq" in state[parameter] for parameter in weight.values()) or not weight:
             raise ValueError(f"{type(view.optimizer).__name__} keeps no exp_avg_sq of its parameters")
         first = next(iter(weight.values()))
         (beta1, beta2), eps = groups[first]["betas"], groups[first]["eps"]
         steps = state[first]["step"].to(first.device)
-        root = torch._foreach_sqrt([state[parameter]["exp_avg_sq"] for parameter in weight.values()])
+        root = list(torch._foreach_sqrt([state[parameter]["exp_avg_sq"] for parameter in weight.values()]))
         torch._foreach_div_(root, _debias(beta2, steps).sqrt())
         torch._foreach_add_(root, eps)
         return cls(
             {name: parameter.detach() for name, parameter in weight.items()},
-            [parameter.grad for parameter in weight.values()],
+            [known(parameter.grad, f"the gradient of {name}") for name, parameter in weight.items()],
             root,
             [groups[parameter]["lr"] for parameter in weight.values()],
             beta1,

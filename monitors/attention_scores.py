@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from foreshock.models.attention import DotProduct
 from foreshock.models.numerics import at_least_fp32
 from foreshock.models.taps import Tap
 from foreshock.models.visibility import score_mask
@@ -18,39 +19,40 @@ from foreshock.monitors.trailing import on_trailing_axes
 from foreshock.monitors.unreadable import Unreadable
 
 
-def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+def tapped_inputs(taps: Collection[Tap[DotProduct]], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of every layer as its kernel received them, in FP32, (layers, rows, query heads, T, D).
 
     Each query head has the k and v that it reads: a group's appear once for each of its query heads.
     """
     check_scores(taps)
-    q, k, v = ([at_least_fp32(tap.call.stored(tap.inputs[i][rows])) for tap in taps] for i in range(3))
+    q, k, v = ([at_least_fp32(tap.known_call.stored(tap.inputs[i][rows])) for tap in taps] for i in range(3))
     heads = q[0].shape[1]
-    return torch.stack(q), *(torch.stack([per_query_head(x, heads) for x in shared]) for shared in (k, v))
+    k, v = ([per_query_head(x, heads) for x in shared] for shared in (k, v))
+    return torch.stack(q), torch.stack(k), torch.stack(v)
 
 
-def batch_of(taps: Collection[Tap]) -> int:
+def batch_of(taps: Collection[Tap[DotProduct]]) -> int:
     """The rows of the batch that these dot products saw. Raises Unreadable where one has seen none."""
     if not taps or any(tap.call is None or tap.output is None for tap in taps):
         raise Unreadable("no call of attention was seen: wrap its kernel with foreshock.watched_attention")
-    return len(next(iter(taps)).output)
+    return len(next(iter(taps)).out)
 
 
-def check_scores(taps: Collection[Tap]) -> None:
+def check_scores(taps: Collection[Tap[DotProduct]]) -> None:
     """Raises Unreadable where the scores of a call cannot be computed again."""
     for tap in taps:
-        if tap.call.unreadable is not None:
-            raise Unreadable(f"attention's scores cannot be computed again: {tap.call.unreadable}")
+        if tap.known_call.unreadable is not None:
+            raise Unreadable(f"attention's scores cannot be computed again: {tap.known_call.unreadable}")
 
 
-def window_of(taps: Collection[Tap]) -> int | None:
+def window_of(taps: Collection[Tap[DotProduct]]) -> int | None:
     """How many keys a query of these layers sees, None for all before it."""
-    return next(iter(taps)).call.window
+    return next(iter(taps)).known_call.window
 
 
-def scale_of(taps: Collection[Tap]) -> float | None:
+def scale_of(taps: Collection[Tap[DotProduct]]) -> float | None:
     """What these layers multiply q k^T by, None for 1 / sqrt(D)."""
-    return next(iter(taps)).call.scale
+    return next(iter(taps)).known_call.scale
 
 
 @on_trailing_axes

@@ -178,7 +178,7 @@ def repeats(*tensors: Tensor) -> Tensor:
 
     Vectors are told apart by a projection in FP64, which two different ones share with a probability of 2^-40 or so.
     """
-    marks = 0.0
+    marks = tensors[0].new_zeros((), dtype=torch.float64)
     for x in tensors:
         weights = torch.linspace(1.0, 2.0, x.shape[-1], dtype=torch.float64, device=x.device).sqrt()
         marks = marks * math.pi + (x.double() * weights).sum(-1)
@@ -225,7 +225,7 @@ def online_softmax(
     tiles = [slice(block.start - first, block.stop - first) for block in blocks]
     tops = torch.cat([s[..., tile].amax(-1, keepdim=True) for tile in tiles], -1).cummax(-1).values
     tops = torch.where(tops == -math.inf, top, tops)  # a tile before the window of a row: all of its Pbar is 0
-    total, output = 0.0, 0.0
+    total = output = top.new_zeros(())
     for tile, so_far in zip(tiles, tops.split(1, -1), strict=True):
         p_bar, rescale = exponential(s[..., tile] - so_far), _exp(so_far - top)
         total = total + p_bar.sum(-1, keepdim=True) * rescale

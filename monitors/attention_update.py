@@ -53,7 +53,7 @@ def lookbacks(windows: Sequence[int], every_steps: int) -> tuple[Lookback, ...]:
     return tuple(Lookback(window, every_steps, MATRICES) for window in windows)
 
 
-def _spectrum_readings(name: str, suffix: str, spectrum: Tensor) -> dict[str, Reading]:
+def _spectrum_readings(name: Sequence[str], suffix: str, spectrum: Tensor) -> dict[str, Reading]:
     """Entropy, stable rank and norm of the named spectra (..., r). A zero spectrum has only a norm."""
     norm = torch.linalg.vector_norm(spectrum, dim=-1)
     empty = norm == 0
@@ -93,7 +93,7 @@ class DeltaW:
         check_windows(every_steps, windows)
         self.windows, self.whole, self.every_steps = tuple(windows), whole, every_steps
         self.needs = Needs(history=lookbacks(windows, every_steps), stackable=True)
-        blocks = [(matrix, PER_HEAD) for matrix in MATRICES]
+        blocks: list[tuple[str, tuple[str, ...]]] = [(matrix, PER_HEAD) for matrix in MATRICES]
         blocks += [(f"{matrix}_whole", PER_LAYER) for matrix in MATRICES] if whole else []
         self.signals = tuple(
             Signal(f"{name}.{block}.w{window}", unit, bad, axes, every_steps, family=FAMILY)

@@ -28,6 +28,8 @@ squared unit of what is broken; NaN and Inf propagate.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -55,7 +57,7 @@ def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
         x_dxs = [x_dx]
     else:
         x_dxs = [t.x * (t.dy @ torch.cat([w.to(t.dy.dtype) for w in t.w])) for t in readers]
-    return BF16_U2 * (sum(map(squared_norm_fp64, x_dxs)) + sum(t.y_dy2 for t in readers))
+    return BF16_U2 * (reduce(add, map(squared_norm_fp64, x_dxs)) + reduce(add, (t.y_dy2 for t in readers)))
 
 
 def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.moe import Routing
 from foreshock.models.numerics import HEALTHY, AttentionNumerics
-from foreshock.models.taps import NO_TAPS, Tap, Taps
+from foreshock.models.taps import NO_TAPS, LinearModule, NormModule, Tap, Taps
+from foreshock.monitors.cadence import Cadence
 from foreshock.monitors.needs import Lookback, Needs
 from foreshock.monitors.signal import Signal
 
@@ -41,7 +42,7 @@ class WeightHistory:
 
     def _readers(self, step: int) -> list[Lookback]:
         """The lookbacks that will ask for this step's weights."""
-        return [lb for lb in self._lookbacks if (step + lb.steps) % lb.every_steps == 0]
+        return [lb for lb in self._lookbacks if lb.cadence.is_due(step + lb.steps)]
 
     @torch.no_grad()
     def record(self, step: int, anatomy: Anatomy) -> None:
@@ -103,7 +104,13 @@ class StepView:
         """The model after the update."""
         return self.anatomy.model
 
-    def tapped(self, place: str, role: str) -> list[Tap]:
+    @overload
+    def tapped(self, place: Literal["linear"], role: str) -> list[Tap[LinearModule]]: ...
+
+    @overload
+    def tapped(self, place: Literal["norm"], role: str) -> list[Tap[NormModule]]: ...
+
+    def tapped(self, place: str, role: str) -> list[Tap[Any]]:
         """The taps of a role: one, or one a block. None where the model lacks it (``models.anatomy.Anatomy.taps``)."""
         return self.anatomy.taps(role, self.taps.at(place))
 
@@ -118,9 +125,9 @@ class Monitor(Protocol):
 
     signals: the series that it gives, each described whole; needs: what it reads for them.
 
-    The loop calls ``observe`` at every step that is a multiple of some signal's cadence, and takes
-    the signals that are due. Values are 0-dim, per-layer or per-layer-and-head tensors on the
-    device: no ``.item()``. A signal that has no reading yet is left out.
+    The loop calls ``observe`` at every step at which some signal is due (``monitors.cadence``), and takes the signals
+    that are. Values are 0-dim, per-layer or per-layer-and-head tensors on the device: no ``.item()``. A signal that has
+    no reading yet is left out.
     A monitor with memory also has ``state_dict`` and ``load_state_dict``.
     """
 
@@ -140,7 +147,18 @@ def tapped(monitors: Iterable[Monitor]) -> frozenset[str]:
     return frozenset(place for monitor in monitors for place in monitor.needs.taps)
 
 
+def described_signals(monitor: Monitor) -> list[Signal]:
+    """A monitor's signals, with whether they are read at jittered steps, which its needs say."""
+    return [replace(signal, jittered=monitor.needs.jittered) for signal in monitor.signals]
+
+
+def cadences(monitor: Monitor) -> tuple[Cadence, ...]:
+    """The cadences of a monitor's signals, each once, the fastest first."""
+    return tuple(Cadence(steps, monitor.needs.jittered) for steps in sorted({s.every_steps for s in monitor.signals}))
+
+
 def due_readings(monitor: Monitor, step: int, readings: Mapping[str, Reading]) -> dict[str, Reading]:
     """Of a monitor's readings, those of the signals that are due at a step."""
-    due = (signal.name for signal in monitor.signals if step % signal.every_steps == 0)
-    return {name: readings[name] for name in due if name in readings}
+    due = {cadence.every_steps for cadence in cadences(monitor) if cadence.is_due(step)}
+    names = (signal.name for signal in monitor.signals if signal.every_steps in due)
+    return {name: readings[name] for name in names if name in readings}

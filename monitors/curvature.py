@@ -97,19 +97,22 @@ class GradientCurvature:
         edge = (2 + 2 * adam.beta1) / (1 - adam.beta1)
         return {
             "gradient_curvature": Masked(bends / (2 * falls), flat),
-            "gradient_curvature.preconditioned": Masked(self._top_eigenvalue(view, adam) / edge, flat),
+            "gradient_curvature.preconditioned": Masked(self._top_eigenvalue(view.objective_at, adam) / edge, flat),
         }
 
-    def _top_eigenvalue(self, view: StepView, adam: AdamState) -> Tensor:
+    def _top_eigenvalue(self, objective_at: Objective, adam: AdamState) -> Tensor:
         """Of sqrt(eta / P) H sqrt(eta / P), by power iteration; keeps the vector for the next reading."""
         scale = torch._foreach_reciprocal(torch._foreach_mul(adam.root, adam.beta1_debias))
         scale = torch._foreach_sqrt(torch._foreach_mul(scale, adam.learning_rate))
-        first = self._top is None
-        vector = torch._foreach_mul(scale, adam.gradient) if first else list(self._top.values())
-        for _ in range(max(FIRST_ITERATIONS, self.power_iterations) if first else self.power_iterations):
+        vector: tuple[Tensor, ...] | list[Tensor]
+        if self._top is None:
+            vector, iterations = torch._foreach_mul(scale, adam.gradient), max(FIRST_ITERATIONS, self.power_iterations)
+        else:
+            vector, iterations = list(self._top.values()), self.power_iterations
+        for _ in range(iterations):
             vector = torch._foreach_div(vector, _norm(vector))
-            product = hessian_vector_product(view.objective_at, adam.weight, torch._foreach_mul(scale, vector))
-            product = torch._foreach_mul(scale, product)
+            bent = hessian_vector_product(objective_at, adam.weight, torch._foreach_mul(scale, vector))
+            product = torch._foreach_mul(scale, bent)
             eigenvalue = _dot(vector, product)
             vector = product
         self._top = dict(zip(adam.weight, vector, strict=True))

@@ -36,15 +36,15 @@ class DeltaBiasOracle:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
-        batch = len(next(iter(taps)).output)
+        batch = len(next(iter(taps)).out)
         rows = in_turn(self.rows, view.step // self.every_steps, batch)
         q, k, v = tapped_inputs(taps, rows)
         shadow_o = causal_scores(q, k, window_of(taps)).softmax(-1) @ v
         bias = []
         for layer, (tap, clean_o) in enumerate(zip(taps, shadow_o, strict=True)):
-            numerics, do = view.numerics.layer(layer), at_least_fp32(tap.output_grad[rows])
+            numerics, do = view.numerics.layer(layer), at_least_fp32(tap.dout[rows])
             reads_output = numerics.arithmetic.stored_o == "bf16" and numerics.arithmetic.delta == "o"
-            o = at_least_fp32(tap.output[rows]) if reads_output else clean_o
+            o = at_least_fp32(tap.out[rows]) if reads_output else clean_o
             reached = o.new_zeros((), dtype=torch.int64)  # the run's own counter counts once
 
             read_o = numerics.apply("o", "backward", o, reached)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from foreshock.models.attention import DotProduct
 from foreshock.models.numerics import at_least_fp32
 from foreshock.models.taps import Tap
 from foreshock.monitors.unreadable import Unreadable
-
 
 TENSORS = ("q", "k", "v", "o", "dq", "dk", "dv", "do")
 
@@ -51,14 +51,14 @@ class DotProductStep:
         return replace(self, **{name: getattr(self, name).double() for name in TENSORS})
 
     @classmethod
-    def of(cls, taps: Sequence[Tap], rows: slice = slice(None)) -> DotProductStep:
+    def of(cls, taps: Sequence[Tap[DotProduct]], rows: slice = slice(None)) -> DotProductStep:
         """From the taps on the dot products of some layers, of one window, their batch rows after one another."""
 
         def together(tensors: Iterable[Tensor]) -> Tensor:
             return at_least_fp32(torch.cat([x[rows] for x in tensors]))
 
-        call = taps[0].call
-        obstacle = next((tap.call.obstacle for tap in taps if tap.call.obstacle), None)
+        call = taps[0].known_call
+        obstacle = next((tap.known_call.obstacle for tap in taps if tap.known_call.obstacle), None)
         if obstacle is not None:
             raise Unreadable(f"attention cannot be computed again: {obstacle}")
         if any(len(tap.input_grads) < 3 or tap.output_grad is None for tap in taps):
@@ -66,5 +66,5 @@ class DotProductStep:
         stored = call.stored
         q, k, v = (stored(together(tap.inputs[index] for tap in taps)) for index in range(3))
         dq, dk, dv = (together(tap.input_grads[index] for tap in taps) for index in range(3))
-        do = stored(together(tap.output_grad for tap in taps))
-        return cls(q, k, v, together(tap.output for tap in taps), dq, dk, dv, do, call.window, call.scale)
+        do = stored(together(tap.dout for tap in taps))
+        return cls(q, k, v, together(tap.out for tap in taps), dq, dk, dv, do, call.window, call.scale)

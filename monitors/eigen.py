@@ -13,7 +13,7 @@ from foreshock.monitors.trailing import on_trailing_axes
 
 Solver = Callable[[Tensor], tuple[Tensor, ...]]
 
-BATCHED_ON_GPU = torch.__version__ >= (2, 12)
+BATCHED_ON_GPU = torch.__version__ >= (2, 12)  # type: ignore[operator]  # the stub has no comparison with a tuple
 """Before, PyTorch hands a GPU matrices wider than 32 one after the other, some 2 ms each at a width of 100 (pytorch
 #174674, #175585). A core of the host takes 0.1 ms for the eigenvalues at a width of 64, 0.5 ms at 128, 50 ms at 768,
 and a reading of GPT-2 asks for thousands of the first. ``make gpu-gpt2`` times both ways."""

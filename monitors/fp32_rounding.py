@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from foreshock.models.numerics import at_least_fp32
-from foreshock.models.taps import Tap
+from foreshock.models.taps import Tap, known
 from foreshock.monitors.conservation import squared_norm, squared_norm_fp64
 
 FP32_U2 = 2.0**-46 / 24
@@ -101,13 +101,13 @@ class LinearStep:
             return at_least_fp32(torch.stack([tensor.flatten(0, -2)[sample] for tensor in tensors]))
 
         x, y = together(tap.x for tap in taps), together(tap.y for tap in taps)
-        dy, tokens = together(tap.output_grad for tap in taps), taps[0].output.shape[:-1].numel()
+        dy, tokens = together(tap.dout for tap in taps), taps[0].out.shape[:-1].numel()
         w, dw = [tap.w for tap in taps], [tap.dw for tap in taps]
-        own = [tap.product.dx for tap in taps]
-        dx = None if any(one is None for one in own) else together(own)
-        in_bf16 = taps[0].output.dtype == torch.bfloat16
+        dxs = [dx for tap in taps if (dx := known(tap.product, "the product of a tapped layer").dx) is not None]
+        dx = together(dxs) if len(dxs) == len(taps) else None
+        in_bf16 = taps[0].out.dtype == torch.bfloat16
         if slots is None:
-            biased = None if taps[0].bias is None else together(tap.output for tap in taps)
+            biased = None if taps[0].bias is None else together(tap.out for tap in taps)
             ones = ([one[None] for one in w], [one[None] for one in dw])
             return cls(x, y, dy, *ones, tokens, in_bf16, dx, with_bias=biased)
         numbers = torch.arange(slots.shape[-1], device=x.device)
@@ -139,7 +139,7 @@ class LinearStep:
 
     def total(self, per_token: Tensor) -> Tensor:
         """Sum over all tokens of each weight, (L, n) -> (L, E), FP64, from the sampled ones."""
-        if self.expert is None:
+        if self.expert is None or self.slots is None:
             return per_token.sum(-1, keepdim=True) * self.weight_of_sample
         summed = per_token.new_zeros(self.slots.shape).scatter_add_(-1, self.expert, per_token)
         return summed * self.weight_of_sample

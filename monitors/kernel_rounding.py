@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foreshock.models.anatomies.attention_call import CUSTOM, EAGER, TORCH_FLASH, TORCH_OTHER, AttentionCall
-from foreshock.models.taps import Tap
+from foreshock.models.attention import DotProduct
+from foreshock.models.taps import Tap, known
 from foreshock.monitors.fast_exp import fast_exp
 
 
@@ -96,20 +97,21 @@ def pytorch_cpu_exp_is_fast() -> bool | None:
     return None
 
 
-def kernel_rounding(tap: Tap) -> KernelRounding | None:
+def kernel_rounding(tap: Tap[DotProduct]) -> KernelRounding | None:
     """The rounding points of the kernel that ran under a tap on a dot product, or None where they are not known.
 
     Known of ``sdpa``: BF16 on a CPU with its flash kernel allowed as the monitor reads, every query head with its own
     keys, no window, and a multiple of 16 tokens where its exponential is fast: it takes the rest by another. PyTorch
     serves all else by kernels that it chooses by device and shape, or sums a group's dK outside of them.
     """
-    call, q_BHTD = tap.call, tap.inputs[0]
+    call, q_BHTD = tap.known_call, tap.inputs[0]
     if call.kernel in (EAGER, TORCH_FLASH, TORCH_OTHER, CUSTOM):
         return _of_other_models(call, q_BHTD, tap.inputs[1])
     if call.kernel == "reference":
         return REFERENCE
     if call.kernel == "triton":
-        return triton_rounding(call.tiles.forward.keys, call.tiles.deterministic)
+        tiles = known(call.tiles, "the tiles of a Triton kernel")
+        return triton_rounding(tiles.forward.keys, tiles.deterministic)
     plain = call.window is None and q_BHTD.shape[-3] == tap.inputs[1].shape[-3]
     on_cpu = q_BHTD.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled()  # the flag is the CPU's as well
     if q_BHTD.dtype is not torch.bfloat16 or not on_cpu or not plain:

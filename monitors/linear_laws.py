@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 from types import ModuleType
 
 import torch
@@ -72,11 +74,13 @@ class LinearLaws:
                 euler["head"] = _euler([head], steps["head"])
 
         do_BHTD = [tap.output_grad for tap in view.taps.at("dot_product").values()]
-        seen = bool(do_BHTD) and all(do is not None for do in do_BHTD)
-        inputs = {"o": ([do.transpose(1, 2).flatten(2) for do in do_BHTD] if seen else [], ("o",))}
+        seen = [do.transpose(1, 2).flatten(2) for do in do_BHTD if do is not None]
+        inputs: dict[str, tuple[list[Tensor], tuple[str, ...]]] = {
+            "o": (seen if len(seen) == len(do_BHTD) else [], ("o",))
+        }
         for name, (norm, parts) in READERS.items():
-            inputs[name] = [tap.output_grad for tap in view.tapped("norm", norm)], parts
-        inputs["head"] = [tap.output_grad for tap in view.tapped("norm", "final_norm")], ("head",)
+            inputs[name] = [tap.dout for tap in view.tapped("norm", norm)], parts
+        inputs["head"] = [tap.dout for tap in view.tapped("norm", "final_norm")], ("head",)
         by_input: dict[str, BrokenLaw] = {}
         for name, (dx, parts) in inputs.items():
             readers = [steps[part] for part in parts if part in steps]
@@ -91,7 +95,7 @@ class LinearLaws:
         return _readings("linear_euler_residual", euler) | _readings("linear_input_residual", by_input)
 
     def _sample(self, view: StepView, tap: Tap) -> slice:
-        return every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
+        return every(self.token_stride, view.step // self.every_steps, tap.out.shape[:-1].numel())
 
 
 def _signals(law: str, part: str, every_steps: int) -> tuple[Signal, Signal]:
@@ -103,14 +107,15 @@ def _signals(law: str, part: str, every_steps: int) -> tuple[Signal, Signal]:
 
 def _euler(taps: Sequence[Tap], step: LinearStep) -> BrokenLaw:
     """Over all tokens of the taps, the prediction from the sampled ones."""
-    laws = [conservation.linear_euler(tap.w, tap.dw, tap.y, tap.output_grad) for tap in taps]
+    laws = [conservation.linear_euler(tap.w, tap.dw, tap.y, tap.dout) for tap in taps]
     broken, scale = (torch.stack(parts) for parts in zip(*laws, strict=True))
     return broken, scale, _rounding(step).linear_euler_noise(step)
 
 
 def _input(dx: Tensor, readers: Sequence[LinearStep]) -> BrokenLaw:
     """Over the sampled tokens; dx: (L, n, in), of the input that all readers multiplied, if they did."""
-    x_dx = readers[0].x * dx if readers[0].dx is None else sum(reader.x * reader.dx for reader in readers)
+    of_readers = [reader.x * reader.dx for reader in readers if reader.dx is not None]
+    x_dx = reduce(add, of_readers) if of_readers else readers[0].x * dx
     broken, scale = conservation.linear_input(x_dx, [reader.y_dy for reader in readers])
     return broken, scale, _rounding(readers[0]).linear_input_noise(x_dx, readers)
 
@@ -122,7 +127,8 @@ def _take_alike(readers: Sequence[LinearStep]) -> bool:
 
 def all_seen(taps: Sequence[Tap], part: str) -> bool:
     """Whether what these layers multiplied is known; if not, a warning says which part has no law, and why."""
-    unseen = next((tap.product.unseen for tap in taps if tap.product.unseen), None)
+    of_taps = ("it takes no part in the step" if tap.product is None else tap.product.unseen for tap in taps)
+    unseen = next((reason for reason in of_taps if reason), None)
     if unseen:
         warnings.warn(f"the laws of linear layers leave out {part}: {unseen}", stacklevel=2)
     return unseen is None

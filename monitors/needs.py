@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from foreshock.models.anatomy import ROLES, Anatomy
 from foreshock.models.taps import PLACES
+from foreshock.monitors.cadence import Cadence
 from foreshock.monitors.choices import check_choice
 
 VIEW = ("batch", "routings", "optimizer", "numerics", "objective_at")
@@ -14,20 +15,26 @@ VIEW = ("batch", "routings", "optimizer", "numerics", "objective_at")
 
 @dataclass(frozen=True)
 class Lookback:
-    """A monitor's wish to see, at every multiple of ``every_steps``, weights as they were ``steps`` ago.
+    """A monitor's wish to see, whenever it reads at a cadence of ``every_steps``, weights as they were ``steps`` ago.
 
-    roles: whose weights, of ``models.anatomy.ROLES``. Raises ValueError for an unknown one, and for less than a step.
+    roles: whose weights, of ``models.anatomy.ROLES``; jittered: as the monitor's readings are, which its ``Needs`` fill
+    in. Raises ValueError for an unknown role, and for less than a step.
     """
 
     steps: int
     every_steps: int
     roles: tuple[str, ...]
+    jittered: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"monitor.windows={self.steps} is not allowed: at least 1 step")
         for role in self.roles:
             check_choice("lookback.roles", role, ROLES)
+
+    @property
+    def cadence(self) -> Cadence:
+        return Cadence(self.every_steps, self.jittered)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Needs:
     view: the fields of ``StepView`` that it reads, of ``VIEW``. A monitor that reads ``numerics``, what the fault does,
         is an oracle: a bound, and no rival.
     taps: the places whose activations and gradients it reads, of ``models.taps.PLACES``.
-    history: the earlier weights that it compares with.
+    history: the earlier weights that it compares with. They decide where the monitor reads: see ``jittered``.
     roles: the parts that the model must have, of ``models.anatomy.ROLES``, beside those of ``history``. A monitor that
         needs a router is left out of a dense run.
     stackable: whether ``torch.vmap`` may run ``observe`` over a stack of runs. It then branches on no tensor's value,
@@ -60,6 +67,17 @@ class Needs:
             check_choice("needs.taps", place, PLACES)
         for role in self.roles:
             check_choice("needs.roles", role, ROLES)
+        history = tuple(replace(lookback, jittered=self.jittered) for lookback in self.history)
+        object.__setattr__(self, "history", history)
+
+    @property
+    def jittered(self) -> bool:
+        """Whether the monitor reads at jittered steps (``monitors.cadence``): what it reads is of single steps.
+
+        An increment over a window of several steps is read at multiples of the cadence; the last step's update is of a
+        single step.
+        """
+        return all(lookback.steps == 1 for lookback in self.history)
 
     @property
     def oracle(self) -> bool:

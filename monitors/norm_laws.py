@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foreshock.models.taps import Tap
+from foreshock.models.taps import NormModule, Tap, known
 from foreshock.monitors import conservation, fp32_rounding
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn
@@ -44,11 +44,11 @@ class NormLaws:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        alike: dict[torch.Size, dict[str, list[Tap]]] = {}
+        alike: dict[torch.Size, dict[str, list[Tap[NormModule]]]] = {}
         for norm in NORM_NAMES:
             own = view.tapped("norm", f"{norm}_norm")
             if own:
-                alike.setdefault(own[0].output.shape, {})[norm] = own
+                alike.setdefault(own[0].out.shape, {})[norm] = own
         readings: dict[str, Reading] = {}
         for group in alike.values():
             found = _laws([tap for own in group.values() for tap in own], self.rows, view.step // self.every_steps)
@@ -64,9 +64,9 @@ def _signals(law: str, norm: str, every_steps: int) -> tuple[Signal, Signal]:
     return with_ratio(Signal(f"{law}.{norm}", "1", "up", axes, every_steps, family="conservation"), Law(NORM, norm))
 
 
-def _laws(taps: Sequence[Tap], rows: int, reading: int) -> dict[tuple[str, str], Tensor]:
+def _laws(taps: Sequence[Tap[NormModule]], rows: int, reading: int) -> dict[tuple[str, str], Tensor]:
     """By law and suffix, (len(taps),), of norms of one shape, whichever they are: every operation is paid once."""
-    t = _step(taps, in_turn(rows, reading, len(taps[0].output)))
+    t = _step(taps, in_turn(rows, reading, len(taps[0].out)))
     orthogonality = conservation.norm_orthogonality(t.x, t.dx, t.y, t.dy, eps=t.eps, bias=t.bias, centred=t.centred)
     laws = {LAW: (orthogonality, fp32_rounding.norm_orthogonality_noise(t))}
     if t.centred:
@@ -86,23 +86,23 @@ def _over_tokens(residual: Tensor) -> Tensor:
     return residual.flatten(1).square().mean(-1).sqrt()
 
 
-def _step(taps: Sequence[Tap], rows: slice) -> NormStep:
+def _step(taps: Sequence[Tap[NormModule]], rows: slice) -> NormStep:
     def together(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([tensor[rows] for tensor in tensors]).double()
 
     def beside(vectors: Sequence[Tensor]) -> Tensor:
         """(norms, M) so that it broadcasts over the tokens of each."""
         stacked = torch.stack([vector.detach() for vector in vectors]).double()
-        return stacked.view(len(taps), *[1] * (taps[0].output.ndim - 1), -1)
+        return stacked.view(len(taps), *[1] * (taps[0].out.ndim - 1), -1)
 
-    kind = taps[0].kind
+    kind = known(taps[0].kind, "the kind of a norm")
     return NormStep(
         x=together([tap.inputs[0] for tap in taps]),
         dx=together([tap.input_grads[0] for tap in taps]),
-        y=together([tap.output for tap in taps]),
-        dy=together([tap.output_grad for tap in taps]),
+        y=together([tap.out for tap in taps]),
+        dy=together([tap.dout for tap in taps]),
         gain=beside([tap.module.weight for tap in taps]),
-        bias=None if taps[0].bias is None else beside([tap.bias for tap in taps]),
+        bias=None if taps[0].bias is None else beside([known(tap.bias, "the bias of a norm") for tap in taps]),
         eps=kind.eps,
         centred=kind.centred,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foreshock.models.anatomy import BLOCK
+from foreshock.models.taps import known
 from foreshock.monitors.base import Lookback, Masked, Needs, Reading, Signal, StepView
 
 FAMILY = "optimization"
@@ -71,12 +72,12 @@ class UpdateToWeight:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        before, now = view.weights_before(1), view.anatomy.weights()
+        before, now = known(view.weights_before(1), "the weights of a step ago"), view.anatomy.weights()
         update, weight = [], []
         for block in view.anatomy.blocks:
             old = [before[name] for name in block.parameters]
             change = torch._foreach_sub([now[name] for name in block.parameters], old)
             update.append(torch.stack(torch._foreach_norm(change)).norm())
             weight.append(torch.stack(torch._foreach_norm(old)).norm())
-        change, norm = torch.stack(update), torch.stack(weight)
-        return {"update_to_weight": Masked(change / norm, (norm == 0) & change.isfinite())}
+        size, norm = torch.stack(update), torch.stack(weight)
+        return {"update_to_weight": Masked(size / norm, (norm == 0) & size.isfinite())}

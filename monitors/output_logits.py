@@ -25,6 +25,6 @@ class OutputLogZ:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        logits = view.tapped("linear", "head")[0].output
+        logits = view.tapped("linear", "head")[0].out
         chosen = logits[in_turn(self.rows, view.step // self.every_steps, len(logits))]
         return {"output_log_z": at_least_fp32(chosen).logsumexp(-1).square().mean()}

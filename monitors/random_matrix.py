@@ -128,7 +128,9 @@ class RandomMatrix:
         self.window, self.flips = window, flips
         self.needs = Needs(history=lookbacks([window], every_steps), stackable=True)
         limits = {"flip_edge": 1.0, "bbp_edge": 1.0, "tracy_widom": TRACY_WIDOM_95}
-        scores = [(f"delta_w_{score}.{matrix}", "1", limit) for matrix in "qk" for score, limit in limits.items()]
+        scores: list[tuple[str, str, float | None]] = [
+            (f"delta_w_{score}.{matrix}", "1", limit) for matrix in "qk" for score, limit in limits.items()
+        ]
         scores += [("qk_delta2_flip_edge", "1", 1.0), ("qk_delta2_flip_deficit", "nats", None)]
         self.signals = tuple(
             Signal(f"{name}.w{window}", unit, "up", PER_HEAD, every_steps, family="random_matrix", above=limit)

@@ -32,6 +32,9 @@ predictions are mean squares, (B, G), in the squared unit of the law's numerator
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
+
 import torch
 from torch import Tensor
 
@@ -72,7 +75,7 @@ def _heads(x_BHT: Tensor, twin: Twin) -> Tensor:
 def _floor(twin: Twin, *terms: Tensor) -> Tensor:
     """(T 2^-24)^2 times the sums of squares of terms, each (B, H or G, T), as (B, G)."""
     tokens = twin.step.q.shape[-2] if twin.floors else 0
-    return (tokens * FP32_U) ** 2 * sum(_heads(x, twin) for x in terms)
+    return (tokens * FP32_U) ** 2 * reduce(add, (_heads(x, twin) for x in terms))
 
 
 def _score_gradient_floor(twin: Twin) -> Tensor:

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foreshock.models.taps import known
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
+from foreshock.monitors.cadence import Cadence
 
 PER_LAYER = ("layer",)
 FAMILY = "router"
@@ -141,7 +143,7 @@ class RoutingProbability:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config = view.anatomy.moe
+        config = known(view.anatomy.moe, "the routers' configuration")
         entropy = routing_entropy(torch.stack([routing.logits_NE for routing in view.routings]))
         readings: dict[str, Reading] = {
             "routing_entropy": entropy,
@@ -169,7 +171,7 @@ class ExpertLoad:
     def __init__(self, every_steps: int, window: int) -> None:
         if window < 1:
             raise ValueError(f"monitor.expert_load.window={window} is not allowed: at least 1 step")
-        self.every_steps, self.window = every_steps, window
+        self.window, self._cadence = window, Cadence(every_steps, self.needs.jittered)
         self._counts: list[Tensor] = []
         self.signals = (
             Signal("moe_drop_rate", "%", "up", PER_LAYER, family=FAMILY, above=1.0),
@@ -181,7 +183,7 @@ class ExpertLoad:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config = view.anatomy.moe
+        config = known(view.anatomy.moe, "the routers' configuration")
         counts = torch.stack([routing.counts_E for routing in view.routings])
         broken = torch.stack([routing.logits_NE.detach().sum() * 0.0 for routing in view.routings])
         self._counts = [*self._counts, counts.double() + broken[:, None]][-self.window :]
@@ -191,7 +193,7 @@ class ExpertLoad:
         if config.capacity_factor is not None:
             dropped = torch.stack([routing.dropped for routing in view.routings])
             readings["moe_drop_rate"] = 100.0 * dropped / counts.sum(-1) + broken
-        if view.step % self.every_steps == 0:
+        if self._cadence.is_due(view.step):
             names = ("moe_util_entropy", "moe_util_entropy.cv", "moe_util_entropy.max_vio")
             readings |= dict(zip(names, load_statistics(torch.stack(self._counts).sum(0)), strict=True))
         return readings

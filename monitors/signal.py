@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
+from foreshock.monitors.cadence import Cadence
 from foreshock.monitors.choices import check_choice
 from foreshock.monitors.law import Law
 
@@ -28,6 +29,9 @@ class Signal:
     bad: the direction of harm: ``up``, ``down`` or ``both``.
     axes: of every reading: ``()``, ``("layer",)`` or ``("layer", "head")``.
     every_steps: the cadence, in optimizer steps.
+    jittered: whether it is read at jittered steps (``monitors.cadence``) and not at multiples of the cadence. A monitor
+        leaves it out: its needs say it (``monitors.base.described_signals``). A manifest that does not say it is of
+        readings at multiples.
     family: the mechanism that it belongs to, as in the catalogue; ``unknown`` for a monitor that is not in there.
     kind: how its values are judged. ``level``: against healthy runs, or against the run's own past.
         ``ratio_to_predicted_noise``: about 1 where nothing but rounding breaks a law. ``exact``: 0 in every healthy
@@ -48,6 +52,7 @@ class Signal:
     axes: tuple[str, ...] = ()
     every_steps: int = 1
     _: KW_ONLY
+    jittered: bool = False
     family: str = UNKNOWN_FAMILY
     kind: str = LEVEL
     law: Law | None = None
@@ -68,6 +73,10 @@ class Signal:
             raise ValueError(f"{where}{field} is not allowed with kind={self.kind!r}: only with {RATIO!r}")
         if not self.reference:
             object.__setattr__(self, "reference", self.name.split(".")[0])
+
+    @property
+    def cadence(self) -> Cadence:
+        return Cadence(self.every_steps, self.jittered)
 
 
 def with_ratio(residual: Signal, law: Law | None = None, universal: bool = False) -> tuple[Signal, Signal]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foreshock.models.numerics import at_least_fp32
-from foreshock.models.taps import Tap
+from foreshock.models.taps import Tap, known
 from foreshock.monitors import autocast_rounding, conservation, fp32_rounding
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_stride, every
@@ -19,7 +19,7 @@ from foreshock.monitors.linear_laws import all_seen
 from foreshock.monitors.signal import OVER_NOISE, with_ratio
 
 
-def _both(name: str, broken: Broken, noise: Tensor) -> dict[str, Tensor]:
+def _both(name: str, broken: Broken, noise: Tensor) -> dict[str, Reading]:
     """The residual, and what is broken over the predicted mean square."""
     return {name: relative(*broken), f"{name}.{OVER_NOISE}": relative(broken[0], noise.sqrt())}
 
@@ -48,17 +48,17 @@ class LogitLaws:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         (tap,) = view.tapped("linear", "head")
-        sample = every(self.token_stride, view.step // self.every_steps, tap.output.shape[:-1].numel())
-        in_bf16 = tap.output.dtype == torch.bfloat16
+        sample = every(self.token_stride, view.step // self.every_steps, tap.out.shape[:-1].numel())
+        in_bf16 = tap.out.dtype == torch.bfloat16
         rounding = autocast_rounding if in_bf16 else fp32_rounding
-        logits, dlogits = (at_least_fp32(part.flatten(0, -2)[sample]) for part in (tap.output, tap.output_grad))
-        tokens = tap.output.shape[:-1].numel() / (view.loss_scale or 1)
+        logits, dlogits = (at_least_fp32(part.flatten(0, -2)[sample]) for part in (tap.out, tap.dout))
+        tokens = tap.out.shape[:-1].numel() / (view.loss_scale or 1)
         noise = rounding.logit_shift_noise(logits, dlogits, tokens) * (dlogits != 0).any(-1)
         readings = _both("logit_shift_residual", conservation.logit_shift(dlogits), noise.sum())
         if view.anatomy.tied or not all_seen([tap], "head"):
             return readings
         if in_bf16:
-            broken = conservation.head_shift(tap.dw, tap.x, tap.output_grad)
+            broken = conservation.head_shift(tap.dw, tap.x, tap.dout)
             of_weight = autocast_rounding.weight_sum_noise(tap.dw)
         else:
             broken = conservation.logit_shift(tap.dw.T)
@@ -94,10 +94,10 @@ class RouterLaws:
 
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
-        config, taps = view.anatomy.moe, view.tapped("linear", "router")
+        config, taps = known(view.anatomy.moe, "the routers' configuration"), view.tapped("linear", "router")
         if not all_seen(taps, "router"):
             return {}
-        if taps[0].output.dtype == torch.bfloat16:
+        if taps[0].out.dtype == torch.bfloat16:
             return _of_rounded_logits(taps)
         step = LinearStep.of(taps)
         counts_LE = torch.stack([routing.counts_E for routing in view.routings]).double()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from foreshock.models.numerics import at_least_fp32
+from foreshock.models.taps import known
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.eigen import eigenvectors
 
@@ -63,7 +64,7 @@ class SpectralAlignment:
             taps = view.tapped("linear", role)
             if not taps:
                 continue  # experts have a weight each, and no MLP beside them
-            weight = torch.stack([tap.weight for tap in taps])
+            weight = torch.stack([known(tap.weight, "a tapped weight") for tap in taps])
             inputs = at_least_fp32(torch.stack([tap.inputs[0].flatten(0, -2) for tap in taps]))
             projection = (inputs @ top_right_singular_vector(weight)[..., None]).squeeze(-1)
             undefined = (weight == 0).all(-1).all(-1) & inputs.isfinite().all(-1).all(-1)

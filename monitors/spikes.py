@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.cadence import Cadence
 from foreshock.monitors.signal import EXACT
 
 SIGMAS = 7.0
@@ -36,7 +37,8 @@ class SpikeScore:
             raise ValueError(f"monitor.spike_score.window={window} is not allowed: at least 2 values")
         if not 2 <= minimum <= window:
             raise ValueError(f"monitor.spike_score.minimum={minimum} is not allowed: 2 to window={window}")
-        self.every_steps, self.window, self.minimum, self.beta = every_steps, window, minimum, beta
+        self.window, self.minimum, self.beta = window, minimum, beta
+        self._cadence = Cadence(every_steps, self.needs.jittered)
         self._average: Tensor | None = None
         self._waiting: list[Tensor] = []  # values since the last reading, each (2,)
         self._values: Tensor | None = None  # (2, up to window), those before
@@ -55,7 +57,7 @@ class SpikeScore:
         self._average = norm.clone() if self._average is None else self._average.lerp(norm, 1 - self.beta)
         readings: dict[str, Reading] = {"grad_spike_score": norm / self._average}
         self._waiting.append(torch.stack((view.loss.detach(), norm)))
-        if view.step % self.every_steps == 0:
+        if self._cadence.is_due(view.step):
             self._judge()
             if self._spikes is not None:
                 scores = 100 * self._spikes.float().mean(1)

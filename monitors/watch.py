@@ -9,7 +9,16 @@ from typing import Any
 import torch
 
 from foreshock.models.anatomy import Anatomy
-from foreshock.monitors.base import Monitor, Reading, StepView, WeightHistory, due_readings, state_of, tapped
+from foreshock.monitors.base import (
+    Monitor,
+    Reading,
+    StepView,
+    WeightHistory,
+    cadences,
+    due_readings,
+    state_of,
+    tapped,
+)
 
 
 class Watch:
@@ -35,7 +44,7 @@ class Watch:
 
     def due(self, step: int) -> list[str]:
         """The monitors that have a signal due at a step."""
-        return [name for name, every in self._cadences.items() if is_due(step, every)]
+        return [name for name, every in self._cadences.items() if any(cadence.is_due(step) for cadence in every)]
 
     def places(self, names: Iterable[str]) -> frozenset[str]:
         """What has to be tapped for these monitors."""
@@ -80,16 +89,6 @@ def check_needs(anatomy: Anatomy, optimizer: torch.optim.Optimizer | None, monit
             raise ValueError(f"monitor.{name} needs the role {lacking!r}, and the model has none: leave it out")
         if optimizer is None and "optimizer" in monitor.needs.view:
             raise ValueError(f"monitor.{name} needs the optimizer, and the watch has none: leave it out")
-
-
-def cadences(monitor: Monitor) -> tuple[int, ...]:
-    """The steps between two readings of a monitor's signals, each once, in order."""
-    return tuple(sorted({signal.every_steps for signal in monitor.signals}))
-
-
-def is_due(step: int, every: Iterable[int]) -> bool:
-    """Whether a step is a multiple of any of these cadences."""
-    return any(step % steps == 0 for steps in every)
 
 
 def load_memory(monitors: Mapping[str, Any], memory: Mapping[str, Any]) -> None:

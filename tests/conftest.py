@@ -60,6 +60,12 @@ def pytest_configure():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_itemcollected(item):
+    """Tests give the kernels NaN and Inf, of which the numpy beneath Triton's interpreter warns."""
+    if item.get_closest_marker("triton"):
+        item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def parse_each_file_of_conf_once():
     """Hydra reads conf/ anew for each configuration, parsing for a third of the time. An edited file is another one."""

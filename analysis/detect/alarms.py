@@ -64,7 +64,11 @@ def conformal_rank(n: int, alpha: float) -> int:
         raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1")
     rank = math.ceil((n + 1) * (1 - alpha) - 1e-9)
     if rank > n:
-        raise ValueError(f"{n} calibration runs cannot support alpha={alpha}: the smallest is {1 / (n + 1):.4g}")
+        needed = math.ceil(1 / alpha - 1 - 1e-9)
+        raise ValueError(
+            f"{n} calibration runs cannot support alpha={alpha}: the smallest is {1 / (n + 1):.4g}, and {alpha} needs "
+            f"{needed} runs"
+        )
     return rank
 
 

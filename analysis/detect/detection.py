@@ -13,10 +13,12 @@ from foreshock.analysis.detect.bands import DeclinedSignal, Exact
 from foreshock.analysis.detect.charts import AlarmRule
 from foreshock.analysis.detect.entrants import BadEntrant, FromFile, check_causal
 from foreshock.analysis.detect.joint import Scale, member_scales
-from foreshock.analysis.detect.tracks import TRACKS, Band, Charted, Raw, Track
+from foreshock.analysis.detect.tracks.base import Band, Charted, Raw, Track
+from foreshock.analysis.detect.tracks.by_name import TRACKS
 from foreshock.analysis.runs.align import Aligned, hold, positions, thin
 from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 from foreshock.experiments.trace import Series, TraceError
+from foreshock.monitors.cadence import Cadence
 from foreshock.monitors.signal import EXACT, Signal
 
 Chart = tuple[np.ndarray, np.ndarray]
@@ -116,13 +118,15 @@ class Detection:
 
     def aligned(self, signal: str) -> dict[str, Aligned]:
         """By run id, the signal on the positions of the reference runs."""
-        experiment, every = self.experiment, self._described(signal).every_steps
-        runs = [(run, thin(run.signal(signal), experiment.score_every)) for run in experiment.runs]
+        experiment, cadence = self.experiment, self._described(signal).cadence
+        scored = cadence.thinned(experiment.score_every)
+        runs = [(run, thin(run.signal(signal), scored)) for run in experiment.runs]
         reference = next((series for run, series in runs if run.role == "reference" and len(series.steps)), None)
         if reference is None:
             raise DeclinedSignal(f"{signal}: no sample in {experiment.horizon:,} {experiment.axis}")
         for run, series in runs:
-            _check_whole(signal, run, series, reference, every)
+            _check_cadence(signal, run, cadence)
+            _check_whole(signal, run, series, reference, cadence)
         grid = positions(reference, experiment.axis)
         return {run.trace.run_id: hold(series, experiment.axis, grid) for run, series in runs}
 
@@ -265,15 +269,26 @@ def _side_by_side(aligned: Mapping[str, Aligned]) -> Iterator[tuple[list[str], A
         yield runs, Aligned(aligned[runs[0]].positions, values, undefined)
 
 
-def _check_whole(signal: str, run: ScoredRun, series: Series, reference: Series, every: int) -> None:
+def _check_cadence(signal: str, run: ScoredRun, cadence: Cadence) -> None:
+    """Raises TraceError where some runs have a signal at jittered steps and others at multiples."""
+    own = run.trace.described[signal].cadence
+    if own.moves != cadence.moves:
+        here, there = (f"at {'jittered steps' if moves else 'multiples'}" for moves in (own.moves, cadence.moves))
+        raise TraceError(
+            f"run {run.trace.run_id} has {signal} {here} of {own.every_steps}, other runs {there}: train these runs "
+            "again together, which reads again what differs"
+        )
+
+
+def _check_whole(signal: str, run: ScoredRun, series: Series, reference: Series, cadence: Cadence) -> None:
     """Raises TraceError where a run lacks samples that the reference runs have and that it trained long enough for.
 
     A run that lost its end, or all of a signal, would look as if nothing had alarmed in it.
     """
     done = run.trace.manifest["steps_done"]
-    if run.role == "reference" and len(series.steps) and series.steps[-1] + every <= min(done, reference.steps[-1]):
-        raise TraceError(f"run {run.trace.run_id}: {signal} ends at step {series.steps[-1]}, the run at {done}")
     last = min(done, reference.steps[-1])
+    if run.role == "reference" and len(series.steps) and cadence.next_after(int(series.steps[-1])) <= last:
+        raise TraceError(f"run {run.trace.run_id}: {signal} ends at step {series.steps[-1]}, the run at {done}")
     expected, recorded = (steps[steps <= last] for steps in (reference.steps, series.steps))
     if not np.array_equal(expected, recorded):
         lost = np.setdiff1d(expected, recorded)

@@ -7,11 +7,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.transforms import ScaledTranslation
 
 from foreshock.analysis.figures.drawing import COLOURS, FAULTY, HEALTHY, save, style
 
 INSIDE = (0.9, 1.1)
 """Root mean squares that the prediction is held to."""
+
+LEGEND_BELOW_INCHES = 0.7
+"""From the axis to the legend, whatever the number of cases."""
 
 
 def cases_figure(table: pd.DataFrame, path: Path) -> str:
@@ -61,7 +65,11 @@ def cases_figure(table: pd.DataFrame, path: Path) -> str:
         plt.Line2D([], [], color=FAULTY, label="threshold, 5 % a run"),
         plt.Line2D([], [], color=FAULTY, linestyle=":", label="threshold, 0.1 %"),
     ]
-    axis.legend(handles=handles, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.09), frameon=False, fontsize=9.5)
+    below = axis.transAxes + ScaledTranslation(0, -LEGEND_BELOW_INCHES, figure.dpi_scale_trans)
+    axis.legend(
+        handles=handles, ncols=4, loc="upper center", bbox_to_anchor=(0.4, 0), bbox_transform=below, frameon=False,
+        fontsize=9.5,
+    )  # fmt: skip
     save(figure, path)
     return (
         "Ratios of attention's four laws to what rounding alone predicts, by case: 90 % and the middle half of all "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -61,49 +62,23 @@ def leaderboard_figure(contest: Contest, rows: pd.DataFrame, path: Path) -> str:
         figsize=(3.4 + 2.6 * sum(widths), 0.3 * len(names) + 2.6),
         gridspec_kw={"width_ratios": widths, "wspace": 0.12},
     )
-    leads, share, others = axes[0][: len(diverging)], axes[0][len(diverging)], axes[0][len(diverging) + 1 : -1]
-    for axis, fault in zip(leads, diverging, strict=True):
-        of_fault = by_fault[fault]
-        _leads(axis, of_fault, names)
-        diverged, runs = of_fault["diverged"].max(), of_fault["runs"].max()
-        axis.set_title(f"{labels[fault]}\n{diverged:.0f} of {runs:.0f} runs diverge", fontsize=11)
+    panels = iter(axes[0])
+    for fault in diverging:
+        _diverging_panel(next(panels), by_fault[fault], names, labels[fault])
+    share = next(panels)
     _points(share, overall, names, ("share_of_possible_lead", "share_low", "share_high"))
     share.set_title("all faults\nshare of the\npossible lead", fontsize=11)
     share.set_xlabel("mean lead /\npossible lead")
-    for axis, fault in zip(others, benign, strict=True):
-        of_fault = by_fault[fault]
-        _points(axis, of_fault, names, ("detected", "detected_low", "detected_high"))
-        degraded, runs = of_fault["degraded"].max(), of_fault["runs"].max()
-        axis.set_title(f"{labels[fault]}\nnone diverges,\n{degraded:.0f} of {runs:.0f} degrade", fontsize=11)
-        axis.set_xlabel("alarms\n(share of runs)")
-    healthy = overall.assign(rate=overall["healthy_alarms"] / overall["healthy_runs"].replace(0, np.nan))
-    last = axes[0][-1]
-    _points(last, healthy, names, ("rate", "false_alarm_low", "false_alarm_high"))
-    last.set_title(f"healthy\n{overall['healthy_runs'].max():.0f} test runs", fontsize=11)
-    last.set_xlabel("false alarms\n(share of runs)")
+    for fault in benign:
+        _benign_panel(next(panels), by_fault[fault], names, labels[fault])
+    _healthy_panel(next(panels), overall, names)
+    _name_rows(axes[0], names, overall)
+    _title(figure, contest, rows)
     alpha = overall["alpha"].max()
-    if np.isfinite(alpha):
-        last.axvline(alpha, color=ALARM, linewidth=1, linestyle=":")
-    first = axes[0][0]
-    first.set_yticks(range(len(names)), [pretty(name) for name in names], fontsize=9.5)
-    first.set_ylim(-0.7, len(names) - 0.3)
-    for label, name in zip(first.get_yticklabels(), names, strict=True):
-        label.set_color("0.45" if COLOUR_OF_KIND[overall.loc[name, "kind"]] == ASIDE else ALARM)
-    for axis in axes[0]:
-        axis.set_axisbelow(True)
-        axis.grid(axis="y", color="0.93", linewidth=0.8)
-        axis.tick_params(axis="y", length=0)
-    height = figure.get_figheight()
-    title = f"{contest.experiment.index['experiment']['title']}: which detector alarms first under which fault?"
-    figure.text(0.01, 0.88 + 1.3 / height, title, fontsize=14, weight="bold")
-    declined = rows.loc[rows["declined"].notna(), "detector"]
-    said = f"{contest.track.name} track at {contest.alpha:.0%} false alarms per run"
-    said += f"; not judged: {', '.join(declined)}" if len(declined) else ""
-    figure.text(0.01, 0.88 + 1.05 / height, said, fontsize=10.5, color="0.35")
     figure.legend(
         handles=_legend(set(overall["kind"]), bool(np.isfinite(alpha)), alpha),
         loc="upper center",
-        bbox_to_anchor=(0.45, 0.11 - 0.75 / height),
+        bbox_to_anchor=(0.45, 0.11 - 0.75 / figure.get_figheight()),
         ncol=3,
         frameon=False,
         fontsize=10,
@@ -116,6 +91,56 @@ def leaderboard_figure(contest: Contest, rows: pd.DataFrame, path: Path) -> str:
         "% model confidence set). Orange: baselines; grey: controls, from one that never alarms to one that knows the "
         "onset, and oracles that read the fault itself."
     )
+
+
+def _diverging_panel(axis: plt.Axes, rows: pd.DataFrame, names: list[str], label: str) -> None:
+    """Mean leads under a fault that diverges. rows: of that fault, by detector."""
+    _leads(axis, rows, names)
+    diverged, runs = rows["diverged"].max(), rows["runs"].max()
+    axis.set_title(f"{label}\n{diverged:.0f} of {runs:.0f} runs diverge", fontsize=11)
+
+
+def _benign_panel(axis: plt.Axes, rows: pd.DataFrame, names: list[str], label: str) -> None:
+    """Alarms under a fault that does not diverge. rows: of that fault, by detector."""
+    _points(axis, rows, names, ("detected", "detected_low", "detected_high"))
+    degraded, runs = rows["degraded"].max(), rows["runs"].max()
+    axis.set_title(f"{label}\nnone diverges,\n{degraded:.0f} of {runs:.0f} degrade", fontsize=11)
+    axis.set_xlabel("alarms\n(share of runs)")
+
+
+def _healthy_panel(axis: plt.Axes, overall: pd.DataFrame, names: list[str]) -> None:
+    """False alarms, and the rate aimed at where the track has one. overall: rows of all faults, by detector."""
+    rows = overall.assign(rate=overall["healthy_alarms"] / overall["healthy_runs"].replace(0, np.nan))
+    _points(axis, rows, names, ("rate", "false_alarm_low", "false_alarm_high"))
+    axis.set_title(f"healthy\n{overall['healthy_runs'].max():.0f} test runs", fontsize=11)
+    axis.set_xlabel("false alarms\n(share of runs)")
+    alpha = overall["alpha"].max()
+    if np.isfinite(alpha):
+        axis.axvline(alpha, color=ALARM, linewidth=1, linestyle=":")
+
+
+def _name_rows(axes: Sequence[plt.Axes], names: list[str], overall: pd.DataFrame) -> None:
+    """The detectors' names at the first panel, and a line for each in every panel."""
+    first = axes[0]
+    first.set_yticks(range(len(names)), [pretty(name) for name in names], fontsize=9.5)
+    first.set_ylim(-0.7, len(names) - 0.3)
+    for label, name in zip(first.get_yticklabels(), names, strict=True):
+        label.set_color("0.45" if COLOUR_OF_KIND[overall.loc[name, "kind"]] == ASIDE else ALARM)
+    for axis in axes:
+        axis.set_axisbelow(True)
+        axis.grid(axis="y", color="0.93", linewidth=0.8)
+        axis.tick_params(axis="y", length=0)
+
+
+def _title(figure: plt.Figure, contest: Contest, rows: pd.DataFrame) -> None:
+    """What the picture shows, on which track, and who is not judged there."""
+    height = figure.get_figheight()
+    title = f"{contest.experiment.index['experiment']['title']}: which detector alarms first under which fault?"
+    figure.text(0.01, 0.88 + 1.3 / height, title, fontsize=14, weight="bold")
+    declined = rows.loc[rows["declined"].notna(), "detector"]
+    said = f"{contest.track.name} track at {contest.alpha:.0%} false alarms per run"
+    said += f"; not judged: {', '.join(declined)}" if len(declined) else ""
+    figure.text(0.01, 0.88 + 1.05 / height, said, fontsize=10.5, color="0.35")
 
 
 def _legend(kinds: set[str], aims: bool, alpha: float) -> list:

@@ -1,4 +1,4 @@
-"""What a run's manifest says of its fault: the class of its place, its part, layers and heads."""
+"""What a run's injection card says of its fault: the class of its place, its part, layers and heads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from foreshock.analysis.locate.laws import ATTENTION, INPUTS, LINEAR, LOSS, NORM, ROUTER
 from foreshock.analysis.runs.experiment import Experiment
 from foreshock.experiments.trace import Trace
+from foreshock.faults.card import Injection, InjectionCard
 
 KEY_VALUE_SITES = ("k", "v", "dk", "dv")
 """Attention sites whose heads are key-value heads; the heads of the others are query heads."""
@@ -35,56 +36,61 @@ class Truth:
 
 def truth_of(run: Trace) -> Truth:
     """The truth of a run."""
-    config = run.manifest["config"]
-    model = config.get("model", {})
+    model = run.manifest["config"].get("model", {})
     shared = model["n_heads"] // model["n_kv_heads"] if model.get("n_kv_heads") else 1
-    return truth(config["fault"], run.onset, experts=bool(model.get("moe")), shared=shared)
+    return truth(run.card, run.onset, experts=bool(model.get("moe")), shared=shared)
 
 
-def truth(fault: Mapping[str, Any], onset: int | None, experts: bool = False, shared: int = 1) -> Truth:
-    """The truth of a run from its manifest's fault node and onset step.
+def truth(card: InjectionCard, onset: int | None, experts: bool = False, shared: int = 1) -> Truth:
+    """The truth of a run from its injection card and onset step.
 
     experts: whether its model has them; shared: how many neighbouring query heads share a key-value head.
     """
     if onset is None:
         return Truth(HEALTHY)
-    if "faults" in fault:
-        broken = [
-            t
-            for t in (truth(part, onset, experts, shared) for part in fault["faults"].values())
-            if t.site_class != OTHER
-        ]
-        return broken[0] if len(broken) == 1 else Truth(None if broken else OTHER)
-    if "pv_accumulation" in fault:
-        return Truth(None)  # the forward's O is wrong, not a copy of it: the classes are of the backward
-    if "bits" not in fault or fault["bits"] == 0:
+    truths = [_of(injection, experts, shared) for injection in card.injections if not injection.control]
+    broken = [true for true in truths if true.site_class != OTHER]
+    if not broken:
         return Truth(OTHER)
-    return _of_modules(fault, experts) if "modules" in fault else _of_attention(fault, shared)
+    return broken[0] if len(broken) == 1 else Truth(None)
 
 
-def _of_attention(fault: Mapping[str, Any], shared: int) -> Truth:
-    """Several sites break the laws of each; the classes are derived for the backward alone."""
-    if fault["phase"] != "backward":
+def _of(injection: Injection, experts: bool, shared: int) -> Truth:
+    if injection.where["point"] == "modules":
+        return _of_modules(injection.where, experts)
+    if injection.where["point"] == "numerics":
+        return _of_attention(injection.where, shared)
+    return Truth(OTHER)
+
+
+def _of_attention(where: Mapping[str, Any], shared: int) -> Truth:
+    """Several tensors break the laws of each; the classes are derived for the backward alone.
+
+    Other arithmetic names no tensor: the forward's O is wrong, not a copy of it.
+    """
+    sites = where["tensors"]
+    if where["phase"] != "backward" or not sites:
         return Truth(None)
-    sets = [next(laws for names, laws in ATTENTION.items() if site in names.split()) for site in fault["sites"]]
+    sets = [next(laws for names, laws in ATTENTION.items() if site in names.split()) for site in sites]
     broken = frozenset().union(*sets)
     site_class = next((names for names, laws in ATTENTION.items() if laws == broken), None)
-    layers, heads = (None if fault[key] is None else tuple(fault[key]) for key in ("layers", "heads"))
+    layers, heads = (None if where[key] is None else tuple(where[key]) for key in ("layers", "heads"))
     if heads is not None:
-        groups = {head if site in KEY_VALUE_SITES else head // shared for site in fault["sites"] for head in heads}
+        groups = {head if site in KEY_VALUE_SITES else head // shared for site in sites for head in heads}
         heads = tuple(sorted(groups))
     return Truth(site_class, None, layers, heads)
 
 
-def _of_modules(fault: Mapping[str, Any], experts: bool) -> Truth:
+def _of_modules(where: Mapping[str, Any], experts: bool) -> Truth:
     """Modules of one class and part, in one or more layers; of others together no verdict is derived."""
-    places = {_of_module(name, fault["site"], experts) for name in fault["modules"]}
+    names = where["modules"]
+    places = {_of_module(name, where["tensor"], experts) for name in names}
     if len(places) > 1:
         return Truth(None)
     site_class, part = places.pop()
     if site_class is None:
         return Truth(None)
-    layers = [int(match[1]) for name in fault["modules"] if (match := re.match(r"blocks\.(\d+)\.", name))]
+    layers = [int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", name))]
     return Truth(site_class, part, tuple(sorted(layers)) or None)
 
 

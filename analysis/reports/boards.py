@@ -14,11 +14,12 @@ from foreshock.analysis.detect.external import read_alarms
 from foreshock.analysis.detect.isolation import DEFAULT_LIMITS, Limits
 from foreshock.analysis.detect.river import RIVER
 from foreshock.analysis.detect.rules import make_rule
-from foreshock.analysis.detect.tracks import TRACKS, Track
+from foreshock.analysis.detect.tracks.base import Track
+from foreshock.analysis.detect.tracks.by_name import tracks_of
 from foreshock.analysis.figures.leaderboard import leaderboard_figure
 from foreshock.analysis.locate.attribution import alarm_probabilities, cross_talk, diagnose, selectivity
 from foreshock.analysis.locate.selectivity import any_alarm, designed_for
-from foreshock.analysis.runs.conf import conf
+from foreshock.analysis.runs.conf import Conf, conf
 from foreshock.analysis.runs.discover import find
 from foreshock.analysis.runs.experiment import HEALTHY, LABEL_SIGNAL, Experiment
 from foreshock.analysis.scores.contest import Contest, contest, run_scores
@@ -27,12 +28,12 @@ from foreshock.analysis.scores.leaderboard import RANKED, board
 from foreshock.analysis.scores.other_charts import charts
 from foreshock.analysis.scores.profiles import profiles
 from foreshock.analysis.scores.sensitivity import halves, label_sensitivity
-from foreshock.experiments.validation import check_distinct
+from foreshock.experiments.validation import check_distinct, check_named
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line."""
+    """What was asked for on the command line. tracks: None for all of ``conf``, where rules and tracks are found."""
 
     runs: Path
     out: Path
@@ -40,11 +41,12 @@ class Request:
     alarms: tuple[Path, ...] = ()
     rule: str | None = None
     alpha: float | None = None
-    tracks: tuple[str, ...] = tuple(TRACKS)
+    tracks: tuple[str, ...] | None = None
     maximum: bool = False
     singles: bool = False
     allow_mixed: bool = False
     limits: Limits = DEFAULT_LIMITS
+    conf: Conf = field(default_factory=Conf)
 
 
 @dataclass
@@ -78,19 +80,27 @@ def entrants(request: Request, experiment: Experiment, track: Track) -> Iterator
                 yield entrant
 
 
+def _chosen_tracks(request: Request) -> list[Track]:
+    """The tracks that were asked for.
+
+    Raises ValueError for one that there is not, and where what was given enters on none of them.
+    """
+    known = tracks_of(request.conf)
+    names = tuple(known) if request.tracks is None else request.tracks
+    check_named(names, known, "tracks")
+    check_distinct(names, "tracks")
+    primary = [track.name for track in known.values() if track.primary]
+    open_to_files = [track.name for track in known.values() if track.takes_files]
+    for given, key, judges in ((request.alarms, "alarms", primary), (request.detectors, "detector", open_to_files)):
+        if given and not set(judges) & set(names):
+            raise ValueError(f"{key}={given[0]} has no effect without tracks={' or '.join(judges)}")
+    return [known[name] for name in names]
+
+
 def score_runs(request: Request) -> Tables:
     """Score every experiment of the folder on every track. Raises ValueError, OSError or TraceError in one line."""
-    unknown = [track for track in request.tracks if track not in TRACKS]
-    if unknown:
-        raise ValueError(f"tracks={unknown[0]} is not allowed: of {', '.join(TRACKS)}")
-    check_distinct(request.tracks, "tracks")
-    tracks = [TRACKS[name] for name in request.tracks]
-    primary = [track.name for track in TRACKS.values() if track.primary]
-    open_to_files = [track.name for track in TRACKS.values() if track.takes_files]
-    for given, key, judges in ((request.alarms, "alarms", primary), (request.detectors, "detector", open_to_files)):
-        if given and not set(judges) & set(request.tracks):
-            raise ValueError(f"{key}={given[0]} has no effect without tracks={' or '.join(judges)}")
-    rule = None if request.rule is None else make_rule(**conf("rule", request.rule))
+    tracks = _chosen_tracks(request)
+    rule = None if request.rule is None else make_rule(**request.conf.content("rule", request.rule))
     experiments, tables = find(request.runs, request.allow_mixed), Tables()
     external = read_alarms(request.alarms, experiments)
     for experiment, alarms in zip(experiments, external, strict=True):
@@ -98,11 +108,10 @@ def score_runs(request: Request) -> Tables:
             detection = Detection(experiment, track)
             held = contest(
                 experiment,
-                track.name,
+                track,
                 detection=detection,
                 rule=rule,
-                alpha=request.alpha,
-                maximum=request.maximum,
+                alpha=experiment.smallest_alpha if request.maximum else request.alpha,
                 entrants=entrants(request, experiment, track),
                 external=alarms if track.primary else None,
                 singles=request.singles,
@@ -118,7 +127,8 @@ def score_runs(request: Request) -> Tables:
                 tables.add("charts", charts(detection, held, rule or make_rule(**experiment.index["rule"])))
                 tables.add("labels", label_sensitivity(held))
     if "leaderboard" not in tables.parts:
-        raise ValueError(f"tracks={','.join(request.tracks)} is not allowed: no monitor of these runs has a say on it")
+        names = ",".join(track.name for track in tracks)
+        raise ValueError(f"tracks={names} is not allowed: no monitor of these runs has a say on it")
     tables.write(request.out)
     return tables
 
@@ -128,7 +138,7 @@ def _score(held: Contest, tables: Tables) -> None:
     tables.add("runs", scores)
     tables.add("leaderboard", board(held, scores, monitor_costs(held.experiment.model)))
     keys = held.keys
-    if any(detector.maxima and not detector.declined for detector in held.detectors.values()):
+    if any(len(detector.maxima) > 1 and not detector.declined for detector in held.detectors.values()):
         half, tau = halves(held)
         tables.add("halves", half.assign(**keys, tau=tau))
     tables.add("profiles", profiles(held, scores))

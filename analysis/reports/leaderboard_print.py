@@ -18,6 +18,8 @@ from foreshock.analysis.scores.overall import MIN_FAULTS
 
 SURE = 0.05
 """A p-value below it is marked."""
+USUAL_ALPHA = 0.05
+"""The false-alarm rate of the published boards; one whose calibration runs cannot support it says so."""
 
 
 def print_board(leaderboard: pd.DataFrame, console: Console) -> None:
@@ -129,6 +131,12 @@ def _legend(overall: pd.DataFrame, by_fault: dict[str, pd.DataFrame]) -> list[st
         size = by_fault[fault]["size_over_threshold"].where(by_fault[fault]["kind"].isin(("detector", "baseline")))
         if size.notna().any():
             said.append(f"Size of {fault}: {_size(size)} (largest reading before divergence, median over runs).")
+    alpha, supported = overall["alpha"].max(), overall["alpha_supported"].max()
+    if supported > USUAL_ALPHA:
+        said.append(
+            f"At {alpha:.0%} false alarms per run. Calibration runs: {1 / supported - 1:.0f}, which support "
+            f"{supported:.1%} and more; {USUAL_ALPHA:.0%} needs {1 / USUAL_ALPHA - 1:.0f}."
+        )
     if overall["exploratory"].any():
         said.append("Exploratory: under 10 faulty seeds, or no healthy test run.")
     return said

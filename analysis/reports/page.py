@@ -11,6 +11,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from foreshock.analysis.reports.headline import headline
+from foreshock.analysis.reports.kinds.base import Kind
 from foreshock.analysis.reports.summary import shown_rows, summary
 from foreshock.analysis.scores.contest import Contest
 
@@ -24,12 +25,16 @@ TEMPLATES = Environment(
 
 
 def page(
+    kind: Kind,
     contests: Sequence[Contest],
     tables: Sequence[pd.DataFrame],
     claims: pd.DataFrame,
     figures: Sequence[tuple[str, Path]],
 ) -> str:
-    """The page's HTML. tables: the lead-time table of each contest; figures: captions and files."""
+    """The page's HTML.
+
+    kind: of the experiment's report; tables: the lead-time table of each contest; figures: captions and files.
+    """
     index = contests[0].experiment.index
     headlines = [headline(contest.experiment, table) for contest, table in zip(contests, tables, strict=True)]
     return TEMPLATES.get_template("report.html.j2").render(
@@ -37,7 +42,7 @@ def page(
         headlines=[line for line in headlines if line],
         figures=[(caption, base64.b64encode(path.read_bytes()).decode()) for caption, path in figures],
         claims=[{**row, "verdict": verdict(row["holds"])} for row in claims.to_dict("records")],
-        views=[_view(contest, table) for contest, table in zip(contests, tables, strict=True)],
+        views=[_view(kind, contest, table) for contest, table in zip(contests, tables, strict=True)],
         provenance=_provenance(contests),
     )
 
@@ -47,12 +52,12 @@ def verdict(holds: bool | None) -> str:
     return "no verdict" if pd.isna(holds) else "holds" if holds else "does not hold"
 
 
-def _view(contest: Contest, table: pd.DataFrame) -> dict[str, Any]:
+def _view(kind: Kind, contest: Contest, table: pd.DataFrame) -> dict[str, Any]:
     """What one view of an experiment shows: summary, detectors, single signals, what was declined."""
     experiment = contest.experiment
     return {
         "heading": f"{experiment.model}, aligned by {experiment.axis}",
-        "summary": summary(contest),
+        "summary": summary(contest, kind),
         "baselines": ", ".join(experiment.baselines),
         "declined": list(table["declined"].dropna().drop_duplicates()),
         **{

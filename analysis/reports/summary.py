@@ -11,7 +11,7 @@ from rich.table import Table
 
 from foreshock.analysis.figures.drawing import pretty
 from foreshock.analysis.reports.headline import headline
-from foreshock.analysis.reports.kinds.by_name import kind_of
+from foreshock.analysis.reports.kinds.base import Kind
 from foreshock.analysis.reports.terminal import print_whole
 from foreshock.analysis.runs.experiment import HEALTHY_ROLES
 from foreshock.analysis.scores.contest import Contest
@@ -32,7 +32,7 @@ POSITIONS = ("median_alarm_step", "median_divergence_step", "rmlt_steps", "relat
 """Columns that hold steps or tokens."""
 
 
-def summary(contest: Contest) -> str:
+def summary(contest: Contest, kind: Kind) -> str:
     """What the report shows, in a few sentences that hold whatever came out."""
     experiment = contest.experiment
     faulty, healthy = experiment.of("faulty"), experiment.of(*HEALTHY_ROLES)
@@ -53,7 +53,7 @@ def summary(contest: Contest) -> str:
         sentences.append(f"Mixed on request: {'; '.join(experiment.mixed)}.")
     if len(faulty) < 10 * len(experiment.faults):
         sentences.append("Fewer than 10 faulty seeds: points without intervals.")
-    sentences.append(kind_of(experiment.index).sentences(contest))
+    sentences.append(kind.sentences(contest))
     return " ".join(filter(None, sentences))
 
 
@@ -75,7 +75,7 @@ def shown_rows(contest: Contest, table: pd.DataFrame, fault: str, kind: str) -> 
     return rows[list(COLUMNS)].rename(columns=names)
 
 
-def print_summary(contest: Contest, table: pd.DataFrame, console: Console) -> None:
+def print_summary(contest: Contest, kind: Kind, table: pd.DataFrame, console: Console) -> None:
     """The named detectors in the terminal, one table a fault, the sentences, and the headline."""
     experiment = contest.experiment
     view = f"{experiment.model}, " if len(experiment.index["experiment"]["models"]) > 1 else ""
@@ -89,7 +89,7 @@ def print_summary(contest: Contest, table: pd.DataFrame, console: Console) -> No
         for row in rows.itertuples(index=False):
             grid.add_row(*map(escape, row))
         print_whole(console, partial(list, (grid,)))
-    console.print(summary(contest), markup=False)
+    console.print(summary(contest, kind), markup=False)
     outcome = headline(experiment, table)
     if outcome:
         console.print(outcome, style="bold", highlight=False, markup=False)

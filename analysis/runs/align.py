@@ -7,11 +7,13 @@ it is judged against what a healthy run looks like after the same text.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
 
 from foreshock.experiments.trace import Series
+from foreshock.monitors.cadence import Cadence
 
 Axis = Literal["steps", "tokens"]
 AXES: tuple[str, ...] = get_args(Axis)
@@ -39,15 +41,21 @@ def broken(series: Series | Aligned) -> np.ndarray:
     return np.maximum.accumulate(lost, axis=0) if lost.any() else lost
 
 
-def thin(series: Series, every: int) -> Series:
-    """The samples at multiples of ``every`` steps; one that was skipped over still breaks the signal for good."""
-    kept = series.steps % every == 0
+def thin(series: Series, cadence: Cadence) -> Series:
+    """The samples that a cadence has too; one that was skipped over still breaks the signal for good."""
+    kept = _due(cadence, int(series.steps.max(initial=0)))[series.steps]
     lost = broken(series)
     if kept.all() and not lost.any():
         return series
     lost = lost[kept]
     values = np.where(lost, np.inf, series.values[kept])
     return Series(series.steps[kept], series.tokens[kept], values, series.undefined[kept] & ~lost)
+
+
+@lru_cache
+def _due(cadence: Cadence, last: int) -> np.ndarray:
+    """Whether there is a reading, at each step from 0 to ``last``."""
+    return np.array([cadence.is_due(step) for step in range(last + 1)])
 
 
 def hold(series: Series, axis: str, grid: np.ndarray) -> Aligned:

@@ -8,9 +8,13 @@ from typing import Any
 
 from foreshock.experiments.trace import Trace, TraceError
 
+NEEDED_ROLES = ("reference", "calibration", "faulty")
+"""What scoring cannot do without: a label and thresholds are set by healthy runs."""
+
 
 def check_roles(cells: Sequence[Mapping[str, Any]]) -> None:
-    for role in ("calibration", "faulty"):
+    """Raises ValueError where a role that scoring needs has no run, or a seed or a run has two roles."""
+    for role in NEEDED_ROLES:
         if not any(cell["role"] == role for cell in cells):
             raise ValueError(f"scale.seeds.{role}=0: scoring needs at least one {role} run")
     healthy_seeds = [cell["seed"] for cell in cells if cell["fault"] is None]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from foreshock.analysis.runs.checks import NEEDED_ROLES
 from foreshock.analysis.runs.conf import conf
 from foreshock.analysis.runs.experiment import Experiment
 from foreshock.analysis.runs.index import read_index
@@ -14,6 +16,7 @@ from foreshock.analysis.runs.load import label_runs
 from foreshock.experiments import trace
 from foreshock.experiments.plan import FIRST_SEED, ROLES
 from foreshock.experiments.trace import TraceError
+from foreshock.faults.card import InjectionCard, read_card
 
 ALPHAS = (0.05, 0.10, 0.20, 0.5)
 
@@ -47,31 +50,41 @@ def role_of(seed: int, fault: str | None) -> str:
     return max((role for role in ROLES if FIRST_SEED[role] <= seed), key=FIRST_SEED.__getitem__)
 
 
-def fault_names(faults: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each fault's configuration: its class, and the keys in which the faults of that class differ."""
-    of_class: dict[str, list[dict[str, Any]]] = {}
-    flat = [_flat(fault) for fault in faults]
-    for fault in flat:
-        of_class.setdefault(fault["_target_"], []).append(fault)
-    names = []
-    for fault in flat:
-        kind = fault["_target_"].rsplit(".", 1)[-1]
-        differing = sorted(k for k in fault if len({repr(o.get(k)) for o in of_class[fault["_target_"]]}) > 1)
-        names.append(" ".join([kind, *(f"{key}={fault[key]}" for key in differing)]))
-    return names
+def fault_names(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each run's fault: its class, and what in the cards of the faults of that class differs.
+
+    Faults of different configurations have different names.
+    """
+    kinds = [manifest["config"]["fault"]["_target_"].rpartition(".")[2] for manifest in manifests]
+    cards = [_said(read_card(manifest["injection"])) for manifest in manifests]
+    names: dict[str, str] = {}
+    for kind, card, manifest in zip(kinds, cards, manifests, strict=True):
+        alike = [other for of, other in zip(kinds, cards, strict=True) if of == kind]
+        differing = sorted(key for key in card if len({repr(other.get(key)) for other in alike}) > 1)
+        name = " ".join([kind, *(f"{key}={card[key]}" for key in differing)])
+        names.setdefault(_key(manifest["config"]["fault"]), _unused(name, names.values()))
+    return [names[_key(manifest["config"]["fault"])] for manifest in manifests]
 
 
-def _flat(node: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
-    return flat
+def _said(card: InjectionCard) -> dict[str, Any]:
+    """What a card says of each injection, by key; several injections are numbered."""
+    said: dict[str, Any] = {}
+    for number, injection in enumerate(card.injections):
+        window = {f"window_{key}" if key == "phase" else key: value for key, value in asdict(injection.window).items()}
+        keys = {"what": injection.what, **window, **injection.where, **injection.size}
+        said |= {key if len(card.injections) == 1 else f"{number}.{key}": value for key, value in keys.items()}
+    return said
+
+
+def _key(node: Mapping[str, Any]) -> str:
+    return json.dumps(node, sort_keys=True)
 
 
 def index_of_runs(folder: Path) -> dict[str, Any]:
     """An index for a folder's finished runs: roles by seed, faults by configuration, the reference set's detectors.
 
-    The rate is the smallest of ``ALPHAS`` that the calibration runs support. Raises TraceError without runs.
+    The rate is the smallest of ``ALPHAS`` that the calibration runs support. Raises TraceError without runs, and
+    where a model has none of a role that scoring needs.
     """
     manifests = {}
     for path in sorted(folder.glob("[!.]*/manifest.json")):
@@ -81,17 +94,19 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
     if not manifests:
         raise TraceError(f"{folder} holds neither experiment.json nor a finished run")
     healthy = {run_id for run_id, manifest in manifests.items() if manifest["onset_step"] is None}
-    names = fault_names([manifest["config"]["fault"] for manifest in manifests.values()])
+    names = fault_names(list(manifests.values()))
     models: dict[str, str] = {}
     cells = []
     for (run_id, manifest), name in zip(manifests.items(), names, strict=True):
         fault = None if run_id in healthy else name
-        key = json.dumps(manifest["config"]["model"], sort_keys=True)
+        key = _key(manifest["config"]["model"])
         kind = "moe" if manifest["config"]["model"].get("moe") else "dense"
         width = manifest["config"]["model"].get("d_model")
         model = models.setdefault(key, _unused(f"{kind} d_model={width}", models.values()))
         seed = manifest["seed"]
         cells.append({"run_id": run_id, "model": model, "fault": fault, "seed": seed, "role": role_of(seed, fault)})
+    for model in models.values():
+        _check_roles(folder, model, [cell["role"] for cell in cells if cell["model"] == model])
     calibration = min(
         sum(cell["role"] == "calibration" and cell["model"] == model for cell in cells) for model in models.values()
     )
@@ -113,6 +128,20 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
         "rule": conf("rule", "ewma"),
         "runs": cells,
     }
+
+
+def _check_roles(folder: Path, model: str, roles: Sequence[str]) -> None:
+    """Raises TraceError where a role that scoring needs has no run, with what its runs are told by."""
+    counts = ", ".join(f"{roles.count(role)} {role}" for role in ROLES)
+    for role in NEEDED_ROLES:
+        if role in roles:
+            continue
+        first = FIRST_SEED[role]
+        told = "with a fault" if role == "faulty" else f"healthy, with a seed from {first} to {first + 999}"
+        rate = " (n of them support alpha=1/(n + 1), 19 support 0.05)" if role == "calibration" else ""
+        raise TraceError(
+            f"{folder} has no {role} run of {model}, {told}: at least 1 is needed{rate}; its healthy runs are {counts}"
+        )
 
 
 def _unused(name: str, taken) -> str:

@@ -64,8 +64,13 @@ class Experiment:
         return self.index["scale"]["alpha"]
 
     @property
+    def smallest_alpha(self) -> float:
+        """1 / (n + 1) of n calibration runs: the rate at which the largest of them all is the threshold."""
+        return 1 / (len(self.of("calibration")) + 1)
+
+    @property
     def score_every(self) -> int:
-        """Detectors see samples at multiples of so many steps; 1 unless the experiment says otherwise."""
+        """Detectors see the readings of so many steps' cadence (``Cadence.thinned``); 1 unless the experiment says."""
         return self.index["experiment"].get("score_every", 1)
 
     @property

@@ -13,6 +13,7 @@ from foreshock.analysis.runs.align import Axis
 from foreshock.experiments import trace
 from foreshock.experiments.files import unsealed
 from foreshock.experiments.names import check_index_names
+from foreshock.experiments.targets import check_plugins
 from foreshock.experiments.validation import (
     Distinct,
     Node,
@@ -188,6 +189,9 @@ def read_index(folder: Path) -> dict[str, Any]:
         for number, cell in enumerate(index["runs"]):
             check_node(Cell, cell, f"runs.{number}")
             check_named([cell["fault"]], (None, *faults), f"runs.{number}.fault")
+        if "report_kind" in index:
+            check_mapping(index["report_kind"], "report_kind")
+            check_plugins(index.get("plugins"))
         check_index_names(index)
     except ValueError as error:
         raise trace.TraceError(f"{path} is no index of an experiment: {error}") from None

@@ -7,9 +7,9 @@ ranking depends on the label; none of them is ever shown to a detector.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,19 +28,30 @@ def drawup(loss: np.ndarray, ema_span: int = 5) -> np.ndarray:
     return smooth - np.fmin.accumulate(smooth)
 
 
-def drawup_threshold(
-    healthy_losses: Sequence[np.ndarray],
-    *,
-    ema_span: int = 5,
-    min_drawup_nats: float = 0.10,
-    healthy_factor: float = 1.5,
-) -> float:
+@dataclass(frozen=True)
+class DrawupLabel:
+    """What counts as a divergence: the keys of ``conf/label``.
+
+    ema_span: of the smoothing, in evaluations; min_drawup_nats: the least drawup; healthy_factor: the least one in
+    largest drawups of reference runs; consecutive: evaluations that it lasts.
+    """
+
+    ema_span: int = 5
+    min_drawup_nats: float = 0.10
+    healthy_factor: float = 1.5
+    consecutive: int = 5
+
+
+PRIMARY = DrawupLabel()
+
+
+def drawup_threshold(healthy_losses: Sequence[np.ndarray], label: DrawupLabel = PRIMARY) -> float:
     """Delta = max(min_drawup_nats, healthy_factor x the largest drawup of any reference run), in nats.
 
     Raises ValueError without reference runs or where one of them has a non-finite loss.
     """
     losses = tuple(np.asarray(loss, float).tobytes() for loss in healthy_losses)
-    return max(min_drawup_nats, healthy_factor * _largest_drawup(losses, ema_span))
+    return max(label.min_drawup_nats, label.healthy_factor * _largest_drawup(losses, label.ema_span))
 
 
 @lru_cache(maxsize=16)
@@ -59,10 +70,7 @@ def divergence_step(
     *,
     healthy_losses: Sequence[np.ndarray],
     steps: np.ndarray,
-    ema_span: int = 5,
-    min_drawup_nats: float = 0.10,
-    healthy_factor: float = 1.5,
-    consecutive: int = 5,
+    label: DrawupLabel = PRIMARY,
     delta_scale: float = 1.0,
     stopped: bool = False,
 ) -> int | None:
@@ -78,11 +86,8 @@ def divergence_step(
     loss, steps = _checked(loss, steps)
     broken = np.flatnonzero(~np.isfinite(loss))
     end = broken[0] if len(broken) else len(loss)
-    threshold = delta_scale * drawup_threshold(
-        healthy_losses, ema_span=ema_span, min_drawup_nats=min_drawup_nats, healthy_factor=healthy_factor
-    )
-    above = drawup(loss[:end], ema_span) >= threshold
-    start = _first_streak(above, consecutive, cut_short=stopped and not len(broken))
+    above = drawup(loss[:end], label.ema_span) >= delta_scale * drawup_threshold(healthy_losses, label)
+    start = _first_streak(above, label.consecutive, cut_short=stopped and not len(broken))
     if start is not None:
         return int(steps[start])
     return int(steps[end]) if len(broken) else None
@@ -147,19 +152,19 @@ def sensitivity_labels(
     *,
     healthy_held_out: Sequence[np.ndarray],
     healthy_training: Sequence[np.ndarray],
-    settings: Mapping[str, Any],
+    label: DrawupLabel,
     stopped: bool = False,
 ) -> dict[str, int | None]:
     """Divergence by every other label: Delta x 0.5 and x 2, the training loss, OLMo's and LLM-Foundry's rules.
 
-    held_out, training: (steps, loss) of the run; healthy_*: losses of the reference runs; settings: of the primary
-    label. The training label is the drawup of an EMA of span 20 over 50 consecutive steps.
+    held_out, training: (steps, loss) of the run; healthy_*: losses of the reference runs; label: the primary
+    one. The training label is the drawup of an EMA of span 20 over 50 consecutive steps.
     """
     steps, loss = held_out
     training_steps, training_loss = training
     scaled = {
         f"delta x{scale:g}": divergence_step(
-            loss, healthy_losses=healthy_held_out, steps=steps, delta_scale=scale, stopped=stopped, **settings
+            loss, healthy_losses=healthy_held_out, steps=steps, label=label, delta_scale=scale, stopped=stopped
         )
         for scale in (0.5, 2.0)
     }
@@ -168,8 +173,8 @@ def sensitivity_labels(
             training_loss,
             healthy_losses=healthy_training,
             steps=training_steps,
+            label=replace(label, ema_span=20, consecutive=50),
             stopped=stopped,
-            **{**settings, "ema_span": 20, "consecutive": 50},
         ),
         "OLMo": rolling_sigma_step(training_loss, steps=training_steps),
         "LLM-Foundry": running_mean_step(training_loss, steps=training_steps),

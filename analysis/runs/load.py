@@ -13,7 +13,7 @@ from foreshock.analysis.runs.align import AXES, hold, positions
 from foreshock.analysis.runs.checks import check_alike, check_cells, check_roles, differences
 from foreshock.analysis.runs.experiment import LABEL_SIGNAL, Experiment, ScoredRun
 from foreshock.analysis.runs.index import read_index
-from foreshock.analysis.runs.labels import divergence_step, drawup_threshold, is_degraded
+from foreshock.analysis.runs.labels import DrawupLabel, divergence_step, drawup_threshold, is_degraded
 from foreshock.experiments import trace
 from foreshock.experiments.names import check_index_names
 from foreshock.experiments.trace import Trace
@@ -78,7 +78,7 @@ def label_runs(
         )
     check_cells(cells, traces)
     check_alike(traces)
-    settings = index["label"]
+    rule = DrawupLabel(**index["label"])
     if unlabelled:
         raise trace.TraceError(f"run {unlabelled} has no {LABEL_SIGNAL}, which tells whether it diverged")
     raw = [t.signals[LABEL_SIGNAL] for t in traces]
@@ -91,7 +91,7 @@ def label_runs(
         role: [s.values.ravel() for s, cell in zip(held_out, cells, strict=True) if cell["role"] == role]
         for role in ("reference", "calibration")
     }
-    threshold = drawup_threshold(losses["reference"], **{k: v for k, v in settings.items() if k != "consecutive"})
+    threshold = drawup_threshold(losses["reference"], rule)
     scored = []
     for cell, run, label in zip(cells, traces, held_out, strict=True):
         loss = label.values.ravel()
@@ -99,13 +99,13 @@ def label_runs(
             loss,
             healthy_losses=losses["reference"],
             steps=label.positions,
+            label=rule,
             stopped=run.end_reason == "diverged",
-            **settings,
         )
         done = run.manifest["steps_done" if axis == "steps" else "tokens_done"]
         reached = horizon if run.end_reason != "completed" else min(horizon, done)
         finals = [healthy[: len(loss)] for healthy in losses["calibration"]]
-        degraded = divergence is None and is_degraded(loss, finals, settings["ema_span"])
+        degraded = divergence is None and is_degraded(loss, finals, rule.ema_span)
         onset = None if run.onset is None else _position_of_step(run, axis, run.onset)
         scored.append(ScoredRun(cell["role"], cell["fault"], cell["seed"], run, onset, divergence, degraded, reached))
     return Experiment(index, model, axis, tuple(scored), horizon, threshold, mixed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ def curve(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]) -> p
     """One run's curve of a panel against position, up to the horizon.
 
     panel: ``signals`` and ``reduce``: ``worst`` of signals, layers and heads (lowest where down is bad, else
-    highest) or their ``mean``. Missing samples are left out of it. ``above_healthy``: less the healthy runs' median.
+    highest) or their ``mean``, of the latest reading of each. Missing samples are left out of it. ``above_healthy``:
+    less the healthy runs' median.
     """
     own = _reduced(experiment, run, panel)
     if not panel.get("above_healthy", False):
@@ -35,7 +37,9 @@ def _reduced(experiment: Experiment, run: ScoredRun, panel: Mapping[str, Any]) -
         raise ValueError(f"reduce={reduce!r} is not allowed: one of {', '.join(REDUCTIONS)}")
     series = [run.signal(name) for name in signals]
     values = [np.where(s.undefined, np.nan, s.values).reshape(len(s.steps), s.values[:1].size or 1) for s in series]
-    table = pd.DataFrame(np.concatenate(values, axis=1), index=positions(series[0], experiment.axis))
+    tables = [pd.DataFrame(x, positions(s, experiment.axis)) for x, s in zip(values, series, strict=True)]
+    every = functools.reduce(pd.Index.union, (table.index for table in tables))
+    table = pd.concat([table.reindex(every, method="ffill") for table in tables], axis=1, ignore_index=True)
     if reduce == "mean":
         reduced = table.mean(axis=1)
     else:

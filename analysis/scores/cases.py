@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from foreshock.analysis.detect.bands import finite_or_inf
-from foreshock.analysis.detect.tracks import universal_threshold
+from foreshock.analysis.detect.tracks.universal import universal_threshold
 from foreshock.analysis.runs.align import hold
 from foreshock.analysis.runs.load import read_runs
 from foreshock.experiments.trace import Trace

@@ -17,7 +17,8 @@ from foreshock.analysis.detect.controls import CONTROLS
 from foreshock.analysis.detect.detection import Detection, Detector
 from foreshock.analysis.detect.entrants import Entrant
 from foreshock.analysis.detect.rules import make_rule
-from foreshock.analysis.detect.tracks import TRACKS, Track
+from foreshock.analysis.detect.tracks.base import Track
+from foreshock.analysis.detect.tracks.by_name import TRACKS
 from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 from foreshock.analysis.scores.outcome import IN_TIME, Score, score
 from foreshock.analysis.scores.overall import fault_weights
@@ -81,28 +82,25 @@ class Contest:
 
 def contest(
     experiment: Experiment,
-    track: str,
+    track: Track | str,
     *,
     rule: AlarmRule | None = None,
     alpha: float | None = None,
     entrants: Iterable[Entrant] = (),
     external: Mapping[str, Mapping[str, int | None]] | None = None,
     singles: bool = False,
-    maximum: bool = False,
     detection: Detection | None = None,
 ) -> Contest:
     """Every detector of an experiment on a track, with the controls and whoever else enters.
 
-    rule, alpha: the experiment's own by default; external: by name, alarms by run id; singles: every signal by
-    itself too; maximum: the largest of all calibration runs is the threshold, whatever alpha that is; detection: one
-    whose z-scores are there already. An entrant without signals watches those of the first baseline. Raises ValueError
-    where calibration runs are too few for alpha, or a baseline cannot be judged (on the self track: none can).
+    track: one, or the name of one of the project's; rule, alpha: the experiment's own by default; external: by name,
+    alarms by run id; singles: every signal by itself too; detection: of this experiment and track, whose z-scores are
+    there already. An entrant without signals watches those of the first baseline. Raises ValueError where calibration
+    runs are too few for alpha, or a baseline cannot be judged (on the self track: none can).
     """
     rule = make_rule(**experiment.index["rule"]) if rule is None else rule
     alpha = experiment.alpha if alpha is None else alpha
-    alpha = 1 / (len(experiment.of("calibration")) + 1) if maximum else alpha
-    check_named([track], TRACKS, "track")
-    detection, baselines = detection or Detection(experiment, TRACKS[track]), experiment.baselines
+    detection, baselines = detection or Detection(experiment, _track(track)), experiment.baselines
     chosen = experiment.named_detectors | (experiment.single_signals if singles else {})
     detectors = {name: detection.detect(name, signals, rule, alpha) for name, signals in chosen.items()}
     first = {name: experiment.signals[signals[0]] for name, signals in chosen.items()}
@@ -128,6 +126,14 @@ def contest(
     if detection.track.lacks_baselines(len(declined), len(baselines)):
         raise ValueError(f"the baseline {declined[0]!r} cannot be judged: {detectors[declined[0]].declined}")
     return held
+
+
+def _track(track: Track | str) -> Track:
+    """A track, or the project's one of a name. Raises ValueError where there is none."""
+    if isinstance(track, Track):
+        return track
+    check_named([track], TRACKS, "track")
+    return TRACKS[track]
 
 
 def _scorable(contest: Contest, detector: Detector, run: ScoredRun) -> bool:

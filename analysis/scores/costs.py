@@ -17,7 +17,8 @@ class MonitorCost:
     """What one monitor costs with its default settings.
 
     share_of_step: what it computes and its copies of weights, a step; every_steps: it reads at the multiples of any of
-    these; taps: by place that it taps, what that adds to a step at which it reads, as a share of the step.
+    these, counted without jitter, which moves the readings of all cadences together; taps: by place that it taps, what
+    that adds to a step at which it reads, as a share of the step.
     """
 
     name: str

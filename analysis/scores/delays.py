@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +11,7 @@ from foreshock.analysis.runs.experiment import HEALTHY, Experiment
 from foreshock.analysis.scores.contest import Contest
 from foreshock.analysis.scores.inference import CHANCE, chance_of_alarms
 from foreshock.analysis.scores.table import median_step, own_scores
+from foreshock.faults.card import InjectionCard
 
 SOON, LATER = 10, 100
 """Optimizer steps from onset within which the table counts alarms."""
@@ -20,7 +19,7 @@ SOON, LATER = 10, 100
 
 @dataclass(frozen=True)
 class Size:
-    """What a fault does and where, out of a run's manifest; ``bits`` is what a figure sweeps, the rest is ``where``.
+    """What a fault does and where, out of its injection card; ``bits`` is what a figure sweeps, the rest is ``where``.
 
     phase: of attention's pass, empty elsewhere; share: of the elements hit; layers, heads: ``all`` or their numbers;
     onset: its first faulty update.
@@ -46,24 +45,22 @@ class Size:
         return ", ".join(said)
 
 
-def size(fault: Mapping[str, Any]) -> Size | None:
+def size(card: InjectionCard) -> Size | None:
     """The size of a bit operation on one kernel; None for every other fault, for several at once and for 0 bits."""
-    if not fault.get("bits"):
+    if len(card.injections) != 1 or card.control or "bits" not in card.injections[0].size:
         return None
-    sites = "+".join(fault["sites"]) if "sites" in fault else f"{'+'.join(fault['modules'])} {fault['site']}"
+    (injection,) = card.injections
+    where, bits, share = injection.where, injection.size["bits"], injection.size["share"]
+    sites = f"{'+'.join(where['modules'])} {where['tensor']}" if "modules" in where else "+".join(where["tensors"])
     layers, heads = (
-        "all" if fault.get(key) is None else "+".join(str(i) for i in fault[key]) for key in ("layers", "heads")
+        "all" if where.get(key) is None else "+".join(str(i) for i in where[key]) for key in ("layers", "heads")
     )
-    phase = fault.get("phase", "")
-    return Size(sites, phase, fault["rounding"], fault["bits"], fault.get("share", 1.0), layers, heads, fault["onset"])
+    return Size(sites, where.get("phase", ""), injection.what, bits, share, layers, heads, injection.window.onset)
 
 
 def sizes(experiment: Experiment) -> dict[str, Size]:
     """By name, the faults that are bit operations on one kernel."""
-    known = {
-        fault: size(experiment.of("faulty", fault=fault)[0].trace.manifest["config"]["fault"])
-        for fault in experiment.faults
-    }
+    known = {fault: size(experiment.of("faulty", fault=fault)[0].trace.card) for fault in experiment.faults}
     return {fault: of_fault for fault, of_fault in known.items() if of_fault is not None}
 
 

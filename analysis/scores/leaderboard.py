@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from foreshock.analysis.detect.detection import Detector
-from foreshock.analysis.detect.tracks import Charted
+from foreshock.analysis.detect.tracks.base import Charted
 from foreshock.analysis.scores.contest import ALL_FAULTS, Contest
 from foreshock.analysis.scores.costs import MonitorCost, detector_cost
 from foreshock.analysis.scores.inference import (

@@ -33,9 +33,7 @@ def charts(detection: Detection, primary: Contest, own_rule: AlarmRule) -> pd.Da
         if rule == own_rule:
             held = primary
         else:
-            held = contest(
-                detection.experiment, detection.track.name, rule=rule, alpha=primary.alpha, detection=detection
-            )
+            held = contest(detection.experiment, detection.track, rule=rule, alpha=primary.alpha, detection=detection)
         own = {n: held.detectors[n] for n in detection.experiment.named_detectors if not held.detectors[n].declined}
         calibration = {n: len(d.maxima) for n, d in own.items()}
         parts.append(_chart_rows(held.with_alarms({n: d.alarms for n, d in own.items()}), name, calibration))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def receipt(contest: Contest, run: ScoredRun) -> dict[str, Any]:
         },
         "fault": {
             "name": run.fault or "healthy",
-            "design": manifest["config"].get("fault"),
+            "family": run.trace.card.family,
+            "injections": [asdict(injection) for injection in run.trace.card.injections],
+            "injected": manifest.get("injected", []),
             "onset": run.onset,
         },
         "label": {
@@ -124,7 +127,7 @@ def as_markdown(content: dict[str, Any], axis: str) -> str:
         f"{run['end_reason']} after {run['steps_done']:,} steps; sources {run['source_sha256'][:12]}.",
         "",
         f"**Fault:** {_text(fault['name'])}, onset {never if fault['onset'] is None else fault['onset']}: "
-        f"`{json.dumps(fault['design'])}`",
+        f"`{json.dumps(fault['injections'])}`",
         "",
         f"**Divergence:** {never if label['divergence'] is None else format(label['divergence'], ',')} ({axis}); "
         f"{label['signal']}, {label['drawup_threshold_nats']:.3f} nats above its minimum"

@@ -6,7 +6,7 @@ import pandas as pd
 
 from foreshock.analysis.detect.alarms import conformal_threshold
 from foreshock.analysis.runs.experiment import LABEL_SIGNAL, Experiment
-from foreshock.analysis.runs.labels import OTHER_LABELS, sensitivity_labels
+from foreshock.analysis.runs.labels import OTHER_LABELS, DrawupLabel, sensitivity_labels
 from foreshock.analysis.scores.contest import Contest, mean_leads, mean_shares, run_scores
 from foreshock.analysis.scores.inference import rank_agreement
 from foreshock.analysis.scores.leaderboard import RANKED
@@ -52,7 +52,7 @@ def other_labels(experiment: Experiment) -> dict[str, dict[str, int | None]]:
             (training.steps, training.values.ravel()),
             healthy_held_out=[run.signals[LABEL_SIGNAL].values.ravel() for run in reference],
             healthy_training=[run.signals["train_loss_raw"].values.ravel() for run in reference],
-            settings=experiment.index["label"],
+            label=DrawupLabel(**experiment.index["label"]),
             stopped=run.trace.end_reason == "diverged",
         )
     return labels

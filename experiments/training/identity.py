@@ -7,19 +7,20 @@ imports from beside it. Monitors, the watch and analysis are not in it: they cha
 monitor, a new fault or a docstring renames no run.
 
 An observation is what one monitor reads of one trajectory. Its identity covers the monitor's configuration, its module
-and the mathematics that the module imports, and the trajectory.
+and the mathematics that the module imports, the jitter of the steps at which it reads, if any, and the trajectory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from foreshock.experiments.training.source_code import ROOT, closure_of, digest_of, path_of
+from foreshock.monitors.cadence import JITTER_STEPS, Cadence
 
 ENGINE = ("engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
 SINGLE, STACKED = ("single_engine",), ("stacked_engine", "stacked_optimizer")
@@ -30,6 +31,7 @@ TRITON = ("flash*", "tiles")
 
 CONTRACT = (
     "monitors.base",
+    "monitors.cadence",
     "monitors.choices",
     "monitors.law",
     "monitors.needs",
@@ -120,9 +122,11 @@ def identifier(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def observation_id(trajectory: str, node: Config) -> str:
-    """Of a monitor, from its configuration node."""
-    return identifier([trajectory, dict(node), monitor_digest(node["_target_"].rpartition(".")[0])])
+def observation_id(trajectory: str, node: Config, cadences: Iterable[Cadence]) -> str:
+    """Of a monitor, from its configuration node and its signals' cadences: jittered readings are of that jitter."""
+    parts = [trajectory, dict(node), monitor_digest(node["_target_"].rpartition(".")[0])]
+    jitter = [JITTER_STEPS] if any(cadence.moves for cadence in cadences) else []
+    return identifier([*parts, *jitter])
 
 
 @cache

@@ -49,7 +49,8 @@ from foreshock.experiments.training.stacked_watch import StackedWatch
 from foreshock.experiments.training.stopping import Stopped, asked, held
 from foreshock.faults.base import Fault, Sites
 from foreshock.monitors.base import Reading
-from foreshock.monitors.watch import Watch, is_due
+from foreshock.monitors.cadence import is_due
+from foreshock.monitors.watch import Watch
 
 Progress = Callable[[int, Tensor, Mapping[str, Reading], Mapping[Path, int]], None]
 """Called after every update with the step, the loss, this step's readings, and the place in the stack of every run that
@@ -180,7 +181,6 @@ class _Together:
         states = [state for state in (writer.resume() for writer in self.writers) if state is not None]
         if not states:  # which all have, or none
             self.first = 0
-            self.watch.record(0)
             self.finite = torch.ones(len(members), dtype=torch.bool, device=device)
             self.best_held_out = self.label(0, [self.healthy] * len(members))
         else:
@@ -190,6 +190,7 @@ class _Together:
             self.finite, self.best_held_out = (
                 torch.stack([state[key] for state in states]) for key in ("finite", "best_held_out")
             )
+        self.watch.record(self.first)  # again, for monitors that now look back to other steps than at the checkpoint
 
     def train(self, until: float | None, progress: Progress | None) -> None:
         """To the end, or to ``until``, on the monotonic clock, or until others ask for an end."""
@@ -203,7 +204,7 @@ class _Together:
             if now < steps and (over or asked()):
                 self.save(now, "interrupted")
                 return
-            if now < steps and is_due(now, [self.config.checkpoint_every_steps]):
+            if now < steps and is_due(now, self.config.checkpoint_every_steps):
                 self.save(now, "running")
         for row in self.recording:  # a loss may have broken after the last evaluation
             self.write(row, now, "completed" if bool(self.finite[row]) else "non_finite")
@@ -220,10 +221,10 @@ class _Together:
         self.finite = self.finite & torch.isfinite(loss)
         if progress is not None:
             progress(now, loss, readings, {self.folders[row]: row for row in self.recording})
-        if is_due(now, [CHECKSUM_EVERY_STEPS]):
+        if is_due(now, CHECKSUM_EVERY_STEPS):
             for row in self.recording:
                 self.writers[row].checksum(now)
-        if is_due(now, [self.config.held_out_every_steps]):
+        if is_due(now, self.config.held_out_every_steps):
             held_out = self.label(now, sites)
             self.best_held_out = torch.minimum(self.best_held_out, held_out)
             ends = early_ends(self.limits, self.finite, held_out, self.best_held_out)

@@ -16,6 +16,7 @@ from foreshock.experiments.build import ROOT, Run
 from foreshock.experiments.training.identity import trajectory_sources
 from foreshock.experiments.training.run_writer import HELD_OUT
 from foreshock.experiments.training.source_code import digest_of
+from foreshock.monitors.base import described_signals
 
 
 def _git(*arguments: str) -> str | None:
@@ -54,7 +55,7 @@ def new_manifest(run: Run) -> dict[str, Any]:
     """Provenance of a run: identity, versions, machine, and what each signal means."""
     dirty = _git("status", "--porcelain", "--untracked-files=no")
     onset = run.fault.onset
-    signals = [*(signal for monitor in run.monitors.values() for signal in monitor.signals), HELD_OUT]
+    signals = [*(signal for monitor in run.monitors.values() for signal in described_signals(monitor)), HELD_OUT]
     return {
         "schema": trace.SCHEMA_VERSION,
         "run_id": run.run_id,

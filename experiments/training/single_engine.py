@@ -70,7 +70,7 @@ class SingleEngine:
         )
 
     def _moment(self, step: int) -> Moment:
-        return Moment(self._seed, step, self.model.config.vocab_size)
+        return Moment(self._seed, step, self.model.config.vocab_size)  # type: ignore[arg-type]  # a built model has one
 
     def micro_batches(self, step: int, site: Sites, log: InjectionLog | None = None) -> tuple[Tensor, ...]:
         """The batch of a step, on the device, in the pieces that go through the model one after the other."""
@@ -88,7 +88,8 @@ class SingleEngine:
         """The gradients of a batch, and nothing left of those before."""
         self.optimizer.zero_grad(set_to_none=True)
         if log is not None:
-            site = replace(site, numerics=logged(site.numerics, (log,), self.model.config.backend))
+            # the model reads no more of them than ``layer``, which they all have
+            site = replace(site, numerics=logged(site.numerics, (log,), self.model.config.backend))  # type: ignore[arg-type]
         with Corrupted(self.model, site.modules, log):
             return backward(self.model, parts, site, places, self.unwatched)
 

@@ -80,19 +80,21 @@ class StackedEngine:
             grad_norm=grad_norms_N,
             anatomy=self.anatomy,
             taps=taps,
-            numerics=numerics,
+            numerics=numerics,  # type: ignore[arg-type]  # of the slices, which ``slice_view`` parts
             objective_at=partial(objective_at, self.model, tokens_NBT1, 1.0),
             batch=tokens_NBT1,
         )
 
     def _moment(self, run: int, step: int) -> Moment:
-        return Moment(self._seeds[run], step, self.model.config.vocab_size)
+        # a model that is built has a vocabulary
+        return Moment(self._seeds[run], step, self.model.config.vocab_size)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def held_out_loss(self, sites: Sequence[Sites]) -> Tensor:
         numerics = _numerics(sites)
         losses = [
-            self.model.loss(chunk.expand(len(sites), -1, -1), numerics) * len(chunk)
+            # ``loss`` hands them on to the stack's own ``forward``
+            self.model.loss(chunk.expand(len(sites), -1, -1), numerics) * len(chunk)  # type: ignore[arg-type]
             for chunk in self._held_out.split(self._config.batch_size)
         ]
         return torch.stack(losses).sum(0) / len(self._held_out)

@@ -6,7 +6,8 @@ import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -17,6 +18,7 @@ from foreshock.experiments.training.stacked_history import SliceHistory, load_hi
 from foreshock.experiments.training.stacked_optimizer import StackedAdamW
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.objective import objective_at
+from foreshock.models.stacked import StackedNumerics, StackedTransformer
 from foreshock.models.stacked_taps import GivenTaps, SliceTaps
 from foreshock.models.taps import Tap
 from foreshock.models.transformer import Transformer
@@ -33,7 +35,7 @@ class StackedWatch(Watch):
     """
 
     def __init__(self, anatomy: Anatomy, optimizer: StackedAdamW, monitors: Sequence[Mapping[str, Monitor]]) -> None:
-        super().__init__(anatomy, optimizer, monitors[0])
+        super().__init__(anatomy, optimizer, monitors[0])  # type: ignore[arg-type]  # see ``_Stack``
         self._of_runs = monitors
         self._histories = [SliceHistory(self.history, run) for run in range(len(monitors))]
         self._workers = copy.deepcopy({name: one for name, one in monitors[0].items() if one.needs.stackable})
@@ -58,7 +60,8 @@ class StackedWatch(Watch):
         return readings
 
     def _observe_slice(self, names: Iterable[str], stack: StepView, run: int) -> dict[str, Reading]:
-        slice_, readings = slice_view(stack, run, self._histories[run]), {}
+        slice_ = slice_view(stack, run, self._histories[run])
+        readings: dict[str, Reading] = {}
         for name in names:
             readings |= due_readings(self._of_runs[run][name], stack.step, self._of_runs[run][name].observe(slice_))
         return readings
@@ -75,9 +78,8 @@ class StackedWatch(Watch):
         return readings
 
     def state_of(self, run: int = 0) -> dict[str, Any]:
-        for name, memory in self._memory.items():
-            if memory is not None:
-                self._of_runs[run][name].load_state_dict(map_tensors(lambda value: value[run], memory))
+        watched_together = {name: self._of_runs[run][name] for name in self._memory}
+        load_memory(watched_together, map_tensors(itemgetter(run), self._memory))
         memory = {name: state_of(monitor) for name, monitor in self._of_runs[run].items()}
         return {"history": self._histories[run].state_dict(), "monitors": memory}
 
@@ -88,18 +90,32 @@ class StackedWatch(Watch):
         self._stack_memory()
 
 
+class _Stack(NamedTuple):
+    """What the view of a stack has in place of a run's."""
+
+    model: StackedTransformer
+    optimizer: StackedAdamW
+    numerics: StackedNumerics
+    batch: Tensor
+
+    @classmethod
+    def of(cls, view: StepView) -> _Stack:
+        return cls(view.model, view.optimizer, view.numerics, view.batch)  # type: ignore[arg-type]  # as in a run
+
+
 def slice_view(stack: StepView, run: int, history: SliceHistory) -> StepView:
     """What a monitor sees of one run, from the view of the stack, for those that watch run by run."""
-    model, batch = stack.model.slices[run], stack.batch[run]
+    of_all = _Stack.of(stack)
+    model, batch = of_all.model.slices[run], of_all.batch[run]
     return replace(
         stack,
         loss=stack.loss[run],
         grad_norm=stack.grad_norm[run],
         anatomy=replace(stack.anatomy, model=model),
         history=history,
-        taps=SliceTaps(stack.taps, stack.model, run),
-        optimizer=stack.optimizer.slices[run],
-        numerics=stack.numerics.slices[run],
+        taps=SliceTaps(stack.taps, of_all.model, run),
+        optimizer=of_all.optimizer.slices[run],
+        numerics=of_all.numerics.slices[run],
         batch=batch,
         objective_at=partial(objective_at, model, batch, 1.0),
     )
@@ -134,9 +150,7 @@ def _watch(workers: Mapping[str, Monitor], view: StepView, given: Given) -> Foun
     def of_one_run(*tensors: Tensor) -> list[Tensor]:
         nonlocal found
         seen, memory = with_tensors(given, tensors)
-        for name, state in memory.items():
-            if state is not None:
-                workers[name].load_state_dict(state)
+        load_memory(workers, memory)
         readings: dict[str, Reading] = {}
 
         def observe(model: Transformer) -> None:
@@ -145,33 +159,36 @@ def _watch(workers: Mapping[str, Monitor], view: StepView, given: Given) -> Foun
                 readings.update(due_readings(worker, view.step, worker.observe(one)))
 
         with _WithRules():
-            torch.func.functional_call(_Watched(view.model.slices[0]), seen.weights, (observe,))
+            torch.func.functional_call(_Watched(_Stack.of(view).model.slices[0]), seen.weights, (observe,))
         found = readings, {name: state_of(worker) for name, worker in workers.items()}
         return tensors_of(found)
 
     # "same": what a monitor draws from a generator of its own is so for every run
     stacked = torch.vmap(of_one_run, randomness="same")(*tensors_of(given))
-    return with_tensors(found, stacked)
+    readings_and_memory: Found = with_tensors(found, stacked)
+    return readings_and_memory
 
 
 def _by_numerics(workers: Mapping[str, Monitor], view: StepView, given: Given) -> Found:
     """The same with the numerics, which are no tensors: neighbours that have the same are watched together."""
     parts, first = [], 0
-    for numerics, size in view.numerics.neighbours:
-        rows = slice(first, first + size)
-        part = map_tensors(lambda value, rows=rows: value[rows], given)
+    for numerics, size in _Stack.of(view).numerics.neighbours:
+        part: Given = map_tensors(itemgetter(slice(first, first + size)), given)
         parts.append(_watch(workers, replace(view, numerics=numerics), part))
         first += size
-    return with_tensors(parts[0], [torch.cat(alike) for alike in zip(*map(tensors_of, parts), strict=True)])
+    together: Found = with_tensors(parts[0], [torch.cat(alike) for alike in zip(*map(tensors_of, parts), strict=True)])
+    return together
 
 
 class _WithRules(TorchFunctionMode):
     """What vmap has no rules for: lists of tensors are worked on one by one, other dtypes seen by ``_SeenAs``."""
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = getattr(function, "__name__", "")
         if name == "view" and isinstance(args[-1], torch.dtype):
-            return _SeenAs.apply(*args)
+            return _SeenAs.apply(*args)  # type: ignore[no-untyped-call]  # PyTorch's own has no types
         if not name.startswith("_foreach_"):
             return function(*args, **(kwargs or {}))
         operation, (tensors, *others) = getattr(Tensor, name.removeprefix("_foreach_")), args
@@ -187,11 +204,11 @@ class _SeenAs(torch.autograd.Function):
         return x.view(dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int | None]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int | None]:
         return x.view(dtype), in_dims[0]
 
 
@@ -217,8 +234,8 @@ class _Seen:
     loss: Tensor
     grad_norm: Tensor
     weights: dict[str, Tensor]
-    history: dict[int, Mapping[str, Tensor]]
-    taps: dict[str, Mapping[str, Tap]]
+    history: dict[int, dict[str, Tensor]]
+    taps: dict[str, Mapping[str, Tap[nn.Module]]]
     gradients: Sequence[Tensor]
     exp_avg: Sequence[Tensor]
     exp_avg_sq: Sequence[Tensor]
@@ -228,18 +245,19 @@ class _Seen:
     @classmethod
     def of(cls, view: StepView, monitors: Collection[Monitor]) -> _Seen:
         """Of a stack's view, what these monitors may ask for at this step."""
-        model, lookbacks = view.model, [lookback for monitor in monitors for lookback in monitor.needs.history]
-        past = {view.step - lookback.steps for lookback in lookbacks if view.step % lookback.every_steps == 0}
+        stack, lookbacks = _Stack.of(view), [lookback for monitor in monitors for lookback in monitor.needs.history]
+        past = {view.step - lookback.steps for lookback in lookbacks if lookback.cadence.is_due(view.step)}
         return cls(
             view.loss,
             view.grad_norm,
-            {f"model.{name}": tensor.detach() for name, tensor in model.stacked_tensors().items()},
-            {step: view.history.at(step) for step in past if step >= 0},
+            {f"model.{name}": tensor.detach() for name, tensor in stack.model.stacked_tensors().items()},
+            {step: dict(weights) for step in past if (weights := view.history.at(step)) is not None},
             {place: view.taps.at(place) for place in tapped(monitors)},
-            model.gradients,
-            *view.optimizer.moments.values(),
-            view.optimizer.steps,
-            view.optimizer.learning_rates,
+            stack.model.gradients,
+            stack.optimizer.moments["exp_avg"],
+            stack.optimizer.moments["exp_avg_sq"],
+            stack.optimizer.steps,
+            stack.optimizer.learning_rates,
         )
 
     def view_of(self, model: Transformer, stack: StepView) -> StepView:
@@ -253,14 +271,14 @@ class _Seen:
             anatomy=replace(stack.anatomy, model=model),
             history=history,
             taps=GivenTaps(model, self.taps),
-            optimizer=_Optimizer(self, model, stack),
+            optimizer=_Optimizer(self, model, _Stack.of(stack)),  # type: ignore[arg-type]  # what a monitor reads of one
         )
 
 
 class _Optimizer:
     """What a run's ``AdamW`` shows, made when it is asked for; learning rates are 0-dim tensors."""
 
-    def __init__(self, seen: _Seen, model: Transformer, stack: StepView) -> None:
+    def __init__(self, seen: _Seen, model: Transformer, stack: _Stack) -> None:
         self._seen, self._model, self._stack = seen, model, stack
 
     @cached_property

@@ -20,6 +20,7 @@ from foreshock.analysis.scores.contest import contest, run_scores
 from foreshock.analysis.scores.sensitivity import halves, label_sensitivity
 from foreshock.experiments import trace
 from tests.analysis.made_up_board import COUNTS, DETECTORS, FAULTS, LATE, SIGNALS, scored
+from tests.described import described
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,10 +171,13 @@ def test_too_few_calibration_runs_name_the_alpha_that_they_support(folder, tmp_p
         (["runs=nowhere", "out=x"], "nowhere holds neither experiment.json nor a finished run"),
         (["runs=x", "out=x", "detctor=a.py"], "detctor is not an option"),
         (["runs=x", "out=x", "alpha=often"], "alpha=often is not allowed"),
-        (["runs=x", "out=x", "tracks=floot"], "tracks=floot is not allowed: of reference, self, floor, published"),
+        (
+            ["runs=x", "out=x", "tracks=floot"],
+            "tracks='floot' is not allowed: one of reference, self, floor, published",
+        ),
         (["runs=x", "out=x", "tracks=reference,reference"], "tracks=reference,reference is not allowed"),
         (["runs=x", "out=x", "alpha=1.5"], "alpha=1.5 is not allowed: between 0 and 1"),
-        (["runs=x", "out=x", "rule=emwa"], "rule=emwa is not allowed: one of adwin, cusum, ewma"),
+        (["runs=x", "out=x", "rule=emwa"], "rule='emwa' is not allowed: one of adwin, cusum, ewma"),
         (["runs=x", "out=x", "runs=y"], "runs is given 2 times"),
     ],
 )
@@ -191,7 +195,7 @@ def test_a_wrong_command_line_ends_in_one_line(arguments, message, capsys):
         ("[]", "is damaged (is no JSON object): the command that made it writes it again"),
         ("null", "is damaged (is no JSON object)"),
         ("{", "is damaged (Expecting property name"),
-        ("{}", "experiment=None is not allowed: keys with values"),
+        ("{}", "experiment=null is not allowed: keys with values"),
     ],
 )
 def test_an_index_that_is_none_is_named(folder, tmp_path, content, message):
@@ -280,3 +284,41 @@ def test_a_run_that_ended_before_its_first_sample_is_scored_with_the_others(fold
     (folder / "experiment.json").write_text(json.dumps(index))
     table = scored(folder, tmp_path / "out", tracks=("reference",)).loc["reference"]
     assert table.loc[("ramp", "late"), "runs"] == table.loc[("ramp", "river kswin"), "runs"] == 12
+
+
+def bare(folder, **kept):
+    """A folder's runs without an index, so many of each role (all where none is given)."""
+    (folder / "experiment.json").unlink()
+    for role, count in kept.items():
+        for run in sorted(folder.glob(f"{role}*"))[count:]:
+            shutil.rmtree(run)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"calibration": 0}, r"no calibration run of dense d_model=8, healthy, with a seed from 1000 to 1999: .* 19"),
+        ({"reference": 0}, r"no reference run .* seed from 0 to 999: .* are 0 reference, 9 calibration, 6 test"),
+        ({"attention": 0, "ramp": 0, "batch8": 0}, r"no faulty run of dense d_model=8, with a fault: at least 1"),
+    ],
+)  # fmt: skip
+def test_bare_runs_that_lack_a_role_are_an_error_that_says_what_its_runs_are(folder, tmp_path, kept, message):
+    bare(folder, **kept)
+    with pytest.raises(trace.TraceError, match=message):
+        scored(folder, tmp_path / "out")
+
+
+def test_one_calibration_run_supports_half_and_the_board_says_so(made, tmp_path, capsys):
+    signals = {name: described(name) for name in ("train_loss_ema", "grad_global_norm")}
+    faults = {"attention": {"shows": {"grad_global_norm": 400}, "diverges": 700, "onset": 301}}
+    counts = {"reference": 4, "calibration": 1, "test": 2, "faulty": 3}
+    bare(folder := made(counts, signals, {"loss": ["train_loss_ema"]}, faults, baseline="loss"))
+    main([f"runs={folder}", f"out={tmp_path / 'out'}", "tracks=reference"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "At 50% false alarms per run. Calibration runs: 1, which support 50.0% and more; 5% needs 19." in said
+    assert not (tmp_path / "out" / "halves.csv").exists()  # which needs a run for each half
+    with pytest.raises(SystemExit):
+        main([f"runs={folder}", f"out={tmp_path / 'out'}", "tracks=reference", "alpha=0.1"])
+    assert (
+        "1 calibration runs cannot support alpha=0.1: the smallest is 0.5, and 0.1 needs 9" in capsys.readouterr().err
+    )

@@ -1,7 +1,6 @@
 """One new Python file and one YAML add a fault, a monitor or an experiment, from a folder outside the clone too.
 
-A detector is one Python file (``tests/analysis``). A track and a report kind are one file of ours and its name in
-``analysis/detect/tracks.py`` or ``analysis/reports/kinds/by_name.py``: neither can be added from outside.
+``test_additions_to_analysis`` adds a detector, a rule, a track and a kind of report.
 """
 
 import sys
@@ -110,3 +109,17 @@ def test_an_experiment_from_outside_is_composed_under_its_own_name(mine):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         settings = compose("reproduce", [f"hydra.searchpath=[file://{mine}]", "experiment=my_sites"])
     assert OmegaConf.select(settings, "experiment.name") == "my_sites"
+
+
+def test_a_mistake_beside_files_of_ones_own_is_the_one_that_is_named(mine):
+    given = ["--config-dir", str(mine), "fault=lr_flicker", PLUGINS]
+    with pytest.raises(ValueError, match=r"train\.stepz is not a key of the configuration"):
+        check_overrides("config", [*given, "train.stepz=5"])
+    with pytest.raises(ValueError, match=r"fault=lr_fliker is not an option of fault \(did you mean 'lr_flicker'"):
+        check_overrides("config", ["--config-dir", str(mine), "fault=lr_fliker", PLUGINS])
+
+
+def test_a_file_of_ones_own_needs_a_name_that_conf_has_not(mine):
+    (mine / "fault" / "none.yaml").write_text("_target_: my_fault.LRFlicker\nfactor: 2.0\n")
+    with pytest.raises(ValueError, match=r"fault/none\.yaml is not allowed: conf/fault/none\.yaml is there already"):
+        check_overrides("config", ["--config-dir", str(mine), "fault=none", PLUGINS])

@@ -23,25 +23,36 @@ from foreshock.experiments.training.loop import train
 from foreshock.models.transformer import Transformer
 
 CONF = ROOT / "conf"
-SHORT = [
-    "scale.attention_steps=60",
-    "scale.router_steps=60",
-    "scale.combined_steps=60",
-    "scale.ramp={steps: 60, onset: 10, ramp_steps: 40}",
-    "scale.router_ramp={onset: 10, ramp_steps: 40}",
-    "scale.batch_steps={half: 60, quarter: 60, eighth: 60}",
-    "scale.grid_steps={quarter: 60, eighth: 60}",
-    *(f"scale.{name}={{steps: 60, onset: 30}}" for name in ("early_warning", "smallest_fault")),
-    "scale.localise={steps: 60, onset: 20, every_steps: 5, rows: 0}",
-    "scale.natural_bf16={steps: 60}",
-    "scale.reference_set={steps: 60, ramp: {onset: 10, ramp_steps: 40}}",
-]
+SHORT = {
+    "attention_steps": "60",
+    "router_steps": "60",
+    "combined_steps": "60",
+    "ramp": "{steps: 60, onset: 10, ramp_steps: 40}",
+    "router_ramp": "{onset: 10, ramp_steps: 40}",
+    "batch_steps": "{half: 60, quarter: 60, eighth: 60}",
+    "grid_steps": "{quarter: 60, eighth: 60}",
+    "early_warning": "{steps: 60, onset: 30}",
+    "smallest_fault": "{steps: 60, onset: 30}",
+    "localise": "{steps: 60, onset: 20, every_steps: 5, rows: 0}",
+    "natural_bf16": "{steps: 60}",
+    "reference_set": "{steps: 60, ramp: {onset: 10, ramp_steps: 40}}",
+}
+"""By size of some experiment, which stands in its scale, a smaller one."""
 FILES = sorted((CONF / "experiment").glob("*.yaml"))
-OF_CASES = [path.stem for path in FILES if "cases" in OmegaConf.load(path)]
-EXPERIMENTS = [path.stem for path in FILES if path.stem not in OF_CASES]
+NODES = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in FILES}
+OF_CASES = [name for name, node in NODES.items() if "cases" in node.get("experiment", node)]
+EXPERIMENTS = [name for name in NODES if name not in OF_CASES]
+DERIVED = [
+    name
+    for name, node in NODES.items()
+    if any(isinstance(base, str) and base.split("@")[0] in NODES for base in node.get("defaults", ()))
+]
+"""Experiments that are others with some faults, seeds or sizes of their own: a report of the other is one of theirs."""
+WHOLE = [name for name in EXPERIMENTS if name not in DERIVED]
 SCALES = sorted(path.stem for path in (CONF / "scale").glob("*.yaml"))
 QUICK = ("paper_attention", "paper_router_lr")
-"""One experiment of a dense model and one of experts, which every suite composes and trains; the others are slow."""
+"""One experiment of a dense model, which every suite composes and trains, and one of experts, which it composes; the
+others are slow."""
 
 
 def slow_but(quick, names):
@@ -85,12 +96,16 @@ def test_every_cell_composes_and_builds(experiment, scale, text):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_name_that_a_claim_uses_exists(experiment):
+def test_every_name_that_an_experiment_uses_exists(experiment):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = OmegaConf.to_container(compose("reproduce", [f"experiment={experiment}"]), resolve=True)[
             "experiment"
         ]
-    faults = {*settings["faults"], "healthy"}
+    faults, detectors = {*settings["faults"], "healthy"}, set(settings["detectors"])
+    baseline = settings["baseline"]
+    assert {*([baseline] if isinstance(baseline, str) else baseline)} <= detectors
+    assert {*settings.get("groups", []), *settings.get("headline", [])} <= detectors
+    assert {settings.get("family", "training loss")} <= detectors
     for claim in settings.get("claims", []):
         assert ("alarms" in claim) + ("falls" in claim) + ("rises" in claim) == 1, claim
         assert claim.get("align", settings["align"][0]) in settings["align"]
@@ -108,7 +123,7 @@ def test_experiments_of_a_scale_share_their_healthy_runs(text):
     """At laptop scale router experiments have one set of healthy runs, dense ones another, paper_attention its own."""
     healthy: dict[str, set[str]] = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for name in EXPERIMENTS:
+        for name in WHOLE:
             given = [f"experiment={name}", "data=text", f"data.path={text}"]
             settings = OmegaConf.to_container(compose("reproduce", given), resolve=True)
             experiment = chosen_experiment(settings, given[1:])
@@ -119,6 +134,30 @@ def test_experiments_of_a_scale_share_their_healthy_runs(text):
     assert {model: len(ids) for model, ids in healthy.items()} == {"mha_nano": 2, "moe_nano": 1, "moe_untied": 1}
 
 
+def short(experiment):
+    """Overrides of the experiment's sizes."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        scale = compose("reproduce", [f"experiment={experiment}"]).scale
+    return [f"scale.{name}={size}" for name, size in SHORT.items() if name in scale]
+
+
+def test_two_detectors_of_an_experiment_have_two_names():
+    """Some display names stand in two files, with other signals each: an experiment takes one of them."""
+    name_of = {path.stem: list(OmegaConf.load(path)) for path in (CONF / "detector").glob("*.yaml")}
+    assert {len(names) for names in name_of.values()} == {1}
+    for experiment, node in NODES.items():
+        listed = [
+            name
+            for entry in node.get("defaults", ())
+            if isinstance(entry, dict)
+            for key, names in entry.items()
+            if key.startswith("/detector@")
+            for name in names
+        ]
+        displayed = [name_of[name][0] for name in listed]
+        assert len(set(displayed)) == len(displayed), experiment
+
+
 def train_healthy(members, out):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         runs = build_all(members)
@@ -126,15 +165,16 @@ def train_healthy(members, out):
         train(run, out)
 
 
-@pytest.mark.parametrize("experiment", slow_but(QUICK, EXPERIMENTS))
+@pytest.mark.parametrize("experiment", slow_but(QUICK[:1], WHOLE))
 def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, once, tmp_path, monkeypatch):
     """The real command with its launcher, on the tiny model: three faults, few seeds and 60 steps at most.
 
     It finds its healthy runs there, as it would those of another experiment: they are trained once a suite.
     """
     small = [
-        "data=text", f"data.path={text}", *tiny, "train.steps=60", *SHORT, "monitor.qk_increment.every_steps=10",
-        "monitor.delta_w.every_steps=10", "scale.seeds={reference: 4, calibration: 1, test: 1, faulty: 1}",
+        "data=text", f"data.path={text}", *tiny, "train.steps=60", *short(experiment),
+        "monitor.qk_increment.every_steps=10", "monitor.delta_w.every_steps=10",
+        "scale.seeds={reference: 4, calibration: 1, test: 1, faulty: 1}",
     ]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = OmegaConf.to_container(compose("reproduce", [f"experiment={experiment}", *small]), resolve=True)
@@ -149,8 +189,8 @@ def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, on
         alike = hashlib.sha256(repr(planned[0].overrides).encode()).hexdigest()[:12]
         healthy = once(f"healthy-{alike}", partial(train_healthy, [[*small, *cell.overrides] for cell in planned]))
         shutil.copytree(healthy, tmp_path / "runs", dirs_exist_ok=True)
-    found = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert len(found) == len(models) * 6
+    healthy_runs = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert len(healthy_runs) == len(models) * 6
 
     if experiment != "paper_attention":  # which has the launcher's processes; they take seconds to start
         arguments.append("at_once=1")
@@ -163,7 +203,7 @@ def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, on
         suffix = "" if axis == "steps" else f"-{axis}"
         assert {f"{table}{suffix}.csv" for table in ("leadtime", "runs", "ends")} <= written
     assert ("claims.csv" in written) == bool(settings.get("claims"))
-    trained = {path.name for path in (tmp_path / "runs").iterdir()} - found
+    trained = {path.name for path in (tmp_path / "runs").iterdir()} - healthy_runs
     assert len(trained) == len(models) * len(faults[:3])
 
 

@@ -66,6 +66,7 @@ def test_the_wheel_has_every_configuration_and_nothing_at_the_top_level(wheel):
     assert "foreshock/monitors/catalogue.csv" in names and "foreshock/py.typed" in names
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_installed_commands_train_the_runs_of_a_clone_beside_a_folder_named_models(wheel, text, tmp_path):
     site, mine = tmp_path / "site", tmp_path / "mine"

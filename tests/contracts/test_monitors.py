@@ -19,7 +19,7 @@ from foreshock.experiments.training.loop import train
 from foreshock.experiments.training.run_writer import HELD_OUT
 from foreshock.models.numerics import AttentionNumerics, SiteFault
 from foreshock.models.transformer import Transformer
-from foreshock.monitors.base import Masked, Monitor, Reading, Signal, StepView, tapped
+from foreshock.monitors.base import Masked, Monitor, Reading, Signal, StepView, described_signals, tapped
 from foreshock.monitors.needs import VIEW
 from foreshock.monitors.signal import EXACT, OVER_NOISE, RATIO
 from foreshock.monitors.watch import Watch
@@ -86,15 +86,15 @@ def test_every_monitor_is_in_the_list_of_the_configuration(make_run):
 
 
 def test_every_signal_is_alive_on_a_healthy_run(signals_of):
-    run, with_experts = signals_of(60, *MODEL)
-    _, dense = signals_of(60, *DENSE)
+    run, with_experts = signals_of(80, *MODEL)
+    _, dense = signals_of(80, *DENSE)
     for monitor in run.monitors.values():
-        for signal in monitor.signals:
+        for signal in described_signals(monitor):
             recorded = [signals[signal.name] for signals in (with_experts, dense) if signal.name in signals]
             assert recorded, signal.name
             for series in recorded:
                 assert series.values.shape[1:] == AXES[signal.axes], signal.name
-                assert (series.steps % signal.every_steps == 0).all(), signal.name
+                assert all(signal.cadence.is_due(step) for step in series.steps.tolist()), signal.name
                 check_alive(signal, series)
 
 
@@ -102,8 +102,8 @@ def test_every_signal_is_alive_on_a_healthy_run(signals_of):
 def test_every_signal_is_alive_under_bf16_autocast(signals_of):
     """Linear layers and logits store BF16 there: their laws are broken by more, and by as much as is predicted."""
     for model in (MODEL, DENSE):
-        _, fp32 = signals_of(60, *model)
-        run, bf16 = signals_of(60, *model, "train.precision=bf16", "train.micro_batch=4")
+        _, fp32 = signals_of(80, *model)
+        run, bf16 = signals_of(80, *model, "train.precision=bf16", "train.micro_batch=4")
         assert bf16.keys() == fp32.keys()
         for monitor in run.monitors.values():
             for signal in monitor.signals:
@@ -136,9 +136,9 @@ def test_every_signal_of_heads_is_alive_on_grouped_heads(signals_of):
 
 def test_readings_do_not_depend_on_what_comes_later(signals_of):
     _, longer = signals_of(60, *MODEL)
-    _, shorter = signals_of(30, *MODEL)
+    _, shorter = signals_of(40, *MODEL)
     for signal, series in shorter.items():
-        early = longer[signal].steps <= 30
+        early = longer[signal].steps <= 40
         assert np.array_equal(longer[signal].values[early], series.values), signal
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ BAD = (None, "", -1, 0, float("nan"), float("inf"), 1e300, "x", [], [1], 10**29,
 RUN_GROUPS = ("data", "fault", "model", "train")
 EXPERIMENTS = (
     "early_warning",
+    "early_warning_committed",
     "natural_bf16",
     "paper_attention",
     "paper_router_batch",
@@ -136,6 +137,7 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "experiment.cost_faults": (EMPTY, "no choice"),
     "experiment.headline": (EMPTY, "no sentence"),
     "experiment.monitors": (NONE, "all monitors"),
+    "experiment.only": (NONE, "all faults"),
     "experiment.groups": (EMPTY, "no lines"),
     "experiment.should_ignore.*": (EMPTY, "nothing to ignore"),
     "experiment.claims": (EMPTY, "no claims"),
@@ -148,6 +150,7 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "scale.dense": (TEXT, "a model: Hydra tells whether there is one"),
     "scale.moe": (TEXT, "a model: Hydra tells whether there is one"),
     "scale.untied": (TEXT, "a model: Hydra tells whether there is one"),
+    "scale.sizes": (TEXT, "a row of sizes: resolving tells whether there is one"),
     "scale.attention_monitors": (NONE, "all monitors"),
     "scale.attention_bits": (ZERO, "the healthy control"),
     "scale.*.onset": (ZERO, "the first update"),
@@ -172,13 +175,13 @@ def takes(option: str, path: str, value: object) -> bool:
         for pattern, (values, _) in TAKEN.items()
         if fnmatchcase(f"{option}/{path}", pattern if "/" in pattern else f"*/{pattern}")
     ]
-    return any(type(value) is type(one) and value == one for values in known for one in values)
+    return any(type(value) is type(known_value) and value == known_value for values in known for known_value in values)
 
 
-def walk(check, node: Mapping, part: str, option: str = "") -> None:
-    """Every leaf of a node below ``part`` against every value."""
+def walk(check, node: Mapping, part: str, option: str = "", keys: Collection[str] | None = None) -> None:
+    """Every leaf of a node below ``part``, of ``keys`` alone where they are given, against every value."""
     for path in leaves(node):
-        if path[0] != part:
+        if path[0] != part or (keys is not None and path[1] not in keys):
             continue
         name = ".".join(path)
         for value in BAD:
@@ -232,6 +235,18 @@ def test_a_leaf_of_a_scale_does(option):
     walk(check_scoring, composed("reproduce", f"scale={option}"), "scale")
 
 
+SIZED = ("early_warning", "healthy_zoo", "localise", "natural_bf16", "reference_set_dense", "smallest_fault")
+ROUTERS = ("paper_combined", "paper_router_grid", "paper_router_ramp", "paper_selectivity")
+
+
+@pytest.mark.parametrize("experiment", [*SIZED, *ROUTERS])
+def test_a_leaf_of_an_experiment_s_sizes_does(experiment):
+    node = composed("reproduce", f"experiment={experiment}")
+    sizes = set(node["scale"]) - set(composed("reproduce")["scale"])
+    assert sizes
+    walk(check_scoring, node, "scale", keys=sizes)
+
+
 @pytest.mark.parametrize("option", options("rule"))
 def test_a_leaf_of_a_rule_does(option):
     walk(check_scoring, composed("reproduce", f"rule={option}"), "rule", option)
@@ -244,5 +259,7 @@ def test_a_setting_of_a_command_does(part):
 
 def test_every_key_of_an_experiment_is_walked():
     walked = {key for name in EXPERIMENTS for key in composed("reproduce", f"experiment={name}")["experiment"]}
-    others = set(options("experiment")) - {*EXPERIMENTS, "healthy_zoo"}
-    assert {key for name in others for key in composed("reproduce", f"experiment={name}")["experiment"]} <= walked
+    walked |= {key for key in composed("reproduce", "experiment=healthy_zoo")["experiment"]}
+    nodes = [OmegaConf.to_container(OmegaConf.load(path)) for path in (Path(CONF) / "experiment").rglob("*.yaml")]
+    files = {key for node in nodes for key in node.get("experiment", node)}
+    assert files <= walked | {"defaults", "sizes_by_scale", "scale"}

@@ -78,7 +78,7 @@ def test_what_does_not_fit_the_kernel_is_refused_before_training(make_run, overr
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.triton
 def test_every_monitor_and_a_corrupted_module_are_those_of_the_reference(make_run, tmp_path):
     fault = ["fault=module_shift", "fault.modules=[blocks.0.attention.q]", "fault.site=y", "fault.bits=5"]
     kernel, reference = (

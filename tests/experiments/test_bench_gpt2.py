@@ -14,11 +14,12 @@ from foreshock.experiments.build import ROOT
 from foreshock.experiments.gpt2_sizes import Size
 from foreshock.experiments.gpt2_training import Training, flops_a_token
 from foreshock.experiments.gpu_record import Record
-from foreshock.experiments.monitor_costs import history_seconds, monitor_seconds, period, taps_seconds
+from foreshock.experiments.monitor_costs import cadences_of, history_seconds, monitor_seconds, taps_seconds
 from foreshock.experiments.plain_config import construct, monitors_of
 from foreshock.experiments.training.loop import train
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.base import Needs, Signal
+from foreshock.monitors.cadence import period
 from foreshock.monitors.watch import Watch
 
 PARTS = ("steps", "monitors", "profile")
@@ -35,6 +36,7 @@ def rehearsal(once):
     return json.loads((once("rehearsal", rehearse) / "cpu-gpt2-tiny.json").read_text())
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_every_piece_is_rehearsed(rehearsal):
     assert rehearsal["complete"] and not rehearsal["not_reached"]
@@ -42,6 +44,7 @@ def test_every_piece_is_rehearsed(rehearsal):
     assert sorted(names) == sorted(name for _, name, _ in gpt2_pieces.pieces(Size.tiny("cpu")))
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_every_contestant_has_its_rate_and_its_ratio(rehearsal):
     for found in rehearsal["steps"].values():
@@ -52,6 +55,7 @@ def test_every_contestant_has_its_rate_and_its_ratio(rehearsal):
             assert 0 < one["share_of_hopper_peak"] < one["model_tflops"]
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_every_monitor_is_costed_and_the_shares_add_up(rehearsal):
     for found in rehearsal["monitors"].values():
@@ -60,6 +64,7 @@ def test_every_monitor_is_costed_and_the_shares_add_up(rehearsal):
         assert all(ms > 0 for ms in found["reading_ms"].values())
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_a_step_has_its_parts_and_its_kernels(rehearsal):
     parts = rehearsal["profile"]["parts of a step"]
@@ -75,6 +80,7 @@ def test_a_step_has_its_parts_and_its_kernels(rehearsal):
         assert 0 < sum(one["ms"] for one in found["dearest"].values()) <= 1.001 * found["total_ms"]
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_eigenproblems_are_timed_where_they_can_be_solved(rehearsal):
     found = rehearsal["profile"]["eigenproblems"]
@@ -131,10 +137,10 @@ def test_a_mixed_cadence_is_averaged_over_its_steps(monkeypatch):
     """Nine steps in ten are cheap ones."""
     monkeypatch.setattr(monitor_costs, "reading_seconds", lambda m, view, d: 5.0 if view.step % 10 == 0 else 1.0)
     training = Size.tiny("cpu").training(4, False)
-    view = monitor_costs.watched_step(training, Watch(training.engine.anatomy, training.engine.optimizer, {}), 1500)
+    view = monitor_costs.watched_step(training, Watch(training.engine.anatomy, training.engine.optimizer, {}), 600)
     found = monitor_seconds(Counted(), view, torch.device("cpu"))
     assert found == {"reading_s": 5.0, "mean_s": pytest.approx((5.0 + 9 * 1.0) / 10)}
-    assert period({"counted": Counted()}) == 10
+    assert period(cadences_of({"counted": Counted()})) == 600  # at which all are due, jittered or not
 
 
 def test_a_monitor_that_raises_is_named_and_the_others_are_costed():

@@ -101,3 +101,10 @@ def test_settings_that_an_experiment_would_not_use_are_errors(given, message):
         settings = OmegaConf.to_container(compose("reproduce", overrides=given), resolve=True)
     with pytest.raises(ValueError, match=message):
         chosen_experiment(settings, given)
+
+
+@pytest.mark.parametrize("line", ["+modle.d_model=32", "++a.b=1", "+monitors=[loss]"])
+def test_a_key_beside_those_of_the_configuration_is_refused(line):
+    with pytest.raises(ValueError, match=r"has no effect: (modle|a|monitors) is not a key of the configuration"):
+        check_overrides("config", [line])
+    check_overrides("config", ["++model.d_model=32", "++hydra.verbose=false"])

@@ -29,8 +29,6 @@ from foreshock.models.bits import truncate
 from foreshock.models.numerics import FORWARD_SITES, HEALTHY_LAYER, KEY_VALUE_SITES, SITES
 from tests.models.attention_in_triton import ADDING_TILES, DEVICE, ONE_TILE, SMALL_TILES
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
 GROUPED = Shape(18, 9, 12, 20, 16)
 
 
@@ -62,6 +60,7 @@ def wrong_kernel(monkeypatch):
     return install
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 def test_a_right_kernel_passes_every_check():
     assert check_healthy(Shape(2, 1, 9, 37, 24), DEVICE, SMALL_TILES)["ok"]
@@ -72,6 +71,7 @@ def test_a_right_kernel_passes_every_check():
     assert check_compiled(Shape(1, 1, None, 5, 16), DEVICE, ONE_TILE, faulty(7), backend="aot_eager")["ok"]
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 def test_a_wrong_kernel_fails_them(wrong_kernel):
     wrong_kernel(window=8)
@@ -115,6 +115,7 @@ def test_times_become_ratios_to_the_healthy_kernel():
     assert found["healthy"]["tflops"] == pytest.approx(4 * 1024**2 * 64 / 2 * 256 / 2e-3 / 1e12)
 
 
+@pytest.mark.triton
 def test_sites_compiled_in_are_off_at_zero_bits_and_on_at_seven():
     made = contestants(Case(1024, 16), DEVICE)
     x = [torch.randn(1, 1, 9, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16) for _ in "qkv"]

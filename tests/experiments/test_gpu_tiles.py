@@ -16,7 +16,7 @@ def test_the_pinned_tile_is_among_the_candidates(question):
     assert len(set(question.candidates)) == len(question.candidates)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.triton
 def test_the_fastest_comes_first_and_what_cannot_run_is_named(monkeypatch):
     slow, fast, wrong = Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(64, 32, 4, 1)
     attend = gpu_tiles.triton_attention

@@ -16,6 +16,7 @@ from foreshock.experiments.progress import (
     said_time,
 )
 from foreshock.monitors.base import Masked, Signal
+from foreshock.monitors.cadence import Cadence
 
 UP, DOWN = Signal("up", "1", "up"), Signal("down", "nats", "down", ("layer", "head"))
 
@@ -105,7 +106,7 @@ def test_alarms_take_a_small_share_of_the_time(tmp_path, monkeypatch):
 
 def test_the_bench_knows_which_monitors_share_a_step():
     both, one, none = frozenset("ab"), frozenset("a"), frozenset()
-    assert due_together({"a": 2, "b": 3}) == [both, none, one, frozenset("b"), one, none]
+    assert due_together({"a": Cadence(2), "b": Cadence(3)}) == [both, none, one, frozenset("b"), one, none]
 
 
 def test_a_stack_says_where_each_of_its_runs_stands_while_it_records(tmp_path, monkeypatch):

@@ -65,6 +65,7 @@ def test_jobs_that_leave_off_do_not_end_the_others(arguments, monkeypatch, capsy
     ]
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_joblib_s_processes_name_their_bad_jobs_too(arguments, tmp_path):
     command = [sys.executable, "-m", "experiments.train", *arguments, "hydra/launcher=joblib", "fault.bits=9,5"]

@@ -5,6 +5,7 @@ import importlib.util
 import re
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from foreshock.experiments.build import ROOT, construct
 from foreshock.experiments.training.loop import train
 from foreshock.faults.base import Fault, LearningRateScale, Sites
 from foreshock.monitors.base import Monitor, StepView, due_readings
+from foreshock.monitors.cadence import Cadence
+from tests.contracts.commands import planned_by
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -63,10 +66,11 @@ def test_the_example_fault_is_a_fault(example):
 
 
 def losses(*values: float) -> list[StepView]:
-    """Views that differ in step and loss alone."""
+    """Views of the first readings, which differ in step and loss alone."""
+    due = (step for step in count(1) if Cadence(10, jittered=True).is_due(step))
     return [
-        StepView(step=10 * i, tokens=0, loss=torch.tensor(value), grad_norm=torch.ones(()), anatomy=None)
-        for i, value in enumerate(values, start=1)
+        StepView(step=step, tokens=0, loss=torch.tensor(value), grad_norm=torch.ones(()), anatomy=None)
+        for step, value in zip(due, values, strict=False)
     ]
 
 
@@ -96,7 +100,7 @@ def test_the_example_monitor_watches_a_run(trend, make_run, tmp_path):
     run = replace(run, config=run.config | {"monitor": nodes}, monitors={**run.monitors, "loss_trend": trend()})
     train(run, tmp_path)
     series = trace.read(tmp_path / run.run_id).signals["loss_trend"]
-    assert series.steps.tolist() == [20, 30, 40] and np.isfinite(series.values).all()
+    assert series.steps.tolist() == [26, 37] and np.isfinite(series.values).all()
 
 
 def test_the_example_monitor_s_places_are_where_the_readme_says(trend):
@@ -106,7 +110,17 @@ def test_the_example_monitor_s_places_are_where_the_readme_says(trend):
     assert len(row) == len(header) and row[0] == trend().signals[0].name
     assert (row[3], row[4]) == (trend().signals[0].unit, trend().signals[0].bad)
     assert yaml.safe_load(re.search(r"`(loss trend: .*?)`", README).group(1)) == {"loss trend": ["loss_trend"]}
-    assert "attention_monitors" in (ROOT / "conf" / "scale" / "laptop.yaml").read_text()
+    assert "  laptop: {steps: 1500, monitors: [" in (ROOT / "conf" / "experiment" / "paper_attention.yaml").read_text()
+
+
+def test_the_example_experiment_plans_its_runs(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "late_bits.yaml").write_text(yaml_block(2))
+    for scale, steps, onset in (("laptop", 600, 300), ("published", 3000, 500)):
+        given = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=late_bits", f"scale={scale}"]
+        experiment, planned = planned_by(given)
+        assert f"train.steps={steps}" in planned[0].overrides and f"fault.onset={onset}" in planned[0].overrides
+        assert {*experiment["baseline"]} < {*experiment["detectors"]}
 
 
 def test_the_example_detector_is_a_detector(tmp_path):

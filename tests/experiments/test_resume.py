@@ -97,6 +97,7 @@ def test_a_part_written_after_the_last_checkpoint_is_cut_back(make_run, tmp_path
     assert_same_result(folder, whole)
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_a_sigkill_loses_nothing_that_a_resume_does_not_bring_back(tiny, text, tmp_path):
     command = [

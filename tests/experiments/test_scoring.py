@@ -1,6 +1,7 @@
 """What an experiment's scoring asks for is judged before a step is trained."""
 
 import copy
+import dataclasses
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -9,7 +10,7 @@ from omegaconf import OmegaConf
 from foreshock.experiments.cli import CONF
 from foreshock.experiments.plan import PlannedRun
 from foreshock.experiments.reproduce import chosen_experiment
-from foreshock.experiments.scoring import check_runs, check_settings
+from foreshock.experiments.scoring import check_runs, check_settings, unwatched
 
 
 def settings_of(*given):
@@ -24,7 +25,7 @@ def settings_of(*given):
         (["scale.seeds=3"], r"scale\.seeds=3 is not allowed: keys with values"),
         (["scale.seeds.reference=3"], r"scale\.seeds\.reference=3 is not allowed: scoring needs at least 4"),
         (["scale.alpha=0.05"], r"scale\.seeds\.calibration=9 is not allowed: .* the smallest is 0\.1"),
-        (["experiment.faults=null"], r"experiment\.faults=None is not allowed: keys with values"),
+        (["experiment.faults=null"], r"experiment\.faults=null is not allowed: keys with values"),
         (["+experiment.faults.mine.nope=1"], r"experiment\.faults\.mine\.nope is not a key"),
         (["+experiment.faults.mine.label=x"], r"experiment\.faults\.mine\.overrides is missing"),
         (["experiment.draw=grid"], r"experiment\.healthy_cell is missing: experiment\.draw=grid needs it"),
@@ -38,7 +39,7 @@ def settings_of(*given):
         (["+experiment.faults.healthy.overrides=['fault=none']"], r"experiment\.faults\.healthy is not allowed"),
         (["experiment=early_warning", "align=tokens"], r"align=tokens is not allowed with"),
         (["experiment.baseline=[]"], r"experiment\.baseline=\[\] is not allowed: a name or a list of names"),
-        (["experiment.baseline=null"], r"experiment\.baseline=None is not allowed: a name or a list of names"),
+        (["experiment.baseline=null"], r"experiment\.baseline=null is not allowed: a name or a list of names"),
         (["experiment.baseline=[5]"], r"experiment\.baseline=\[5\] is not allowed: a name or a list of names"),
         (["experiment.baseline=[training loss,training loss]"], r"experiment\.baseline=.*: training loss stands there"),
         (["experiment.align=[steps,steps]"], r"experiment\.align=.* is not allowed: steps stands there twice"),
@@ -88,6 +89,24 @@ def test_a_signal_that_only_another_model_has_stays_usable(dense):
     settings, experiment, planned, runs = dense
     experiment["detectors"]["router"] = ["routing_entropy"]
     check_runs(settings, experiment, planned, runs)
+
+
+def test_a_detector_of_a_monitor_that_is_left_out_is_not_scored(dense):
+    settings, experiment, planned, runs = dense
+    runs = [dataclasses.replace(run, monitors={"loss": run.monitors["loss"]}, left_out_monitors={}) for run in runs]
+    experiment |= {
+        "detectors": {"loss": ["train_loss_raw"], "norm": ["grad_global_norm"]},
+        "baseline": ["loss", "norm"],
+    }
+    check_runs(settings, experiment, planned, runs)
+    assert unwatched(experiment, runs) == ["norm"]
+    for change, message in (
+        ({"baseline": "norm"}, r"experiment\.baseline=norm: no configured monitor has their signals"),
+        ({"family": "norm"}, r"experiment\.family=norm: no configured monitor has its signals"),
+        ({"figure": {"it": {"signals": ["grad_global_norm"]}}}, r"experiment\.figure=it: no configured monitor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_runs(settings, experiment | change, planned, runs)
 
 
 @pytest.mark.parametrize(

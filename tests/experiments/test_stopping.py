@@ -40,6 +40,7 @@ def alive(pid: int) -> bool:
     return state != "" and not state.startswith("Z")
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_workers_end_with_their_parent_and_the_same_command_resumes_to_the_same_bits(tiny, text, tmp_path):
     """SIGTERM, then SIGKILL, of an experiment with two workers; the third time it is left alone."""
@@ -76,6 +77,7 @@ def test_workers_end_with_their_parent_and_the_same_command_resumes_to_the_same_
     assert_same_result(left_off[0], tmp_path / "whole" / left_off[0].name)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_is_asked_to_end_saves_first(tiny, text, tmp_path, number, code):
     """Between checkpoints, which are far apart here."""

@@ -8,6 +8,7 @@ import pytest
 
 from foreshock.experiments import trace
 from foreshock.experiments.trace import TraceError
+from foreshock.monitors.cadence import Cadence
 from foreshock.monitors.signal import Signal
 
 MANIFEST = {
@@ -151,6 +152,14 @@ def test_an_older_manifest_is_read_as_today_s(folder):
     assert read.described["nan_inf_events"].family == "observability"
 
 
+def test_an_older_manifest_s_readings_are_at_multiples_of_their_cadence(folder):
+    said = {key: value for key, value in asdict(Signal("mine", "1", "up", (), 10)).items() if key != "jittered"}
+    trace.write_manifest(folder, MANIFEST | {"schema": 3, "signals": {"mine": said}})
+    read = trace.read(folder)
+    assert read.manifest["schema"] == trace.SCHEMA_VERSION
+    assert read.described["mine"].cadence == Cadence(10) and read.described["mine"].cadence.is_due(10)
+
+
 def test_an_older_run_without_checksums_is_read_unchecked(folder):
     trace.write_manifest(folder, MANIFEST)
     trace.write_part(folder, 31, 31, columns([31]))
@@ -160,7 +169,7 @@ def test_an_older_run_without_checksums_is_read_unchecked(folder):
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ({"schema": 99}, "schema version 99, and this code reads 3 and 2: train the run again"),
+        ({"schema": 99}, "schema version 99, and this code reads 4, 3 and 2: train the run again"),
         ({"end_reason": "running"}, "unfinished"),
         ({"end_reason": "failed"}, "unfinished"),
     ],

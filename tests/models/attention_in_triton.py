@@ -19,10 +19,13 @@ from tests.models.attention_in_fp64 import NAMES, allowed, grid, shared
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where the kernels run: compiled on a GPU, in Triton's interpreter elsewhere."""
 
-in_the_interpreter = pytest.mark.skipif(
-    torch.cuda.is_available() or find_spec("triton") is None, reason="Triton kernels on CPU tensors"
+in_the_interpreter = (
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        torch.cuda.is_available() or find_spec("triton") is None, reason="Triton kernels on CPU tensors"
+    ),
 )
-"""Of tests whose models stay on the CPU: a GPU's Triton compiles instead, and not every system has Triton."""
+"""Marks of tests whose models stay on the CPU: a GPU's Triton compiles instead, and not every system has Triton."""
 
 ONE_TILE = Tiles(*[Tile(64, 64, 4, 1)] * 3)
 """For up to 64 tokens: a row's keys in one tile, as in the reference."""

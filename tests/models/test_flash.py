@@ -23,7 +23,7 @@ from tests.models.attention_in_triton import (
     run_triton,
 )
 
-pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
+pytestmark = [pytest.mark.numeric, pytest.mark.triton]
 
 SHAPES = [  # query heads, key-value heads, window, tokens, d_head
     (2, 2, None, 33, 16),

@@ -12,7 +12,7 @@ from foreshock.models.tiles import Tile, Tiles
 from tests.models.attention_in_fp64 import NAMES, distance, exact, inputs, run
 from tests.models.attention_in_triton import DEVICE, ONE_TILE, SMALL_TILES, output_in_tiles, run_triton
 
-pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
+pytestmark = [pytest.mark.numeric, pytest.mark.triton]
 
 ARITHMETICS = [
     Arithmetic("bf16"),
@@ -129,7 +129,14 @@ def test_the_fp32_o_is_that_of_fp32_sums_and_is_not_returned(tiles):
 
 
 @pytest.mark.parametrize("tiles", [ONE_TILE, pytest.param(SMALL_TILES, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("arithmetic", [Arithmetic(delta="p"), Arithmetic(stored_o="fp32"), Arithmetic("bf16")])
+@pytest.mark.parametrize(
+    "arithmetic",
+    [
+        Arithmetic(delta="p"),
+        pytest.param(Arithmetic(stored_o="fp32"), marks=pytest.mark.slow),
+        pytest.param(Arithmetic("bf16"), marks=pytest.mark.slow),
+    ],
+)
 def test_a_fault_meets_every_arithmetic_as_in_the_reference(arithmetic, tiles):
     """Each site in a group of heads of its own: one kernel shows them all."""
     sites = {"q": 6, "p": 7, "v": 6, "o": 7, "lse": 5, "do": 6, "dp": 7, "delta": 6}
@@ -160,7 +167,11 @@ def test_non_finite_values_are_counted_once_where_delta_reads_no_o(tiles):
     assert got.item() == expected.item() == 3
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS, ids=repr)
+@pytest.mark.parametrize(
+    "arithmetic",
+    [pytest.param(a, marks=() if i % 4 == 0 else pytest.mark.slow) for i, a in enumerate(ARITHMETICS)],
+    ids=repr,
+)
 def test_every_arithmetic_is_attention_but_for_its_rounding(arithmetic):
     x = inputs(B=1, H=4, G=2, T=150)
     tiles = Tiles(*[Tile(64, 64, 4, 1)] * 3)

@@ -12,6 +12,8 @@ from foreshock.models.flash_faults import OPERATION_NUMBERS, AttentionShape, rea
 from foreshock.models.flash_sites import _place
 from foreshock.models.numerics import CAUSAL_SITES, SITES
 
+pytestmark = pytest.mark.triton
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EVERY_NUMBER = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
 

@@ -21,7 +21,7 @@ from tests.models.attention_in_triton import (
     run_triton,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+pytestmark = pytest.mark.triton
 
 SMALL = {"B": 1, "H": 2, "G": 1, "T": 33}
 DIRECT = {("o", "forward"): "o", ("dq", "backward"): "dq", ("dk", "backward"): "dk", ("dv", "backward"): "dv"}
@@ -135,10 +135,13 @@ def test_a_forward_fault_on_p_meets_each_tile_as_it_is_stored(bits):
         assert 5 * right < distance(got, other)
 
 
+IN_TILES = [(*key, SMALL_TILES) for key in REACH if key != ("p", "forward")]
+IN_TILES += [(*key, ADDING_TILES) for key in REACH if key[1] == "backward"]
+
+
 @pytest.mark.parametrize(
     ("site", "phase", "tiles"),
-    [(*key, SMALL_TILES) for key in REACH if key != ("p", "forward")]
-    + [(*key, ADDING_TILES) for key in REACH if key[1] == "backward"],
+    [pytest.param(*case, marks=() if case[0] in ("o", "ds") else pytest.mark.slow) for case in IN_TILES],
 )
 def test_tiles_and_a_window_change_no_fault(site, phase, tiles):
     """On grouped heads, at 7 bits: as near to the reference as the roundings of the online softmax let it."""

@@ -48,7 +48,6 @@ def test_products_are_bf16_and_all_else_is_fp32(changes):
     assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 @pytest.mark.parametrize(
     "backend", [{}, pytest.param({"backend": "triton", "tiles": ONE_TILE}, marks=in_the_interpreter)]
 )

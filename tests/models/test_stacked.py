@@ -15,12 +15,12 @@ from tests.models.attention_in_triton import ONE_TILE, in_the_interpreter
 from tests.other_order import OtherBatchedOrder
 from tests.rounding_bounds import FP32, gamma, once_stored_in_bf16
 
-pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
+pytestmark = pytest.mark.numeric
 
 NANO = TransformerConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, context_length=8, vocab_size=19)
 SWIGLU = replace(NANO, norm="rmsnorm", positions="rope", mlp="swiglu", qk_norm=True, tie_embeddings=False)
 IN_TRITON = pytest.param(
-    replace(NANO, d_model=32, backend="triton", tiles=ONE_TILE), marks=[in_the_interpreter, pytest.mark.slow]
+    replace(NANO, d_model=32, backend="triton", tiles=ONE_TILE), marks=[*in_the_interpreter, pytest.mark.slow]
 )
 FAULTY = AttentionNumerics(tuple(SiteFault(site, "backward", "truncate", 6) for site in ("o", "do")))
 ONE_HEAD = AttentionNumerics((SiteFault("q", "both", "truncate", 7, layers=(1,), heads=(0,)),))

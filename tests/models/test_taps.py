@@ -104,6 +104,11 @@ def test_an_evaluation_is_not_a_step():
     with Taps(model, ["dot_product"]) as taps, torch.no_grad():
         model.loss(batch())
     assert all(tap.output is None for tap in taps.at("dot_product").values())
+    tap = taps.at("dot_product")["blocks.0.attention.dot_product"]
+    with pytest.raises(ValueError, match="reads the output of a tapped module, and the step has none"):
+        tap.out  # noqa: B018  (asking is what raises)
+    with pytest.raises(ValueError, match="reads the gradient at a tapped output, and the step has none"):
+        tap.dout  # noqa: B018
 
 
 def test_unknown_places_and_unasked_taps_are_named():

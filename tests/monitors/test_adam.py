@@ -29,6 +29,13 @@ def test_the_state_is_what_the_update_was_made_of(trained_steps):
         assert torch.equal(g, new.grad)
 
 
+def test_a_loop_that_has_cleared_its_gradients_is_told(trained_steps):
+    view = trained_steps().next()
+    view.optimizer.zero_grad()
+    with pytest.raises(ValueError, match=r"reads the gradient of tokens\.weight, and the step has none"):
+        AdamState.of(view)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.999, 0.9999])
 def test_the_debias_keeps_fp32_s_digits(beta):
     """Four roundings: of ln beta to FP32, of the step count's product with it, of expm1, and of the result."""

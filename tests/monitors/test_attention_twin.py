@@ -120,6 +120,7 @@ def triton(*tensors, window=None) -> DotProductStep:
     return returned_by(attend, *(x.bfloat16() for x in tensors), window)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("window", [None, 9])
 def test_it_rounds_as_triton_kernels_do_tile_by_tile(window):
     tensors = [x[:2] for x in drawn(48, 2, sharpness=3.0)]

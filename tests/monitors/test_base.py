@@ -48,8 +48,8 @@ def test_history_gives_each_lookback_the_weights_of_its_step(tiny_run, lookbacks
     run = tiny_run(Watcher(*lookbacks))
     for step in range(1, 45):
         view = run.advance(lambda name, weight, now=step: torch.full_like(weight, float(now)))
-        for lookback in lookbacks:
-            if step % lookback.every_steps:
+        for lookback in Needs(history=lookbacks).history:
+            if not lookback.cadence.is_due(step):
                 continue
             before = view.weights_before(lookback.steps)
             if step < lookback.steps:
@@ -67,8 +67,8 @@ def test_history_keeps_just_the_steps_that_a_later_reading_needs(tiny_run, lookb
         needed = {
             past
             for past in range(now + 1)
-            for lookback in lookbacks
-            if past + lookback.steps >= now and (past + lookback.steps) % lookback.every_steps == 0
+            for lookback in Needs(history=lookbacks).history
+            if past + lookback.steps >= now and lookback.cadence.is_due(past + lookback.steps)
         }
         assert set(run.history.state_dict()) == needed
         assert len(needed) <= sum(lookback.steps // lookback.every_steps + 1 for lookback in lookbacks)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from foreshock.models.moe import MoEConfig
@@ -189,3 +190,17 @@ def test_a_norm_s_prediction_holds_at_gpt2_s_width(trained_steps, norm):
     ratios = {name: float(reading.max()) for name, reading in readings.items() if name.endswith("over_noise")}
     assert len(ratios) == (6 if norm == "layernorm" else 3)
     assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2.0), (torch.float64, 2.0 * 2**-29)])
+def test_an_rmsnorm_without_a_chosen_epsilon_adds_that_of_its_precision(dtype, most):
+    """most: of FP32's noise. Without an epsilon the law breaks by 1,000 times that in FP32, as in FP64 with FP32's."""
+    config = TransformerConfig(**SHAPE, norm="rmsnorm", backend="sdpa")
+    model = Transformer(config).initialise(torch.Generator().manual_seed(1)).to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.eps = None
+    batch = torch.randint(40, (8, 33), generator=torch.Generator().manual_seed(0))
+    readings = NormLaws(every_steps=1, rows=0).observe(view_of_gradients(model, batch, PLACES))
+    ratios = {name: reading for name, reading in readings.items() if name.endswith("over_noise")}
+    assert len(ratios) == 3 and all((ratio < most).all() for ratio in ratios.values()), ratios

@@ -148,3 +148,12 @@ def test_what_cannot_be_seen_is_left_out_with_a_warning():
     linear = {law for law in found if law.startswith("linear")}
     assert linear == {EULER + part for part in "qkvo"} | {INPUT + "qkv", INPUT + "o"}
     assert "logit_shift_residual" in found and "logit_shift_residual.head" not in found
+
+
+def test_a_layer_that_takes_no_part_in_the_step_has_no_law():
+    view = watched("FP32")
+    laws = {name for name in LinearLaws(1, 1).observe(view) if name.endswith(".input")}
+    view.taps.at("linear")[PART].product = None
+    with pytest.warns(UserWarning, match="leave out input: it takes no part in the step"):
+        readings = LinearLaws(1, 1).observe(view)
+    assert laws and not laws & set(readings)

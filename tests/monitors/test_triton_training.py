@@ -10,11 +10,7 @@ from tests.models.attention_in_fp64 import distance
 from tests.models.attention_in_triton import in_the_interpreter
 from tests.rounding_bounds import FP32, gamma
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    in_the_interpreter,
-    pytest.mark.numeric,
-]
+pytestmark = [*in_the_interpreter, pytest.mark.numeric]
 
 TILES = Tiles(*[Tile(16, 16, 4, 1)] * 3)
 GROUPED = {"n_kv_heads": 1, "window": 6, "positions": "rope", "qk_norm": True}

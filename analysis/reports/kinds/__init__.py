@@ -1,1 +1,1 @@
-"""Kinds of reports, one a file; ``by_name`` lists them."""
+"""Kinds of reports, one a file; ``by_name`` finds them."""

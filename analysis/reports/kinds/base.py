@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 
 from foreshock.analysis.scores.contest import Contest
+from foreshock.monitors.signal import Signal
 
 Picture = Callable[[Contest, Path], str]
 """Draws one view of an experiment into a file and returns the caption."""
 
 
+@dataclass(frozen=True)
 class Kind:
     """A kind of report: what an experiment's key ``draw`` names.
 
-    pictures: file names and what draws them; every_model: they are drawn for each model, not for the first view alone;
-    needs: keys of the experiment without which they cannot be drawn; by_size: faults are told apart by their number of
-    bits, and delays are in steps.
+    name: that of its file in ``conf/report_kind``; pictures: file names and what draws them; every_model: they are
+    drawn for each model, not for the first view alone; needs: keys of the experiment without which they cannot be
+    drawn; by_size: faults are told apart by their number of bits, and delays are in steps.
     """
 
-    name: ClassVar[str]
+    name: str
+
     pictures: ClassVar[tuple[tuple[str, Picture], ...]] = ()
     every_model: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     by_size: ClassVar[bool] = False
+
+    def check(self, experiment: Mapping[str, Any]) -> None:
+        """Raise ValueError, in one line that names the key, where this kind cannot be made of an experiment.
+
+        experiment: its configuration, before a run is built.
+        """
+        for key in self.needs:
+            if not experiment.get(key):
+                raise ValueError(f"experiment.{key} is missing: experiment.draw={self.name} needs it")
+        if self.by_size and experiment["align"] != ["steps"]:
+            raise ValueError(
+                f"align={','.join(experiment['align'])} is not allowed with experiment.draw={self.name}: steps alone"
+            )
+
+    def check_signals(self, signals: Iterable[Signal]) -> None:
+        """Raise ValueError where this kind cannot be made of the signals of an experiment's runs."""
 
     def draw(self, views: Sequence[Contest], report: Path) -> list[tuple[str, Path]]:
         """Draw the pictures into a folder; the caption and the file of each."""

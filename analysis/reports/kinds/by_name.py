@@ -1,4 +1,8 @@
-"""Kinds of reports, one a file, by the name that an experiment's key ``draw`` gives."""
+"""Kinds of reports by the names of their files in ``conf/report_kind``, which an experiment's key ``draw`` gives.
+
+A kind from a folder of one's own is recorded in the experiment's index, ``experiment.json``: its file's content in
+``report_kind``, and in ``plugins`` the modules that its class may come from. So ``analysis.report`` finds it again.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +10,41 @@ from collections.abc import Mapping
 from typing import Any
 
 from foreshock.analysis.reports.kinds.base import Kind
-from foreshock.analysis.reports.kinds.central import Central
-from foreshock.analysis.reports.kinds.doses import Doses
-from foreshock.analysis.reports.kinds.early_warning import EarlyWarning
-from foreshock.analysis.reports.kinds.faults import Faults
-from foreshock.analysis.reports.kinds.grid import Grid
-from foreshock.analysis.reports.kinds.leads import Leads
-from foreshock.analysis.reports.kinds.localise import Localise
-from foreshock.analysis.reports.kinds.paired import Paired
-from foreshock.analysis.reports.kinds.selectivity import Selectivity
-from foreshock.analysis.reports.kinds.smallest import Smallest
+from foreshock.analysis.runs.conf import Conf, construct
+from foreshock.experiments.validation import check_named
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        Central(), Faults(), Doses(), Grid(), Selectivity(), Leads(), Localise(), EarlyWarning(), Smallest(), Paired(),
-    )
-}  # fmt: skip
-"""A new kind is a file beside these, and its name here."""
+GROUP, PLUGINS = "report_kind", "plugins"
+"""The folder of the files, and a key of an index; the first is a key of it too."""
 
 CASES = "cases"
 """The kind of an experiment whose runs are judged each by itself: ``reports.cases`` makes its report."""
 
+KINDS = {name: Conf().made(GROUP, name, (Kind,)) for name in Conf().files(GROUP)}
+"""The project's own."""
+
 DRAWINGS = (*KINDS, CASES)
-"""What the key ``draw`` of an experiment may be."""
-
-NEEDED = {name: kind.needs for name, kind in KINDS.items()}
-"""By kind, the keys of an experiment without which it cannot be drawn."""
-BY_SIZE = tuple(name for name, kind in KINDS.items() if kind.by_size)
-"""Kinds that tell faults by their number of bits, and delays in steps."""
+"""What the key ``draw`` of an experiment of the project may be."""
 
 
-def kind_of(index: Mapping[str, Any]) -> Kind:
-    """The kind of report that an experiment's index asks for. Raises ValueError where there is none of that name."""
-    name = index["experiment"]["draw"]
-    if name not in KINDS:
-        raise ValueError(f"experiment.draw={name!r} is not allowed: one of {', '.join(DRAWINGS)}")
-    return KINDS[name]
+def kind_named(name: Any, conf: Conf) -> Kind:
+    """The kind of a name. Raises ValueError where there is none, or its file makes none."""
+    check_named([name], conf.files(GROUP), "experiment.draw")
+    return conf.made(GROUP, name, (Kind,))
+
+
+def recorded(name: str, conf: Conf) -> dict[str, Any]:
+    """What an index keeps of a kind from a folder of one's own; nothing of the project's."""
+    if name in KINDS or name == CASES:
+        return {}
+    return {GROUP: conf.content(GROUP, name), PLUGINS: list(conf.plugins)}
+
+
+def kind_of(index: Mapping[str, Any], conf: Conf | None = None) -> Kind:
+    """The kind of report that an experiment's index asks for: of ``conf`` where that has one, else as recorded there.
+
+    Raises ValueError where there is none of that name.
+    """
+    name, conf = index["experiment"]["draw"], conf or Conf()
+    if GROUP in index and name not in conf.files(GROUP):
+        return construct(index[GROUP], f"{GROUP}.{name}", (Kind,), index.get(PLUGINS, ()))
+    return kind_named(name, conf)

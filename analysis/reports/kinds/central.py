@@ -1,9 +1,8 @@
 """The paper's figure: signals against step, with alarms and divergence."""
 
-from foreshock.analysis.figures.leads import central_figure
+from foreshock.analysis.figures.central import central_figure
 from foreshock.analysis.reports.kinds.base import Kind
 
 
 class Central(Kind):
-    name = "central"
     pictures = (("figure", central_figure),)

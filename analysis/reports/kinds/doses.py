@@ -11,8 +11,6 @@ from foreshock.analysis.scores.contest import Contest
 
 
 class Doses(Kind):
-    name = "doses"
-
     def draw(self, views: Sequence[Contest], report: Path) -> list[tuple[str, Path]]:
         path = report / "figure.png"
         return [(dose_figure([contest.experiment for contest in views], path), path)]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
-from foreshock.analysis.figures.early import cost_figure, size_figure
+from foreshock.analysis.figures.costs import cost_figure
 from foreshock.analysis.figures.routers import selectivity_figure
+from foreshock.analysis.figures.sizes import size_figure
 from foreshock.analysis.reports.kinds.base import Kind
 from foreshock.analysis.reports.kinds.selectivity import selectivity_tables
 from foreshock.analysis.scores.contest import Contest
 from foreshock.analysis.scores.delays import blind_table, smallest_table
+from foreshock.experiments.validation import check_named
 
 
 class EarlyWarning(Kind):
-    name = "early_warning"
     pictures = (("figure", cost_figure), ("sizes", size_figure), ("selectivity", selectivity_figure))
     every_model = True
     needs = ("family",)
@@ -24,3 +28,7 @@ class EarlyWarning(Kind):
 
     def tables(self, contest: Contest) -> dict[str, pd.DataFrame]:
         return selectivity_tables(contest)
+
+    def check(self, experiment: Mapping[str, Any]) -> None:
+        super().check(experiment)
+        check_named([experiment["family"]], experiment["detectors"], "experiment.family")

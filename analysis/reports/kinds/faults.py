@@ -1,9 +1,8 @@
 """Several faults on one step axis: first alarms and divergence of each."""
 
-from foreshock.analysis.figures.leads import fault_figure
+from foreshock.analysis.figures.faults import fault_figure
 from foreshock.analysis.reports.kinds.base import Kind
 
 
 class Faults(Kind):
-    name = "faults"
     pictures = (("figure", fault_figure),)

@@ -5,5 +5,4 @@ from foreshock.analysis.reports.kinds.base import Kind
 
 
 class Leads(Kind):
-    name = "leads"
     pictures = (("figure", leads_figure),)

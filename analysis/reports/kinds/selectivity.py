@@ -11,7 +11,6 @@ from foreshock.analysis.scores.contest import Contest
 
 
 class Selectivity(Kind):
-    name = "selectivity"
     pictures = (("figure", selectivity_figure),)
 
     def tables(self, contest: Contest) -> dict[str, pd.DataFrame]:
