@@ -30,7 +30,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.c_fc, self.c_proj, self.drop = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        self.c_fc, self.c_proj, self.drop = (
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, x):
         return self.drop(self.c_proj(F.gelu(self.c_fc(x))))

@@ -89,8 +89,8 @@ class AttachedWatch:
             return {}
         if not self._sight.backwards:
             raise ValueError(
-                "watch.step(loss): no backward has reached the model since the last step: call it once an update, after "
-                "loss.backward() and optimizer.step()"
+                "watch.step(loss): no backward has reached the model since the last step: call it once an update, "
+                "after loss.backward() and optimizer.step()"
             )
         self.steps += 1
         try:

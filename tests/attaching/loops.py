@@ -64,7 +64,9 @@ def train(
     **options: Any,
 ) -> Trained:
     """Train for some steps, with a watch or without; wrap: makes of the model what is called."""
-    optimizer = (optimizer or (lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2)))(model)
+    optimizer = (optimizer or (lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2)))(
+        model
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3) if scaled else None
     settings = {"every_steps": 2, "quiet": True, "scaler": scaler} | options
     watch = foreshock.attach(model, optimizer, **settings) if watched else None

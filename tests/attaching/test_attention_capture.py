@@ -46,7 +46,10 @@ def seen(attend, groups: int = H, seed: int = 0) -> tuple[Tap, list[Tensor]]:
     return tap, [*inputs, o, *(x.grad for x in inputs), do]
 
 
-def eager(q, k, v, scale=1 / math.sqrt(D), hidden=-math.inf, dropout=0.0, cap=None):
+SCALE = 1 / math.sqrt(D)
+
+
+def eager(q, k, v, scale=SCALE, hidden=-math.inf, dropout=0.0, cap=None):
     scores = (q @ k.transpose(-2, -1)) * scale
     scores = scores if cap is None else cap * torch.tanh(scores / cap)
     mask = torch.ones(T, T, dtype=torch.bool).triu(1)
@@ -93,7 +96,10 @@ PADDED[0, :, :3, 0] = True
         (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), NOT_CAUSAL),
         (lambda q, k, v: eager(q, k, v, cap=2.0), "its scores are changed on their way to softmax"),
         (lambda q, k, v: eager(q, k, v, dropout=0.25), "dropout 0.25 acts on P"),
-        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.5), "dropout 0.5 acts on P"),
+        (
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.5),
+            "dropout 0.5 acts on P",
+        ),
         (lambda q, k, v: eager(q, k, v) + eager(q, k, v), "its module calls attention more than once"),
     ],
 )
@@ -198,16 +204,25 @@ def test_a_model_that_is_described_by_hand_is_read_as_the_one_that_is_recognised
     }
     known, told = train(gpt(), True).watch, train(gpt(), True, anatomy=roles).watch
     assert known.seen == told.seen and known.monitors == told.monitors
-    assert all(torch.equal(known.anatomy.stacked(r, known.anatomy.weights()), told.anatomy.stacked(r, told.anatomy.weights())) for r in "qkvo")
+    assert all(
+        torch.equal(known.anatomy.stacked(r, known.anatomy.weights()), told.anatomy.stacked(r, told.anatomy.weights()))
+        for r in "qkvo"
+    )
 
 
 @pytest.mark.parametrize(
     ("roles", "message"),
     [
         ({"qq": "h.{}.attn"}, r"anatomy\['qq'\] is not allowed: one of heads"),
-        ({"q": "h.{}.attn.c_atn"}, r"anatomy\['q'\]='h\.\{\}\.attn\.c_atn' is not allowed: the model has no such module for block 0"),
+        (
+            {"q": "h.{}.attn.c_atn"},
+            r"anatomy\['q'\]='h\.\{\}\.attn\.c_atn' is not allowed: the model has no such module for block 0",
+        ),
         ({"q": "h.0.attn.c_attn"}, r"anatomy\['q'\]='h\.0\.attn\.c_attn' is not allowed: a block's role has \{\}"),
-        ({"q": "h.{}.attn.c_attn", "head": "lm_hed"}, r"anatomy\['head'\]='lm_hed' is not allowed: .*did you mean 'lm_head'\?"),
+        (
+            {"q": "h.{}.attn.c_attn", "head": "lm_hed"},
+            r"anatomy\['head'\]='lm_hed' is not allowed: .*did you mean 'lm_head'\?",
+        ),
         ({"q": "h.{}.attn.c_attn[0:16]"}, r"anatomy\['heads'\]=None is not allowed: a number of query heads"),
     ],
 )

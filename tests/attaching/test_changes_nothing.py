@@ -54,9 +54,9 @@ def test_a_watch_changes_no_bit_of_a_training(case):
     assert same(without.left, watched.left)
     watch = watched.watch
     assert watch.stopped is None and watch.steps == 7 and not watch.tracebacks
-    assert {"train_loss_raw", "max_attn_logit", "adam_update_rms"} - ({"adam_update_rms"} if case == "SGD" else set()) <= {
-        *watch.seen
-    }
+    assert {"train_loss_raw", "max_attn_logit", "adam_update_rms"} - (
+        {"adam_update_rms"} if case == "SGD" else set()
+    ) <= {*watch.seen}
 
 
 def test_a_changed_bit_is_noticed():
