@@ -4,9 +4,13 @@ Everything is importable under this name: ``foreshock.faults``, ``foreshock.mode
 ``foreshock.experiments``, ``foreshock.analysis``. In a clone these are its top-level folders, and ``faults.base`` is
 the very module ``foreshock.faults.base``; installed, there is no other name, so that a ``models`` folder of yours
 stays yours.
+
+    watch = foreshock.attach(model, optimizer)   # monitors on a training loop of your own (``foreshock.attaching``)
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from foreshock._clone import is_clone, one_name
 
@@ -15,3 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 if is_clone(ROOT):
     __path__.append(str(ROOT))
     one_name()
+
+PUBLIC = {
+    "attach": "foreshock.attaching.attach",
+    "watched_attention": "foreshock.models.anatomies.attention_capture",
+}
+"""By name, the module that has it: loaded at first use, so that ``import foreshock`` needs no torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'foreshock' has no attribute {name!r}")
+    return getattr(import_module(PUBLIC[name]), name)

@@ -5,7 +5,7 @@ Shapes: L blocks, H query heads, G key-value heads, D head width, E model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any
@@ -14,55 +14,24 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from foreshock.models.anatomies.by_hand import of_roles
+from foreshock.models.anatomies.parts import (
+    BLOCK,
+    LINEAR_LAYERS,
+    MLP_PARTS,
+    NORMS,
+    OUTSIDE,
+    ROLES,
+    Block,
+    Heads,
+    Part,
+)
+from foreshock.models.anatomies.structure import Found, of_structure
 from foreshock.models.moe import MoEConfig
 from foreshock.models.taps import M_co, Tap
+from foreshock.models.transformer import Transformer
 
-MLP_PARTS = ("input", "gate", "output")
-OUTSIDE = ("embedding", "positions", "final_norm", "head")
-"""Roles outside the blocks."""
-NORMS = ("attention_norm", "mlp_norm", "q_norm", "k_norm")
-LINEAR_LAYERS = (
-    *"qkvo",
-    *MLP_PARTS,
-    *(f"experts_{part}" for part in MLP_PARTS),
-    *(f"shared_{part}" for part in MLP_PARTS),
-    "router",
-)
-"""Linear layers of a block: it has ``MLP_PARTS``, or a router, experts and perhaps an expert that all tokens share."""
-BLOCK = "block"
-"""All parameters of the blocks, those without a role of their own among them."""
-ROLES = (*OUTSIDE, *NORMS, *LINEAR_LAYERS, BLOCK)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Attention's heads, alike in every block: query and key-value heads, and the width of each."""
-
-    query: int
-    key_value: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """The names of a module and of its weight; rows: first and last + 1 of a role in a fused product, None for all."""
-
-    module: str
-    weight: str
-    rows: tuple[int, int] | None = None
-
-    def of(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """The part's own rows of its weight, (..., rows, E)."""
-        weight = weights[self.weight]
-        return weight if self.rows is None else weight[..., slice(*self.rows), :]
-
-
-@dataclass(frozen=True)
-class Block:
-    """parts: by role, of ``NORMS`` and ``LINEAR_LAYERS``; parameters: the names of all parameters of the block."""
-
-    parts: Mapping[str, Part]
-    parameters: tuple[str, ...]
+__all__ = ["BLOCK", "LINEAR_LAYERS", "MLP_PARTS", "NORMS", "OUTSIDE", "ROLES", "Anatomy", "Block", "Heads", "Part"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +51,14 @@ class Anatomy:
     counters: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Anatomy:
-        """The anatomy of a ``models.transformer.Transformer``. ValueError names what another module lacks."""
-        return _of_transformer(model)
+    def of(cls, model: nn.Module, roles: Mapping[str, str | int] | None = None) -> Anatomy:
+        """Of a ``models.transformer.Transformer``, of another model by its structure, or by ``roles`` that name it.
+
+        roles: see ``models.anatomies.by_hand``. ValueError names what a model lacks.
+        """
+        if roles is not None:
+            return _of_found(model, of_roles(model, roles))
+        return _of_transformer(model) if isinstance(model, Transformer) else _of_found(model, of_structure(model))
 
     def role(self, role: str) -> list[Part]:
         """The parts that play a role: one, or one a block. None where the model, or one of its blocks, lacks it."""
@@ -108,11 +82,20 @@ class Anatomy:
     def taps(self, role: str, taps: Mapping[str, Tap[M_co]]) -> list[Tap[M_co]]:
         """A role's taps out of taps by module name: one, or one a block.
 
-        None where the model lacks the role, fuses it with others (a tap is of the whole product), or has it untapped.
+        Of a role in a fused product they are its rows of that. None where the model lacks the role, or has it untapped.
         """
         parts = self.role(role)
-        whole = all(part.rows is None and part.module in taps for part in parts)
-        return [taps[part.module] for part in parts] if whole else []
+        if not all(part.module in taps for part in parts):
+            return []
+        return [taps[part.module] if part.rows is None else taps[part.module].of_rows(part.rows) for part in parts]
+
+    def fused(self, roles: Sequence[str], taps: Mapping[str, Tap]) -> list[Tap]:
+        """The taps of a product that all of these roles share, one a block. None where they do not share one."""
+        parts = [self.role(role) for role in roles]
+        modules = [{part.module for part in of_block} for of_block in zip(*parts, strict=True)] if all(parts) else []
+        if not modules or any(len(names) > 1 or not names <= taps.keys() for names in modules):
+            return []
+        return [taps[names.pop()] for names in modules]
 
 
 _OUTSIDE = {"embedding": "tokens", "positions": "positions", "final_norm": "final_norm", "head": "head"}
@@ -130,6 +113,12 @@ _ROUTED = {
 _OPTIONAL = {"positions", "q_norm", "k_norm", "gate", "experts_gate", *(f"shared_{part}" for part in MLP_PARTS)}
 
 
+def _of_found(model: nn.Module, found: Found) -> Anatomy:
+    return Anatomy(
+        model=model, parts=found.parts, blocks=found.blocks, heads=found.heads, tied=found.tied, moe=found.moe
+    )
+
+
 def _of_transformer(model: nn.Module) -> Anatomy:
     """By the names that ``models.transformer`` gives."""
     modules = dict(model.named_modules())
@@ -144,7 +133,8 @@ def _of_transformer(model: nn.Module) -> Anatomy:
 
     def block(prefix: str) -> Block:
         names = _ATTENTION | (_ROUTED if f"{prefix}mlp.router" in modules else _DENSE)
-        return Block(parts(names, prefix), tuple(n for n in weight_names.values() if n.startswith(prefix)))
+        own = tuple(n for n in weight_names.values() if n.startswith(prefix))
+        return Block(parts(names, prefix), own, f"{prefix}attention")
 
     outside = parts(_OUTSIDE)
     layers = len(list(takewhile(lambda index: f"blocks.{index}" in modules, count()))) or 1

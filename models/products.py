@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from foreshock.models.anatomies.structure import lies_transposed
 from foreshock.models.moe import GroupedLinear
 
 ROWS, COLUMNS = "rows", "columns"
@@ -104,7 +105,7 @@ def product_of(module: nn.Linear | GroupedLinear, given: Tensor, seen: Watching)
     if not call.followed:
         return Product(unseen="its product is inside an autograd function of its own")
     as_given = partial(torch.reshape, shape=given.shape)
-    as_weight = _same if isinstance(module, nn.Linear) == (call.layout == ROWS) else _transposed
+    as_weight = _transposed if lies_transposed(module) == (call.layout == ROWS) else _same
     if call.x.numel() != given.numel() or as_weight(call.w).shape != module.weight.shape:
         return Product(unseen="its operands are not shaped as its input and weight")
     product = Product(call.dtype)

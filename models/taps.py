@@ -10,15 +10,18 @@ Tapped values are the clean ones outside a kernel, never the copies that it save
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeGuard, TypeVar, overload
 
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from foreshock.models.anatomies.attention_call import AttentionCall
+from foreshock.models.anatomies.norm_kind import NormKind
 from foreshock.models.attention import DotProduct
 from foreshock.models.moe import GroupedLinear
+from foreshock.models.numerics import at_least_fp32
 from foreshock.models.products import Product, Watching, product_of
 
 PLACES: Mapping[str, tuple[type[nn.Module], ...]] = {
@@ -51,7 +54,8 @@ class Tap(Generic[M_co]):
     has none: its input feeds others too, and to part them would change the order in which their
     gradients are added, and with it training. It has its weight before the update, and weight_grad, not yet clipped,
     and the product that its forward made of input and weight, where x, w and dw are what was multiplied and the
-    gradient at that weight. A norm with a bias has its bias before the update.
+    gradient at that weight; a norm with a bias, and a linear layer with one, has its bias before the update. Of a dot
+    product call says which kernel ran and how, of a norm kind what it computes.
     """
 
     module: M_co
@@ -63,6 +67,35 @@ class Tap(Generic[M_co]):
     weight_grad: Tensor | None = None
     bias: Tensor | None = None
     product: Product | None = None
+    call: AttentionCall | None = None
+    kind: NormKind | None = None
+
+    def of_rows(self, rows: tuple[int, int]) -> Tap:
+        """The tap of a layer that a fused one has as these of its outputs; its input is the same."""
+        own = slice(*rows)
+
+        def cut(x: Tensor | None, axis: int = -2) -> Tensor | None:
+            return None if x is None else x[own] if x.ndim == 1 else x[..., own, :] if axis == -2 else x[..., own]
+
+        product = self.product
+        if product is not None:
+            product = replace(product, w=cut(product.w), dw=cut(product.dw))
+        return replace(
+            self,
+            output=cut(self.output, -1),
+            output_grad=cut(self.output_grad, -1),
+            weight=cut(self.weight),
+            weight_grad=cut(self.weight_grad),
+            bias=cut(self.bias),
+            product=product,
+        )
+
+    @property
+    def y(self) -> Tensor:
+        """What a linear layer made of its weight: the output, less its bias where it has one."""
+        if self.weight is None or self.bias is None or self.output is None:
+            return self.output
+        return at_least_fp32(self.output) - self.bias.to(at_least_fp32(self.output).dtype)
 
     @property
     def x(self) -> Tensor:
@@ -88,6 +121,11 @@ class Tap(Generic[M_co]):
         return known(self.output, "the output of a tapped module")
 
     @property
+    def known_call(self) -> AttentionCall:
+        """Of a dot product that took part in the step."""
+        return known(self.call, "the call of a tapped dot product")
+
+    @property
     def dout(self) -> Tensor:
         """The gradient at it."""
         return known(self.output_grad, "the gradient at a tapped output")
@@ -105,10 +143,15 @@ class Taps:
             if place not in PLACES:
                 raise ValueError(f"tap place {place!r} is not allowed: one of {', '.join(PLACES)}")
         self._taps: dict[str, dict[str, Tap[Any]]] = {
-            place: {name: Tap(module) for name, module in model.named_modules() if isinstance(module, PLACES[place])}
+            place: {name: _tap(module) for name, module in model.named_modules() if isinstance(module, PLACES[place])}
             for place in places
         }
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def places(self) -> frozenset[str]:
+        """What is tapped."""
+        return frozenset(self._taps)
 
     @overload
     def at(self, place: Literal["dot_product"]) -> Mapping[str, Tap[DotProduct]]: ...
@@ -145,6 +188,13 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _tap(module: nn.Module) -> Tap[Any]:
+    """An empty one, with what the module by itself says of its call or kind."""
+    if isinstance(module, DotProduct):
+        return Tap(module, call=AttentionCall.of_module(module))
+    return Tap(module, kind=NormKind.of(module) if isinstance(module, PLACES["norm"]) else None)
 
 
 def _is_linear(module: nn.Module) -> TypeGuard[LinearModule]:

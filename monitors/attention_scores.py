@@ -16,6 +16,7 @@ from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn
 from foreshock.monitors.conservation import per_query_head
 from foreshock.monitors.trailing import on_trailing_axes
+from foreshock.monitors.unreadable import Unreadable
 
 
 def tapped_inputs(taps: Collection[Tap[DotProduct]], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,30 +24,53 @@ def tapped_inputs(taps: Collection[Tap[DotProduct]], rows: slice) -> tuple[Tenso
 
     Each query head has the k and v that it reads: a group's appear once for each of its query heads.
     """
-    q, k, v = ([at_least_fp32(tap.module.stored(tap.inputs[i][rows])) for tap in taps] for i in range(3))
+    check_scores(taps)
+    q, k, v = ([at_least_fp32(tap.known_call.stored(tap.inputs[i][rows])) for tap in taps] for i in range(3))
     heads = q[0].shape[1]
     k, v = ([per_query_head(x, heads) for x in shared] for shared in (k, v))
     return torch.stack(q), torch.stack(k), torch.stack(v)
 
 
+def batch_of(taps: Collection[Tap[DotProduct]]) -> int:
+    """The rows of the batch that these dot products saw. Raises Unreadable where one has seen none."""
+    if not taps or any(tap.call is None or tap.output is None for tap in taps):
+        raise Unreadable("no call of attention was seen: wrap its kernel with foreshock.watched_attention")
+    return len(next(iter(taps)).out)
+
+
+def check_scores(taps: Collection[Tap[DotProduct]]) -> None:
+    """Raises Unreadable where the scores of a call cannot be computed again."""
+    for tap in taps:
+        if tap.known_call.unreadable is not None:
+            raise Unreadable(f"attention's scores cannot be computed again: {tap.known_call.unreadable}")
+
+
 def window_of(taps: Collection[Tap[DotProduct]]) -> int | None:
     """How many keys a query of these layers sees, None for all before it."""
-    return next(iter(taps)).module.window
+    return next(iter(taps)).known_call.window
+
+
+def scale_of(taps: Collection[Tap[DotProduct]]) -> float | None:
+    """What these layers multiply q k^T by, None for 1 / sqrt(D)."""
+    return next(iter(taps)).known_call.scale
 
 
 @on_trailing_axes
-def masked_scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """S = q k^T / sqrt(D) + mask. q: (..., T, D), k: (..., S, D), mask: (1, T, S) -> (..., T, S).
+def masked_scores(q: Tensor, k: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """S = scale q k^T + mask; scale: None for 1 / sqrt(D).
+
+    q: (..., T, D), k: (..., S, D), mask: (1, T, S) -> (..., T, S).
 
     One call of a kernel that scales, multiplies and adds; vmap would make three of it, which round otherwise.
     """
     mask, flat_q, flat_k = (x.reshape(-1, *x.shape[-2:]) for x in (mask, q, k))
-    return torch.baddbmm(mask, flat_q, flat_k.mT, alpha=1 / math.sqrt(q.shape[-1])).view(*q.shape[:-1], -1)
+    alpha = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return torch.baddbmm(mask, flat_q, flat_k.mT, alpha=alpha).view(*q.shape[:-1], -1)
 
 
-def causal_scores(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
-    """S = q k^T / sqrt(D) where a query may look, -inf elsewhere. q, k: (..., T, D) -> (..., T, T)."""
-    return masked_scores(q, k, score_mask(q.shape[-2], window, 1, q.device, q.dtype))
+def causal_scores(q: Tensor, k: Tensor, window: int | None = None, scale: float | None = None) -> Tensor:
+    """S = scale q k^T where a query may look, -inf elsewhere. q, k: (..., T, D) -> (..., T, T)."""
+    return masked_scores(q, k, score_mask(q.shape[-2], window, 1, q.device, q.dtype), scale)
 
 
 class AttentionScores:
@@ -71,7 +95,7 @@ class AttentionScores:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
-        q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).out)))
-        scores = causal_scores(q, k, window_of(taps))
+        q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, batch_of(taps)))
+        scores = causal_scores(q, k, window_of(taps), scale_of(taps))
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
         return {"max_attn_logit": scores.amax((1, 3, 4)), "attn_entropy": entropy.mean((1, 3))}

@@ -81,7 +81,8 @@ class StepView:
     numerics: what this step's attention was made to do, for oracles alone; objective_at: this step's training
     objective, NLL plus auxiliary losses on its batch without rounding or faults, as a smooth function of all weights by
     name (``models.objective``); batch: the tokens that taps, routings and objective_at are of, (B, T + 1), or inputs
-    and targets apart (``models.batch``). ``Watch.seen`` adds history and optimizer to what an engine gives.
+    and targets apart (``models.batch``); loss_scale: what the tapped gradients are times those of the mean over the
+    tapped tokens, None for 1. ``Watch.seen`` adds history and optimizer to what an engine gives.
     """
 
     step: int
@@ -96,6 +97,7 @@ class StepView:
     numerics: AttentionNumerics = HEALTHY
     objective_at: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     batch: Tensor | None = None
+    loss_scale: float | None = None
 
     @property
     def model(self) -> nn.Module:

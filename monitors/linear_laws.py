@@ -73,9 +73,10 @@ class LinearLaws:
             if not view.anatomy.tied:
                 euler["head"] = _euler([head], steps["head"])
 
-        do_BHTD = [tap.dout for tap in view.taps.at("dot_product").values()]
+        do_BHTD = [tap.output_grad for tap in view.taps.at("dot_product").values()]
+        seen = [do.transpose(1, 2).flatten(2) for do in do_BHTD if do is not None]
         inputs: dict[str, tuple[list[Tensor], tuple[str, ...]]] = {
-            "o": ([do.transpose(1, 2).flatten(2) for do in do_BHTD], ("o",))
+            "o": (seen if len(seen) == len(do_BHTD) else [], ("o",))
         }
         for name, (norm, parts) in READERS.items():
             inputs[name] = [tap.dout for tap in view.tapped("norm", norm)], parts
@@ -83,7 +84,12 @@ class LinearLaws:
         by_input: dict[str, BrokenLaw] = {}
         for name, (dx, parts) in inputs.items():
             readers = [steps[part] for part in parts if part in steps]
-            if readers and len(readers) == sum(part in tapped for part in parts) and _take_alike(readers):
+            if not dx or len(readers) != sum(part in tapped for part in parts):
+                continue
+            one_product = view.anatomy.fused([part for part in parts if part in steps], view.taps.at("linear"))
+            if len(readers) > 1 and one_product:
+                readers = [LinearStep.of(one_product, sample)]
+            if readers and _take_alike(readers):
                 sampled = torch.stack([one.flatten(0, -2)[sample] for one in dx])
                 by_input[name] = _input(sampled, readers)
         return _readings("linear_euler_residual", euler) | _readings("linear_input_residual", by_input)
@@ -101,7 +107,7 @@ def _signals(law: str, part: str, every_steps: int) -> tuple[Signal, Signal]:
 
 def _euler(taps: Sequence[Tap], step: LinearStep) -> BrokenLaw:
     """Over all tokens of the taps, the prediction from the sampled ones."""
-    laws = [conservation.linear_euler(tap.w, tap.dw, tap.out, tap.dout) for tap in taps]
+    laws = [conservation.linear_euler(tap.w, tap.dw, tap.y, tap.dout) for tap in taps]
     broken, scale = (torch.stack(parts) for parts in zip(*laws, strict=True))
     return broken, scale, _rounding(step).linear_euler_noise(step)
 
@@ -135,6 +141,8 @@ def _rounding(step: LinearStep) -> ModuleType:
 
 def _readings(law: str, found: Mapping[str, BrokenLaw]) -> dict[str, Reading]:
     """Residuals and ratios of one law, the root mean square over tokens where it is per token; all in one go."""
+    if not found:
+        return {}
     broken, scale, noise = (torch.cat(parts) for parts in zip(*found.values(), strict=True))
     readings: dict[str, Reading] = {}
     for suffix, unit in (("", scale), (f".{OVER_NOISE}", noise.sqrt())):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from foreshock.models.taps import NormModule, Tap, known
@@ -73,8 +72,11 @@ def _laws(taps: Sequence[Tap[NormModule]], rows: int, reading: int) -> dict[tupl
     if t.centred:
         laws[f"{LAW}.shift"] = (conservation.norm_shift(t.dx), fp32_rounding.norm_shift_noise(t))
     found = {}
+    in_fp32 = all(x.dtype in (torch.float32, torch.float64) for x in (taps[0].inputs[0], taps[0].output))
     for law, ((broken, scale), noise) in laws.items():
         found[law, ""] = _over_tokens(relative(broken, scale))
+        if not in_fp32:
+            continue  # BF16 is rounded to on the way, which the predictions do not know
         found[law, f".{OVER_NOISE}"] = _over_tokens(relative(broken, noise.sqrt()))
     return found
 
@@ -93,7 +95,7 @@ def _step(taps: Sequence[Tap[NormModule]], rows: slice) -> NormStep:
         stacked = torch.stack([vector.detach() for vector in vectors]).double()
         return stacked.view(len(taps), *[1] * (taps[0].out.ndim - 1), -1)
 
-    first = taps[0].module
+    kind = known(taps[0].kind, "the kind of a norm")
     return NormStep(
         x=together([tap.inputs[0] for tap in taps]),
         dx=together([tap.input_grads[0] for tap in taps]),
@@ -101,14 +103,6 @@ def _step(taps: Sequence[Tap[NormModule]], rows: slice) -> NormStep:
         dy=together([tap.dout for tap in taps]),
         gain=beside([tap.module.weight for tap in taps]),
         bias=None if taps[0].bias is None else beside([known(tap.bias, "the bias of a norm") for tap in taps]),
-        eps=_eps(first, taps[0].inputs[0].dtype),
-        centred=isinstance(first, nn.LayerNorm),
+        eps=kind.eps,
+        centred=kind.centred,
     )
-
-
-def _eps(norm: NormModule, dtype: torch.dtype) -> float:
-    """What a norm adds to the variance: an RMSNorm without a choice, the spacing at 1 of the dtype that it computes in.
-
-    PyTorch computes it in FP32 at least.
-    """
-    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps if norm.eps is None else norm.eps

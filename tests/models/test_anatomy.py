@@ -105,13 +105,24 @@ def test_a_part_of_a_fused_product_is_its_own_rows_in_a_stack_too():
     assert torch.equal(key.of({"qkv.weight": torch.stack((weight, -weight))})[1], -weight[2:4])
 
 
-def test_a_part_of_a_fused_product_has_no_tap():
+def test_the_tap_of_a_part_of_a_fused_product_is_its_rows():
     anatomy = Anatomy.of(Transformer(replace(PLAIN, n_layers=1)))
     (block,) = anatomy.blocks
     taps = {part.module: Tap(anatomy.model.get_submodule(part.module)) for part in block.parts.values()}
-    assert len(anatomy.taps("q", taps)) == 1
-    fused = replace(block, parts={**block.parts, "q": replace(block.parts["q"], rows=(0, 16))})
-    assert replace(anatomy, blocks=(fused,)).taps("q", taps) == []
+    whole = taps["blocks.0.attention.q"]
+    whole.output, whole.weight, whole.bias = (
+        torch.arange(32.0).view(2, 16),
+        torch.arange(256.0).view(16, 16),
+        torch.ones(16),
+    )
+    assert anatomy.taps("q", taps) == [whole]
+    fused = replace(block, parts={**block.parts, "q": replace(block.parts["q"], rows=(4, 8))})
+    (part,) = replace(anatomy, blocks=(fused,)).taps("q", taps)
+    assert torch.equal(part.output, whole.output[:, 4:8])
+    assert torch.equal(part.weight, whole.weight[4:8])
+    assert torch.equal(part.y, whole.output[:, 4:8] - 1)
+    assert anatomy.fused(["q"], taps) == [whole]
+    assert anatomy.fused(["q", "k"], taps) == []
 
 
 def headless(*names: str) -> Transformer:
@@ -126,7 +137,7 @@ def headless(*names: str) -> Transformer:
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.Linear(2, 2), r"Linear does not fit, it has no tokens \(embedding\)$"),
+        (nn.Linear(2, 2), r"Linear does not fit, it has no list of blocks with attention \(attention, self_attn"),
         (headless("head"), r"Transformer does not fit, it has no head \(head\)$"),
         (headless("blocks"), r"Transformer does not fit, it has no blocks\.0\.attention_norm \(attention_norm\)$"),
         (headless("blocks.1.attention.o"), r"Transformer does not fit, it has no blocks\.1\.attention\.o \(o\)$"),

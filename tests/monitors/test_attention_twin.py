@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from foreshock.models.anatomies.attention_call import AttentionCall
 from foreshock.models.attention import flash_attention
 from foreshock.models.flash import flash_attention_triton
 from foreshock.models.numerics import HEALTHY_LAYER, LayerNumerics, SiteFault, to_bf16_grid
@@ -199,7 +201,7 @@ def test_a_kernel_has_a_prediction_only_where_its_rounding_is_known(
     allowed = torch.backends.cuda.flash_sdp_enabled()
     torch.backends.cuda.enable_flash_sdp(flash)
     try:
-        found = kernel_rounding(Tap(module, (q, kv, kv)))
+        found = kernel_rounding(Tap(module, (q, kv, kv), call=AttentionCall.of_module(module)))
     finally:
         torch.backends.cuda.enable_flash_sdp(allowed)
     assert (found and found.name) == expected
@@ -209,7 +211,7 @@ def test_a_kernel_has_a_prediction_only_where_its_rounding_is_known(
 
 def test_keys_that_a_fast_exponential_leaves_over_are_not_predicted(monkeypatch):
     q = torch.zeros(1, 4, 40, D, dtype=torch.bfloat16)
-    tap = Tap(SimpleNamespace(backend="sdpa", window=None), (q, q, q))
+    tap = Tap(nn.Identity(), (q, q, q), call=AttentionCall("sdpa"))
     for fast, known in ((True, False), (False, True), (None, False)):
         monkeypatch.setattr("monitors.kernel_rounding.pytorch_cpu_exp_is_fast", lambda fast=fast: fast)
         assert (kernel_rounding(tap) is not None) == known

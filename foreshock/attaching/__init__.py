@@ -1,0 +1,1 @@
+"""Monitors on a training loop that is not ours: ``foreshock.attach``."""

@@ -1,0 +1,98 @@
+"""What ``foreshock.attach`` can be told beside the model and its optimizer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypedDict
+
+from foreshock.monitors.base import Reading
+
+PROFILES: Mapping[str, tuple[str, ...]] = {
+    "icu": ("attention_scores", "gradient_norm", "loss", "non_finite", "update_to_weight"),
+    "laws": ("attention_laws", "attention_recomputed", "linear_laws", "logit_laws", "norm_laws", "router_laws"),
+    "all": ("*",),
+}
+"""By name, patterns of monitors. ``icu``: the numbers of each step; ``laws``: broken kernels; ``all``: what fits."""
+
+OnReadings = Callable[[int, Mapping[str, Reading]], Any]
+"""Called with the step and its readings by signal, on the device, after every step that has any."""
+
+
+class Given(TypedDict, total=False):
+    """The keywords of ``foreshock.attach``, as ``Options`` has them."""
+
+    monitors: str | Sequence[str] | None
+    profile: str
+    every_steps: int | None
+    rows: int | None
+    scaler: Any
+    out: str | Path | None
+    on_readings: OnReadings | Sequence[OnReadings]
+    anatomy: Mapping[str, str | int] | None
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """monitors: names or patterns (``*_laws``), None for those of the profile.
+
+    profile: of ``PROFILES``; every_steps: the cadence of every monitor that need not read each step, None for its own.
+    rows: so many of a batch's last rows are kept for what is computed again (the curvature of the objective, a compiled
+    model's taps), None for all. scaler: the GradScaler, if any; out: a new folder for trace and manifest.
+    on_readings: functions of a step and its readings; anatomy: roles of a model that is not recognised
+    (``models.anatomies.by_hand``); quiet: whether to print nothing.
+
+    Raises ValueError that names the option.
+    """
+
+    monitors: str | Sequence[str] | None = None
+    profile: str = "all"
+    every_steps: int | None = None
+    rows: int | None = 2
+    scaler: Any = None
+    out: str | Path | None = None
+    on_readings: OnReadings | Sequence[OnReadings] = ()
+    anatomy: Mapping[str, str | int] | None = None
+    quiet: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """Raises TypeError for an unknown option, with the nearest one."""
+        names = [field.name for field in fields(cls)]
+        unknown = next((name for name in given if name not in names), None)
+        if unknown is not None:
+            raise TypeError(f"attach({unknown}=...) is not allowed: one of {', '.join(names)}{near(unknown, names)}")
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise ValueError(
+                f"profile={self.profile!r} is not allowed: one of {', '.join(PROFILES)}{near(self.profile, PROFILES)}"
+            )
+        for name in ("every_steps", "rows"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r} is not allowed: a whole number from 1, or None")
+        for name in ("unscale_", "get_scale"):
+            if self.scaler is not None and not hasattr(self.scaler, name):
+                raise ValueError(f"scaler={type(self.scaler).__name__} is not allowed: a torch.amp.GradScaler")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Of the monitors that are asked for."""
+        if self.monitors is None:
+            return PROFILES[self.profile]
+        return (self.monitors,) if isinstance(self.monitors, str) else tuple(self.monitors)
+
+    @property
+    def listeners(self) -> tuple[OnReadings, ...]:
+        return (self.on_readings,) if callable(self.on_readings) else tuple(self.on_readings)
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """``; did you mean ...?``, or nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

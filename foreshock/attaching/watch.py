@@ -1,0 +1,263 @@
+"""The watch of a training loop that is not ours."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foreshock.attaching.loss_scale import loss_scale
+from foreshock.attaching.options import Options
+from foreshock.attaching.own_pass import run_again
+from foreshock.attaching.sight import Sight
+from foreshock.attaching.writer import TraceWriter
+from foreshock.models.anatomies.watched_rows import smooth_objective
+from foreshock.models.anatomy import Anatomy
+from foreshock.models.objective import objective_at
+from foreshock.models.transformer import Transformer
+from foreshock.monitors.base import Monitor, Reading, StepView
+from foreshock.monitors.unreadable import Unreadable
+from foreshock.monitors.watch import Watch
+
+TABLE_WIDTH = 100
+
+
+class AttachedWatch:
+    """What ``foreshock.attach`` returns. Call ``step`` after each ``optimizer.step()``; a context manager closes it.
+
+    steps: how often ``step`` was called; readings: of the last step that had any, by signal, on the device; seen: the
+    last step of each signal that has had a reading;
+    monitors: names of those that read; declined: by monitor, or ``<monitor>.over_noise``, why it does not read;
+    tracebacks: of monitors that raised and were switched off; stopped: why the watch has stopped itself, or None.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        optimizer: torch.optim.Optimizer,
+        monitors: Mapping[str, Monitor],
+        options: Options,
+        declined: Mapping[str, str],
+        nodes: Mapping[str, Any],
+    ) -> None:
+        self.anatomy, self.steps, self.stopped = anatomy, 0, None
+        self.declined, self.tracebacks = dict(declined), {}
+        self.readings: dict[str, Reading] = {}
+        self.seen: dict[str, int] = {}
+        self._monitors, self._options = dict(monitors), options
+        self._watch = Watch(anatomy, optimizer, monitors)
+        self._optimizer = optimizer
+        self._closers: list[Callable[[], Any]] = []
+        self._closed = False
+        self._writer = None if options.out is None else TraceWriter(options.out, anatomy, monitors, nodes)
+        self._watch.record(0)
+        self._sight = Sight(anatomy, optimizer, self._wanted, options.rows, options.scaler, self._failed)
+
+    stopped: str | None
+    tracebacks: dict[str, str]
+
+    @property
+    def monitors(self) -> tuple[str, ...]:
+        return tuple(self._monitors)
+
+    def monitor(self, name: str) -> Monitor:
+        """A monitor that reads. Raises KeyError for another name."""
+        return self._monitors[name]
+
+    def summary(self) -> str:
+        """How many monitors read, and a line for each that does not."""
+        width = max((len(name) for name in self.declined), default=0)
+        lines = [f"  {name:<{width}}  {reason}" for name, reason in self.declined.items()]
+        declines = f", {len(lines)} decline:" if lines else ""
+        return "\n".join([f"foreshock: {len(self._monitors)} monitors watch {_named(self.anatomy)}{declines}", *lines])
+
+    def step(self, loss: Tensor | float) -> dict[str, Reading]:
+        """Read the update that has just been made; its readings by signal, empty where none is due.
+
+        loss: of the batch, mean nats a token. Raises ValueError where no backward has reached the model since the last
+        call, or after ``close``.
+        """
+        if self._closed:
+            raise ValueError("watch.step(loss): the watch is closed; attach again")
+        if self.stopped is not None:
+            return {}
+        if not self._sight.backwards:
+            raise ValueError(
+                "watch.step(loss): no backward has reached the model since the last step: call it once an update, "
+                "after loss.backward() and optimizer.step()"
+            )
+        self.steps += 1
+        try:
+            return self._read(torch.as_tensor(loss).detach())
+        except Exception as error:
+            self._failed(error)
+            return {}
+        finally:
+            self._sight.next_step()
+
+    def close(self) -> None:
+        """Write what is left, and take every hook off. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._sight.close()
+        if self._writer is not None and self.stopped is None:
+            self._kept(lambda: self._writer.close(self.steps, self._sight.tokens))  # type: ignore[union-attr]
+        for closer in self._closers:
+            closer()
+
+    def when_closed(self, call: Callable[[], Any]) -> None:
+        self._closers.append(call)
+
+    def __enter__(self) -> AttachedWatch:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _due(self) -> list[str]:
+        now = self.steps + (0 if self._reading else 1)
+        return [name for name in self._watch.due(now) if name in self._monitors]
+
+    _reading = False
+
+    def _wanted(self) -> tuple[frozenset[str], bool]:
+        """What the next step's monitors tap, and whether one asks for routings."""
+        due = [] if self.stopped is not None else self._due()
+        return self._watch.places(due), self._routed(due)
+
+    def _routed(self, due: list[str]) -> bool:
+        return self.anatomy.moe is not None and any("routings" in self._monitors[name].needs.view for name in due)
+
+    def _read(self, loss: Tensor) -> dict[str, Reading]:
+        self._reading = True
+        try:
+            due = self._readable(self._due())
+            view = self._view(loss, due)
+            self._watch.record(self.steps)
+            readings: dict[str, Reading] = {}
+            self._sight.apart = True  # a monitor may call the model
+            for name in due:
+                readings |= self._observe(name, view)
+        finally:
+            self._reading = self._sight.apart = False
+        if readings:
+            self.readings = readings
+            self.seen |= dict.fromkeys(readings, self.steps)
+            self._pass_on(readings)
+        return readings
+
+    def _readable(self, due: list[str]) -> list[str]:
+        """Without those that read the optimizer where it has not stepped, or has lost the gradients that it took."""
+        takers = [name for name in due if "optimizer" in self._monitors[name].needs.view]
+        lost = all(p.grad is None for p in self.anatomy.model.parameters())
+        for name in takers if lost else []:
+            self._decline(name, "gradients are gone: call watch.step(loss) before optimizer.zero_grad()")
+        return [name for name in due if name not in takers or (self._sight.updated and not lost)]
+
+    def _view(self, loss: Tensor, due: list[str]) -> StepView:
+        sight, places, routed = self._sight, self._watch.places(due), self._routed(due)
+        taps, routings, rows = sight.taps, sight.routings, sight.watched
+        missing = bool(places) and not _filled(taps, places)
+        if rows is not None and (missing or (routed and not routings)):
+            taps, routings = run_again(sight, rows, places, routed)
+        model = self.anatomy.model
+        objective = None
+        if rows is not None and isinstance(model, Transformer):
+            objective = partial(objective_at, model, rows.arguments[0], 1.0)
+        elif rows is not None:
+            objective = smooth_objective(model, rows)
+        assert sight.grad_norm is not None
+        return StepView(
+            step=self.steps,
+            tokens=sight.tokens,
+            loss=loss,
+            grad_norm=sight.grad_norm,
+            anatomy=self.anatomy,
+            routings=routings,
+            taps=taps,
+            objective_at=objective,
+            batch=None if rows is None else rows.tokens,
+            loss_scale=loss_scale(self.anatomy, taps) if "linear" in places else None,
+        )
+
+    def _observe(self, name: str, view: StepView) -> dict[str, Reading]:
+        """What one monitor reads; one that raises is switched off, and its traceback kept."""
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                readings = self._watch.observe(view, [name])
+            self._note_unpredicted(name, view, readings)
+            if caught:
+                self._decline(name, f"in part: {'; '.join(sorted({str(each.message) for each in caught}))}", off=False)
+            return readings
+        except Unreadable as reason:
+            self._decline(name, str(reason), off=False)
+        except Exception as error:
+            self.tracebacks[name] = traceback.format_exc()
+            said = " ".join(str(error).split())
+            self._decline(name, f"switched off, it raised {type(error).__name__}: {said} (watch.tracebacks[{name!r}])")
+        return {}
+
+    def _note_unpredicted(self, name: str, view: StepView, readings: Mapping[str, Reading]) -> None:
+        """Say once that a kernel's laws have no prediction beside them."""
+        ratios = [signal.name for signal in self._monitors[name].signals if signal.universal]
+        if not ratios or not readings or any(ratio in readings for ratio in ratios):
+            return
+        call = next((tap.call for tap in view.taps.at("dot_product").values() if tap.call is not None), None)
+        if call is not None:
+            of = "" if call.dtype is None else f" of {str(call.dtype).removeprefix('torch.')}"
+            reason = f"the rounding of a {call.kernel} kernel{of} is not known"
+            self._decline(f"{name}.over_noise", reason, off=False)
+
+    def _decline(self, name: str, reason: str, off: bool = True) -> None:
+        if off:
+            self._monitors.pop(name, None)
+        if self.declined.get(name) != reason:
+            self.declined[name] = reason
+            self._say(f"step {self.steps}: {name} declines: {reason}")
+
+    def _pass_on(self, readings: Mapping[str, Reading]) -> None:
+        if self._writer is not None:
+            self._kept(lambda: self._writer.add(self.steps, self._sight.tokens, readings))  # type: ignore[union-attr]
+        for listener in self._options.listeners:
+            listener(self.steps, readings)
+
+    def _kept(self, write: Callable[[], Any]) -> None:
+        """Write to the disk; where that fails, training goes on and the watch stops itself."""
+        try:
+            write()
+        except OSError as error:
+            self._stop(f"its folder cannot be written: {error}")
+
+    def _failed(self, error: Exception) -> None:
+        self.tracebacks["watch"] = "".join(traceback.format_exception(error))
+        said = " ".join(str(error).split())
+        self._stop(f"{type(error).__name__}: {said} (watch.tracebacks['watch'])")
+
+    def _stop(self, reason: str) -> None:
+        self.stopped = reason
+        self._say(f"step {self.steps}: the watch has stopped, training goes on: {reason}")
+        if hasattr(self, "_sight"):
+            self._sight.close()
+
+    def _say(self, line: str) -> None:
+        if not self._options.quiet:
+            print(f"foreshock: {line}", file=sys.stderr)
+
+
+def _filled(taps: Any, places: frozenset[str]) -> bool:
+    """Whether every place was tapped and a forward and a backward have gone through all of it."""
+    if not places <= taps.places:
+        return False
+    return all(tap.output is not None for place in places - {"dot_product"} for tap in taps.at(place).values())
+
+
+def _named(anatomy: Anatomy) -> str:
+    return type(anatomy.model).__name__

@@ -1,0 +1,107 @@
+"""The watched rows of a batch, as a model was called with them, and what training minimises on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from foreshock.models.trees import map_tensors
+
+
+@dataclass(frozen=True)
+class WatchedRows:
+    """Arguments of one forward, tensors that lead with the batch cut to its last rows; not to be written.
+
+    autocast: what the forward ran under, by device type: its dtype, or None where it was off.
+    """
+
+    arguments: tuple[Any, ...]
+    named: Mapping[str, Any]
+    device: str
+    autocast: torch.dtype | None
+
+    @classmethod
+    def of(
+        cls, arguments: tuple[Any, ...], named: Mapping[str, Any], rows: int | None, device: torch.device
+    ) -> WatchedRows:
+        """rows: how many, None for all."""
+        kept: tuple[tuple[Any, ...], Mapping[str, Any]] = (arguments, dict(named))
+        batch = len(next(iter(_tensors(kept)), torch.empty(0)))
+        if rows is not None and rows < batch:
+            kept = map_tensors(lambda x: x[-rows:] if x.ndim and len(x) == batch else x, kept)
+        on = torch.is_autocast_enabled(device.type)
+        return cls(*kept, device.type, torch.get_autocast_dtype(device.type) if on else None)
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """The token ids, (B, T), or inputs and targets apart, (B, 2, T) (``models.batch``); None without any."""
+        found = [x for x in _tensors((self.arguments, self.named)) if x.dtype == torch.int64 and x.ndim == 2]
+        if not found or "labels" in self.named or len(found) == 1 or found[1].shape != found[0].shape:
+            return found[0] if found else None
+        return torch.stack(found[:2], 1)
+
+    def called(self, model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Any:
+        """What the model returns on these rows, with other weights or buffers in place of its own."""
+        return torch.func.functional_call(model, dict(weights or {}), self.arguments, dict(self.named))
+
+    def objective(self, output: Any) -> Tensor:
+        """What training minimises, from what the model returned: its loss, or next-token cross-entropy of its logits.
+
+        Raises ValueError for an output that has neither.
+        """
+        own = _get(output, "loss")
+        parts = output if isinstance(output, tuple) else (output,)
+        scalars = [x for x in parts if isinstance(x, Tensor) and x.ndim == 0 and x.is_floating_point()]
+        if isinstance(own, Tensor):
+            return own
+        if scalars:
+            return torch.stack([x.float() for x in scalars]).sum() if len(scalars) > 1 else scalars[0]
+        logits = _get(output, "logits") if _get(output, "logits") is not None else parts[0]
+        tokens = self.tokens
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or tokens is None or tokens.shape != logits.shape[:2]:
+            raise ValueError("the model returns no loss, and no logits (B, T, V) of its tokens (B, T)")
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def _get(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(lambda x: found.append(x) if x.ndim else None, tree)
+    yield from found
+
+
+@contextmanager
+def apart(device: torch.device) -> Iterator[None]:
+    """While it is open, modules run uncompiled, and what is drawn at random leaves training's generators alone."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def smooth_objective(model: nn.Module, rows: WatchedRows, seed: int = 0) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """The objective on these rows as a function of the weights by name, in their own precision, without autocast.
+
+    Attention by ``scaled_dot_product_attention`` is the plain formula, twice differentiable; dropout draws alike.
+    """
+
+    def at(weights: Mapping[str, Tensor]) -> Tensor:
+        device = next(iter(weights.values())).device
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with ExitStack() as stack:
+            stack.enter_context(apart(device))
+            torch.manual_seed(seed)
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            return rows.objective(rows.called(model, {**weights, **buffers}))
+
+    return at
