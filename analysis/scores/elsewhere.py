@@ -1,0 +1,198 @@
+"""Runs from elsewhere in the contest of all boards: alarms at equal false alarms in a cell, pooled, and by fixed rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from foreshock.analysis.detect.controls import random_timer
+from foreshock.analysis.detect.detection import Detector
+from foreshock.analysis.detect.fixed_rules import FixedRule
+from foreshock.analysis.detect.own_past import Path, Watcher, own_past, paths
+from foreshock.analysis.detect.tracks import TRACKS
+from foreshock.analysis.detect.twins import leave_one_out, pooled_thresholds
+from foreshock.analysis.runs.elsewhere import TRAIN_LOSS, Cell
+from foreshock.analysis.runs.experiment import HEALTHY
+from foreshock.analysis.scores.contest import Contest, run_scores
+from foreshock.analysis.scores.inference import bca_interval, clopper_pearson_interval, wilson_interval
+
+IN_CELL, POOLED, FIXED = "cell", "pooled", "fixed"
+"""Where a threshold comes from: the other twins of the cell, all other cells, or a number that nobody calibrates."""
+
+NAMES = {TRAIN_LOSS: "training loss", "grad_global_norm": "gradient norm"}
+"""What tables call a signal."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Cells and what every detector that needs a threshold has seen in them.
+
+    paths: by detector, cell and run id.
+    """
+
+    cells: tuple[Cell, ...]
+    watchers: tuple[Watcher, ...]
+    paths: Mapping[str, Mapping[str, Mapping[str, Path]]]
+
+    def maxima(self, watcher: str, cell: Cell) -> dict[str, float]:
+        """The path maxima of the cell's healthy runs."""
+        of_cell = self.paths[watcher][cell.name]
+        return {run.trace.run_id: of_cell[run.trace.run_id].maximum for run in cell.healthy}
+
+    def thresholds(self, watcher: str, alpha: float, pooled: bool) -> dict[str, dict[str, float]]:
+        """By cell and run id; runs that get none are left out. Raises ValueError where cells are too few for alpha."""
+        healthy = {cell.name: self.maxima(watcher, cell) for cell in self.cells}
+        runs = {cell.name: [run.trace.run_id for run in cell.experiment.runs] for cell in self.cells}
+        if not pooled:
+            return {name: leave_one_out(healthy[name], runs[name], alpha) for name in runs}
+        known = pooled_thresholds(healthy, runs, alpha)
+        return {name: {run: known[run] for run in of_cell if run in known} for name, of_cell in runs.items()}
+
+
+def judge(cells: Sequence[Cell]) -> Judged:
+    """Every detector of a signal's own past in every run of these cells.
+
+    A signal is watched where all cells have it. Its direction of harm is that of its description.
+    """
+    shared = [name for name in cells[0].signals if all(name in cell.signals for cell in cells)] if cells else []
+    watchers: list[Watcher] = []
+    for signal in shared:
+        described = cells[0].experiment.signals[signal] if cells[0].experiment.runs else None
+        watchers += own_past(NAMES.get(signal, signal), signal, "up" if described is None else described.bad)
+    known = {w.name: {cell.name: paths(w, cell.experiment.runs) for cell in cells} for w in watchers}
+    return Judged(tuple(cells), tuple(watchers), known)
+
+
+def calibrated_scores(judged: Judged, alpha: float, pooled: bool) -> pd.DataFrame:
+    """One row a detector and run (``contest.run_scores``) at a false-alarm rate, with columns scope, alpha, cell.
+
+    Runs that no detector has a threshold for are left out, the same for all detectors; a random timer of the same rate
+    stands beside them.
+    """
+    limits = {watcher.name: judged.thresholds(watcher.name, alpha, pooled) for watcher in judged.watchers}
+    tables = []
+    for cell in judged.cells:
+        runs = [
+            run
+            for run in cell.experiment.runs
+            if limits and all(run.trace.run_id in of_watcher[cell.name] for of_watcher in limits.values())
+        ]
+        if not runs:
+            continue
+        experiment = replace(cell.experiment, runs=tuple(runs))
+        detectors, kinds = {}, {}
+        for watcher in judged.watchers:
+            seen, limit = judged.paths[watcher.name][cell.name], limits[watcher.name][cell.name]
+            alarms = {run.trace.run_id: seen[run.trace.run_id].alarm(limit[run.trace.run_id]) for run in runs}
+            detectors[watcher.name] = Detector(watcher.name, (watcher.signal,), alarms=alarms)
+            kinds[watcher.name] = "baseline" if watcher.signal == TRAIN_LOSS else "detector"
+        timer = {run.trace.run_id: random_timer(run, experiment, alpha) for run in runs}
+        detectors["random timer"], kinds["random timer"] = Detector("random timer", (), alarms=timer), "control"
+        tables.append(run_scores(Contest(experiment, TRACKS["self"], alpha, detectors, kinds)).assign(cell=cell.name))
+    return _joined(tables, POOLED if pooled else IN_CELL, alpha)
+
+
+def fixed_scores(cells: Sequence[Cell], rules: Sequence[FixedRule]) -> pd.DataFrame:
+    """The same of rules whose number nobody calibrates, in every judged run that has their signal."""
+    tables = []
+    for cell in cells:
+        own = [rule for rule in rules if rule.signal in cell.signals]
+        if not cell.experiment.runs or not own:
+            continue
+        detectors = {}
+        for rule in own:
+            alarms = {run.trace.run_id: rule.alarm(run) for run in cell.experiment.runs}
+            detectors[rule.name] = Detector(rule.name, (rule.signal,), alarms=alarms)
+        kinds = {rule.name: rule.kind for rule in own}
+        contest = Contest(cell.experiment, TRACKS["published"], np.nan, detectors, kinds)
+        tables.append(run_scores(contest).assign(cell=cell.name))
+    return _joined(tables, FIXED, np.nan)
+
+
+def _joined(tables: Sequence[pd.DataFrame], scope: str, alpha: float) -> pd.DataFrame:
+    if not tables:
+        return pd.DataFrame()
+    table = pd.concat(tables, ignore_index=True).drop(columns=["experiment", "model", "degraded"])
+    table.insert(0, "scope", scope)
+    table.insert(1, "alpha", alpha)
+    return table
+
+
+def summary(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row a scope and detector: failures detected, leads, and false alarms in healthy runs.
+
+    detected: share of failures with an alarm before their loss rose, with a 95 % interval: over cells
+    (``inference.bca_interval``), Wilson's under 10 cells with a failure, as ``interval`` says. lead_steps: restricted
+    mean, a miss or a late alarm counts as 0, over cells as well; median_lead_steps: of the detected ones. false_alarms:
+    of healthy runs, with Clopper-Pearson's interval; runs of a cell are not independent, which both but the interval
+    over cells leave out. per_million_steps: alarms of healthy runs, at most one each, over the steps they were watched.
+    """
+    rows = []
+    for (scope, alpha, detector, kind), mine in scores.groupby(["scope", "alpha", "detector", "kind"], sort=False, dropna=False):
+        failed, healthy = mine[mine["fault"] != HEALTHY], mine[mine["fault"] == HEALTHY]
+        by_cell = failed.groupby("cell", sort=False)
+        counts = by_cell.size().to_numpy(float)
+        low, high = bca_interval(by_cell["detected"].sum().to_numpy(float), counts)
+        over_cells = bool(np.isfinite(low))
+        detected, alarms = int(failed["detected"].sum()), int((healthy["outcome"] == "false_alarm").sum())
+        if not over_cells:
+            low, high = wilson_interval(detected, len(failed))
+        lead_low, lead_high = bca_interval(by_cell["lead"].sum().to_numpy(float), counts)
+        false_low, false_high = clopper_pearson_interval(alarms, len(healthy))
+        watched = healthy["alarm"].astype(float).fillna(healthy["reach"]).sum()
+        rows.append(
+            {
+                "scope": scope,
+                "alpha": alpha,
+                "detector": detector,
+                "kind": kind,
+                "failures": len(failed),
+                "cells_with_failures": len(counts),
+                "detected": detected,
+                "detected_share": detected / len(failed) if len(failed) else np.nan,
+                "detected_low": low,
+                "detected_high": high,
+                "interval": "cells" if over_cells else "Wilson",
+                "late": int((failed["outcome"] == "late").sum()),
+                "missed": int((failed["outcome"] == "missed").sum()),
+                "lead_steps": failed["lead"].mean(),
+                "lead_low": lead_low,
+                "lead_high": lead_high,
+                "median_lead_steps": failed.loc[failed["detected"], "lead"].median(),
+                "healthy_runs": len(healthy),
+                "false_alarms": alarms,
+                "false_alarm_share": alarms / len(healthy) if len(healthy) else np.nan,
+                "false_alarm_low": false_low,
+                "false_alarm_high": false_high,
+                "per_million_steps": 1e6 * alarms / watched if watched else np.nan,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def operating_curve(judged: Judged, watcher: str) -> pd.DataFrame:
+    """Detected failures against false alarms as the pooled limit moves: limit, false_alarm_share, detected_share.
+
+    Every run's statistic less the median path maximum of its healthy twins, its own left out. A failure is detected
+    where that passes the limit before its loss rose. Descriptive: the limit is set by the runs that it is read on.
+    """
+    healthy, failed = [], []
+    for cell in judged.cells:
+        maxima, seen = judged.maxima(watcher, cell), judged.paths[watcher][cell.name]
+        for run in cell.experiment.runs:
+            others = [m for twin, m in maxima.items() if twin != run.trace.run_id]
+            if len(others) < 2 or not np.isfinite(np.median(others)):
+                continue
+            path = seen[run.trace.run_id]
+            if run.fault is None:
+                healthy.append(path.maximum - np.median(others))
+            else:
+                failed.append(path.largest_before(run.divergence) - np.median(others))
+    limits = np.unique([*healthy, *failed, np.inf])
+    shares = [(limit, *(float(np.mean(np.asarray(of) > limit)) for of in (healthy, failed))) for limit in limits]
+    return pd.DataFrame(shares, columns=["limit", "false_alarm_share", "detected_share"])
+
+
