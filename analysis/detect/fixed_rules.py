@@ -9,12 +9,16 @@ from typing import Protocol
 import numpy as np
 from scipy.stats import t
 
+from foreshock.analysis.detect.alarms import first_alarm
 from foreshock.analysis.detect.bands import SELF_WINDOW
 from foreshock.analysis.detect.charts import Shewhart
-from foreshock.analysis.detect.own_past import MEDIAN_WINDOW, Path, TrailingMedian, Watcher
+from foreshock.analysis.detect.own_past import MEDIAN_WINDOW, Statistic, TrailingMedian, Watcher
+from foreshock.analysis.detect.published import published_rule
+from foreshock.analysis.runs.align import Aligned
 from foreshock.analysis.runs.elsewhere import TRAIN_LOSS
 from foreshock.analysis.runs.experiment import ScoredRun
 from foreshock.analysis.runs.labels import rolling_sigma_step, running_mean_step
+from foreshock.monitors.signal import Signal
 
 GRADIENT_NORM = "grad_global_norm"
 
@@ -46,7 +50,7 @@ class TimesMedian:
 
     def alarm(self, run: ScoredRun) -> int | None:
         watcher = Watcher(self.name, self.signal, "up", TrailingMedian(MEDIAN_WINDOW), Shewhart())
-        return Path(*watcher.statistic(run)).alarm(math.log(self.factor))
+        return Statistic(*watcher.statistic(run)).alarm(math.log(self.factor))
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,30 @@ class SelfBound:
 
     def alarm(self, run: ScoredRun) -> int | None:
         watcher = Watcher(self.name, self.signal, self.bad, rule=Shewhart())
-        path = Path(*watcher.statistic(run))
-        looks = int((~np.isnan(path.statistic)).sum())
+        path = Statistic(*watcher.statistic(run))
+        looks = int((~np.isnan(path.values)).sum())
         return path.alarm(self_bound(looks, self.alpha, self.bad)) if looks else None
+
+
+@dataclass(frozen=True)
+class PublishedLimit:
+    """A reading beyond the limit that the signal's own source publishes (``detect.published``)."""
+
+    described: Signal
+    kind: str = "detector"
+
+    @property
+    def name(self) -> str:
+        return f"{self.signal} beyond its published limit"
+
+    @property
+    def signal(self) -> str:
+        return self.described.name
+
+    def alarm(self, run: ScoredRun) -> int | None:
+        series = run.signal(self.signal)
+        aligned = Aligned(series.steps, series.values, series.undefined)
+        return first_alarm(published_rule(self.described).broken_at(aligned).astype(float), series.steps, 0.5)
 
 
 def self_bound(looks: int, alpha: float, bad: str = "up") -> float:

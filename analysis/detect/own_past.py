@@ -68,11 +68,11 @@ class Watcher:
 
 
 @dataclass(frozen=True)
-class Path:
+class Statistic:
     """One watcher in one run: steps and statistic, (T,)."""
 
     steps: np.ndarray
-    statistic: np.ndarray
+    values: np.ndarray
 
     @property
     def maximum(self) -> float:
@@ -81,16 +81,16 @@ class Path:
 
     def largest_before(self, step: int | None) -> float:
         """The largest statistic before a step, or of all."""
-        known = ~np.isnan(self.statistic) & (self.steps < (np.inf if step is None else step))
-        return float(np.max(self.statistic, initial=-np.inf, where=known))
+        known = ~np.isnan(self.values) & (self.steps < (np.inf if step is None else step))
+        return float(np.max(self.values, initial=-np.inf, where=known))
 
     def alarm(self, threshold: float) -> int | None:
-        return first_alarm(self.statistic, self.steps, threshold)
+        return first_alarm(self.values, self.steps, threshold)
 
 
-def paths(watcher: Watcher, runs: Iterable[ScoredRun]) -> dict[str, Path]:
+def paths(watcher: Watcher, runs: Iterable[ScoredRun]) -> dict[str, Statistic]:
     """By run id."""
-    return {run.trace.run_id: Path(*watcher.statistic(run)) for run in runs}
+    return {run.trace.run_id: Statistic(*watcher.statistic(run)) for run in runs}
 
 
 @cache

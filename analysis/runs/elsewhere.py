@@ -68,7 +68,7 @@ training loss is smoothed as the protocol's label on it, over 5 readings, as its
 class Cell:
     """Seed twins: an experiment of one model whose runs have the role ``test`` (healthy) or ``faulty``.
 
-    label: what tells them apart; left_out: by run id, why a run is not judged; alone: whether it has no twin.
+    label: what tells them apart; left_out: by run id, why a run is not judged.
     """
 
     experiment: Experiment
@@ -90,12 +90,23 @@ class Cell:
 
 
 def imported_runs(folder: Path) -> list[Trace] | None:
-    """The runs of a folder where all of them were trained elsewhere and none has a role; else None."""
-    paths = sorted(folder.glob("[!.]*/manifest.json"))
-    manifests = [trace.manifest_of(path.parent) for path in paths]
-    if not manifests or any(ELSEWHERE not in m or m[ELSEWHERE].get("role") for m in manifests):
+    """The runs of a folder where all of them were trained elsewhere and none has a role; else None.
+
+    Raises TraceError where only some have a role, or some were trained here.
+    """
+    paths = [path.parent for path in sorted(folder.glob("[!.]*/manifest.json"))]
+    said = {path: trace.manifest_of(path).get(ELSEWHERE) for path in paths}
+    elsewhere = {path: origin.get("role") for path, origin in said.items() if origin is not None}
+    if not elsewhere or all(role is not None for role in elsewhere.values()):
         return None
-    return [trace.read(path.parent) for path in paths]
+    ours = next((path for path in paths if path not in elsewhere), None)
+    if ours is not None:
+        raise trace.TraceError(f"{folder} has runs from elsewhere, and {ours.name} was trained here: score them apart")
+    with_role = next((path for path, role in elsewhere.items() if role is not None), None)
+    if with_role is not None:
+        without = next(path for path, role in elsewhere.items() if role is None)
+        raise trace.TraceError(f"run {with_role.name} has a role and {without.name} has none: give all runs one, or none")
+    return [trace.read(path) for path in paths]
 
 
 def cells_of(runs: Iterable[Trace], rises: Mapping[str, float] | None = None) -> list[Cell]:

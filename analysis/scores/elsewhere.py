@@ -11,7 +11,7 @@ import pandas as pd
 from foreshock.analysis.detect.controls import random_timer
 from foreshock.analysis.detect.detection import Detector
 from foreshock.analysis.detect.fixed_rules import FixedRule
-from foreshock.analysis.detect.own_past import Path, Watcher, own_past, paths
+from foreshock.analysis.detect.own_past import Statistic, Watcher, own_past, paths
 from foreshock.analysis.detect.tracks import TRACKS
 from foreshock.analysis.detect.twins import leave_one_out, pooled_thresholds
 from foreshock.analysis.runs.elsewhere import TRAIN_LOSS, Cell
@@ -35,7 +35,7 @@ class Judged:
 
     cells: tuple[Cell, ...]
     watchers: tuple[Watcher, ...]
-    paths: Mapping[str, Mapping[str, Mapping[str, Path]]]
+    paths: Mapping[str, Mapping[str, Mapping[str, Statistic]]]
 
     def maxima(self, watcher: str, cell: Cell) -> dict[str, float]:
         """The path maxima of the cell's healthy runs."""
@@ -91,7 +91,7 @@ def calibrated_scores(judged: Judged, alpha: float, pooled: bool) -> pd.DataFram
             kinds[watcher.name] = "baseline" if watcher.signal == TRAIN_LOSS else "detector"
         timer = {run.trace.run_id: random_timer(run, experiment, alpha) for run in runs}
         detectors["random timer"], kinds["random timer"] = Detector("random timer", (), alarms=timer), "control"
-        tables.append(run_scores(Contest(experiment, TRACKS["self"], alpha, detectors, kinds)).assign(cell=cell.name))
+        tables.append(_of_cell(cell, Contest(experiment, TRACKS["self"], alpha, detectors, kinds)))
     return _joined(tables, POOLED if pooled else IN_CELL, alpha)
 
 
@@ -107,9 +107,19 @@ def fixed_scores(cells: Sequence[Cell], rules: Sequence[FixedRule]) -> pd.DataFr
             alarms = {run.trace.run_id: rule.alarm(run) for run in cell.experiment.runs}
             detectors[rule.name] = Detector(rule.name, (rule.signal,), alarms=alarms)
         kinds = {rule.name: rule.kind for rule in own}
-        contest = Contest(cell.experiment, TRACKS["published"], np.nan, detectors, kinds)
-        tables.append(run_scores(contest).assign(cell=cell.name))
+        tables.append(_of_cell(cell, Contest(cell.experiment, TRACKS["published"], np.nan, detectors, kinds)))
     return _joined(tables, FIXED, np.nan)
+
+
+def _of_cell(cell: Cell, contest: Contest) -> pd.DataFrame:
+    """The scores of a cell, with ``check_steps``: from the label's reading before the rise to the one that shows it."""
+    checks = {}
+    for run in cell.experiment.of("faulty"):
+        steps = run.signal(cell.label.signal).steps
+        at = int(np.searchsorted(steps, run.divergence))
+        checks[run.trace.run_id] = float(steps[at] - steps[at - 1]) if at else np.nan
+    scores = run_scores(contest)
+    return scores.assign(cell=cell.name, check_steps=scores["run_id"].map(checks).astype(float))
 
 
 def _joined(tables: Sequence[pd.DataFrame], scope: str, alpha: float) -> pd.DataFrame:
@@ -126,12 +136,14 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
 
     detected: share of failures with an alarm before their loss rose, with a 95 % interval: over cells
     (``inference.bca_interval``), Wilson's under 10 cells with a failure, as ``interval`` says. lead_steps: restricted
-    mean, a miss or a late alarm counts as 0, over cells as well; median_lead_steps: of the detected ones. false_alarms:
-    of healthy runs, with Clopper-Pearson's interval; runs of a cell are not independent, which both but the interval
-    over cells leave out. per_million_steps: alarms of healthy runs, at most one each, over the steps they were watched.
+    mean, a miss or a late alarm counts as 0, over cells as well; median_lead_steps: of the detected ones. beyond_check:
+    failures that are detected before the label's last reading without a rise: a shorter lead is only that a detector
+    is read more often. false_alarms: of healthy runs, with Clopper-Pearson's interval; that and Wilson's take the runs
+    of a cell as independent. per_million_steps: alarms of healthy runs, at most one each, over the steps watched.
     """
     rows = []
-    for (scope, alpha, detector, kind), mine in scores.groupby(["scope", "alpha", "detector", "kind"], sort=False, dropna=False):
+    keys = ["scope", "alpha", "detector", "kind"]
+    for (scope, alpha, detector, kind), mine in scores.groupby(keys, sort=False, dropna=False):
         failed, healthy = mine[mine["fault"] != HEALTHY], mine[mine["fault"] == HEALTHY]
         by_cell = failed.groupby("cell", sort=False)
         counts = by_cell.size().to_numpy(float)
@@ -158,6 +170,7 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
                 "interval": "cells" if over_cells else "Wilson",
                 "late": int((failed["outcome"] == "late").sum()),
                 "missed": int((failed["outcome"] == "missed").sum()),
+                "beyond_check": int((failed["lead"] > failed["check_steps"]).sum()),
                 "lead_steps": failed["lead"].mean(),
                 "lead_low": lead_low,
                 "lead_high": lead_high,
