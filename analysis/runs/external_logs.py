@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from foreshock.analysis.runs.csv_table import read_table
-from foreshock.analysis.runs.elsewhere import MIN_READINGS, TRAIN_LOSS, Cell, cells_of
+from foreshock.analysis.runs.elsewhere import MIN_READINGS, TRAIN_LOSS
 from foreshock.analysis.runs.experiment import LABEL_SIGNAL
 from foreshock.analysis.runs.reduced import ReducedTrace
 from foreshock.experiments.elsewhere.known_signals import KNOWN
@@ -43,8 +43,8 @@ def checksums(folder: Path) -> dict[str, str]:
     return {name: sha256((folder / name).read_bytes()) for name in FILES}
 
 
-def algoperf_cells(folder: Path, rises: Mapping[str, float] | None = None) -> list[Cell]:
-    """Cells of the AlgoPerf runs, labelled by validation loss."""
+def algoperf_runs(folder: Path) -> list[Trace]:
+    """The AlgoPerf runs, with the cells of seed twins in their manifests."""
     runs = read_table(folder / ALGOPERF_RUNS, str(folder / ALGOPERF_RUNS), ("run_id", "study", *CELL_KEYS))
     seen: dict[str, int] = {}
     cells, seeds = {}, {}
@@ -56,25 +56,20 @@ def algoperf_cells(folder: Path, rises: Mapping[str, float] | None = None) -> li
     unknown = sorted(set(series) - set(cells))
     if unknown:
         raise ValueError(f"{folder / ALGOPERF_RUNS} has no row for run {unknown[0]} of {ALGOPERF}")
-    return cells_of(
-        (_trace(run_id, cells[run_id], seeds[run_id], of_run, folder / ALGOPERF) for run_id, of_run in series.items()),
-        rises,
-    )
+    return [_trace(run, cells[run], seeds[run], of_run, folder / ALGOPERF) for run, of_run in series.items()]
 
 
-def fp6_cell(folder: Path, rises: Mapping[str, float] | None = None) -> Cell:
-    """The FP6 runs with at least ``MIN_READINGS`` - 1 readings, labelled by training loss, as one cell.
+def fp6_runs(folder: Path) -> list[Trace]:
+    """The FP6 runs with at least ``MIN_READINGS`` readings, as one cell.
 
     They are no seed twins: healthy runs of one format stand for those of another, read at another cadence.
     """
     series = {
         run_id: of_run
         for run_id, of_run in _series(folder / FP6, ("train_loss", "grad_norm")).items()
-        if len(of_run[TRAIN_LOSS].steps) >= MIN_READINGS - 1
+        if len(of_run[TRAIN_LOSS].steps) >= MIN_READINGS
     }
-    traces = [_trace(run_id, FP6_CELL, i, of_run, folder / FP6) for i, (run_id, of_run) in enumerate(series.items())]
-    (cell,) = cells_of(traces, rises)
-    return cell
+    return [_trace(run_id, FP6_CELL, i, of_run, folder / FP6) for i, (run_id, of_run) in enumerate(series.items())]
 
 
 def _series(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, Readings]]:

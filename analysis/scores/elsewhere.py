@@ -135,7 +135,7 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
     """One row a scope and detector: failures detected, leads, and false alarms in healthy runs.
 
     detected: share of failures with an alarm before their loss rose, with a 95 % interval: over cells
-    (``inference.bca_interval``), Wilson's under 10 cells with a failure, as ``interval`` says. lead_steps: restricted
+    (``inference.bca_interval``), Wilson's under 10 cells with a failure and where all cells are alike, as ``interval`` says. lead_steps: restricted
     mean, a miss or a late alarm counts as 0, over cells as well; median_lead_steps: of the detected ones. beyond_check:
     failures that are detected before the label's last reading without a rise: a shorter lead is only that a detector
     is read more often. false_alarms: of healthy runs, with Clopper-Pearson's interval; that and Wilson's take the runs
@@ -148,7 +148,7 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
         by_cell = failed.groupby("cell", sort=False)
         counts = by_cell.size().to_numpy(float)
         low, high = bca_interval(by_cell["detected"].sum().to_numpy(float), counts)
-        over_cells = bool(np.isfinite(low))
+        over_cells = bool(np.isfinite(low) and low < high)
         detected, alarms = int(failed["detected"].sum()), int((healthy["outcome"] == "false_alarm").sum())
         if not over_cells:
             low, high = wilson_interval(detected, len(failed))

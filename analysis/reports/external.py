@@ -1,0 +1,140 @@
+"""The external track: what detectors of loss and gradient norm are worth on public logs with real failures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from foreshock.analysis.detect.fixed_rules import SPIKE_RULES, TimesMedian
+from foreshock.analysis.reports.elsewhere import ALPHA_POOLED, Findings, findings
+from foreshock.analysis.runs.elsewhere import LABELS, TRAIN_LOSS, Cell, cells_of
+from foreshock.analysis.runs.experiment import HEALTHY, LABEL_SIGNAL
+from foreshock.analysis.runs.external_logs import algoperf_runs, checksums, fp6_runs
+from foreshock.analysis.scores.elsewhere import calibrated_scores, fixed_scores, judge, summary
+from foreshock.experiments.trace import Trace
+
+ALGOPERF, FP6, E2M3 = "AlgoPerf", "MX-FP6", "MX-FP6 E2M3"
+WORKLOADS = {"AlgoPerf WMT": "wmt", "AlgoPerf ViT": "imagenet_vit"}
+"""Parts of AlgoPerf, and how the names of their cells begin."""
+
+E2M3_RUNS = "fp6_e2m3"
+"""How the names of the six runs in E2M3 begin, all of which diverge."""
+
+RISE_SCALES = (0.5, 1.0, 2.0)
+"""The protocol's sensitivity of a label."""
+
+RUN_COLUMNS = [
+    "logs", "scope", "alpha", "detector", "cell", "run_id", "fault", "alarm", "divergence", "check_steps", "outcome",
+    "lead",
+]  # fmt: skip
+"""Of ``runs.csv``, which has every failure, and the healthy runs that have an alarm."""
+
+FACTORS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+ALPHA_FP6 = 0.05
+"""21 healthy runs support it."""
+
+
+@dataclass(frozen=True)
+class External:
+    """findings: by logs; tables: by file; factors: of them, how FP6 depends on the factor; says: by logs, sentences."""
+
+    findings: Mapping[str, Findings]
+    tables: Mapping[str, pd.DataFrame]
+    logs_sha256: Mapping[str, str]
+
+    @property
+    def factors(self) -> pd.DataFrame:
+        return self.tables["factors.csv"]
+
+    @property
+    def says(self) -> dict[str, tuple[str, ...]]:
+        return {name: found.says for name, found in self.findings.items()}
+
+
+def score_external(logs: Path) -> External:
+    """Score the logs of a folder. Raises ValueError in one line where they are not what is documented."""
+    known = checksums(logs)
+    algoperf, fp6 = algoperf_runs(logs), fp6_runs(logs)
+    found = {
+        ALGOPERF: findings(cells_of(algoperf), SPIKE_RULES),
+        FP6: findings(cells_of(fp6), SPIKE_RULES, ALPHA_FP6),
+    }
+    scores = pd.concat([part.scores.assign(logs=name) for name, part in found.items()], ignore_index=True)
+    tables = {
+        "detectors.csv": pd.concat([summary(part).assign(logs=name) for name, part in _parts(scores).items()]),
+        "runs.csv": scores.loc[(scores["fault"] != HEALTHY) | scores["alarm"].notna(), RUN_COLUMNS],
+        "rises.csv": _rises(algoperf, fp6),
+        "factors.csv": _factors(fp6),
+        "left_out.csv": pd.concat([part.left_out.assign(logs=name) for name, part in found.items()]),
+    }
+    return External(found, {name: _logs_first(table) for name, table in tables.items()}, known)
+
+
+def _parts(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The runs behind each group of rows of ``detectors.csv``."""
+    parts = {}
+    for name in (ALGOPERF, FP6):
+        parts[name] = scores[scores["logs"] == name]
+        for part, begins in WORKLOADS.items() if name == ALGOPERF else ():
+            parts[part] = parts[name][parts[name]["cell"].str.startswith(begins)]
+    healthy = parts[FP6]["fault"] == HEALTHY
+    parts[E2M3] = parts[FP6][healthy | parts[FP6]["run_id"].str.startswith(E2M3_RUNS)]
+    return parts
+
+
+def _logs_first(table: pd.DataFrame) -> pd.DataFrame:
+    return table[["logs", *table.columns.drop("logs")]] if "logs" in table else table
+
+
+def _rises(algoperf: Sequence[Trace], fp6: Sequence[Trace]) -> pd.DataFrame:
+    """What other rises of the loss as the label would say: pooled in AlgoPerf, in the cell in FP6, and fixed rules."""
+    rows = []
+    nats = {label.signal: label.rise_nats for label in LABELS}
+    for scale in RISE_SCALES:
+        rises = {signal: scale * rise for signal, rise in nats.items()}
+        for name, runs, pooled, signal in ((ALGOPERF, algoperf, True, LABEL_SIGNAL), (FP6, fp6, False, TRAIN_LOSS)):
+            cells = cells_of(runs, rises)
+            scores = [_calibrated(cells, pooled), fixed_scores(cells, SPIKE_RULES)]
+            table = summary(pd.concat([part for part in scores if len(part)]))
+            rows.append(table.assign(logs=name, rise_nats=rises[signal]))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _calibrated(cells: Sequence[Cell], pooled: bool) -> pd.DataFrame:
+    return calibrated_scores(judge(cells), ALPHA_POOLED if pooled else ALPHA_FP6, pooled)
+
+
+def _factors(fp6: Sequence[Trace]) -> pd.DataFrame:
+    """One row a rise and factor: how the gradient norm over its median does on the six runs in E2M3.
+
+    rise_nats: of the smoothed training loss, which is the label; leads, late, missed: of ``runs``; healthy_alarms: of
+    healthy_runs, in E3M2 with at least 50 readings and without a rise at the label's own size.
+    """
+    rows = []
+    rules = [TimesMedian(factor) for factor in FACTORS]
+    own = next(label.rise_nats for label in LABELS if label.signal == TRAIN_LOSS)
+    healthy = {run.trace.run_id for cell in cells_of(fp6) for run in cell.healthy}
+    for scale in RISE_SCALES:
+        scores = fixed_scores(cells_of(fp6, {TRAIN_LOSS: scale * own}), rules)
+        for rule in rules:
+            mine = scores[scores["detector"] == rule.name]
+            failed = mine[mine["run_id"].str.startswith(E2M3_RUNS) & mine["divergence"].notna()]
+            twins = mine[mine["run_id"].isin(healthy)]
+            counts = failed["outcome"].value_counts()
+            rows.append(
+                {
+                    "rise_nats": scale * own,
+                    "factor": rule.factor,
+                    "runs": len(failed),
+                    "leads": int(counts.get("lead", 0)),
+                    "late": int(counts.get("late", 0)),
+                    "missed": int(counts.get("missed", 0)),
+                    "mean_lead_steps": failed["lead"].mean(),
+                    "healthy_runs": len(twins),
+                    "healthy_alarms": int(twins["alarm"].notna().sum()),
+                }
+            )
+    return pd.DataFrame(rows)
