@@ -1,12 +1,12 @@
-"""Score detectors of loss and gradient norm on public training logs with real failures: foreshock external logs=DIR out=DIR
+"""Score detectors of loss and gradient norm on public training logs with real failures.
 
     foreshock external logs=logs out=results/external
 
-logs=DIR  algoperf_series.parquet, algoperf_runs.csv, mx_fp6_series.parquet (docs/elsewhere.md: from where, in what form)
+logs=DIR  algoperf_series.parquet, algoperf_runs.csv, mx_fp6_series.parquet (from where: docs/elsewhere.md)
 out=DIR   detectors.csv (a row a detector), runs.csv (a row a detector and run), rises.csv (other rises as the label),
           factors.csv (the gradient norm over its median in FP6), left_out.csv, figure.png, manifest.json
 
-Two minutes. Every share of detected failures stands beside the false alarms in healthy runs that it costs.
+About a minute. Every share of detected failures stands beside the false alarms in healthy runs that it costs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from foreshock.analysis.figures.external import external_figure
 from foreshock.analysis.reports.elsewhere import print_findings
 from foreshock.analysis.reports.external import External, score_external
 from foreshock.experiments.files import write_whole
 from foreshock.experiments.trace import TraceError
 from foreshock.experiments.usage import fail, misused, show_help
-from rich.console import Console
 
 USAGE = "foreshock external logs=DIR out=DIR"
 

@@ -24,9 +24,7 @@ if is_clone(ROOT):
     one_name()
 
 
-def load(
-    folder: Path | str, signals: Iterable[str] | None = None, runs: Iterable[str] | None = None
-) -> pd.DataFrame:
+def load(folder: Path | str, signals: Iterable[str] | None = None, runs: Iterable[str] | None = None) -> pd.DataFrame:
     """Readings of the finished runs in a folder as one tidy pandas table (``analysis.runs.frame.load``).
 
     Columns: run_id, step, tokens, signal, layer, head, value, undefined, fault, seed, role. signals, runs: names of

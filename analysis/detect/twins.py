@@ -75,7 +75,7 @@ def hierarchical_threshold(groups: Sequence[Sequence[float]], alpha: float) -> f
 def pooled_thresholds(
     cells: Mapping[str, Mapping[str, float]], runs: Mapping[str, Sequence[str]], alpha: float
 ) -> dict[str, float]:
-    """By run id its threshold at alpha, on the statistic's own scale: the centre of its twins, and what other cells add.
+    """By run id its threshold at alpha, on the statistic's own scale: its twins' centre, and what other cells add.
 
     cells: by cell, the path maxima of its healthy runs; runs: by cell, those that are judged. A run without enough
     twins is left out. Raises ValueError as ``hierarchical_threshold`` does.
@@ -85,7 +85,7 @@ def pooled_thresholds(
         scores = [healthy[run] - centre for run, centre in centres(healthy, list(healthy)).items()]
         if scores:
             standardised[cell] = scores
-    thresholds = {}
+    thresholds: dict[str, float] = {}
     for cell, judged in runs.items():
         others = [scores for other, scores in standardised.items() if other != cell]
         known = centres(cells[cell], judged)

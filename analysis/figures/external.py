@@ -42,7 +42,10 @@ def external_figure(table: pd.DataFrame, path: Path) -> None:
     axes[-1, 0].set_xlim(-0.02, 1.02)
     marks = (
         ("failures detected before the loss rises", {"marker": "o", "color": DETECTED}),
-        ("even before its last reading without a rise", {"marker": "o", "color": DETECTED, "mfc": "none", "ms": 10, "lw": 0}),
+        (
+            "even before its last reading without a rise",
+            {"marker": "o", "color": DETECTED, "mfc": "none", "ms": 10, "lw": 0},
+        ),
         ("healthy runs with a (false) alarm", {"marker": "X", "color": FALSE}),
     )
     figure.legend(

@@ -56,7 +56,9 @@ def findings(cells: Sequence[Cell], rules: Sequence[FixedRule], alpha: float | N
         else:
             judged_runs = table["run_id"].nunique()
             all_runs = sum(len(cell.experiment.runs) for cell in cells)
-            says.append(f"thresholds {where} at {rate:.0%} false alarms: {judged_runs} of {all_runs} runs have the twins")
+            says.append(
+                f"thresholds {where} at {rate:.0%} false alarms: {judged_runs} of {all_runs} runs have the twins"
+            )
             if not pooled:
                 says.append("in a cell some healthy run must be the largest: false alarms there are so by construction")
         tables.append(table)
@@ -68,9 +70,7 @@ def findings(cells: Sequence[Cell], rules: Sequence[FixedRule], alpha: float | N
         says.append(f"{len(left_out)} runs are not judged, such as {left_out[0][1]}: {left_out[0][2]}")
     if scores is None:
         raise ValueError(f"no run can be judged: {says[-1]}")
-    return Findings(
-        scores, summary(scores), pd.DataFrame(left_out, columns=["cell", "run_id", "reason"]), tuple(says)
-    )
+    return Findings(scores, summary(scores), pd.DataFrame(left_out, columns=["cell", "run_id", "reason"]), tuple(says))
 
 
 def _own_rules(cells: Sequence[Cell]) -> list[FixedRule]:
@@ -91,7 +91,9 @@ def _labels(cells: Sequence[Cell]) -> list[str]:
         failed = sum(len(cell.experiment.of("faulty")) for cell in of_label)
         judged = sum(len(cell.experiment.runs) for cell in of_label)
         what = "validation loss" if label.signal == LABEL_SIGNAL else "training loss, as there is no validation loss"
-        lines.append(f"{failed} of {judged} judged runs fail: {what} rises by {label.rise_nats:g} nats ({label.signal})")
+        lines.append(
+            f"{failed} of {judged} judged runs fail: {what} rises by {label.rise_nats:g} nats ({label.signal})"
+        )
     return lines
 
 
@@ -101,7 +103,9 @@ def _alone(cells: Sequence[Cell]) -> list[str]:
     if not single:
         return []
     runs = f"run {single[0].name} has" if len(single) == 1 else f"{len(single)} runs have"
-    return [f"{runs} no seed twin: only the self track at its bound, and published limits; their false alarms are unknown"]
+    return [
+        f"{runs} no seed twin: only the self track at its bound, and published limits; their false alarms are unknown"
+    ]
 
 
 def print_findings(found: Findings, console: Console) -> None:

@@ -24,9 +24,7 @@ Facts = Mapping[str, dict[str, Any]]
 """By run id its fault, seed and role."""
 
 
-def load(
-    folder: Path | str, signals: Iterable[str] | None = None, runs: Iterable[str] | None = None
-) -> pd.DataFrame:
+def load(folder: Path | str, signals: Iterable[str] | None = None, runs: Iterable[str] | None = None) -> pd.DataFrame:
     """The readings of the finished runs in a folder, a row a reading, sorted by run and signal as they are saved.
 
     folder: of run folders, of a reduced set, or of runs from elsewhere; experiments below it are found too.
@@ -109,7 +107,9 @@ def _chosen(
     sources = _sources(folder, signals)
     missing = [run for run in runs or () if run not in sources]
     if missing:
-        raise ValueError(f"runs={missing[0]!r}: no finished run in {folder} has this name{nearest(missing[0], sources)}")
+        raise ValueError(
+            f"runs={missing[0]!r}: no finished run in {folder} has this name{nearest(missing[0], sources)}"
+        )
     known = {run: manifest for run, (manifest, _) in sources.items()}
     facts = _facts(folder, known)
     some = False

@@ -207,5 +207,3 @@ def operating_curve(judged: Judged, watcher: str) -> pd.DataFrame:
     limits = np.unique([*healthy, *failed, np.inf])
     shares = [(limit, *(float(np.mean(np.asarray(of) > limit)) for of in (healthy, failed))) for limit in limits]
     return pd.DataFrame(shares, columns=["limit", "false_alarm_share", "detected_share"])
-
-
