@@ -40,12 +40,10 @@ def external_figure(table: pd.DataFrame, path: Path) -> None:
     axes[-1, 0].set_xlabel("share of runs, with 95 % intervals")
     axes[-1, 0].xaxis.set_major_formatter(PercentFormatter(1.0))
     axes[-1, 0].set_xlim(-0.02, 1.02)
-    marks = (
+    ring = {"marker": "o", "color": DETECTED, "mfc": "none", "ms": 10, "lw": 0}
+    marks: tuple[tuple[str, dict[str, Any]], ...] = (
         ("failures detected before the loss rises", {"marker": "o", "color": DETECTED}),
-        (
-            "even before its last reading without a rise",
-            {"marker": "o", "color": DETECTED, "mfc": "none", "ms": 10, "lw": 0},
-        ),
+        ("even before its last reading without a rise", ring),
         ("healthy runs with a (false) alarm", {"marker": "X", "color": FALSE}),
     )
     figure.legend(
@@ -74,7 +72,7 @@ def _rows(table: pd.DataFrame, scope: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 def _panel(axis: plt.Axes, name: str, groups: Sequence[pd.DataFrame]) -> None:
     """One set of logs: a row a detector, in groups with a heading each."""
     at, labels, y = [], [], 0
-    right = {"va": "center", "fontsize": 10.5, "transform": axis.get_yaxis_transform()}
+    right: dict[str, Any] = {"va": "center", "fontsize": 10.5, "transform": axis.get_yaxis_transform()}
     axis.text(1.02, 0, "failures", color=DETECTED, **right)
     axis.text(1.135, 0, "healthy", color=FALSE, **right)
     for heading, rows in zip(HEADINGS, groups, strict=True):
@@ -92,7 +90,7 @@ def _panel(axis: plt.Axes, name: str, groups: Sequence[pd.DataFrame]) -> None:
     axis.set_yticks(at, labels)
     for label in axis.get_yticklabels():
         if label.get_text() in HEADINGS:
-            label.set_weight("bold")
+            label.set_fontweight("bold")
     axis.set_ylim(y - 0.4, -0.6)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", color="0.92")

@@ -56,9 +56,8 @@ def findings(cells: Sequence[Cell], rules: Sequence[FixedRule], alpha: float | N
         else:
             judged_runs = table["run_id"].nunique()
             all_runs = sum(len(cell.experiment.runs) for cell in cells)
-            says.append(
-                f"thresholds {where} at {rate:.0%} false alarms: {judged_runs} of {all_runs} runs have the twins"
-            )
+            of_all = f"{judged_runs} of {all_runs}"
+            says.append(f"thresholds {where} at {rate:.0%} false alarms: {of_all} runs have enough healthy twins")
             if not pooled:
                 says.append("in a cell some healthy run must be the largest: false alarms there are so by construction")
         tables.append(table)
@@ -91,9 +90,7 @@ def _labels(cells: Sequence[Cell]) -> list[str]:
         failed = sum(len(cell.experiment.of("faulty")) for cell in of_label)
         judged = sum(len(cell.experiment.runs) for cell in of_label)
         what = "validation loss" if label.signal == LABEL_SIGNAL else "training loss, as there is no validation loss"
-        lines.append(
-            f"{failed} of {judged} judged runs fail: {what} rises by {label.rise_nats:g} nats ({label.signal})"
-        )
+        lines.append(f"{failed} of {judged} judged runs fail, by {what}: a rise of {label.rise_nats:g} nats")
     return lines
 
 
@@ -103,9 +100,8 @@ def _alone(cells: Sequence[Cell]) -> list[str]:
     if not single:
         return []
     runs = f"run {single[0].name} has" if len(single) == 1 else f"{len(single)} runs have"
-    return [
-        f"{runs} no seed twin: only the self track at its bound, and published limits; their false alarms are unknown"
-    ]
+    judges = "only the self track at its bound, and published limits"
+    return [f"{runs} no seed twin: {judges}; their false alarms are unknown"]
 
 
 def print_findings(found: Findings, console: Console) -> None:

@@ -105,9 +105,7 @@ def imported_runs(folder: Path) -> list[Trace] | None:
     with_role = next((path for path, role in elsewhere.items() if role is not None), None)
     if with_role is not None:
         without = next(path for path, role in elsewhere.items() if role is None)
-        raise trace.TraceError(
-            f"run {with_role.name} has a role and {without.name} has none: give all runs one, or none"
-        )
+        raise trace.TraceError(f"run {with_role.name} has a role and {without.name} has none: all runs, or no run")
     return [trace.read(path) for path in paths]
 
 

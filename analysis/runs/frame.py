@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,7 @@ def _chosen(
     sources = _sources(folder, signals)
     missing = [run for run in runs or () if run not in sources]
     if missing:
-        raise ValueError(
-            f"runs={missing[0]!r}: no finished run in {folder} has this name{nearest(missing[0], sources)}"
-        )
+        raise ValueError(f"runs={missing[0]!r}: no finished run in {folder} is called so{nearest(missing[0], sources)}")
     known = {run: manifest for run, (manifest, _) in sources.items()}
     facts = _facts(folder, known)
     some = False
@@ -140,11 +139,11 @@ def _sources(folder: Path, signals: tuple[str, ...] | None) -> dict[str, Source]
 
     for path in sorted({path.parent for path in folder.rglob(reduced.SIGNALS)}):
         for run_id, run in reduced.read(path).items():
-            add(run_id, (run.manifest, lambda run=run: _only(run, signals)))
+            add(run_id, (run.manifest, partial(_only, run, signals)))
     for path in sorted(folder.rglob("manifest.json")):
         manifest = trace.read_manifest(path.parent) if (path.parent / trace.TRACE).is_dir() else None
         if manifest is not None and manifest["end_reason"] in trace.FINAL_REASONS:
-            add(path.parent.name, (manifest, lambda path=path: trace.read(path.parent, signals)))
+            add(path.parent.name, (manifest, partial(trace.read, path.parent, signals)))
     if not sources:
         raise TraceError(f"{folder} holds no finished run")
     return sources

@@ -1,4 +1,4 @@
-"""Runs from elsewhere in the contest of all boards: alarms at equal false alarms in a cell, pooled, and by fixed rules."""
+"""Runs from elsewhere in the contest of all boards: at equal false alarms in a cell and pooled, and by fixed rules."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _of_cell(cell: Cell, contest: Contest) -> pd.DataFrame:
     checks = {}
     for run in cell.experiment.of("faulty"):
         steps = run.signal(cell.label.signal).steps
-        at = int(np.searchsorted(steps, run.divergence))
+        at = int(np.searchsorted(steps, run.divergence or 0))
         checks[run.trace.run_id] = float(steps[at] - steps[at - 1]) if at else np.nan
     scores = run_scores(contest)
     return scores.assign(cell=cell.name, check_steps=scores["run_id"].map(checks).astype(float))
@@ -135,11 +135,12 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
     """One row a scope and detector: failures detected, leads, and false alarms in healthy runs.
 
     detected: share of failures with an alarm before their loss rose, with a 95 % interval: over cells
-    (``inference.bca_interval``), Wilson's under 10 cells with a failure and where all cells are alike, as ``interval`` says. lead_steps: restricted
-    mean, a miss or a late alarm counts as 0, over cells as well; median_lead_steps: of the detected ones. beyond_check:
-    failures that are detected before the label's last reading without a rise: a shorter lead is only that a detector
-    is read more often. false_alarms: of healthy runs, with Clopper-Pearson's interval; that and Wilson's take the runs
-    of a cell as independent. per_million_steps: alarms of healthy runs, at most one each, over the steps watched.
+    (``inference.bca_interval``), or Wilson's, as ``interval`` says, under 10 cells with a failure and where all are
+    alike. lead_steps: restricted mean, a miss or a late alarm counts as 0, over cells as well; median_lead_steps: of
+    the detected ones. beyond_check: failures that are detected before the label's last reading without a rise: a
+    shorter lead is only that a detector is read more often. false_alarms: of healthy runs, with Clopper-Pearson's
+    interval; that and Wilson's take the runs of a cell as independent. per_million_steps: alarms of healthy runs, at
+    most one each, over the steps watched.
     """
     rows = []
     keys = ["scope", "alpha", "detector", "kind"]
@@ -184,26 +185,3 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def operating_curve(judged: Judged, watcher: str) -> pd.DataFrame:
-    """Detected failures against false alarms as the pooled limit moves: limit, false_alarm_share, detected_share.
-
-    Every run's statistic less the median path maximum of its healthy twins, its own left out. A failure is detected
-    where that passes the limit before its loss rose. Descriptive: the limit is set by the runs that it is read on.
-    """
-    healthy, failed = [], []
-    for cell in judged.cells:
-        maxima, seen = judged.maxima(watcher, cell), judged.paths[watcher][cell.name]
-        for run in cell.experiment.runs:
-            others = [m for twin, m in maxima.items() if twin != run.trace.run_id]
-            if len(others) < 2 or not np.isfinite(np.median(others)):
-                continue
-            path = seen[run.trace.run_id]
-            if run.fault is None:
-                healthy.append(path.maximum - np.median(others))
-            else:
-                failed.append(path.largest_before(run.divergence) - np.median(others))
-    limits = np.unique([*healthy, *failed, np.inf])
-    shares = [(limit, *(float(np.mean(np.asarray(of) > limit)) for of in (healthy, failed))) for limit in limits]
-    return pd.DataFrame(shares, columns=["limit", "false_alarm_share", "detected_share"])

@@ -112,11 +112,13 @@ def _signal(column: str, said: Any, metrics: Sequence[str], where: str) -> Signa
         if key not in allowed:
             raise ValueError(f"{where}: signals.{column}.{key} is not a key of it{did_you_mean(key, allowed)}")
     name = check_name(node.get("signal"), f"{where}: signals.{column}.signal")
+    changes: dict[str, Any] = {key: value for key, value in node.items() if key != "signal"}
     if name in KNOWN:
-        return replace(KNOWN[name], **{key: value for key, value in node.items() if key != "signal"})
+        return replace(KNOWN[name], **changes)
     if "unit" not in node or "bad" not in node:
         raise ValueError(
             f"{where}: signals.{column}={name!r} is no known signal, so it needs unit and bad (up, down or both)"
             f"{did_you_mean(name, list(KNOWN))}"
         )
-    return Signal(name, str(node["unit"]), node["bad"], **({"family": node["family"]} if "family" in node else {}))
+    changes["unit"] = str(node["unit"])
+    return Signal(name, **changes)

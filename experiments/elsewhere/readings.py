@@ -133,9 +133,8 @@ def _integers(cells: pd.Series, column: str, where: str, row: str) -> pd.Series:
     numbers = pd.to_numeric(cells, errors="coerce")
     wrong = cells.index[~((numbers >= 0) & (numbers % 1 == 0))]
     if len(wrong):
-        raise ValueError(
-            f"{where}: {column}={cells.loc[wrong[0]]!r} in {row} {wrong[0]} is not allowed: whole, 0 or more"
-        )
+        said = f"{column}={cells.loc[wrong[0]]!r} in {row} {wrong[0]}"
+        raise ValueError(f"{where}: {said} is not allowed: an integer from 0 on")
     return numbers.astype(np.int64)
 
 
