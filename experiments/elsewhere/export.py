@@ -76,14 +76,18 @@ def read_wandb(path: Path) -> Export:
 
 
 def read_trainer_state(path: Path) -> Export:
-    """``trainer_state.json`` of a Hugging Face Trainer: its ``log_history``, an entry a row; its file's folder."""
+    """``trainer_state.json`` of a Hugging Face Trainer: its ``log_history``, an entry a row.
+
+    The run is named by its folder. ``loss`` is of training; ``train_loss``, in the last entry, is a mean of all.
+    """
     state = _json(path.read_text(encoding="utf-8"), path, "the file")
     history = state.get("log_history")
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         raise ValueError(f"{path} has no log_history: trainer_state.json of a Hugging Face Trainer is needed")
     table = _table(history, list(range(1, len(history) + 1)), path)
     folder = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
-    return Export(table, row="entry", run=folder.resolve().name if path.name == "trainer_state.json" else None)
+    name = folder.resolve().name if path.name == "trainer_state.json" else None
+    return Export(table, row="entry", run=name, spellings={**SPELLINGS, "train_loss_raw": ("loss",)})
 
 
 def read_tensorboard(path: Path) -> Export:
