@@ -1,4 +1,4 @@
-"""Exports of other trackers become traces that ``experiments.trace`` reads, or one line says what is wrong with them."""
+"""Exports of other trackers become traces that ``experiments.trace`` reads, or one line says what is wrong."""
 
 import json
 import sys
@@ -11,7 +11,9 @@ from foreshock.experiments.elsewhere.traces import ELSEWHERE
 from foreshock.experiments.files import sha256
 from foreshock.experiments.import_runs import main
 
-WIDE = "global_step,train/loss,eval/loss,grad_norm,lr,note\n0,5.0,5.1,1.0,0.1,a\n10,4.0,,nan,0.1,b\n20,3.5,4.1,inf,0.1,c\n"
+WIDE = (
+    "global_step,train/loss,eval/loss,grad_norm,lr,note\n0,5.0,5.1,1.0,0.1,a\n10,4.0,,nan,0.1,b\n20,3.5,4.1,inf,0.1,c\n"
+)
 
 
 @pytest.fixture
@@ -166,7 +168,10 @@ def test_columns_by_a_file(imported, tmp_path):
         ("0,1\n10,1\n10,2\n20,1", "loss has two readings at step 10 (lines 3 and 4): several runs in one file need"),
         ("0,1\n10,1\n0,2\n10,3", "loss begins again at step 0 after step 10 (lines 3 and 4): several runs in one file"),
         ("0,1\n,1", "line 3 has no step"),
-        ("0,1\n10,1\n20,1\n40,1\n" + "\n".join(f"{s},1" for s in range(50, 200, 10)), "no reading at step 30, one every"),
+        (
+            "0,1\n10,1\n20,1\n40,1\n" + "\n".join(f"{s},1" for s in range(50, 200, 10)),
+            "no reading at step 30, one every",
+        ),
         ("0,1\n1.5,1", "step='1.5' in line 3 is not allowed: an integer from 0 on"),
         ("0,1\n-1,1", "step='-1' in line 3 is not allowed: an integer from 0 on"),
         ("0,1\n10,high", "loss='high' in line 3 is not allowed: a number"),
