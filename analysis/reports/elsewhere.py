@@ -13,7 +13,14 @@ from rich.table import Table
 from foreshock.analysis.detect.fixed_rules import SPIKE_RULES, FixedRule, PublishedLimit, SelfBound
 from foreshock.analysis.runs.elsewhere import Cell, cells_of
 from foreshock.analysis.runs.experiment import LABEL_SIGNAL
-from foreshock.analysis.scores.elsewhere import calibrated_scores, fixed_scores, judge, summary
+from foreshock.analysis.scores.elsewhere import (
+    Judged,
+    calibrated_scores,
+    fixed_scores,
+    judge,
+    shared_signals,
+    summary,
+)
 from foreshock.experiments.trace import Trace
 
 ALPHA_IN_CELL, ALPHA_POOLED = 0.20, 0.05
@@ -22,8 +29,12 @@ ALPHA_IN_CELL, ALPHA_POOLED = 0.20, 0.05
 
 @dataclass(frozen=True)
 class Findings:
-    """scores: a row a detector and run; detectors: their summary; left_out: runs that are not judged; says: lines."""
+    """scores: a row a detector and run; detectors: their summary; left_out: runs that are not judged; says: lines.
 
+    judged: what the scores were made from.
+    """
+
+    judged: Judged
     scores: pd.DataFrame
     detectors: pd.DataFrame
     left_out: pd.DataFrame
@@ -43,7 +54,7 @@ def score_imported(runs: Sequence[Trace], alpha: float | None = None) -> Finding
 
 def findings(cells: Sequence[Cell], rules: Sequence[FixedRule], alpha: float | None = None) -> Findings:
     """The same of cells that are there already, and of these rules without calibration."""
-    judged, tables, says = judge(cells), [], list(_labels(cells))
+    judged, tables, says = judge(cells, rules), [], [*_labels(cells), *_unwatched(cells)]
     for pooled, rate in ((False, alpha or ALPHA_IN_CELL), (True, alpha or ALPHA_POOLED)):
         try:
             table = calibrated_scores(judged, rate, pooled)
@@ -61,7 +72,7 @@ def findings(cells: Sequence[Cell], rules: Sequence[FixedRule], alpha: float | N
             if not pooled:
                 says.append("in a cell some healthy run must be the largest: false alarms there are so by construction")
         tables.append(table)
-    tables.append(fixed_scores(cells, rules))
+    tables.append(fixed_scores(judged))
     says += _alone(cells)
     scores = pd.concat([table for table in tables if len(table)], ignore_index=True) if any(map(len, tables)) else None
     left_out = [(cell.name, run, reason) for cell in cells for run, reason in cell.left_out.items()]
@@ -69,7 +80,8 @@ def findings(cells: Sequence[Cell], rules: Sequence[FixedRule], alpha: float | N
         says.append(f"{len(left_out)} runs are not judged, such as {left_out[0][1]}: {left_out[0][2]}")
     if scores is None:
         raise ValueError(f"no run can be judged: {says[-1]}")
-    return Findings(scores, summary(scores), pd.DataFrame(left_out, columns=["cell", "run_id", "reason"]), tuple(says))
+    unjudged = pd.DataFrame(left_out, columns=["cell", "run_id", "reason"])
+    return Findings(judged, scores, summary(scores), unjudged, tuple(says))
 
 
 def _own_rules(cells: Sequence[Cell]) -> list[FixedRule]:
@@ -92,6 +104,13 @@ def _labels(cells: Sequence[Cell]) -> list[str]:
         what = "validation loss" if label.signal == LABEL_SIGNAL else "training loss, as there is no validation loss"
         lines.append(f"{failed} of {judged} judged runs fail, by {what}: a rise of {label.rise_nats:g} nats")
     return lines
+
+
+def _unwatched(cells: Sequence[Cell]) -> list[str]:
+    """Of signals that some cells have and others lack."""
+    shared = shared_signals(cells)
+    lost = {name: cell.name for cell in cells if cell.experiment.runs for name in cell.signals if name not in shared}
+    return [f"{name} is watched by rules alone: cell {cell} has it and others lack it" for name, cell in lost.items()]
 
 
 def _alone(cells: Sequence[Cell]) -> list[str]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from foreshock.analysis.detect.fixed_rules import SPIKE_RULES, TimesMedian
+from foreshock.analysis.detect.fixed_rules import SPIKE_RULES
 from foreshock.analysis.reports.elsewhere import ALPHA_POOLED, Findings, findings
-from foreshock.analysis.runs.elsewhere import LABELS, TRAIN_LOSS, Cell, cells_of
+from foreshock.analysis.runs.elsewhere import LABELS, TRAIN_LOSS, cells_of
 from foreshock.analysis.runs.experiment import HEALTHY, LABEL_SIGNAL
 from foreshock.analysis.runs.external_logs import algoperf_runs, checksums, fp6_runs
-from foreshock.analysis.scores.elsewhere import calibrated_scores, fixed_scores, judge, summary
+from foreshock.analysis.scores.elsewhere import Judged, calibrated_scores, fixed_scores, summary
+from foreshock.analysis.scores.outcome import restricted_mean_lead, score
 from foreshock.experiments.trace import Trace
 
 ALGOPERF, FP6, E2M3 = "AlgoPerf", "MX-FP6", "MX-FP6 E2M3"
@@ -32,6 +34,7 @@ RUN_COLUMNS = [
 ]  # fmt: skip
 """Of ``runs.csv``, which has every failure, and the healthy runs that have an alarm."""
 
+GRADIENT_NORM = "gradient norm over its median"
 FACTORS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 ALPHA_FP6 = 0.05
 """21 healthy runs support it."""
@@ -57,17 +60,17 @@ class External:
 def score_external(logs: Path) -> External:
     """Score the logs of a folder. Raises ValueError in one line where they are not what is documented."""
     known = checksums(logs)
-    algoperf, fp6 = algoperf_runs(logs), fp6_runs(logs)
+    runs = {ALGOPERF: algoperf_runs(logs), FP6: fp6_runs(logs)}
     found = {
-        ALGOPERF: findings(cells_of(algoperf), SPIKE_RULES),
-        FP6: findings(cells_of(fp6), SPIKE_RULES, ALPHA_FP6),
+        ALGOPERF: findings(cells_of(runs[ALGOPERF]), SPIKE_RULES),
+        FP6: findings(cells_of(runs[FP6]), SPIKE_RULES, ALPHA_FP6),
     }
     scores = pd.concat([part.scores.assign(logs=name) for name, part in found.items()], ignore_index=True)
     tables = {
         "detectors.csv": pd.concat([summary(part).assign(logs=name) for name, part in _parts(scores).items()]),
         "runs.csv": scores.loc[(scores["fault"] != HEALTHY) | scores["alarm"].notna(), RUN_COLUMNS],
-        "rises.csv": _rises(algoperf, fp6),
-        "factors.csv": _factors(fp6),
+        "rises.csv": _rises(found, runs),
+        "factors.csv": _factors(found[FP6].judged, runs[FP6]),
         "left_out.csv": pd.concat([part.left_out.assign(logs=name) for name, part in found.items()]),
     }
     return External(found, {name: _logs_first(table) for name, table in tables.items()}, known)
@@ -89,52 +92,60 @@ def _logs_first(table: pd.DataFrame) -> pd.DataFrame:
     return table[["logs", *table.columns.drop("logs")]] if "logs" in table else table
 
 
-def _rises(algoperf: Sequence[Trace], fp6: Sequence[Trace]) -> pd.DataFrame:
+def _rises(found: Mapping[str, Findings], runs: Mapping[str, Sequence[Trace]]) -> pd.DataFrame:
     """What other rises of the loss as the label would say: pooled in AlgoPerf, in the cell in FP6, and fixed rules."""
     rows = []
-    nats = {label.signal: label.rise_nats for label in LABELS}
-    for scale in RISE_SCALES:
-        rises = {signal: scale * rise for signal, rise in nats.items()}
-        for name, runs, pooled, signal in ((ALGOPERF, algoperf, True, LABEL_SIGNAL), (FP6, fp6, False, TRAIN_LOSS)):
-            cells = cells_of(runs, rises)
-            scores = [_calibrated(cells, pooled), fixed_scores(cells, SPIKE_RULES)]
+    for name, label in ((ALGOPERF, LABEL_SIGNAL), (FP6, TRAIN_LOSS)):
+        pooled, alpha = (True, ALPHA_POOLED) if name == ALGOPERF else (False, ALPHA_FP6)
+        for rise in _other_rises(label):
+            judged = found[name].judged.labelled(cells_of(runs[name], {label: rise}))
+            scores = [calibrated_scores(judged, alpha, pooled), fixed_scores(judged)]
             table = summary(pd.concat([part for part in scores if len(part)]))
-            rows.append(table.assign(logs=name, rise_nats=rises[signal]))
+            rows.append(table.assign(logs=name, rise_nats=rise))
     return pd.concat(rows, ignore_index=True)
 
 
-def _calibrated(cells: Sequence[Cell], pooled: bool) -> pd.DataFrame:
-    return calibrated_scores(judge(cells), ALPHA_POOLED if pooled else ALPHA_FP6, pooled)
+def _other_rises(signal: str) -> list[float]:
+    """The rise of a loss that is a failure, and the protocol's sensitivity of it, in nats."""
+    own = next(label.rise_nats for label in LABELS if label.signal == signal)
+    return [scale * own for scale in RISE_SCALES]
 
 
-def _factors(fp6: Sequence[Trace]) -> pd.DataFrame:
+def _factors(judged: Judged, runs: Sequence[Trace]) -> pd.DataFrame:
     """One row a rise and factor: how the gradient norm over its median does on the six runs in E2M3.
 
     rise_nats: of the smoothed training loss, which is the label; leads, late, missed: of ``runs``; healthy_alarms: of
-    healthy_runs, in E3M2 with at least 50 readings and without a rise at the label's own size.
+    healthy_runs, in E3M2 with at least 51 readings and without a rise at the label's own size.
     """
+    (cell,) = judged.cells
+    seen = judged.paths[GRADIENT_NORM][cell.name]
     rows = []
-    rules = [TimesMedian(factor) for factor in FACTORS]
-    own = next(label.rise_nats for label in LABELS if label.signal == TRAIN_LOSS)
-    healthy = {run.trace.run_id for cell in cells_of(fp6) for run in cell.healthy}
-    for scale in RISE_SCALES:
-        scores = fixed_scores(cells_of(fp6, {TRAIN_LOSS: scale * own}), rules)
-        for rule in rules:
-            mine = scores[scores["detector"] == rule.name]
-            failed = mine[mine["run_id"].str.startswith(E2M3_RUNS) & mine["divergence"].notna()]
-            twins = mine[mine["run_id"].isin(healthy)]
-            counts = failed["outcome"].value_counts()
+    for rise in _other_rises(TRAIN_LOSS):
+        (labelled,) = cells_of(runs, {TRAIN_LOSS: rise})
+        failed = [run for run in labelled.experiment.of("faulty") if run.trace.run_id.startswith(E2M3_RUNS)]
+        for factor in FACTORS:
+            alarms = {run: path.alarm(math.log(factor)) for run, path in seen.items()}
+            scores = [
+                score(
+                    alarm=alarms[run.trace.run_id],
+                    onset=run.onset,
+                    divergence=run.divergence,
+                    horizon=labelled.experiment.horizon,
+                )
+                for run in failed
+            ]
+            outcomes = [result.outcome for result in scores]
             rows.append(
                 {
-                    "rise_nats": scale * own,
-                    "factor": rule.factor,
+                    "rise_nats": rise,
+                    "factor": factor,
                     "runs": len(failed),
-                    "leads": int(counts.get("lead", 0)),
-                    "late": int(counts.get("late", 0)),
-                    "missed": int(counts.get("missed", 0)),
-                    "mean_lead_steps": failed["lead"].mean(),
-                    "healthy_runs": len(twins),
-                    "healthy_alarms": int(twins["alarm"].notna().sum()),
+                    "leads": outcomes.count("lead"),
+                    "late": outcomes.count("late"),
+                    "missed": outcomes.count("missed"),
+                    "mean_lead_steps": restricted_mean_lead(scores),
+                    "healthy_runs": len(cell.healthy),
+                    "healthy_alarms": sum(alarms[run.trace.run_id] is not None for run in cell.healthy),
                 }
             )
     return pd.DataFrame(rows)

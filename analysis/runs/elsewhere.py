@@ -126,14 +126,10 @@ def _cell(name: str, runs: Sequence[Trace], rises: Mapping[str, float]) -> Cell:
         lacking = next(run.run_id for run in runs if LABEL_SIGNAL not in run.signals)
         raise trace.TraceError(f"run {lacking} has neither {LABEL_SIGNAL} nor {TRAIN_LOSS}: nothing says if it failed")
     label = replace(label, rise_nats=rises.get(label.signal, label.rise_nats))
-    kept: dict[str, None] = dict.fromkeys(
-        signal
-        for signal in runs[0].signals
-        if signal != LABEL_SIGNAL and signal not in PLANNED and all(signal in run.signals for run in runs)
-    )
+    kept = _watched(runs)
     scored, left_out = [], {}
     for run in runs:
-        reason = _unjudged(run, tuple(kept))
+        reason = _unjudged(run, kept)
         if reason is not None:
             left_out[run.run_id] = reason
         failed = label.step(run.signals[label.signal])
@@ -142,7 +138,18 @@ def _cell(name: str, runs: Sequence[Trace], rises: Mapping[str, float]) -> Cell:
         scored.append(ScoredRun(role, fault, seed, run, onset, failed, False, int(run.manifest["steps_done"])))
     judged = tuple(run for run in scored if run.trace.run_id not in left_out)
     horizon = max(run.horizon for run in scored)
-    return Cell(Experiment(_index(name, tuple(kept)), name, "steps", judged, horizon, label.rise_nats), label, left_out)
+    return Cell(Experiment(_index(name, kept), name, "steps", judged, horizon, label.rise_nats), label, left_out)
+
+
+def _watched(runs: Sequence[Trace]) -> tuple[str, ...]:
+    """The signals of all twins that most of them have enough readings of; all where there is none such."""
+    shared = [
+        signal
+        for signal in runs[0].signals
+        if signal != LABEL_SIGNAL and signal not in PLANNED and all(signal in run.signals for run in runs)
+    ]
+    most = [s for s in shared if 2 * sum(_unjudged(run, (s,)) is None for run in runs) >= len(runs)]
+    return tuple(most or shared)
 
 
 def _index(name: str, signals: Sequence[str]) -> dict[str, Any]:

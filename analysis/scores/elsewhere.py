@@ -28,14 +28,21 @@ NAMES = {TRAIN_LOSS: "training loss", "grad_global_norm": "gradient norm"}
 
 @dataclass(frozen=True)
 class Judged:
-    """Cells and what every detector that needs a threshold has seen in them.
+    """Cells, and what every detector has seen in their runs, whatever the label.
 
-    paths: by detector, cell and run id.
+    paths: by detector that needs a threshold, cell and run id; rules: without calibration; fixed: their alarms, by
+    rule and run id, for the runs of cells that have their signal.
     """
 
     cells: tuple[Cell, ...]
     watchers: tuple[Watcher, ...]
     paths: Mapping[str, Mapping[str, Mapping[str, Statistic]]]
+    rules: tuple[FixedRule, ...]
+    fixed: Mapping[str, Mapping[str, int | None]]
+
+    def labelled(self, cells: Sequence[Cell]) -> Judged:
+        """The same of cells of the same runs with another label."""
+        return replace(self, cells=tuple(cells))
 
     def maxima(self, watcher: str, cell: Cell) -> dict[str, float]:
         """The path maxima of the cell's healthy runs."""
@@ -52,18 +59,32 @@ class Judged:
         return {name: {run: known[run] for run in of_cell if run in known} for name, of_cell in runs.items()}
 
 
-def judge(cells: Sequence[Cell]) -> Judged:
-    """Every detector of a signal's own past in every run of these cells.
+def judge(cells: Sequence[Cell], rules: Sequence[FixedRule] = ()) -> Judged:
+    """Every detector of a signal's own past, and every rule, in every run of these cells.
 
-    A signal is watched where all cells have it. Its direction of harm is that of its description.
+    Detectors watch the signals that all cells with a judged run have, so that all are compared on the same runs.
     """
-    shared = [name for name in cells[0].signals if all(name in cell.signals for cell in cells)] if cells else []
     watchers: list[Watcher] = []
-    for signal in shared:
-        described = cells[0].experiment.signals[signal] if cells[0].experiment.runs else None
-        watchers += own_past(NAMES.get(signal, signal), signal, "up" if described is None else described.bad)
+    for signal in shared_signals(cells):
+        described = next(cell.experiment.signals[signal] for cell in cells if cell.experiment.runs)
+        watchers += own_past(NAMES.get(signal, signal), signal, described.bad)
     known = {w.name: {cell.name: paths(w, cell.experiment.runs) for cell in cells} for w in watchers}
-    return Judged(tuple(cells), tuple(watchers), known)
+    fixed = {
+        rule.name: {
+            run.trace.run_id: rule.alarm(run)
+            for cell in cells
+            if rule.signal in cell.signals
+            for run in cell.experiment.runs
+        }
+        for rule in rules
+    }
+    return Judged(tuple(cells), tuple(watchers), known, tuple(rules), fixed)
+
+
+def shared_signals(cells: Sequence[Cell]) -> list[str]:
+    """The signals that all cells with a judged run have."""
+    known = [cell.signals for cell in cells if cell.experiment.runs]
+    return [name for name in known[0] if all(name in signals for signals in known)] if known else []
 
 
 def calibrated_scores(judged: Judged, alpha: float, pooled: bool) -> pd.DataFrame:
@@ -95,19 +116,15 @@ def calibrated_scores(judged: Judged, alpha: float, pooled: bool) -> pd.DataFram
     return _joined(tables, POOLED if pooled else IN_CELL, alpha)
 
 
-def fixed_scores(cells: Sequence[Cell], rules: Sequence[FixedRule]) -> pd.DataFrame:
+def fixed_scores(judged: Judged) -> pd.DataFrame:
     """The same of rules whose number nobody calibrates, in every judged run that has their signal."""
     tables = []
-    for cell in cells:
-        own = [rule for rule in rules if rule.signal in cell.signals]
-        if not cell.experiment.runs or not own:
-            continue
-        detectors = {}
-        for rule in own:
-            alarms = {run.trace.run_id: rule.alarm(run) for run in cell.experiment.runs}
-            detectors[rule.name] = Detector(rule.name, (rule.signal,), alarms=alarms)
-        kinds = {rule.name: rule.kind for rule in own}
-        tables.append(_of_cell(cell, Contest(cell.experiment, TRACKS["published"], np.nan, detectors, kinds)))
+    for cell in judged.cells:
+        own = [rule for rule in judged.rules if rule.signal in cell.signals]
+        if cell.experiment.runs and own:
+            detectors = {r.name: Detector(r.name, (r.signal,), alarms=judged.fixed[r.name]) for r in own}
+            kinds = {rule.name: rule.kind for rule in own}
+            tables.append(_of_cell(cell, Contest(cell.experiment, TRACKS["published"], np.nan, detectors, kinds)))
     return _joined(tables, FIXED, np.nan)
 
 

@@ -113,15 +113,15 @@ def test_failures_are_detected_at_equal_false_alarms_and_healthy_runs_are_not():
 def test_failures_that_are_permuted_among_healthy_runs_are_detected_as_often_as_false_alarms_are_raised():
     """Labels that say nothing: of runs that are called failures, a share alpha has an alarm and no more."""
     traces = traces_in_memory(21, 6, failed=0)
-    generator, shares = np.random.default_rng(0), []
+    generator, shares, cells = np.random.default_rng(0), [], cells_of(traces)
+    judged = judge(cells)
     for _ in range(5):
-        cells = cells_of(traces)
         called = []
         for cell in cells:
             runs, chosen = list(cell.experiment.runs), generator.integers(6)
             runs[chosen] = replace(runs[chosen], role="faulty", fault="failure", onset=0, divergence=900)
             called.append(replace(cell, experiment=replace(cell.experiment, runs=tuple(runs), horizon=10**6)))
-        scores = calibrated_scores(judge(called), 0.05, pooled=True)
+        scores = calibrated_scores(judged.labelled(called), 0.05, pooled=True)
         own = scores[scores["kind"] != "control"]
         shares.append(own[own["fault"] == "failure"].groupby("detector")["alarmed"].mean().to_numpy())
     share, runs = np.mean(shares), 5 * 21

@@ -68,7 +68,7 @@ def test_signals_and_runs_that_are_asked_for(folder):
 def test_a_reduced_set_with_the_roles_and_faults_of_its_index():
     table = foreshock.load(REDUCED, signals=["grad_global_norm", "held_out_loss"])
     assert set(table["role"]) == {"reference", "calibration", "test", "faulty"}
-    assert set(table.loc[table["role"] == "faulty", "fault"]) == {"attention", "ramp", "batch8"} & set(table["fault"])
+    assert set(table.loc[table["role"] == "faulty", "fault"]) == {"attention", "ramp", "batch8", "aux_off", "both"}
     assert set(table["signal"]) == {"grad_global_norm", "held_out_loss"}
 
 
@@ -100,7 +100,7 @@ def test_one_csv_a_run_reads_back_as_the_table(folder, tmp_path, capsys):
             "signals='grad_global_nrm': no run in .* has it; the nearest is 'grad_global",
         ),
         ({"signals": ["grad_global_norm", "mfu"]}, "signals='mfu': no run in .* has it"),
-        ({"runs": ["helthy"]}, "runs='helthy': no finished run in .* is called so; the nearest is 'healthy'"),
+        ({"runs": ["helthy"]}, "runs='helthy': no finished run in .* is called so; the nearest are 'healthy'"),
         ({"runs": ["healthy", "healthy"]}, "healthy stands there twice"),
     ],
 )
