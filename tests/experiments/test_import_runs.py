@@ -1,12 +1,14 @@
 """Exports of other trackers become traces that ``experiments.trace`` reads, or one line says what is wrong."""
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 
 from foreshock.experiments import trace
+from foreshock.experiments.build import ROOT
 from foreshock.experiments.elsewhere.traces import ELSEWHERE
 from foreshock.experiments.files import sha256
 from foreshock.experiments.import_runs import main
@@ -159,6 +161,14 @@ def test_columns_by_a_file(imported, tmp_path):
     described = runs["b"].described["probe_score"]
     assert (described.unit, described.bad, described.family) == ("points", "down", "probes")
     assert runs["a"].signals["train_loss_raw"].values.ravel().tolist() == [3.0, 2.5]
+
+
+def test_the_columns_of_the_guide_are_a_file_of_columns(imported, tmp_path):
+    guide = (ROOT / "docs" / "elsewhere.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    text = "run_name,global_step,train/loss,eval/loss,grad_norm,probe/score\nmine,0,3,3.5,1,0.5\n"
+    runs = imported("csv", [text], columns_file(tmp_path, block))
+    assert set(runs["mine"].signals) == {"train_loss_raw", "held_out_loss", "grad_global_norm", "probe_score"}
 
 
 @pytest.mark.parametrize(
