@@ -6,7 +6,7 @@ logs=DIR  algoperf_series.parquet, algoperf_runs.csv, mx_fp6_series.parquet (fro
 out=DIR   detectors.csv (a row a detector), runs.csv (a row a detector and run), rises.csv (other rises as the label),
           factors.csv (the gradient norm over its median in FP6), left_out.csv, figure.png, manifest.json
 
-About a minute. Every share of detected failures stands beside the false alarms in healthy runs that it costs.
+A minute or two. Every share of detected failures stands beside the false alarms in healthy runs that it costs.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import pytest
 from foreshock.analysis import external
 from foreshock.analysis.figures import external as figure
 from foreshock.analysis.reports.external import score_external
+from foreshock.experiments.build import ROOT
 
 READINGS = 120
 
@@ -108,6 +109,68 @@ def test_the_command_writes_tables_figure_and_manifest_and_no_data(found, logs, 
     assert ((runs["fault"] != "healthy") | runs["alarm"].notna()).all() and "train_loss" not in runs
     said = capsys.readouterr().out
     assert "false alarms" in said and "E2M3" in said
+
+
+def cells_of_row(name):
+    """The cells of the rows of the findings' section that begin with a detector's name."""
+    findings = (
+        (ROOT / "results" / "README.md").read_text().split("## Real failures in public logs")[1].split("\n## ")[0]
+    )
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in findings.splitlines() if line[:1] == "|"]
+    return [row[1:] for row in rows if row[0].removeprefix("a fixed number**: ") == name]
+
+
+def percent(low, high):
+    """An interval as the findings write it, to the digits that they keep."""
+    return [f"{100 * low:.{digits}f}–{100 * high:.{digits}f} %" for digits in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("scope", "name"),
+    [
+        *(
+            ("pooled", f"{what}{how}")
+            for what in ("gradient norm", "training loss")
+            for how in (", self z", " over its median")
+        ),
+        ("pooled", "random timer"),
+        *(("fixed", f"gradient norm above {factor}x its median") for factor in ("1.5", "2")),
+        ("fixed", "training loss 7 sigma above its mean (OLMo)"),
+        ("fixed", "training loss twice its mean (LLM-Foundry)"),
+    ],
+)
+def test_the_findings_say_what_the_committed_table_says(scope, name):
+    table = pd.read_csv(ROOT / "results" / "external" / "detectors.csv")
+    (row,) = table[(table["logs"] == "AlgoPerf") & (table["scope"] == scope) & (table["detector"] == name)].to_dict(
+        "records"
+    )
+    detected, beyond, lead, alarms = cells_of_row(name)[0]
+    share, interval = detected.rstrip(")").split(" (")
+    assert share == f"{row['detected']}/{row['failures']}"
+    assert interval in percent(row["detected_low"], row["detected_high"])
+    assert (int(beyond), lead) == (row["beyond_check"], f"{row['lead_steps']:,.0f}")
+    share, interval = alarms.rstrip(")").split(" (")
+    assert share == f"{row['false_alarms']}/{row['healthy_runs']}"
+    assert interval in percent(row["false_alarm_low"], row["false_alarm_high"])
+
+
+@pytest.mark.parametrize(
+    ("rise", "factor", "name"),
+    [
+        (0.1, 1.5, "gradient norm above 1.5x its median"),
+        (0.1, 2.0, "gradient norm above 2x its median"),
+        (0.2, 1.5, "the same, label at 0.2 nats: above 1.5x"),
+        (0.2, 2.0, "the same, label at 0.2 nats: above 2x"),
+        (0.05, 1.5, "the same, label at 0.05 nats: above 1.5x"),
+    ],
+)
+def test_the_findings_on_fp6_are_those_of_the_committed_factors(rise, factor, name):
+    table = pd.read_csv(ROOT / "results" / "external" / "factors.csv").set_index(["rise_nats", "factor"])
+    row = table.loc[(rise, factor)]
+    leads, late, missed, lead, alarms = cells_of_row(name)[-1]
+    assert [int(leads), int(late), int(missed)] == row[["leads", "late", "missed"]].tolist()
+    assert lead == f"{row['mean_lead_steps']:,.0f}"
+    assert alarms.split(" (")[0] == f"{row['healthy_alarms']:.0f}/{row['healthy_runs']:.0f}"
 
 
 def test_logs_that_are_not_there_or_not_what_is_documented(logs, tmp_path, capsys):
