@@ -35,25 +35,25 @@ def main(arguments: Sequence[str]) -> None:
         misused(USAGE)
     out = Path(given["out"])
     try:
-        found = score_external(Path(given["logs"]))
-        write(found, out)
+        result = score_external(Path(given["logs"]))
+        write(result, out)
     except (ValueError, OSError, TraceError) as error:
         fail(str(error))
     console = Console(width=None if sys.stdout.isatty() else 150)
-    for name, findings in found.findings.items():
+    for name, findings in result.findings.items():
         console.print(f"\n{name}", style="bold")
         print_findings(findings, console)
-    print(f"\nFP6 in E2M3, gradient norm over its median\n{found.factors.to_string(index=False)}")
-    print(f"{out}: {', '.join(found.tables)}, figure.png, manifest.json")
+    print(f"\nFP6 in E2M3, gradient norm over its median\n{result.factors.to_string(index=False)}")
+    print(f"{out}: {', '.join(result.tables)}, figure.png, manifest.json")
 
 
-def write(found: External, out: Path) -> None:
+def write(result: External, out: Path) -> None:
     """Tables, figure and what they were made from, into a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, table in found.tables.items():
+    for name, table in result.tables.items():
         table.to_csv(out / name, index=False, float_format="%.6g")
-    external_figure(found.tables["detectors.csv"], out / "figure.png")
-    manifest = {"command": USAGE, "logs_sha256": found.logs_sha256, "says": found.says}
+    external_figure(result.tables["detectors.csv"], out / "figure.png")
+    manifest = {"command": USAGE, "logs_sha256": result.logs_sha256, "says": result.says}
     write_whole(out / "manifest.json", f"{json.dumps(manifest, indent=1)}\n".encode())
 
 

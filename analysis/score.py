@@ -97,9 +97,9 @@ def _score_elsewhere(runs: Sequence[Trace], request: Request, arguments: Sequenc
     for key in (argument.partition("=")[0] for argument in arguments):
         if key not in ("runs", "out", "alpha"):
             raise ValueError(f"{key} is not an option for runs from elsewhere: runs, out, alpha")
-    found = score_imported(runs, request.alpha)
-    found.write(request.out)
-    print_findings(found, Console(width=None if sys.stdout.isatty() else 150))
+    result = score_imported(runs, request.alpha)
+    result.write(request.out)
+    print_findings(result, Console(width=None if sys.stdout.isatty() else 150))
     print(f"{request.out}: runs.csv, detectors.csv, left_out.csv")
 
 

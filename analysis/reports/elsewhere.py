@@ -123,11 +123,11 @@ def _alone(cells: Sequence[Cell]) -> list[str]:
     return [f"{runs} no seed twin: {judges}; their false alarms are unknown"]
 
 
-def print_findings(found: Findings, console: Console) -> None:
+def print_findings(result: Findings, console: Console) -> None:
     """The detectors' table on a terminal, and what must be known to read it."""
     columns = ("thresholds", "detector", "detected", "95 %", "late", "missed", "mean lead", "false alarms", "95 %")
     table = Table(*columns, box=None, pad_edge=False)
-    for row in found.detectors.to_dict("records"):
+    for row in result.detectors.to_dict("records"):
         rate = "" if pd.isna(row["alpha"]) else f" {row['alpha']:.0%}"
         table.add_row(
             f"{row['scope']}{rate}",
@@ -141,7 +141,7 @@ def print_findings(found: Findings, console: Console) -> None:
             _interval(row["false_alarm_low"], row["false_alarm_high"]),
         )
     console.print(table)
-    for line in found.says:
+    for line in result.says:
         console.print(f"- {line}", highlight=False, markup=False)
 
 

@@ -54,26 +54,26 @@ class External:
 
     @property
     def says(self) -> dict[str, tuple[str, ...]]:
-        return {name: found.says for name, found in self.findings.items()}
+        return {name: part.says for name, part in self.findings.items()}
 
 
 def score_external(logs: Path) -> External:
     """Score the logs of a folder. Raises ValueError in one line where they are not what is documented."""
     known = checksums(logs)
     runs = {ALGOPERF: algoperf_runs(logs), FP6: fp6_runs(logs)}
-    found = {
+    by_logs = {
         ALGOPERF: findings(cells_of(runs[ALGOPERF]), SPIKE_RULES),
         FP6: findings(cells_of(runs[FP6]), SPIKE_RULES, ALPHA_FP6),
     }
-    scores = pd.concat([part.scores.assign(logs=name) for name, part in found.items()], ignore_index=True)
+    scores = pd.concat([part.scores.assign(logs=name) for name, part in by_logs.items()], ignore_index=True)
     tables = {
         "detectors.csv": pd.concat([summary(part).assign(logs=name) for name, part in _parts(scores).items()]),
         "runs.csv": scores.loc[(scores["fault"] != HEALTHY) | scores["alarm"].notna(), RUN_COLUMNS],
-        "rises.csv": _rises(found, runs),
-        "factors.csv": _factors(found[FP6].judged, runs[FP6]),
-        "left_out.csv": pd.concat([part.left_out.assign(logs=name) for name, part in found.items()]),
+        "rises.csv": _rises(by_logs, runs),
+        "factors.csv": _factors(by_logs[FP6].judged, runs[FP6]),
+        "left_out.csv": pd.concat([part.left_out.assign(logs=name) for name, part in by_logs.items()]),
     }
-    return External(found, {name: _logs_first(table) for name, table in tables.items()}, known)
+    return External(by_logs, {name: _logs_first(table) for name, table in tables.items()}, known)
 
 
 def _parts(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -92,13 +92,13 @@ def _logs_first(table: pd.DataFrame) -> pd.DataFrame:
     return table[["logs", *table.columns.drop("logs")]] if "logs" in table else table
 
 
-def _rises(found: Mapping[str, Findings], runs: Mapping[str, Sequence[Trace]]) -> pd.DataFrame:
+def _rises(by_logs: Mapping[str, Findings], runs: Mapping[str, Sequence[Trace]]) -> pd.DataFrame:
     """What other rises of the loss as the label would say: pooled in AlgoPerf, in the cell in FP6, and fixed rules."""
     rows = []
     for name, label in ((ALGOPERF, LABEL_SIGNAL), (FP6, TRAIN_LOSS)):
         pooled, alpha = (True, ALPHA_POOLED) if name == ALGOPERF else (False, ALPHA_FP6)
         for rise in _other_rises(label):
-            judged = found[name].judged.labelled(cells_of(runs[name], {label: rise}))
+            judged = by_logs[name].judged.labelled(cells_of(runs[name], {label: rise}))
             scores = [calibrated_scores(judged, alpha, pooled), fixed_scores(judged)]
             table = summary(pd.concat([part for part in scores if len(part)]))
             rows.append(table.assign(logs=name, rise_nats=rise))

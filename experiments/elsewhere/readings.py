@@ -12,7 +12,7 @@ from foreshock.experiments.elsewhere.columns import Columns
 from foreshock.experiments.elsewhere.export import Export
 from foreshock.experiments.plan import ROLES
 
-MIXED = "several runs in one file need a column that names the run: run: COLUMN in columns=FILE.yaml"
+MIXED = "several runs in one file need a column that names the run (run: COLUMN in columns=FILE.yaml)"
 REGULAR = 0.9
 """A signal is read at a regular cadence where this share of its differences is one number of steps."""
 

@@ -91,8 +91,8 @@ def traces_in_memory(cells, twins, failed):
 
 
 def test_failures_are_detected_at_equal_false_alarms_and_healthy_runs_are_not():
-    found = score_imported(traces_in_memory(21, 5, failed=4))
-    table = found.detectors.set_index(["scope", "detector"])
+    scored = score_imported(traces_in_memory(21, 5, failed=4))
+    table = scored.detectors.set_index(["scope", "detector"])
     for scope in ("cell", "pooled"):
         row = table.loc[(scope, "gradient norm over its median")]
         assert (row["detected"], row["failures"], row["missed"]) == (4, 4, 0)
@@ -106,8 +106,8 @@ def test_failures_are_detected_at_equal_false_alarms_and_healthy_runs_are_not():
     low, high = clopper_pearson_interval(pooled["false_alarms"], 101)
     assert (pooled["false_alarm_low"], pooled["false_alarm_high"]) == (low, high)
     assert np.isnan(table.loc[("fixed", "gradient norm above 2x its median"), "alpha"])
-    assert "4 of 105 judged runs fail, by validation loss: a rise of 0.5 nats" in found.says
-    assert "thresholds in a cell at 20% false alarms: 89 of 105 runs have enough healthy twins" in found.says
+    assert "4 of 105 judged runs fail, by validation loss: a rise of 0.5 nats" in scored.says
+    assert "thresholds in a cell at 20% false alarms: 89 of 105 runs have enough healthy twins" in scored.says
 
 
 def test_failures_that_are_permuted_among_healthy_runs_are_detected_as_often_as_false_alarms_are_raised():

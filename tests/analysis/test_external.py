@@ -43,12 +43,12 @@ def logs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(logs):
+def scored(logs):
     return score_external(logs)
 
 
-def test_failures_that_the_gradient_norm_leads_are_detected_at_five_percent(found):
-    table = found.tables["detectors.csv"].set_index(["logs", "scope", "detector"])
+def test_failures_that_the_gradient_norm_leads_are_detected_at_five_percent(scored):
+    table = scored.tables["detectors.csv"].set_index(["logs", "scope", "detector"])
     row = table.loc[("AlgoPerf", "pooled", "gradient norm over its median")]
     assert (row["detected"], row["failures"], row["lead_steps"], row["beyond_check"]) == (3, 3, 1000.0, 3)
     assert row["healthy_runs"] == 63 and row["false_alarms"] <= 4  # where one has failed, the others have one twin
@@ -59,8 +59,8 @@ def test_failures_that_the_gradient_norm_leads_are_detected_at_five_percent(foun
     assert (ours["detected"], ours["failures"], ours["healthy_runs"]) == (6, 6, 22)
 
 
-def test_the_factor_decides_between_lead_and_silence(found):
-    factors = found.factors.set_index(["rise_nats", "factor"])
+def test_the_factor_decides_between_lead_and_silence(scored):
+    factors = scored.factors.set_index(["rise_nats", "factor"])
     assert tuple(factors.loc[(0.1, 1.5), ["runs", "leads", "late", "missed", "healthy_runs", "healthy_alarms"]]) == (
         6,
         6,
@@ -70,20 +70,20 @@ def test_the_factor_decides_between_lead_and_silence(found):
         0,
     )
     assert factors.loc[(0.1, 2.0), "missed"] == 6
-    assert set(found.factors["rise_nats"]) == {0.05, 0.1, 0.2}
+    assert set(scored.factors["rise_nats"]) == {0.05, 0.1, 0.2}
 
 
-def test_other_rises_are_the_protocols_three(found):
-    rises = found.tables["rises.csv"]
+def test_other_rises_are_the_protocols_three(scored):
+    rises = scored.tables["rises.csv"]
     assert set(rises.loc[rises["logs"] == "AlgoPerf", "rise_nats"]) == {0.25, 0.5, 1.0}
     assert set(rises.loc[rises["logs"] == "MX-FP6", "rise_nats"]) == {0.05, 0.1, 0.2}
 
 
-def test_the_figure_draws_the_numbers_of_the_table(found, tmp_path, monkeypatch):
+def test_the_figure_draws_the_numbers_of_the_table(scored, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figure, "save", lambda figure, path: drawn.append(figure))
-    figure.external_figure(found.tables["detectors.csv"], tmp_path / "figure.png")
-    table = found.tables["detectors.csv"]
+    figure.external_figure(scored.tables["detectors.csv"], tmp_path / "figure.png")
+    table = scored.tables["detectors.csv"]
     for axis, name, scope in zip(drawn[0].axes, ("AlgoPerf", "MX-FP6 E2M3"), ("pooled", "cell"), strict=True):
         labels = [label.get_text().removesuffix(" *") for label in axis.get_yticklabels()]
         texts = [text.get_text() for text in axis.texts]
@@ -99,8 +99,8 @@ def test_the_figure_draws_the_numbers_of_the_table(found, tmp_path, monkeypatch)
                 assert (round(row[column], 9), y) in marks
 
 
-def test_the_command_writes_tables_figure_and_manifest_and_no_data(found, logs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(external, "score_external", lambda folder: found)
+def test_the_command_writes_tables_figure_and_manifest_and_no_data(scored, logs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(external, "score_external", lambda folder: scored)
     external.main([f"logs={logs}", f"out={tmp_path}"])
     assert {path.name for path in tmp_path.iterdir()} == {
         "detectors.csv", "runs.csv", "rises.csv", "factors.csv", "left_out.csv", "figure.png", "manifest.json",
