@@ -14,6 +14,9 @@ threshold=maximum   the largest of all calibration runs; without it conformal, a
 tracks=A,B          of reference, self, floor, published, universal and one's own; all by default
 singles=true        every signal by itself too
 allow_mixed=true    accept runs of different sources, data or torch, and say so
+
+Runs that were trained elsewhere (foreshock import) and have no role are scored against their seed twins, by
+leave-one-out in a cell and pooled over cells: runs, out and alpha are their options (docs/elsewhere.md).
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from rich.console import Console
 
 from foreshock.analysis.detect.isolation import DEFAULT_LIMITS, Limits
 from foreshock.analysis.reports.boards import Request, score_runs
+from foreshock.analysis.reports.elsewhere import print_findings, score_imported
 from foreshock.analysis.reports.leaderboard_print import print_board
 from foreshock.analysis.runs.conf import own_conf
+from foreshock.analysis.runs.elsewhere import imported_runs
 from foreshock.analysis.scores.outcome import score
-from foreshock.experiments.trace import TraceError
+from foreshock.experiments.trace import Trace, TraceError
 from foreshock.experiments.usage import fail, show_help
 from foreshock.experiments.validation import nearest
 
@@ -93,10 +98,25 @@ def _request(arguments: Sequence[str]) -> Request:
     )
 
 
+def _score_elsewhere(runs: Sequence[Trace], request: Request, arguments: Sequence[str]) -> None:
+    """Score runs that were trained elsewhere and have no role. Raises ValueError for an option that is not theirs."""
+    for key in (argument.partition("=")[0] for argument in arguments):
+        if key not in ("runs", "out", "alpha"):
+            raise ValueError(f"{key} is not an option for runs from elsewhere: runs, out, alpha")
+    result = score_imported(runs, request.alpha)
+    result.write(request.out)
+    print_findings(result, Console(width=None if sys.stdout.isatty() else 150))
+    print(f"{request.out}: runs.csv, detectors.csv, left_out.csv")
+
+
 def main(arguments: Sequence[str]) -> None:
     show_help(arguments, __doc__)
     try:
         request = _request(arguments)
+        elsewhere = imported_runs(request.runs)
+        if elsewhere is not None:
+            _score_elsewhere(elsewhere, request, arguments)
+            return
         tables = score_runs(request)
     except (ValueError, OSError, TraceError) as error:
         fail(str(error))

@@ -6,6 +6,7 @@ the very module ``foreshock.faults.base``; installed, there is no other name, so
 stays yours.
 
     watch = foreshock.attach(model, optimizer)   # monitors on a training loop of your own (``foreshock.attaching``)
+    readings = foreshock.load("runs")            # saved runs as one pandas table (``analysis.runs.frame``)
 """
 
 from importlib import import_module
@@ -22,6 +23,7 @@ if is_clone(ROOT):
 
 PUBLIC = {
     "attach": "foreshock.attaching.attach",
+    "load": "foreshock.analysis.runs.frame",
     "watched_attention": "foreshock.models.anatomies.attention_capture",
 }
 """By name, the module that has it: loaded at first use, so that ``import foreshock`` needs no torch."""

@@ -17,6 +17,9 @@ COMMANDS = {
     "train": ("experiments.train", "train one run, or a grid of runs with -m"),
     "report": ("analysis.report", "draw the report of an experiment again"),
     "score": ("analysis.score", "score saved runs, with a detector of your own"),
+    "import": ("experiments.import_runs", "turn exports of runs trained elsewhere into traces"),
+    "load": ("analysis.load", "readings of runs as a table, one CSV a run"),
+    "external": ("analysis.external", "score detectors on public training logs with real failures"),
     "runs": ("experiments.runs", "list the runs in a folder, adopt or prune them"),
     "bench": ("experiments.bench", "measure what steps and monitors cost"),
 }

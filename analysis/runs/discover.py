@@ -14,6 +14,7 @@ from foreshock.analysis.runs.experiment import Experiment
 from foreshock.analysis.runs.index import read_index
 from foreshock.analysis.runs.load import label_runs
 from foreshock.experiments import trace
+from foreshock.experiments.elsewhere.traces import ELSEWHERE
 from foreshock.experiments.plan import FIRST_SEED, ROLES
 from foreshock.experiments.trace import TraceError
 from foreshock.faults.card import InjectionCard, read_card
@@ -100,11 +101,10 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
     for (run_id, manifest), name in zip(manifests.items(), names, strict=True):
         fault = None if run_id in healthy else name
         key = _key(manifest["config"]["model"])
-        kind = "moe" if manifest["config"]["model"].get("moe") else "dense"
-        width = manifest["config"]["model"].get("d_model")
-        model = models.setdefault(key, _unused(f"{kind} d_model={width}", models.values()))
+        model = models.setdefault(key, _unused(_model_name(manifest["config"]["model"]), models.values()))
         seed = manifest["seed"]
-        cells.append({"run_id": run_id, "model": model, "fault": fault, "seed": seed, "role": role_of(seed, fault)})
+        role = manifest.get(ELSEWHERE, {}).get("role") or role_of(seed, fault)
+        cells.append({"run_id": run_id, "model": model, "fault": fault, "seed": seed, "role": role})
     for model in models.values():
         _check_roles(folder, model, [cell["role"] for cell in cells if cell["model"] == model])
     calibration = min(
@@ -142,6 +142,12 @@ def _check_roles(folder: Path, model: str, roles: Sequence[str]) -> None:
         raise TraceError(
             f"{folder} has no {role} run of {model}, {told}: at least 1 is needed{rate}; its healthy runs are {counts}"
         )
+
+
+def _model_name(model: Mapping[str, Any]) -> str:
+    """What a model is called: by its kind and width, or, of runs from elsewhere, by its cell."""
+    kind = "moe" if model.get("moe") else "dense"
+    return str(model["cell"]) if "cell" in model else f"{kind} d_model={model.get('d_model')}"
 
 
 def _unused(name: str, taken) -> str:

@@ -1,13 +1,16 @@
 import importlib
+from importlib.util import find_spec
 
 import pytest
 
+from foreshock.__main__ import COMMANDS as INSTALLED
 from foreshock.analysis import score
 from foreshock.experiments import bench_stack
 
 COMMANDS = (
     "analysis.order", "analysis.reduced", "analysis.score", "analysis.report", "analysis.threshold_source",
     "experiments.bench", "experiments.bench_gpt2", "experiments.runs",
+    "analysis.external", "analysis.load", "experiments.import_runs",
     "experiments.bench_stack", "experiments.gpu_check", "experiments.gpu_tiles", "experiments.natural_rounding",
 )  # fmt: skip
 
@@ -26,7 +29,13 @@ def test_wrong_arguments_end_a_command_with_one_line_and_code_2(command, capsys)
     with pytest.raises(SystemExit) as done:
         importlib.import_module(command).main(["nonsense"])
     said = capsys.readouterr().err
-    assert done.value.code == 2 and said.startswith(("usage: python -m ", "error: ")) and said.count("\n") == 1
+    begins = ("usage: python -m ", "usage: foreshock ", "error: ")
+    assert done.value.code == 2 and said.startswith(begins) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", INSTALLED)
+def test_every_installed_command_has_a_module(command):
+    assert find_spec(f"foreshock.{INSTALLED[command][0]}") is not None
 
 
 def test_help_names_every_option_of_scoring(capsys):

@@ -1,0 +1,1 @@
+"""Runs that were trained elsewhere: their exports read, checked and written as traces. No torch."""
