@@ -93,9 +93,9 @@ class Tap(Generic[M_co]):
     @property
     def y(self) -> Tensor:
         """What a linear layer made of its weight: the output, less its bias where it has one."""
-        if self.weight is None or self.bias is None or self.output is None:
-            return self.output
-        return at_least_fp32(self.output) - self.bias.to(at_least_fp32(self.output).dtype)
+        if self.weight is None or self.bias is None:
+            return self.out
+        return at_least_fp32(self.out) - self.bias.to(at_least_fp32(self.out).dtype)
 
     @property
     def x(self) -> Tensor:

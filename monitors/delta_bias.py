@@ -48,7 +48,7 @@ class DeltaBiasOracle:
             reached = o.new_zeros((), dtype=torch.int64)  # the run's own counter counts once
 
             read_o = numerics.apply("o", "backward", o, reached)
-            read_do = numerics.apply("do", "backward", tap.call.stored(do), reached)
+            read_do = numerics.apply("do", "backward", tap.known_call.stored(do), reached)
             delta = numerics.apply("delta", "backward", (read_do * read_o).sum(-1, keepdim=True), reached)
             bias.append((delta.squeeze(-1) - (do * clean_o).sum(-1)).sum(-1).mean(0) * batch)
         return {"delta_bias_oracle": torch.stack(bias)}

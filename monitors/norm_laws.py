@@ -72,7 +72,7 @@ def _laws(taps: Sequence[Tap[NormModule]], rows: int, reading: int) -> dict[tupl
     if t.centred:
         laws[f"{LAW}.shift"] = (conservation.norm_shift(t.dx), fp32_rounding.norm_shift_noise(t))
     found = {}
-    in_fp32 = all(x.dtype in (torch.float32, torch.float64) for x in (taps[0].inputs[0], taps[0].output))
+    in_fp32 = all(x.dtype in (torch.float32, torch.float64) for x in (taps[0].inputs[0], taps[0].out))
     for law, ((broken, scale), noise) in laws.items():
         found[law, ""] = _over_tokens(relative(broken, scale))
         if not in_fp32:

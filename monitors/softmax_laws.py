@@ -66,9 +66,9 @@ class LogitLaws:
         return readings | _both("logit_shift_residual.head", broken, of_weight)
 
 
-def _of_rounded_logits(taps: Sequence[Tap]) -> dict[str, Tensor]:
+def _of_rounded_logits(taps: Sequence[Tap]) -> dict[str, Reading]:
     """Of routers that return BF16: what the rounded gradients of their logits hand on is taken off exactly."""
-    laws = [conservation.head_shift(tap.dw, tap.x, tap.output_grad) for tap in taps]
+    laws = [conservation.head_shift(tap.dw, tap.x, tap.dout) for tap in taps]
     broken, scale = (torch.stack(parts) for parts in zip(*laws, strict=True))
     noise = torch.stack([autocast_rounding.weight_sum_noise(tap.dw) for tap in taps])
     return _both("router_shift_residual", (broken, scale), noise)

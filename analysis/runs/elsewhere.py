@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from foreshock.analysis.runs.experiment import LABEL_SIGNAL, Experiment, ScoredRun
-from foreshock.analysis.runs.labels import divergence_step
+from foreshock.analysis.runs.labels import DrawupLabel, divergence_step
 from foreshock.experiments import trace
 from foreshock.experiments.elsewhere.traces import ELSEWHERE
 from foreshock.experiments.trace import Series, Trace
@@ -52,10 +52,7 @@ class Rise:
             series.values.ravel(),
             healthy_losses=[np.zeros(1)],
             steps=series.steps,
-            ema_span=self.ema_span,
-            min_drawup_nats=self.rise_nats,
-            healthy_factor=0.0,
-            consecutive=self.consecutive,
+            label=DrawupLabel(self.ema_span, self.rise_nats, healthy_factor=0.0, consecutive=self.consecutive),
         )
 
 

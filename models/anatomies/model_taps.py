@@ -109,7 +109,9 @@ class ModelTaps(Taps):
                 return
             tap.inputs, tap.output = (arguments[0].detach(),), first.detach()
             first.register_hook(lambda gradient: setattr(tap, "output_grad", gradient.detach()))
-            tap.product = FROZEN if not weight.requires_grad else product_of(module, arguments[0], seen)
+            tap.product = FROZEN
+            if weight.requires_grad:  # of any module with a weight, such as Conv1D of transformers
+                tap.product = product_of(module, arguments[0], seen)  # type: ignore[arg-type]
             if turned and tap.product.w is not None:
                 tap.product = Product(unseen="its weight lies transposed and is not what is multiplied")
 
