@@ -81,9 +81,11 @@ def main(steps: int) -> None:
         optimizer.step()
         readings = watch.step(loss)
         optimizer.zero_grad()
-        if step % 10 == 0:
-            largest = max(float(x.max()) for name, x in readings.items() if name.endswith("residual.over_noise"))
-            print(f"step {step}: loss {loss.item():.3f}, {len(readings)} readings, laws at most {largest:.2f} of 4.26")
+        laws = [float(x.max()) for name, x in readings.items() if name.endswith("residual.over_noise")]
+        if laws:
+            print(
+                f"step {step}: loss {loss.item():.3f}, {len(readings)} readings, laws at most {max(laws):.2f} of 4.26"
+            )
     watch.close()
 
 
