@@ -187,7 +187,8 @@ def test_it_runs_in_fast_mode_from_training_to_report(experiment, text, tiny, on
     for model in models:
         planned = plan(scale["seeds"], {}, [model], settings.get("overrides", ()))
         alike = hashlib.sha256(repr(planned[0].overrides).encode()).hexdigest()[:12]
-        healthy = once(f"healthy-{alike}", partial(train_healthy, [[*small, *cell.overrides] for cell in planned]))
+        members = [[f"experiment={experiment}", *small, *cell.overrides] for cell in planned]
+        healthy = once(f"healthy-{alike}", partial(train_healthy, members))
         shutil.copytree(healthy, tmp_path / "runs", dirs_exist_ok=True)
     healthy_runs = {path.name for path in (tmp_path / "runs").iterdir()}
     assert len(healthy_runs) == len(models) * 6
