@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from foreshock.monitors import conservation, rounding
+from foreshock.monitors.attention_scores import batch_of
 from foreshock.monitors.attention_twin import Twin, twin_of
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn
 from foreshock.monitors.dot_product import DotProductStep
-from foreshock.monitors.kernel_rounding import kernel_rounding
+from foreshock.monitors.kernel_rounding import KernelRounding, kernel_rounding
 from foreshock.monitors.law import IN_ATTENTION, KEY_SHIFT, QK_GAUGE, VALUE_SHIFT, VO_GAUGE, Law
+from foreshock.monitors.measured_twin import measured_twin
 from foreshock.monitors.rounding import beyond_rounding
 from foreshock.monitors.signal import OVER_NOISE, with_ratio
 
@@ -64,6 +66,11 @@ def over_noise(t: DotProductStep, twin: Twin) -> dict[str, Tensor]:
     return {name: beyond_rounding(law(t)[0], law(twin.step)[0], noise(twin)) for name, (law, noise) in LAWS.items()}
 
 
+def twin_by(rounding_points: KernelRounding, step: DotProductStep, o: Tensor | None = None) -> Twin:
+    """The twin of a kernel, by the one of the two that knows its errors."""
+    return (measured_twin if rounding_points.measured else twin_of)(step, rounding_points, o)
+
+
 class AttentionLaws:
     """The laws of ``monitors.conservation`` that hold inside attention, per layer and key-value head. Bad: up.
 
@@ -94,11 +101,12 @@ class AttentionLaws:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = list(view.taps.at("dot_product").values())
-        chosen, layers = in_turn(self.rows, view.step // self.every_steps, len(taps[0].output)), len(taps)
+        chosen, layers = in_turn(self.rows, view.step // self.every_steps, batch_of(taps)), len(taps)
         step = DotProductStep.of(taps, chosen)
         found = {name: conservation.residual_of(*law(step)) for name, (law, _) in LAWS.items()}
         if rounding_points := kernel_rounding(taps[0]):
-            ratios = over_noise(step, twin_of(step, rounding_points))
+            twin = twin_by(rounding_points, step)
+            ratios = over_noise(step.double() if rounding_points.measured else step, twin)
             found |= {f"{name}.{OVER_NOISE}": ratio for name, ratio in ratios.items()}
         return dict(zip(found, over_rows(torch.stack(list(found.values())), layers), strict=True))
 

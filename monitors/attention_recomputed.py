@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from foreshock.monitors.attention_laws import over_rows
+from foreshock.monitors.attention_laws import over_rows, twin_by
+from foreshock.monitors.attention_scores import batch_of
 from foreshock.monitors.attention_twin import twin_of
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn
@@ -46,9 +47,15 @@ def _sizes(x: Tensor, t: DotProductStep) -> Tensor:
     return over_group(squared_norm(x).sum(-1), t.k.shape[1]).sqrt()
 
 
-def computed_again(t: DotProductStep) -> DotProductStep:
-    """O, dQ, dK and dV in FP32 from q, k, v, dO and, in the backward, the returned O."""
-    return twin_of(t, UNROUNDED, t.o).step
+def computed_again(t: DotProductStep, rounding: KernelRounding | None = None) -> DotProductStep:
+    """O, dQ, dK and dV from q, k, v, dO and, in the backward, the returned O, which eager attention does not read.
+
+    In FP32, and in FP64 for a kernel whose errors in FP32 are measured.
+    """
+    if rounding is None or not rounding.measured:
+        return twin_of(t, UNROUNDED, t.o).step
+    t = t.double()
+    return twin_of(t, UNROUNDED, None if rounding.normalised else t.o).step
 
 
 def over_noise(t: DotProductStep, exact: DotProductStep, rounding: KernelRounding) -> Found:
@@ -57,8 +64,9 @@ def over_noise(t: DotProductStep, exact: DotProductStep, rounding: KernelRoundin
     Twin and ``exact`` read the returned O in their backward, and the twin errs as the kernel does, in alike tokens too.
     Its distance has a floor of T 2^-24 of the part's size, FP32's bound for a sum of T numbers.
     """
-    again, by_rounding, size = distances(t, exact), distances(twin_of(t, rounding, t.o).step, exact), sizes(t)
-    floor = t.q.shape[-2] * FP32_U
+    twin = twin_by(rounding, t, t.o)
+    again, by_rounding, size = distances(t, exact), distances(twin.step, exact), sizes(t)
+    floor = t.q.shape[-2] * FP32_U if twin.floors else 0.0
     return {part: relative(again[part], torch.hypot(by_rounding[part], floor * size[part])) for part in PARTS}
 
 
@@ -91,11 +99,12 @@ class AttentionRecomputed:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = list(view.taps.at("dot_product").values())
-        step = DotProductStep.of(taps, in_turn(self.rows, view.step // self.every_steps, len(taps[0].output)))
-        exact, size = computed_again(step), sizes(step)
+        step = DotProductStep.of(taps, in_turn(self.rows, view.step // self.every_steps, batch_of(taps)))
+        rounding = kernel_rounding(taps[0])
+        exact, size = computed_again(step, rounding), sizes(step)
         again = distances(step, exact)
         found = {f"{NAME}.{part}": relative(again[part], size[part]) for part in PARTS}
-        if rounding := kernel_rounding(taps[0]):
+        if rounding is not None:
             ratios = over_noise(step, exact, rounding)
             found |= {f"{NAME}.{part}.{OVER_NOISE}": ratio for part, ratio in ratios.items()}
         return dict(zip(found, over_rows(torch.stack(list(found.values())), len(taps)), strict=True))

@@ -15,6 +15,7 @@ from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn
 from foreshock.monitors.conservation import per_query_head
 from foreshock.monitors.trailing import on_trailing_axes
+from foreshock.monitors.unreadable import Unreadable
 
 
 def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,9 +23,24 @@ def tapped_inputs(taps: Collection[Tap], rows: slice) -> tuple[Tensor, Tensor, T
 
     Each query head has the k and v that it reads: a group's appear once for each of its query heads.
     """
+    check_scores(taps)
     q, k, v = ([at_least_fp32(tap.call.stored(tap.inputs[i][rows])) for tap in taps] for i in range(3))
     heads = q[0].shape[1]
     return torch.stack(q), *(torch.stack([per_query_head(x, heads) for x in shared]) for shared in (k, v))
+
+
+def batch_of(taps: Collection[Tap]) -> int:
+    """The rows of the batch that these dot products saw. Raises Unreadable where one has seen none."""
+    if not taps or any(tap.call is None or tap.output is None for tap in taps):
+        raise Unreadable("no call of attention was seen: wrap its kernel with foreshock.watched_attention")
+    return len(next(iter(taps)).output)
+
+
+def check_scores(taps: Collection[Tap]) -> None:
+    """Raises Unreadable where the scores of a call cannot be computed again."""
+    for tap in taps:
+        if tap.call.unreadable is not None:
+            raise Unreadable(f"attention's scores cannot be computed again: {tap.call.unreadable}")
 
 
 def window_of(taps: Collection[Tap]) -> int | None:
@@ -75,7 +91,7 @@ class AttentionScores:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
-        q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).output)))
+        q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, batch_of(taps)))
         scores = causal_scores(q, k, window_of(taps), scale_of(taps))
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
         return {"max_attn_logit": scores.amax((1, 3, 4)), "attn_entropy": entropy.mean((1, 3))}

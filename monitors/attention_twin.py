@@ -47,6 +47,7 @@ class Twin:
     pv_row: sum_j P_ij v_j - o_i of each query, (B, H, T, D), of the same P and the returned O.
     dq_error, dk_error, dv_error: what rounding, of running sums as well, made of each number, shaped as dq, dk and dv.
     flips: of a kernel with two score gradients, else None (``Flips``).
+    floors: whether FP32's errors stand beside these, by bounds; a twin that has measured them has none.
     """
 
     step: DotProductStep
@@ -57,6 +58,7 @@ class Twin:
     dk_error: Tensor
     dv_error: Tensor
     flips: Flips | None
+    floors: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,14 @@ def twin_of(t: DotProductStep, rounding: KernelRounding, o: Tensor | None = None
         j = slice(0 if t.window is None else max(0, first + 1 - t.window), i.stop)
         q_i, do_i, k_j, v_j = t.q[..., i, :], t.do[..., i, :], k[..., j, :], v[..., j, :]
         s = masked_scores(q_i, k_j, mask[:, i, j], t.scale)
-        o_i, lse = _forward(s, v_j, j.start, rounding.forward_keys, exponential, store)
+        o_i, lse = online_softmax(s, v_j, j.start, rounding.forward_keys, exponential, store)
         p = _exp(s - lse)
         p_stored = store(p)
         delta = (do_i * (o_i if o is None else o[..., i, :])).sum(-1, keepdim=True)
         ds = store((do_i @ v_j.mT).sub_(delta).mul_(p))
         if alike is not None:
             flips.append(alike.flips(i, j, s, p, ds, delta))
-        for keys in _blocks(j, rounding.sum_keys):
+        for keys in key_tiles(j, rounding.sum_keys):
             dq.add((ds[..., keys.start - j.start : keys.stop - j.start] @ k[..., keys, :]).mul_(scale), i)
         dk.add(over_group(ds.mT @ q_i, G).mul_(scale), j)
         dv.add(over_group(p_stored.mT @ do_i, G), j)
@@ -193,7 +195,7 @@ def _to_bf16(x: Tensor) -> Tensor:
     return to_bf16_grid(x).to(x.dtype)
 
 
-def _blocks(j: slice, size: int | None) -> Iterator[slice]:
+def key_tiles(j: slice, size: int | None) -> Iterator[slice]:
     """The keys j by blocks that begin at multiples of size, or all at once."""
     bounds = [j.start, *([] if size is None else range((j.start // size + 1) * size, j.stop, size)), j.stop]
     return (slice(*ends) for ends in pairwise(bounds))
@@ -207,7 +209,7 @@ def _exp(x: Tensor) -> Tensor:
 Elementwise = Callable[[Tensor], Tensor]
 
 
-def _forward(
+def online_softmax(
     s: Tensor, v: Tensor, first: int, keys: int | None, exponential: Elementwise, store: Elementwise
 ) -> tuple[Tensor, Tensor]:
     """O and the log-sum-exp of scores S (..., queries, keys), whose first key is the sequence's ``first``.
@@ -219,7 +221,7 @@ def _forward(
         p_bar = exponential(s - top)
         total = p_bar.sum(-1, keepdim=True)
         return store(store(p_bar) @ v / total), top + total.log()
-    blocks = _blocks(slice(first, first + s.shape[-1]), keys)
+    blocks = key_tiles(slice(first, first + s.shape[-1]), keys)
     tiles = [slice(block.start - first, block.stop - first) for block in blocks]
     tops = torch.cat([s[..., tile].amax(-1, keepdim=True) for tile in tiles], -1).cummax(-1).values
     tops = torch.where(tops == -math.inf, top, tops)  # a tile before the window of a row: all of its Pbar is 0

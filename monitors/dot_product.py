@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foreshock.models.numerics import at_least_fp32
 from foreshock.models.taps import Tap
+from foreshock.monitors.unreadable import Unreadable
 
 
 TENSORS = ("q", "k", "v", "o", "dq", "dk", "dv", "do")
@@ -57,6 +58,11 @@ class DotProductStep:
             return at_least_fp32(torch.cat([x[rows] for x in tensors]))
 
         call = taps[0].call
+        obstacle = next((tap.call.obstacle for tap in taps if tap.call.obstacle), None)
+        if obstacle is not None:
+            raise Unreadable(f"attention cannot be computed again: {obstacle}")
+        if any(len(tap.input_grads) < 3 or tap.output_grad is None for tap in taps):
+            raise Unreadable("no gradient reaches its q, k, v or o")
         stored = call.stored
         q, k, v = (stored(together(tap.inputs[index] for tap in taps)) for index in range(3))
         dq, dk, dv = (together(tap.input_grads[index] for tap in taps) for index in range(3))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreshock.monitors.attention_scores import causal_scores, scale_of, tapped_inputs, window_of
+from foreshock.monitors.attention_scores import batch_of, causal_scores, scale_of, tapped_inputs, window_of
 from foreshock.monitors.attention_update import stack_matrix
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn
@@ -111,7 +111,7 @@ class AttentionFragility:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
-        rows = in_turn(self.rows, view.step // self.every_steps, len(next(iter(taps)).output))
+        rows = in_turn(self.rows, view.step // self.every_steps, batch_of(taps))
         q, k, v = (x.double() for x in tapped_inputs(taps, rows))
         anatomy = view.anatomy
         w_o = stack_matrix(anatomy.weights(), anatomy, "o").unflatten(-2, (anatomy.heads.query, -1))

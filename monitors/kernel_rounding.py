@@ -7,13 +7,15 @@ an entry has no prediction: its laws are read as relative residuals only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from foreshock.models.anatomies.attention_call import CUSTOM, EAGER, TORCH_FLASH, TORCH_OTHER, AttentionCall
 from foreshock.models.taps import Tap
 from foreshock.monitors.fast_exp import fast_exp
 
@@ -30,6 +32,8 @@ class KernelRounding:
     entry near the middle of two BF16 numbers may be rounded up in one and down in the other.
     fast_exp: the forward's exponential is ``monitors.fast_exp``; else it is right to FP32.
     rounds: whether anything is rounded to BF16 at all.
+    normalised: eager attention, which stores P after the division by its row sum, and S, dP and dS too.
+    measured: whether its errors are measured in FP64 (``monitors.measured_twin``), FP32's among them.
     """
 
     name: str
@@ -39,6 +43,8 @@ class KernelRounding:
     two_score_gradients: bool = False
     fast_exp: bool = False
     rounds: bool = True
+    normalised: bool = False
+    measured: bool = False
 
 
 UNROUNDED = KernelRounding("none", rounds=False)
@@ -94,6 +100,8 @@ def kernel_rounding(tap: Tap) -> KernelRounding | None:
     serves all else by kernels that it chooses by device and shape, or sums a group's dK outside of them.
     """
     call, q_BHTD = tap.call, tap.inputs[0]
+    if call.kernel in (EAGER, TORCH_FLASH, TORCH_OTHER, CUSTOM):
+        return _of_other_models(call, q_BHTD, tap.inputs[1])
     if call.kernel == "reference":
         return REFERENCE
     if call.kernel == "triton":
@@ -104,3 +112,22 @@ def kernel_rounding(tap: Tap) -> KernelRounding | None:
         return None
     tokens, fast = q_BHTD.shape[-2], pytorch_cpu_exp_is_fast()
     return None if fast is None or (fast and tokens % 16) else pytorch_cpu_rounding(tokens, fast)
+
+
+def _of_other_models(call: AttentionCall, q_BHTD: Tensor, k_BGTD: Tensor) -> KernelRounding | None:
+    """Known are eager attention and PyTorch's flash kernel on a CPU, of FP32 and of BF16 products."""
+    on_cpu, tokens = q_BHTD.device.type == "cpu", q_BHTD.shape[-2]
+    in_bf16 = call.dtype is torch.bfloat16
+    if not in_bf16 and call.dtype is not torch.float32:
+        return None
+    if call.kernel == EAGER and (on_cpu or in_bf16 or not torch.backends.cuda.matmul.allow_tf32):
+        return KernelRounding("eager", rounds=in_bf16, normalised=True, measured=True)
+    if call.kernel != TORCH_FLASH or not on_cpu:
+        return None
+    if not in_bf16:
+        return replace(pytorch_cpu_rounding(tokens, False), rounds=False, measured=True)
+    fast = pytorch_cpu_exp_is_fast()
+    if fast is None or (fast and tokens % 16):
+        return None
+    alike = q_BHTD.shape[-3] == k_BGTD.shape[-3] and call.window is None
+    return replace(pytorch_cpu_rounding(tokens, fast), measured=not alike)

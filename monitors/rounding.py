@@ -71,7 +71,7 @@ def _heads(x_BHT: Tensor, twin: Twin) -> Tensor:
 
 def _floor(twin: Twin, *terms: Tensor) -> Tensor:
     """(T 2^-24)^2 times the sums of squares of terms, each (B, H or G, T), as (B, G)."""
-    tokens = twin.step.q.shape[-2]
+    tokens = twin.step.q.shape[-2] if twin.floors else 0
     return (tokens * FP32_U) ** 2 * sum(_heads(x, twin) for x in terms)
 
 
@@ -82,6 +82,8 @@ def _score_gradient_floor(twin: Twin) -> Tensor:
     most (Cauchy) and errs by 2^-24 of it.
     """
     t = twin.step
+    if not twin.floors:
+        return torch.zeros_like(squared_norm(t.q))
     largest_v2 = per_query_head(squared_norm(t.v).amax(-1, keepdim=True), t.q.shape[1])
     delta2 = (t.do * t.o).sum(-1).square()
     return FP32_U**2 * (squared_norm(t.do) * largest_v2 + delta2) * squared_norm(t.q)

@@ -25,7 +25,7 @@ def run_again(
     device = next(model.parameters()).device
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     routers = RouterCapture(anatomy) if routed and not isinstance(model, Transformer) else None
-    sight.apart = True
+    before, sight.apart = sight.apart, True
     try:
         with apart(device), torch.enable_grad(), taps_on(anatomy, places) as taps:
             if routers is not None:
@@ -36,7 +36,7 @@ def run_again(
             weights = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(loss, weights, allow_unused=True)
     finally:
-        sight.apart = False
+        sight.apart = before
         if routers is not None:
             routers.__exit__(None, None, None)
     if isinstance(model, Transformer):

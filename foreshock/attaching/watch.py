@@ -135,10 +135,11 @@ class AttachedWatch:
             view = self._view(loss, due)
             self._watch.record(self.steps)
             readings: dict[str, Reading] = {}
+            self._sight.apart = True  # a monitor may call the model
             for name in due:
                 readings |= self._observe(name, view)
         finally:
-            self._reading = False
+            self._reading = self._sight.apart = False
         if readings:
             self.readings = readings
             self._pass_on(readings)

@@ -184,9 +184,9 @@ def _of_torch(
     """A call of ``scaled_dot_product_attention``, with its own parameters."""
     kernel = TORCH_OTHER
     if query.device.type == "cpu":
-        choice = torch._fused_sdp_choice(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        dtype = multiplied_in(query)
+        inputs = (x.detach().to(dtype) for x in (query, key, value))
+        choice = torch._fused_sdp_choice(*inputs, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         kernel = TORCH_FLASH if choice == FLASH else TORCH_OTHER
     window, unreadable = None, None
     if query.ndim != 4 or query.shape[-2] != key.shape[-2]:
