@@ -21,6 +21,8 @@ if is_clone(ROOT):
     one_name()
 
 PUBLIC = {
+    "AlarmRules": "foreshock.alarms.settings",
+    "TrainingAlarm": "foreshock.alarms.event",
     "attach": "foreshock.attaching.attach",
     "watched_attention": "foreshock.models.anatomies.attention_capture",
 }

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("experiments.train", "train one run, or a grid of runs with -m"),
     "report": ("analysis.report", "draw the report of an experiment again"),
     "score": ("analysis.score", "score saved runs, with a detector of your own"),
+    "calibrate": ("analysis.calibrate", "set thresholds of live alarms on healthy runs of your own"),
     "runs": ("experiments.runs", "list the runs in a folder, adopt or prune them"),
     "bench": ("experiments.bench", "measure what steps and monitors cost"),
 }

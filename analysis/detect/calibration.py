@@ -63,8 +63,12 @@ def calibrated(
         else:
             maxima[name] = (of_runs[0], of_runs[1])
     if not known:
-        raise ValueError(f"no signal of these runs can be calibrated: {next(iter(declined.values()), 'they have none')}")
-    limits = _joint_limits(maxima, alpha) if joint else {n: conformal_threshold(m, alpha) for n, (_, m) in maxima.items()}
+        raise ValueError(
+            f"no signal of these runs can be calibrated: {next(iter(declined.values()), 'they have none')}"
+        )
+    limits = (
+        _joint_limits(maxima, alpha) if joint else {n: conformal_threshold(m, alpha) for n, (_, m) in maxima.items()}
+    )
     return Thresholds(
         runs=tuple(run.run_id for run in calibration),
         reference_runs=tuple(run.run_id for run in reference),
@@ -79,7 +83,7 @@ def calibrated(
 
 
 def _split(runs: Sequence[Trace], alpha: float, least: int) -> tuple[Sequence[Trace], Sequence[Trace]]:
-    """Runs that set bands and scales, and runs that set thresholds: at least half of all, and as many as alpha needs."""
+    """Runs that set bands and scales, and those that set thresholds: at least half of all, as many as alpha needs."""
     if least == 0:
         conformal_rank(len(runs), alpha)
         return (), runs
@@ -159,9 +163,7 @@ def _band(signal: Signal, track: str, reference: Sequence[Aligned]) -> Band:
     return Floor(1.0)
 
 
-def _maxima(
-    signal: Signal, runs: Sequence[Sequence[np.ndarray]], chart: Mapping[str, Any], track: str
-) -> list[float]:
+def _maxima(signal: Signal, runs: Sequence[Sequence[np.ndarray]], chart: Mapping[str, Any], track: str) -> list[float]:
     if not runs:
         return []
     charted = chart_statistics(runs, [make_rule(**chart)] * len(runs[0]))

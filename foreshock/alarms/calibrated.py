@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from foreshock.alarms.online_charts import OnlineChart, chart_of
 from foreshock.alarms.reading import HostReading
 from foreshock.alarms.rules import SIGNS, Breach, OwnPast
 from foreshock.analysis.detect.calibration import FLOOR, SELF
-from foreshock.analysis.detect.thresholds import SignalThreshold, Thresholds
+from foreshock.analysis.detect.thresholds import Thresholds
 from foreshock.monitors.signal import Signal
 
 
@@ -56,20 +57,27 @@ class Calibrated:
     def applies(self, signal: Signal) -> bool:
         return True  # a signal may enter with a file that changes
 
-    def judge(self, reading: HostReading) -> Breach | None:
-        signal = reading.signal
+    def judge(self, readings: Sequence[HostReading]) -> dict[str, Breach]:
+        known = [reading for reading in readings if self._is_known(reading.signal)]
+        scores = self._own.z(known) if self.thresholds.track == SELF else {r.signal.name: self._z(r) for r in known}
+        judged = ((name, self._breach(name, z)) for name, z in scores.items() if z is not None)
+        return {name: breach for name, breach in judged if breach is not None}
+
+    def _is_known(self, signal: Signal) -> bool:
         known = self.thresholds.signals.get(signal.name)
         if known is None or signal.name in self.declined:
-            return None
-        if (reason := known.unlike(signal)) is not None:
+            return False
+        reason = known.unlike(signal)
+        if reason is not None:
             self.declined[signal.name] = reason
-            return None
-        z = self._z(known, reading)
-        if z is None:
-            return None
-        signs = SIGNS[signal.bad]
-        charts = self._charts.setdefault(signal.name, [chart_of(self.thresholds.chart) for _ in signs])
-        statistics = self._statistics.setdefault(signal.name, [-np.inf] * len(signs))
+        return reason is None
+
+    def _breach(self, name: str, z: np.ndarray) -> Breach | None:
+        """Of the signal's charts, one for each side, after z-scores (layers, heads); missing ones leave them be."""
+        known = self.thresholds.signals[name]
+        signs = SIGNS[known.bad]
+        charts = self._charts.setdefault(name, [chart_of(self.thresholds.chart) for _ in signs])
+        statistics = self._statistics.setdefault(name, [-np.inf] * len(signs))
         if not np.isnan(z).all():
             for side, (sign, chart) in enumerate(zip(signs, charts, strict=True)):
                 statistics[side] = chart.update(float(np.nanmax(sign * z)))
@@ -79,10 +87,9 @@ class Calibrated:
         worst = np.where(np.isnan(z), -np.inf, signs[side] * z)
         return Breach(int(worst.argmax()), statistics[side], known.limit, "above" if signs[side] > 0 else "below")
 
-    def _z(self, known: SignalThreshold, reading: HostReading) -> np.ndarray | None:
-        """(layers, heads), or None where the track has no yardstick at this step."""
-        if self.thresholds.track == SELF:
-            return self._own.z(reading)
+    def _z(self, reading: HostReading) -> np.ndarray | None:
+        """(layers, heads) on a track of bands, or None where it has none at this step."""
+        known = self.thresholds.signals[reading.signal.name]
         if self.thresholds.track == FLOOR:
             return reading.finite - known.expected
         at = int(np.searchsorted(known.positions, reading.step))

@@ -21,9 +21,10 @@ BATCHES, READ_STEPS = 3, 50
 class Evidence:
     """The recent past of a training, in memory, written only where an alarm asks for it.
 
-    ``write`` makes ``<folder>/step-<step>-<signal>/`` with ``event.json``; ``batches.pt``, a list of ``{step, arguments,
-    named}``, the watched rows of the last batches on the host; ``random_state.pt``, of Python, NumPy and torch (every
-    CUDA device too) after the step; and ``readings.jsonl``, a line a step, with signals as lists (layers, heads).
+    ``write`` makes ``<folder>/step-<step>-<signal>/`` with ``event.json``; ``batches.pt``, a list of ``{step,
+    arguments, named}``, the watched rows of the last batches on the host; ``random_state.pt``, of Python, NumPy and
+    torch (every CUDA device too) after the step; and ``readings.jsonl``, a line a step, with signals as lists (layers,
+    heads).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +46,9 @@ class Evidence:
         (folder / "event.json").write_text(event.json() + "\n", encoding="utf-8")
         torch.save(torch.utils._pytree.tree_map(_on_host, list(self._batches)), folder / "batches.pt")
         torch.save(random_state(), folder / "random_state.pt")
-        lines = [json.dumps({"step": step} | {r.signal.name: _plain(r.value) for r in rs}) for step, rs in self._readings]
+        lines = [
+            json.dumps({"step": step} | {r.signal.name: _plain(r.value) for r in rs}) for step, rs in self._readings
+        ]
         (folder / "readings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return folder
 

@@ -50,11 +50,12 @@ class Panel:
             raise ValueError("actions='snapshot' is not allowed without out=: it needs a folder")
         self._calibrated = None if settings.thresholds is None else Calibrated(settings.thresholds)
         self._rules = rules_of(settings, [signal for _, signal in signals.values()], self._calibrated)
+        described = [signal for _, signal in signals.values()]
+        self._applies = {rule.name: {s.name for s in described if rule.applies(s)} for rule in self._rules}
         self._episodes = Episodes()
         self._overflows = None if scaler is None else Overflows(scaler)
         self._evidence = None if folder is None else Evidence(folder / EVIDENCE)
         self._declined: set[str] = set()
-        self.step = 0
         self.events: list[Event] = []
 
     events: list[Event]
@@ -62,49 +63,48 @@ class Panel:
 
     def read(self, step: int, readings: list[HostReading], batch: Any = None) -> list[Event]:
         """Judge the readings of a step; the events that they raise. Raises TrainingAlarm for the action ``raise``."""
-        self.step = step
         if self._evidence is not None:
             self._evidence.keep(step, readings, batch)
-        events = self._reloaded()
-        events += [event for reading in readings for event in self._judged(reading)]
-        events += self._news_of_declined()
+        events = self._reloaded(step)
+        events += [event for rule in self._rules for event in self._judged(rule, readings)]
+        events += self._news_of_declined(step)
         storm = None if self._overflows is None else self._overflows.update(step)
         if storm is not None:
-            events.append(self._event(OWN, "overflow_storm", storm))
+            events.append(self._event(step, OWN, "overflow_storm", storm))
         self._told(events)
         return events
 
-    def report(self, kind: str, message: str = "", value: float | None = None) -> Event:
+    def report(self, step: int, kind: str, message: str = "", value: float | None = None) -> Event:
         """An event of the training loop itself (``REPORTS``). Raises ValueError for another kind; TrainingAlarm."""
         check_named([kind], REPORTS, "report")
-        return self._told([self._event(REPORTED, kind, message, value)])[0]
+        return self._told([self._event(step, REPORTED, kind, message, value)])[0]
 
-    def own(self, kind: str, message: str) -> Event:
+    def own(self, step: int, kind: str, message: str) -> Event:
         """An event that befell the watch."""
-        return self._told([self._event(OWN, kind, message)])[0]
+        return self._told([self._event(step, OWN, kind, message)])[0]
 
-    def _reloaded(self) -> list[Event]:
+    def _reloaded(self, step: int) -> list[Event]:
         if self._calibrated is None:
             return []
         try:
             self._calibrated.reload()
         except ValueError as error:
-            return [self._event(OWN, "thresholds_unreadable", f"{error}; the old ones stay")]
+            return [self._event(step, OWN, "thresholds_unreadable", f"{error}; the old ones stay")]
         return []
 
-    def _news_of_declined(self) -> list[Event]:
+    def _news_of_declined(self, step: int) -> list[Event]:
         """Said once: a calibrated signal that is not judged would look like health."""
         declined = {} if self._calibrated is None else self._calibrated.declined
         news = sorted(declined.keys() - self._declined)
         self._declined |= declined.keys()
-        return [self._event(OWN, "threshold_not_used", declined[name]) for name in news]
+        return [self._event(step, OWN, "threshold_not_used", declined[name]) for name in news]
 
-    def _judged(self, reading: HostReading) -> list[Event]:
-        events = []
-        for rule in self._rules:
-            if not rule.applies(reading.signal):
-                continue
-            breach = rule.judge(reading)
+    def _judged(self, rule: Rule, readings: Sequence[HostReading]) -> list[Event]:
+        """The events of a rule at a step, one an episode."""
+        judged = [reading for reading in readings if reading.signal.name in self._applies[rule.name]]
+        breaches, events = rule.judge(judged), []
+        for reading in judged:
+            breach = breaches.get(reading.signal.name)
             if breach is None:
                 self._episodes.clear(rule.name, reading.signal.name)
             elif (event := self._told_once(rule, reading, breach)) is not None:
@@ -140,11 +140,11 @@ class Panel:
             runbook=runbook_path(told),
         )
 
-    def _event(self, rule: str, kind: str, message: str, value: float | None = None) -> Event:
+    def _event(self, step: int, rule: str, kind: str, message: str, value: float | None = None) -> Event:
         row = row_of(Case(rule, kind, value=value))
         return Event(
             run=self._run,
-            step=self.step,
+            step=step,
             rule=rule,
             signal=kind,
             value=value,
@@ -175,7 +175,7 @@ class Panel:
                     print(f"foreshock: {self._folder / FILE} cannot be written: {error.strerror}", file=self._terminal)
 
     def _acted(self, event: Event) -> bool:
-        """Do what is asked for this severity; whether to raise afterwards. What fails is an event that nobody acts on."""
+        """Do what is asked for this severity; whether to raise afterwards. What fails is an event without actions."""
         actions = self._actions.get(event.severity, ())
         for action in (*self._on_alarm, *actions):
             try:
@@ -185,7 +185,7 @@ class Panel:
                     action(event)
             except Exception as error:
                 name = action if isinstance(action, str) else getattr(action, "__name__", type(action).__name__)
-                self._say(self._event(OWN, "action_failed", f"{name}: {type(error).__name__}: {error}"))
+                self._say(self._event(event.step, OWN, "action_failed", f"{name}: {type(error).__name__}: {error}"))
         return RAISE in actions
 
 
@@ -196,7 +196,7 @@ def rules_of(settings: AlarmRules, signals: Sequence[Signal], calibrated: Calibr
         "non_finite": NonFinite(),
         "exact": Exact(),
         "universal": Universal(settings.budget, signals),
-        "self": Self(settings.budget, signals, known),
+        "self": Self(settings.budget, signals, known, settings.warmup_steps),
         "published": Published(),
     }
     rules = [rule for name, rule in made.items() if name in settings.rules]

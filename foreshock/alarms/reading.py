@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,26 +15,22 @@ from foreshock.monitors.signal import Signal
 
 @dataclass(frozen=True)
 class HostReading:
-    """One signal at one step.
+    """One signal at one step; arrays are (layers, heads), an absent axis of length 1.
 
-    value: FP64, (layers, heads), an absent axis of length 1; NaN and Inf as they were read. undefined: (layers, heads),
-    samples that do not exist.
+    value: FP64, NaN and Inf as they were read; undefined: samples that do not exist; lost: whether a value is not
+    finite and not missing; finite: the value, NaN where it is missing or not finite.
     """
 
     signal: Signal
     step: int
     value: np.ndarray
     undefined: np.ndarray
+    lost: np.ndarray
+    finite: np.ndarray
 
-    @property
-    def finite(self) -> np.ndarray:
-        """(layers, heads): the value, NaN where it is missing or not finite."""
-        return np.where(self.undefined | ~np.isfinite(self.value), np.nan, self.value)
-
-    @property
-    def lost(self) -> np.ndarray:
-        """(layers, heads): whether a value is not finite and not missing."""
-        return ~np.isfinite(self.value) & ~self.undefined
+    @classmethod
+    def of(cls, signal: Signal, step: int, value: np.ndarray, undefined: np.ndarray) -> HostReading:
+        return cls(signal, step, value, undefined, *_told_apart(value, undefined))
 
     def place(self, index: int) -> tuple[int | None, int | None]:
         """Layer and head of a flat index, None where the signal has no such axis."""
@@ -45,24 +41,38 @@ class HostReading:
 def on_host(step: int, readings: Mapping[str, Reading], signals: Mapping[str, Signal]) -> list[HostReading]:
     """The readings of a step. signals: by name; a reading of none of them is left out."""
     kept = {name: reading for name, reading in readings.items() if name in signals}
-    parts: list[Tensor] = []
-    for reading in kept.values():
-        masked = isinstance(reading, Masked)
-        parts.append((reading.value if isinstance(reading, Masked) else reading).detach().double().flatten())
-        if isinstance(reading, Masked):
-            parts.append(reading.undefined.expand(reading.value.shape).double().flatten())
-        assert masked or isinstance(reading, Tensor)
-    if not parts:
+    if not kept:
         return []
-    flat, at, found = torch.cat(parts).cpu().numpy(), 0, []
-    for name, reading in kept.items():
-        shape = (reading.value if isinstance(reading, Masked) else reading).shape
-        size, cells = shape.numel(), (*shape, 1, 1)[:2]
-        value = flat[at : at + size].reshape(cells)
-        at += size
-        undefined = np.zeros(cells, bool)
-        if isinstance(reading, Masked):
-            undefined = flat[at : at + size].reshape(cells) > 0
-            at += size
-        found.append(HostReading(signals[name], step, value, undefined))
-    return found
+    value = _flat([reading.value if isinstance(reading, Masked) else reading for reading in kept.values()])
+    undefined = np.zeros(value.shape, bool)
+    sizes = [_shape(reading).numel() for reading in kept.values()]
+    masked = [i for i, reading in enumerate(kept.values()) if isinstance(reading, Masked)]
+    ends = np.cumsum(sizes)
+    if masked:
+        masks = _flat([r.undefined.expand(r.value.shape) for r in kept.values() if isinstance(r, Masked)]) > 0
+        undefined[np.concatenate([np.arange(ends[i] - sizes[i], ends[i]) for i in masked])] = masks
+    parts = (value, undefined, *_told_apart(value, undefined))  # of all signals at once: most have few values
+    return [
+        HostReading(signals[name], step, *(part[end - size : end].reshape(_cells(reading)) for part in parts))
+        for (name, reading), size, end in zip(kept.items(), sizes, ends, strict=True)
+    ]
+
+
+def _told_apart(value: np.ndarray, undefined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which values are lost, and the finite ones."""
+    finite = np.isfinite(value)
+    return ~finite & ~undefined, np.where(finite & ~undefined, value, np.nan)
+
+
+def _flat(tensors: Sequence[Tensor]) -> np.ndarray:
+    flat: np.ndarray = torch.cat([x.detach().double().flatten() for x in tensors]).cpu().numpy()
+    return flat
+
+
+def _shape(reading: Reading) -> torch.Size:
+    return (reading.value if isinstance(reading, Masked) else reading).shape
+
+
+def _cells(reading: Reading) -> tuple[int, int]:
+    layers, heads = (*_shape(reading), 1, 1)[:2]
+    return layers, heads

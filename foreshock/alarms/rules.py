@@ -6,7 +6,6 @@ A value that is not finite breaks ``non_finite`` and is a missing sample for the
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,20 +37,33 @@ class Breach:
 
 
 class Rule(Protocol):
-    """One way to judge a reading. name: in events; ``judge`` is called once a reading, in the order of steps."""
+    """One way to judge readings. name: in events."""
 
     name: str
 
     def applies(self, signal: Signal) -> bool: ...
 
-    def judge(self, reading: HostReading) -> Breach | None: ...
+    def judge(self, readings: Sequence[HostReading]) -> dict[str, Breach]:
+        """By signal, what breaks the rule, of the readings of one step that it applies to; called in order of steps."""
+        ...
 
     def per_million_steps(self, step: int) -> float | None:
         """False alarms that healthy training raises, over all signals of the rule; None where nobody knows."""
         ...
 
 
-class NonFinite:
+class OneByOne:
+    """A rule that judges each reading by itself."""
+
+    def breach(self, reading: HostReading) -> Breach | None:
+        raise NotImplementedError
+
+    def judge(self, readings: Sequence[HostReading]) -> dict[str, Breach]:
+        judged = ((reading.signal.name, self.breach(reading)) for reading in readings)
+        return {name: breach for name, breach in judged if breach is not None}
+
+
+class NonFinite(OneByOne):
     """``non_finite``: a NaN or Inf that arose from a nonzero computation, in any signal. Healthy training has none."""
 
     name = "non_finite"
@@ -59,18 +71,17 @@ class NonFinite:
     def applies(self, signal: Signal) -> bool:
         return True
 
-    def judge(self, reading: HostReading) -> Breach | None:
-        lost = reading.lost
-        if not lost.any():
+    def breach(self, reading: HostReading) -> Breach | None:
+        if not reading.lost.any():
             return None
-        index = int(lost.argmax())
+        index = int(reading.lost.argmax())
         return Breach(index, float(reading.value.flat[index]), None, "not finite")
 
     def per_million_steps(self, step: int) -> float:
         return 0.0
 
 
-class Exact:
+class Exact(OneByOne):
     """``exact``: a nonzero reading of a signal that is 0 in every healthy run.
 
     A count stays what it is after an event: a reading that equals the one before it is no new breach.
@@ -84,7 +95,7 @@ class Exact:
     def applies(self, signal: Signal) -> bool:
         return signal.kind == EXACT
 
-    def judge(self, reading: HostReading) -> Breach | None:
+    def breach(self, reading: HostReading) -> Breach | None:
         now = np.nan_to_num(reading.finite)
         before = self._last.get(reading.signal.name, np.zeros_like(now))
         self._last[reading.signal.name] = now
@@ -96,7 +107,7 @@ class Exact:
         return 0.0
 
 
-class Published:
+class Published(OneByOne):
     """``published``: a reading beyond the limit that the signal's own source gives. Nobody knows its false alarms."""
 
     name = "published"
@@ -105,7 +116,7 @@ class Published:
         has_limit = signal.above is not None or signal.below is not None
         return has_limit and signal.kind in (LEVEL, RATIO) and signal.family != THEORY
 
-    def judge(self, reading: HostReading) -> Breach | None:
+    def breach(self, reading: HostReading) -> Breach | None:
         x, signal = reading.finite, reading.signal
         if signal.above is not None and (x > signal.above).any():
             index = int(np.nanargmax(x))
@@ -119,24 +130,22 @@ class Published:
         return None
 
 
-class Budgeted:
-    """What rules with a budget share: the step of each signal's last reading. count: signals that share the budget."""
+class Levels:
+    """The level of each look of a rule that spends a budget on the signals that it ``applies`` to, alike on each."""
 
-    def __init__(self, budget: Budget, signals: Sequence[Signal]) -> None:
-        self.budget, self._count = budget, max(1, sum(self.applies(signal) for signal in signals))
+    def __init__(self, budget: Budget, signals: int) -> None:
+        self.budget, self._signals = budget, max(1, signals)
         self._before: dict[str, int] = {}
 
-    def applies(self, signal: Signal) -> bool:
-        raise NotImplementedError
-
-    def _level(self, reading: HostReading, sides: int = 1) -> float:
+    def of(self, reading: HostReading, sides: int = 1) -> float:
+        """Of each value of a reading, on each side; called once a reading."""
         signal, step = reading.signal, reading.step
         before = self._before.get(signal.name, 0)
         self._before[signal.name] = step
-        return self.budget.a_look(step, before, signal.every_steps, sides * reading.value.size, self._count)
+        return self.budget.a_look(step, before, signal.every_steps, sides * reading.value.size, self._signals)
 
 
-class Universal(Budgeted):
+class Universal(OneByOne):
     """``universal``: a ratio to predicted noise above the number that its prediction gives by itself.
 
     z with 2 (1 - Phi(z)) = the level of a look (``Budget``, ``analysis.detect.tracks.universal_threshold``). The rate
@@ -145,70 +154,99 @@ class Universal(Budgeted):
 
     name = "universal"
 
+    def __init__(self, budget: Budget, signals: Sequence[Signal]) -> None:
+        self._levels = Levels(budget, sum(self.applies(signal) for signal in signals))
+
     def applies(self, signal: Signal) -> bool:
         return signal.kind == RATIO and signal.universal
 
-    def judge(self, reading: HostReading) -> Breach | None:
-        level, x = self._level(reading), reading.finite
-        threshold = -float(ndtri(level / 2))
+    def breach(self, reading: HostReading) -> Breach | None:
+        x = reading.finite
+        threshold = -float(ndtri(self._levels.of(reading) / 2))
         if not (x > threshold).any():
             return None
         index = int(np.nanargmax(x))
         return Breach(index, float(x.flat[index]), threshold, "above")
 
     def per_million_steps(self, step: int) -> float:
-        return self.budget.per_million_steps(step)
+        return self._levels.budget.per_million_steps(step)
 
 
 class OwnPast:
-    """The z-scores of the self track, (layers, heads), one reading after the other (``SelfBand``)."""
+    """The z-scores of the self track (``SelfBand``), one step after the other, of all signals at once."""
 
     def __init__(self) -> None:
-        self._past: dict[str, deque[np.ndarray]] = {}
+        self._past: dict[str, np.ndarray] = {}
+        self._readings: dict[str, int] = {}
 
-    def z(self, reading: HostReading) -> np.ndarray | None:
-        """Of this reading; None during the first 2 W."""
-        past = self._past.setdefault(reading.signal.name, deque(maxlen=2 * SELF_WINDOW + 1))
-        past.append(reading.finite)
-        if len(past) <= 2 * SELF_WINDOW:
-            return None
-        x = np.stack(past)
-        scores: np.ndarray = SelfBand().z(Aligned(np.arange(len(x)), x, np.isnan(x)))[-1]
-        return scores
+    def z(self, readings: Sequence[HostReading]) -> dict[str, np.ndarray]:
+        """By signal, (layers, heads), of the readings of a step; none of a signal's first 2 W."""
+        known = [reading for reading in readings if self._add(reading)]
+        if not known:
+            return {}
+        x = np.concatenate([self._past[reading.signal.name] for reading in known], axis=1)[:, None]
+        scores = SelfBand().z(Aligned(np.arange(len(x)), x, np.isnan(x)))[-1, 0]
+        ends = np.cumsum([reading.value.size for reading in known])
+        parts = np.split(scores, ends[:-1])
+        return {r.signal.name: part.reshape(r.value.shape) for r, part in zip(known, parts, strict=True)}
+
+    def _add(self, reading: HostReading) -> bool:
+        """Whether the signal has a past by now: (2 W + 1, values), the present reading the last."""
+        name, now = reading.signal.name, reading.finite.ravel()
+        past = self._past.get(name)
+        if past is None:
+            past = self._past[name] = np.full((2 * SELF_WINDOW + 1, len(now)), np.nan)
+        past[:-1] = past[1:]
+        past[-1] = now
+        self._readings[name] = self._readings.get(name, 0) + 1
+        return self._readings[name] > 2 * SELF_WINDOW
 
 
-class Self(Budgeted):
+class Self:
     """``self``: a reading far from the run's own past, from its 21st reading on; it cannot see what was there before.
 
     z as of ``SelfBand``, of a reading against 11 others. Were these normal and independent, z sqrt(11 / 12) would be
     Student's t with 10 degrees of freedom, which gives the threshold at the level of a look (``Budget``). Training is
-    neither, so the rule has no rate.
+    neither, so the rule has no rate. calibrated: signals that have a threshold of their own; warmup_steps: readings up
+    to there are left out, since a learning rate that rises changes everything.
     """
 
     name = "self"
 
-    def __init__(self, budget: Budget, signals: Sequence[Signal], calibrated: Sequence[str] = ()) -> None:
-        self.calibrated = frozenset(calibrated)
-        super().__init__(budget, signals)
+    def __init__(
+        self, budget: Budget, signals: Sequence[Signal], calibrated: Sequence[str] = (), warmup_steps: int = 0
+    ) -> None:
+        self._calibrated, self._warmup_steps = frozenset(calibrated), warmup_steps
+        self._levels = Levels(budget, sum(self.applies(signal) for signal in signals))
         self._own = OwnPast()
 
     def applies(self, signal: Signal) -> bool:
-        return signal.kind in (LEVEL, RATIO) and signal.name not in self.calibrated
+        return signal.kind in (LEVEL, RATIO) and signal.name not in self._calibrated
 
-    def judge(self, reading: HostReading) -> Breach | None:
-        signs = SIGNS[reading.signal.bad]
-        level, z = self._level(reading, len(signs)), self._own.z(reading)
-        if z is None:
-            return None
-        sides = np.stack([sign * z for sign in signs])
-        threshold = student_threshold(level)
-        if not (sides > threshold).any():
-            return None
-        side, index = divmod(int(np.nanargmax(sides)), z.size)
-        return Breach(index, float(sides.flat[side * z.size + index]), threshold, "above" if signs[side] > 0 else "below")
+    def judge(self, readings: Sequence[HostReading]) -> dict[str, Breach]:
+        readings = [reading for reading in readings if reading.step > self._warmup_steps]
+        scores, breaches = self._own.z(readings), {}
+        for reading in readings:
+            signs = SIGNS[reading.signal.bad]
+            level = self._levels.of(reading, len(signs))
+            z = scores.get(reading.signal.name)
+            if z is None:
+                continue
+            threshold = student_threshold(level)
+            sides = [sign * z for sign in signs]
+            if any((side > threshold).any() for side in sides):
+                breaches[reading.signal.name] = worst_of(sides, signs, threshold)
+        return breaches
 
     def per_million_steps(self, step: int) -> None:
         return None
+
+
+def worst_of(sides: Sequence[np.ndarray], signs: Sequence[float], threshold: float) -> Breach:
+    """The breach of the largest z-score. sides: (layers, heads) each, as they are bad above; one is not NaN."""
+    every = np.stack(sides)
+    side, index = divmod(int(np.nanargmax(every)), every[0].size)
+    return Breach(index, float(every[side].flat[index]), threshold, "above" if signs[side] > 0 else "below")
 
 
 def student_threshold(level: float) -> float:

@@ -25,7 +25,8 @@ ACTIONS = (LOG_ONLY, SNAPSHOT, RAISE)
 @dataclass(frozen=True)
 class AlarmRules:
     """rules: of ``RULES``, those that judge; alpha: of each rule that has a rate, the probability that a healthy run
-    alarms; horizon_steps: the planned length of the run, None where it is not known (``foreshock.alarms.budget``);
+    alarms; warmup_steps: of the learning rate, which the rule ``self`` leaves out (2,000 is that of Llama,
+    arXiv:2302.13971); horizon_steps: the planned length of the run, None where it is not known (``foreshock.alarms.budget``);
     thresholds: a file of ``foreshock calibrate``, whose signals leave the rule ``self``.
 
     Raises ValueError that names the field.
@@ -33,12 +34,15 @@ class AlarmRules:
 
     rules: tuple[str, ...] = RULES
     alpha: float = 0.05
+    warmup_steps: int = 2000
     horizon_steps: int | None = None
     thresholds: str | Path | None = None
 
     def __post_init__(self) -> None:
         check_named(self.rules, RULES, "alarms.rules")
         Budget(self.alpha, self.horizon_steps)
+        if self.warmup_steps < 0:
+            raise ValueError(f"alarms.warmup_steps={self.warmup_steps} is not allowed: 0 or more")
 
     @property
     def budget(self) -> Budget:

@@ -64,7 +64,7 @@ TABLE: tuple[Row, ...] = (
     Row("SEV1", "numerics", rule="universal"),
     Row("SEV1", "numerics", rule=REPORTED, signal="checksum_mismatch"),
     Row("SEV1", "attention", signal="max_attn_logit*", above=1000.0),
-    Row("SEV1", "attention", signal="attn_entropy*", side="below"),
+    Row("SEV1", "attention", signal="attn_entropy*", side="below", readings=3),
     Row("SEV1", "router", rule="published", signal="moe_drop_rate*", readings=10),
     Row("SEV1", "optimization", rule=REPORTED, signal="mfu_collapse"),
     Row("SEV1", "monitoring", rule=OWN),

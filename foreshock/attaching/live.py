@@ -46,26 +46,28 @@ class Live:
             return
         found = on_host(step, readings, self._signals)
         values = scalars(found) if self._writers else {}
-        self._each(lambda writer: writer.add(step, values))
+        self._each(step, lambda writer: writer.add(step, values))
         if self.panel is not None:
             self.panel.read(step, found, batch)
 
-    def own(self, kind: str, message: str) -> None:
+    def own(self, step: int, kind: str, message: str) -> None:
         """Something befell the watch (``alarms.severity``)."""
         if self.panel is not None:
-            self.panel.own(kind, message)
+            self.panel.own(step, kind, message)
 
-    def close(self) -> None:
-        self._each(lambda writer: writer.close())
+    def close(self, step: int) -> None:
+        self._each(step, lambda writer: writer.close())
 
     def _write_alarm(self, event: Event) -> None:
-        self._each(lambda writer: writer.alarm(event))
+        self._each(event.step, lambda writer: writer.alarm(event))
 
-    def _each(self, call: Callable[[Writer], Any]) -> None:
+    def _each(self, step: int, call: Callable[[Writer], Any]) -> None:
         """Of every writer; one that raises is left out from then on, and training goes on."""
         for writer in list(self._writers):
             try:
                 call(writer)
             except Exception as error:
                 self._writers.remove(writer)
-                self.own("writer_failed", f"{type(writer).__name__} is switched off: {type(error).__name__}: {error}")
+                self.own(
+                    step, "writer_failed", f"{type(writer).__name__} is switched off: {type(error).__name__}: {error}"
+                )

@@ -55,8 +55,8 @@ class Options:
     on_readings: functions of a step and its readings; anatomy: roles of a model that is not recognised
     (``models.anatomies.by_hand``); quiet: whether to print nothing.
     alarms: True for the rules that need no healthy run, False for none, a file of ``foreshock calibrate``, or
-    ``foreshock.AlarmRules``; on_alarm: functions of an alarm; actions: ``log_only``, ``snapshot``, ``raise`` or functions
-    of an alarm, for all or by severity (``docs/alarms.md``); writers: of ``foreshock.writers``.
+    ``foreshock.AlarmRules``; on_alarm: functions of an alarm; actions: ``log_only``, ``snapshot``, ``raise`` or
+    functions of an alarm, for all or by severity (``docs/alarms.md``); writers: of ``foreshock.writers``.
 
     Raises ValueError that names the option.
     """
