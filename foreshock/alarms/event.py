@@ -59,7 +59,7 @@ class Event:
         place = "".join(f" {name} {at}" for name, at in (("layer", self.layer), ("head", self.head)) if at is not None)
         read = "" if self.value is None else f" = {self.value:.4g}"
         limit = "" if self.threshold is None else f", {self.rule} {self.side} {self.threshold:.4g}"
-        if self.statistic is not None and self.statistic != self.value:
+        if self.threshold is not None and self.statistic is not None and self.statistic != self.value:
             limit += f" at {self.statistic:.4g}"
         law = "" if self.law is None else f" ({self.law})"
         said = f": {self.message}" if self.message else ""
