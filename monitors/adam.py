@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foreshock.monitors.base import Needs, Reading, Signal, StepView
+from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 
 OUT_OF_DATE = 2.3
 """The RMS of an update above which StableAdamW holds that v is out of date."""
@@ -22,7 +22,7 @@ def _debias(beta: float, steps: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AdamState:
-    """What the last update was made of, by parameter name, in the model's order.
+    """What the last update was made of, by parameter name, in the model's order; frozen parameters are left out.
 
     gradient: as Adam took it, after the clip; root: sqrt(v / (1 - beta2^t)) + eps, what it divided by; learning_rate:
     of each tensor's group; beta1; beta1_debias: 1 - beta1^t, 0-dim.
@@ -38,14 +38,17 @@ class AdamState:
     @classmethod
     @torch.no_grad()
     def of(cls, view: StepView) -> AdamState:
-        """Raises ValueError where the view has no optimizer."""
+        """Raises ValueError where the view has no optimizer, or one that keeps no second moments."""
         if view.optimizer is None:
             raise ValueError("this monitor reads AdamW's state, and the step's view has no optimizer")
         groups = {parameter: group for group in view.optimizer.param_groups for parameter in group["params"]}
-        weight = dict(view.model.named_parameters())
+        state = view.optimizer.state  # a defaultdict: to ask it for a parameter that it does not have would change it
+        held = {name: p for name, p in view.model.named_parameters() if p in groups and p in state}
+        weight = {name: parameter for name, parameter in held.items() if parameter.grad is not None}
+        if not all("exp_avg_sq" in state[parameter] for parameter in weight.values()) or not weight:
+            raise ValueError(f"{type(view.optimizer).__name__} keeps no exp_avg_sq of its parameters")
         first = next(iter(weight.values()))
         (beta1, beta2), eps = groups[first]["betas"], groups[first]["eps"]
-        state = view.optimizer.state
         steps = state[first]["step"].to(first.device)
         root = torch._foreach_sqrt([state[parameter]["exp_avg_sq"] for parameter in weight.values()])
         torch._foreach_div_(root, _debias(beta2, steps).sqrt())
@@ -87,8 +90,16 @@ class AdamUpdateRMS:
         index = {name: position for position, name in enumerate(adam.weight)}
 
         def largest(names: Iterable[str]) -> Tensor:
-            return rms[[index[name] for name in names]].amax()
+            own = [index[name] for name in names if name in index]
+            return rms[own].amax() if own else rms.new_zeros(())
+
+        def frozen(names: Iterable[str]) -> bool:
+            return not any(name in index for name in names)
 
         outside = {name for role in ("embedding", "positions", "head") for name in view.anatomy.parameters(role)}
         layers = torch.stack([largest(block.parameters) for block in view.anatomy.blocks])
-        return {"adam_update_rms": layers, "adam_update_rms.embedding": largest(outside)}
+        readings: dict[str, Reading] = {"adam_update_rms": layers}
+        still = [frozen(block.parameters) for block in view.anatomy.blocks]
+        if any(still):
+            readings["adam_update_rms"] = Masked(layers, torch.tensor(still, device=rms.device))
+        return readings if frozen(outside) else readings | {"adam_update_rms.embedding": largest(outside)}

@@ -77,7 +77,8 @@ class LinearStep:
     E = 1 for an ordinary one; slots: how many of all the tokens each expert has, (L, E), and expert: whose each sampled
     one is, (L, n); None for ordinary layers. x and w are what was multiplied (``models.products``), dw the gradient
     there. dx: that of each layer's own x, (L, n, in), where a layer multiplied something else than its input; None
-    where all readers of an input multiplied that. in_bf16: whether the product returned BF16, as under autocast.
+    where all readers of an input multiplied that. with_bias: y as it was stored, where a bias had been added to it; y is
+    then without. in_bf16: whether the product returned BF16, as under autocast.
     """
 
     x: Tensor
@@ -90,6 +91,7 @@ class LinearStep:
     dx: Tensor | None = None
     slots: Tensor | None = None
     expert: Tensor | None = None
+    with_bias: Tensor | None = None
 
     @classmethod
     def of(cls, taps: Sequence[Tap], sample: slice = slice(None), slots: Tensor | None = None) -> LinearStep:
@@ -105,7 +107,9 @@ class LinearStep:
         dx = None if any(one is None for one in own) else together(own)
         in_bf16 = taps[0].output.dtype == torch.bfloat16
         if slots is None:
-            return cls(x, y, dy, [one[None] for one in w], [one[None] for one in dw], tokens, in_bf16, dx)
+            biased = None if taps[0].bias is None else together(tap.output for tap in taps)
+            ones = ([one[None] for one in w], [one[None] for one in dw])
+            return cls(x, y, dy, *ones, tokens, in_bf16, dx, with_bias=biased)
         numbers = torch.arange(slots.shape[-1], device=x.device)
         expert = torch.stack([numbers.repeat_interleave(own, output_size=tokens)[sample] for own in slots])
         return cls(x, y, dy, [one.mT for one in w], [one.mT for one in dw], tokens, in_bf16, dx, slots, expert)
@@ -122,8 +126,8 @@ class LinearStep:
 
     @cached_property
     def y_dy2(self) -> Tensor:
-        """sum_i (y_i dy_i)^2 of each token, (L, n), FP64."""
-        return squared_norm_fp64(self.y_dy)
+        """sum_i (y_i dy_i)^2 of each token, of the y that was rounded, (L, n), FP64."""
+        return squared_norm_fp64(self.y_dy if self.with_bias is None else self.with_bias * self.dy)
 
     @cached_property
     def terms2(self) -> Tensor:

@@ -72,14 +72,20 @@ class LinearLaws:
                 euler["head"] = _euler([head], steps["head"])
 
         do_BHTD = [tap.output_grad for tap in view.taps.at("dot_product").values()]
-        inputs = {"o": ([do.transpose(1, 2).flatten(2) for do in do_BHTD], ("o",))}
+        seen = bool(do_BHTD) and all(do is not None for do in do_BHTD)
+        inputs = {"o": ([do.transpose(1, 2).flatten(2) for do in do_BHTD] if seen else [], ("o",))}
         for name, (norm, parts) in READERS.items():
             inputs[name] = [tap.output_grad for tap in view.tapped("norm", norm)], parts
         inputs["head"] = [tap.output_grad for tap in view.tapped("norm", "final_norm")], ("head",)
         by_input: dict[str, BrokenLaw] = {}
         for name, (dx, parts) in inputs.items():
             readers = [steps[part] for part in parts if part in steps]
-            if readers and len(readers) == sum(part in tapped for part in parts) and _take_alike(readers):
+            if not dx or len(readers) != sum(part in tapped for part in parts):
+                continue
+            one_product = view.anatomy.fused([part for part in parts if part in steps], view.taps.at("linear"))
+            if len(readers) > 1 and one_product:
+                readers = [LinearStep.of(one_product, sample)]
+            if readers and _take_alike(readers):
                 sampled = torch.stack([one.flatten(0, -2)[sample] for one in dx])
                 by_input[name] = _input(sampled, readers)
         return _readings("linear_euler_residual", euler) | _readings("linear_input_residual", by_input)
@@ -129,6 +135,8 @@ def _rounding(step: LinearStep) -> ModuleType:
 
 def _readings(law: str, found: Mapping[str, BrokenLaw]) -> dict[str, Reading]:
     """Residuals and ratios of one law, the root mean square over tokens where it is per token; all in one go."""
+    if not found:
+        return {}
     broken, scale, noise = (torch.cat(parts) for parts in zip(*found.values(), strict=True))
     readings: dict[str, Reading] = {}
     for suffix, unit in (("", scale), (f".{OVER_NOISE}", noise.sqrt())):

@@ -107,8 +107,8 @@ def _tile(
         dq = store(dq) if rounding.sum_keys is not None else dq
         exact += ds[..., own].double() @ t.k[..., keys, :].double()
     dq = store(dq)
-    sums[0].add(ds.mT @ q, ds.mT.double() @ q.double(), j)
-    sums[1].add(stored.mT @ do, stored.mT.double() @ do.double(), j)
+    sums[0].add(ds.mT, q, j)
+    sums[1].add(stored.mT, do, j)
     wide = stored.double()
     ds_row = ds.double().sum(-1, keepdim=True) / scale
     p_row, pv_row = wide.sum(-1, keepdim=True) - 1, wide @ v.double() - o.double()
@@ -122,9 +122,12 @@ class _Sum:
         self._running = running
         self._sum, self._exact = torch.zeros_like(like), torch.zeros_like(like, dtype=torch.float64)
 
-    def add(self, addend: Tensor, exact: Tensor, tokens: slice) -> None:
-        self._sum[..., tokens, :] = self._running(self._sum[..., tokens, :] + addend)
-        self._exact[..., tokens, :] += exact
+    def add(self, a: Tensor, b: Tensor, tokens: slice) -> None:
+        """Add a @ b to these tokens, in the one call that a kernel makes for product and sum."""
+        so_far = self._sum[..., tokens, :]
+        added = torch.baddbmm(*(x.flatten(0, 1) for x in (so_far, a, b))).view(so_far.shape)
+        self._sum[..., tokens, :] = self._running(added)
+        self._exact[..., tokens, :] += a.double() @ b.double()
 
     def finish(self, store: Store) -> tuple[Tensor, Tensor]:
         """The stored sum, and what rounding made of it, FP64."""

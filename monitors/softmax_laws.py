@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from foreshock.models.numerics import at_least_fp32
+from foreshock.models.taps import Tap
 from foreshock.monitors import autocast_rounding, conservation, fp32_rounding
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_stride, every
@@ -63,11 +66,20 @@ class LogitLaws:
         return readings | _both("logit_shift_residual.head", broken, of_weight)
 
 
+def _of_rounded_logits(taps: Sequence[Tap]) -> dict[str, Tensor]:
+    """Of routers that return BF16: what the rounded gradients of their logits hand on is taken off exactly."""
+    laws = [conservation.head_shift(tap.dw, tap.x, tap.output_grad) for tap in taps]
+    broken, scale = (torch.stack(parts) for parts in zip(*laws, strict=True))
+    noise = torch.stack([autocast_rounding.weight_sum_noise(tap.dw) for tap in taps])
+    return _both("router_shift_residual", (broken, scale), noise)
+
+
 class RouterLaws:
     """``router_shift_residual`` per layer, the z-loss taken off exactly. Bad: up.
 
     Also as ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``), about 1 in a
-    healthy run at any step; with the balance loss switched off the prediction still counts it, and is a little too
+    healthy run at any step; a router whose logits autocast has rounded to BF16 obeys the law of an untied head instead
+    (``LogitLaws``), with that prediction. With the balance loss switched off the prediction still counts it, and is a little too
     large. Routers here are softmax routers; one of sigmoids has no such law.
     every_steps: cadence.
     """
@@ -83,10 +95,14 @@ class RouterLaws:
     @torch.no_grad()
     def observe(self, view: StepView) -> dict[str, Reading]:
         config, taps = view.anatomy.moe, view.tapped("linear", "router")
+        if not all_seen(taps, "router"):
+            return {}
+        if taps[0].output.dtype == torch.bfloat16:
+            return _of_rounded_logits(taps)
         step = LinearStep.of(taps)
         counts_LE = torch.stack([routing.counts_E for routing in view.routings]).double()
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
-        aux_LE = config.aux_coef * config.n_experts / step.tokens * share_LE
+        aux_LE = config.aux_coef * (view.loss_scale or 1) * config.n_experts / step.tokens * share_LE
         per_token = fp32_rounding.router_logit_noise(step.y, step.dy, aux_LE[:, None], config.z_coef)
         noise = fp32_rounding.weight_sum_noise(step, per_token)
         layers = zip([tap.dw for tap in taps], step.x, step.y, strict=True)

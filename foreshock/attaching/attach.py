@@ -69,12 +69,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raises ValueError where the optimizer holds a parameter that the model does not have, or none of the model's."""
     own = {id(parameter) for parameter in model.parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    strange = [parameter for parameter in held if id(parameter) not in own]
+    strange = [tuple(parameter.shape) for parameter in held if id(parameter) not in own]
     if strange or not held:
-        shape = "no parameter" if not held else f"{len(strange)} of {len(held)} parameters, first {tuple(strange[0].shape)}"
-        raise ValueError(
-            f"attach: {type(optimizer).__name__} holds {shape}, which {type(model).__name__} does not have: give the "
-            "optimizer of this model"
-            if strange
-            else f"attach: {type(optimizer).__name__} holds no parameter: give the optimizer of this model"
-        )
+        found = f"{len(strange)} of {len(held)} parameters that {type(model).__name__} does not have"
+        first = f", the first of shape {strange[0]}" if strange else ""
+        raise ValueError(f"attach: {type(optimizer).__name__} holds {found}{first}: give the optimizer of this model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,8 @@ TABLE_WIDTH = 100
 class AttachedWatch:
     """What ``foreshock.attach`` returns. Call ``step`` after each ``optimizer.step()``; a context manager closes it.
 
-    steps: how often ``step`` was called; readings: of the last step that had any, by signal, on the device;
+    steps: how often ``step`` was called; readings: of the last step that had any, by signal, on the device; seen: the
+    last step of each signal that has had a reading;
     monitors: names of those that read; declined: by monitor, or ``<monitor>.over_noise``, why it does not read;
     tracebacks: of monitors that raised and were switched off; stopped: why the watch has stopped itself, or None;
     alarms: the events so far.
@@ -51,6 +53,7 @@ class AttachedWatch:
         self.anatomy, self.steps, self.stopped = anatomy, 0, None
         self.declined, self.tracebacks = dict(declined), {}
         self.readings: dict[str, Reading] = {}
+        self.seen: dict[str, int] = {}
         self._monitors, self._options = dict(monitors), options
         self._watch = Watch(anatomy, optimizer, monitors)
         self._optimizer = optimizer
@@ -81,6 +84,10 @@ class AttachedWatch:
         if self._live.panel is None:
             raise ValueError("watch.report(...): alarms=False; attach with alarms=True")
         return self._live.panel.report(self.steps, kind, message, value)
+
+    def monitor(self, name: str) -> Monitor:
+        """A monitor that reads. Raises KeyError for another name."""
+        return self._monitors[name]
 
     def summary(self) -> str:
         """How many monitors read, and a line for each that does not."""
@@ -164,6 +171,7 @@ class AttachedWatch:
             self._reading = self._sight.apart = False
         if readings:
             self.readings = readings
+            self.seen |= dict.fromkeys(readings, self.steps)
             self._pass_on(readings)
         return readings
 
@@ -204,7 +212,12 @@ class AttachedWatch:
     def _observe(self, name: str, view: StepView) -> dict[str, Reading]:
         """What one monitor reads; one that raises is switched off, and its traceback kept."""
         try:
-            return self._watch.observe(view, [name])
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                readings = self._watch.observe(view, [name])
+            if caught:
+                self._decline(name, f"in part: {'; '.join(sorted({str(each.message) for each in caught}))}", off=False)
+            return readings
         except Unreadable as reason:
             self._decline(name, str(reason), off=False)
         except Exception as error:
@@ -243,11 +256,10 @@ class AttachedWatch:
 
     def _stop(self, kind: str, reason: str) -> None:
         self.stopped = reason
-        if self._live.panel is None:
-            self._say(f"step {self.steps}: the watch has stopped, training goes on: {reason}")
+        self._say(f"step {self.steps}: the watch has stopped, training goes on: {reason}")
         if hasattr(self, "_sight"):
             self._sight.close()
-        self._live.own(self.steps, kind, f"the watch has stopped: {reason}")
+        self._live.own(self.steps, kind, reason)
 
     def _say(self, line: str) -> None:
         if not self._options.quiet:

@@ -31,6 +31,7 @@ SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
 DROPOUTS = (F.dropout, torch.dropout)
 HIDDEN = -9e3
 """A score below this is masked; models add -1e4 or less."""
+SDPA = F.scaled_dot_product_attention
 FLASH = 1
 """``SDPBackend.FLASH_ATTENTION``, as PyTorch's own choice names it."""
 LAYOUTS = ("BHTD", "BTHD")
@@ -106,7 +107,7 @@ class AttentionCapture(TorchFunctionMode):
         return result
 
     def _look(self, function: Callable, arguments: tuple, named: Mapping[str, Any], result: Any) -> None:
-        if function is F.scaled_dot_product_attention:
+        if function is SDPA:
             *inputs, call = _of_torch(*arguments, **named)
             self.fill((*inputs, result), call)
         elif function in PRODUCTS and len(arguments) == 2 and all(isinstance(x, Tensor) for x in arguments):
