@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from foreshock.experiments.files import write_whole
 from foreshock.monitors.signal import Signal
 
-SCHEMA = 1
-
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -48,7 +46,7 @@ class Thresholds(Strict):
     track, chart: what is charted, and how (a node of ``conf/rule``); declined: by signal, why it has no threshold.
     """
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     runs: tuple[str, ...]
     reference_runs: tuple[str, ...] = ()
     alpha: float = Field(gt=0, lt=1)
