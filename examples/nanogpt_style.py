@@ -30,7 +30,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.c_fc, self.c_proj, self.drop = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        self.c_fc, self.c_proj, self.drop = (
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, x):
         return self.drop(self.c_proj(F.gelu(self.c_fc(x))))
@@ -54,6 +58,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         self.lm_head.weight = self.wte.weight
+        self.apply(lambda m: nn.init.normal_(m.weight, std=0.02) if isinstance(m, (nn.Linear, nn.Embedding)) else None)
 
     def forward(self, idx, targets=None):
         x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from foreshock.models.anatomies.by_hand import of_roles
 from foreshock.models.anatomies.parts import (
     BLOCK,
     LINEAR_LAYERS,
@@ -25,7 +26,6 @@ from foreshock.models.anatomies.parts import (
     Heads,
     Part,
 )
-from foreshock.models.anatomies.by_hand import of_roles
 from foreshock.models.anatomies.structure import Found, of_structure
 from foreshock.models.moe import MoEConfig
 from foreshock.models.taps import Tap

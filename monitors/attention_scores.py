@@ -55,7 +55,9 @@ def scale_of(taps: Collection[Tap]) -> float | None:
 
 @on_trailing_axes
 def masked_scores(q: Tensor, k: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
-    """S = scale q k^T + mask; scale: None for 1 / sqrt(D). q: (..., T, D), k: (..., S, D), mask: (1, T, S) -> (..., T, S).
+    """S = scale q k^T + mask; scale: None for 1 / sqrt(D).
+
+    q: (..., T, D), k: (..., S, D), mask: (1, T, S) -> (..., T, S).
 
     One call of a kernel that scales, multiplies and adds; vmap would make three of it, which round otherwise.
     """

@@ -13,7 +13,6 @@ from foreshock.models.numerics import at_least_fp32
 from foreshock.models.taps import Tap
 from foreshock.monitors.unreadable import Unreadable
 
-
 TENSORS = ("q", "k", "v", "o", "dq", "dk", "dv", "do")
 
 

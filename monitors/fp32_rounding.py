@@ -77,8 +77,8 @@ class LinearStep:
     E = 1 for an ordinary one; slots: how many of all the tokens each expert has, (L, E), and expert: whose each sampled
     one is, (L, n); None for ordinary layers. x and w are what was multiplied (``models.products``), dw the gradient
     there. dx: that of each layer's own x, (L, n, in), where a layer multiplied something else than its input; None
-    where all readers of an input multiplied that. with_bias: y as it was stored, where a bias had been added to it; y is
-    then without. in_bf16: whether the product returned BF16, as under autocast.
+    where all readers of an input multiplied that. with_bias: y as it was stored, where a bias had been added to it, y
+    itself is then without; None without a bias. in_bf16: whether the product returned BF16, as under autocast.
     """
 
     x: Tensor

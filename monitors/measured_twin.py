@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def measured_twin(t: DotProductStep, rounding: KernelRounding, o: Tensor | None 
     H, T, _ = t.q.shape[-3:]
     shared = H // t.k.shape[-3]
     store = _to_bf16 if rounding.rounds else _as_it_is
-    q, do, given = (None if x is None else x.unflatten(-3, (-1, shared)) for x in (t.q, t.do, o))
+    q, do = (x.unflatten(-3, (-1, shared)) for x in (t.q, t.do))
+    given = None if o is None else o.unflatten(-3, (-1, shared))
     mask = score_mask(T, t.window, 1, t.q.device, t.q.dtype)
     running = store if rounding.sum_queries is not None else _as_it_is
     dk, dv = _Sum(t.k, running), _Sum(t.v, running)
@@ -59,42 +61,43 @@ def measured_twin(t: DotProductStep, rounding: KernelRounding, o: Tensor | None 
         for first in range(0, T, rounding.sum_queries or AT_A_TIME):
             i = slice(first, min(first + (rounding.sum_queries or AT_A_TIME), T))
             j = slice(0 if t.window is None else max(0, first + 1 - t.window), i.stop)
-            parts = (x[..., head, i, :] for x in (q, do))
             o_i = None if given is None else given[..., head, i, :]
-            tiles.append(_tile(t, tuple(parts), o_i, mask, i, j, rounding, store, (dk, dv)))
+            queries = _Queries(q[..., head, i, :], do[..., head, i, :], o_i, mask[:, i, j], j)
+            tiles.append(_tile(t, queries, rounding, store, (dk, dv)))
         heads.append([torch.cat(parts, 2) for parts in zip(*tiles, strict=True)])
     o_all, dq, dq_error, ds_row, p_row, pv_row = (
         torch.stack(parts, 2).flatten(1, 2) for parts in zip(*heads, strict=True)
     )
     (dk_sum, dk_error), (dv_sum, dv_error) = dk.finish(store), dv.finish(store)
     step = replace(t.double(), o=o_all, dq=dq, dk=dk_sum, dv=dv_sum)
-    return Twin(
-        step, ds_row[..., 0], p_row[..., 0], pv_row, dq_error, dk_error, dv_error, None, floors=rounding.rounds
-    )
+    return Twin(step, ds_row[..., 0], p_row[..., 0], pv_row, dq_error, dk_error, dv_error, None, floors=rounding.rounds)
+
+
+class _Queries(NamedTuple):
+    """Some queries of one head of each group: q, dO and the O that a backward is given, their mask and their keys."""
+
+    q: Tensor
+    do: Tensor
+    o: Tensor | None
+    mask: Tensor
+    keys: slice
 
 
 def _tile(
-    t: DotProductStep,
-    queries: tuple[Tensor, ...],
-    o_given: Tensor | None,
-    mask: Tensor,
-    i: slice,
-    j: slice,
-    rounding: KernelRounding,
-    store: Store,
-    sums: tuple[_Sum, _Sum],
+    t: DotProductStep, queries: _Queries, rounding: KernelRounding, store: Store, sums: tuple[_Sum, _Sum]
 ) -> tuple[Tensor, ...]:
-    """Queries i of one head of each group, keys j: O, dQ, the error of dQ, and the row sums of ``Twin``, FP64."""
-    (q, do), k, v, scale = queries, t.k[..., j, :], t.v[..., j, :], t.factor
+    """Of these queries O, dQ, its error, and the row sums of ``Twin``, FP64; adds to the sums of dK and dV."""
+    q, do, o_given, mask, j = queries
+    k, v, scale = t.k[..., j, :], t.v[..., j, :], t.factor
     if rounding.normalised:
-        s = store(store(q @ k.mT) * scale) + mask[:, i, j]
+        s = store(store(q @ k.mT) * scale) + mask
         p = s.softmax(-1)
         stored = store(p)
         o = store(stored @ v)
         dp = store(do @ v.mT)
         ds = store(store(p * (dp - (p * dp).sum(-1, keepdim=True))) * scale)
     else:
-        s = masked_scores(q, k, mask[:, i, j], t.scale)
+        s = masked_scores(q, k, mask, t.scale)
         o, lse = online_softmax(s, v, j.start, rounding.forward_keys, fast_exp if rounding.fast_exp else _exp, store)
         p = _exp(s - lse)
         stored = store(p)

@@ -79,8 +79,8 @@ class RouterLaws:
 
     Also as ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``), about 1 in a
     healthy run at any step; a router whose logits autocast has rounded to BF16 obeys the law of an untied head instead
-    (``LogitLaws``), with that prediction. With the balance loss switched off the prediction still counts it, and is a little too
-    large. Routers here are softmax routers; one of sigmoids has no such law.
+    (``LogitLaws``), with that prediction. With the balance loss switched off the prediction still counts it, and is a
+    little too large. Routers here are softmax routers; one of sigmoids has no such law.
     every_steps: cadence.
     """
 

@@ -41,9 +41,7 @@ def _cadence(name: str, every_steps: int | None) -> dict[str, int]:
     return {} if every_steps is None or every_step else {"every_steps": every_steps}
 
 
-def declined(
-    monitors: Mapping[str, Monitor], anatomy: Anatomy, optimizer: torch.optim.Optimizer
-) -> dict[str, str]:
+def declined(monitors: Mapping[str, Monitor], anatomy: Anatomy, optimizer: torch.optim.Optimizer) -> dict[str, str]:
     """By monitor, what it needs and the model or the optimizer does not have."""
     sharded = next((name for name, p in anatomy.model.named_parameters() if is_sharded(p)), None)
     reasons = {name: _reason(monitor, anatomy, optimizer) for name, monitor in monitors.items()}

@@ -23,6 +23,7 @@ from foreshock.attaching.writer import TraceWriter
 from foreshock.models.anatomies.watched_rows import smooth_objective
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.objective import objective_at
+from foreshock.models.taps import Taps
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.base import Monitor, Reading, StepView
 from foreshock.monitors.unreadable import Unreadable
@@ -108,8 +109,8 @@ class AttachedWatch:
             return {}
         if not self._sight.backwards:
             raise ValueError(
-                "watch.step(loss): no backward has reached the model since the last step: call it once an update, after "
-                "loss.backward() and optimizer.step()"
+                "watch.step(loss): no backward has reached the model since the last step: call it once an update, "
+                "after loss.backward() and optimizer.step()"
             )
         self.steps += 1
         try:
@@ -162,6 +163,7 @@ class AttachedWatch:
         try:
             due = self._readable(self._due())
             view = self._view(loss, due)
+            due = self._reached(due, view)
             self._watch.record(self.steps)
             readings: dict[str, Reading] = {}
             self._sight.apart = True  # a monitor may call the model
@@ -186,7 +188,7 @@ class AttachedWatch:
     def _view(self, loss: Tensor, due: list[str]) -> StepView:
         sight, places, routed = self._sight, self._watch.places(due), self._routed(due)
         taps, routings, rows = sight.taps, sight.routings, sight.watched
-        missing = bool(places) and not _filled(taps, places)
+        missing = not places <= taps.places or bool(_untouched(taps, places))
         if rows is not None and (missing or (routed and not routings)):
             taps, routings = run_again(sight, rows, places, routed)
         model = self.anatomy.model
@@ -209,12 +211,22 @@ class AttachedWatch:
             loss_scale=loss_scale(self.anatomy, taps) if "linear" in places else None,
         )
 
+    def _reached(self, due: list[str], view: StepView) -> list[str]:
+        """Without those that tap a module which no gradient reaches."""
+        untouched = _untouched(view.taps, self._watch.places(due))
+        for name in due:
+            module = next((untouched[place] for place in self._monitors[name].needs.taps if place in untouched), None)
+            if module is not None:
+                self._decline(name, f"no gradient reaches {module}: it is not used, or all before it is frozen")
+        return [name for name in due if name in self._monitors]
+
     def _observe(self, name: str, view: StepView) -> dict[str, Reading]:
         """What one monitor reads; one that raises is switched off, and its traceback kept."""
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 readings = self._watch.observe(view, [name])
+            self._note_unpredicted(name, view, readings)
             if caught:
                 self._decline(name, f"in part: {'; '.join(sorted({str(each.message) for each in caught}))}", off=False)
             return readings
@@ -227,6 +239,17 @@ class AttachedWatch:
             kind = "monitor_failed" if self._monitors else "monitoring_blackout"
             self._live.own(self.steps, kind, f"{name} is switched off, it raised {type(error).__name__}: {said}")
         return {}
+
+    def _note_unpredicted(self, name: str, view: StepView, readings: Mapping[str, Reading]) -> None:
+        """Say once that a kernel's laws have no prediction beside them."""
+        ratios = [signal.name for signal in self._monitors[name].signals if signal.universal]
+        if not ratios or not readings or any(ratio in readings for ratio in ratios):
+            return
+        call = next((tap.call for tap in view.taps.at("dot_product").values() if tap.call is not None), None)
+        if call is not None:
+            of = "" if call.dtype is None else f" of {str(call.dtype).removeprefix('torch.')}"
+            reason = f"the rounding of a {call.kernel} kernel{of} is not known"
+            self._decline(f"{name}.over_noise", reason, off=False)
 
     def _decline(self, name: str, reason: str, off: bool = True) -> None:
         if off:
@@ -266,11 +289,13 @@ class AttachedWatch:
             print(f"foreshock: {line}", file=sys.stderr)
 
 
-def _filled(taps: Any, places: frozenset[str]) -> bool:
-    """Whether every place was tapped and a forward and a backward have gone through all of it."""
-    if not places <= taps.places:
-        return False
-    return all(tap.output is not None for place in places - {"dot_product"} for tap in taps.at(place).values())
+def _untouched(taps: Taps, places: frozenset[str]) -> dict[str, str]:
+    """By tapped place, a module that a forward or a backward has not gone through; attention says so of itself."""
+    found = {
+        place: [name for name, tap in taps.at(place).items() if tap.output is None or tap.output_grad is None]
+        for place in places & taps.places - {"dot_product"}
+    }
+    return {place: names[0] for place, names in found.items() if names}
 
 
 def _named(anatomy: Anatomy) -> str:

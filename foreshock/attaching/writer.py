@@ -62,9 +62,7 @@ class TraceWriter:
         trace.write_manifest(self._folder, {**self._manifest, **news, "config": config, "wall_s": seconds})
 
 
-def _manifest(
-    name: str, anatomy: Anatomy, monitors: Mapping[str, Monitor], nodes: Mapping[str, Any]
-) -> dict[str, Any]:
+def _manifest(name: str, anatomy: Anatomy, monitors: Mapping[str, Monitor], nodes: Mapping[str, Any]) -> dict[str, Any]:
     model = anatomy.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device

@@ -112,7 +112,11 @@ class AttentionCapture(TorchFunctionMode):
             self.fill((*inputs, result), call)
         elif function in PRODUCTS and len(arguments) == 2 and all(isinstance(x, Tensor) for x in arguments):
             self._product(*arguments, result)
-        elif function in SOFTMAXES and self._eager is not None and _first(arguments, named).shape == self._eager.scores.shape:
+        elif (
+            function in SOFTMAXES
+            and self._eager is not None
+            and _first(arguments, named).shape == self._eager.scores.shape
+        ):
             module = self.taps[self.inside[-1]].module
             self._eager.call = _of_eager(self._eager, _first(arguments, named), module)
             self._eager.p = result
@@ -186,8 +190,8 @@ def _of_torch(
     kernel = TORCH_OTHER
     if query.device.type == "cpu":
         dtype = multiplied_in(query)
-        inputs = (x.detach().to(dtype) for x in (query, key, value))
-        choice = torch._fused_sdp_choice(*inputs, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        q, k, v = (x.detach().to(dtype) for x in (query, key, value))
+        choice = torch._fused_sdp_choice(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         kernel = TORCH_FLASH if choice == FLASH else TORCH_OTHER
     window, unreadable = None, None
     if query.ndim != 4 or query.shape[-2] != key.shape[-2]:
@@ -220,8 +224,8 @@ def _of_eager(eager: _Eager, softened: Tensor, module: nn.Module) -> AttentionCa
         return AttentionCall(EAGER, dtype=dtype, unreadable="its queries are not as many as its keys")
     own, given = (x.detach().diagonal(dim1=-2, dim2=-1).double() for x in (scores, softened))
     width = eager.q.shape[-1]
-    usual = [getattr(module, name, None) for name in ("scaling", "scale", "softmax_scale")]
-    usual = [value for value in (*usual, 1 / math.sqrt(width), 1.0) if isinstance(value, float)]
+    named = [getattr(module, name, None) for name in ("scaling", "scale", "softmax_scale")]
+    usual = [*(value for value in named if isinstance(value, float)), 1 / math.sqrt(width), 1.0]
     square = float(own.square().sum())
     scale = usual[0] if square == 0 else float((own * given).sum()) / square
     rounding = 2.0**-6 if dtype in (torch.bfloat16, torch.float16) else 1e-4
@@ -245,8 +249,8 @@ def watched_attention(
     """A causal attention kernel of your own, such that an attached watch sees it. It computes what it did.
 
     kernel: its first three tensors of four axes are q, k and v; it returns o, or a tuple that begins with it.
-    layout: of q, k and v; output_layout: of o, ``layout`` by default. scale: of q k^T, None for 1 / sqrt(D), or what the
-    call names ``scale``, ``scaling`` or ``softmax_scale``. window: keys that a query sees, None for all before it.
+    layout: of q, k and v; output_layout: of o, ``layout`` by default. scale: of q k^T, None for 1 / sqrt(D), or what
+    the call names ``scale``, ``scaling`` or ``softmax_scale``. window: keys that a query sees, None for all before it.
     rounds_like: ``reference`` for a kernel that takes BF16, adds up in FP32 and stores P, dS, O, dQ, dK and dV in BF16;
     None: its rounding is not known, and laws have residuals alone. Raises ValueError for another value.
 

@@ -34,9 +34,8 @@ def of_roles(model: nn.Module, roles: Mapping[str, str | int]) -> Found:
         name = cut["module"]
         weight = getattr(modules.get(name), "weight", None)
         if not isinstance(weight, Tensor):
-            raise ValueError(
-                f"anatomy[{role!r}]={text!r} is not allowed: no module of that name has a weight{nearest(name, modules)}"
-            )
+            near = nearest(name, modules)
+            raise ValueError(f"anatomy[{role!r}]={text!r} is not allowed: no module of that name has a weight{near}")
         rows = None if cut["first"] is None else (int(cut["first"]), int(cut["last"]))
         return Part(name, names[id(weight)], rows, lies_transposed(modules[name]))
 

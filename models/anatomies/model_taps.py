@@ -94,8 +94,8 @@ class ModelTaps(Taps):
         weight = tap.module.weight
         assert isinstance(weight, Tensor)
         turned = lies_transposed(tap.module)
-        tap.weight, tap.bias = _copy(weight), _copy(getattr(tap.module, "bias", None))
-        tap.weight = tap.weight.mT if turned else tap.weight
+        before = weight.detach().clone()
+        tap.weight, tap.bias = before.mT if turned else before, _copy(getattr(tap.module, "bias", None))
         open_now: list[Watching] = []
 
         def begin(_: nn.Module, arguments: tuple[Any, ...]) -> None:

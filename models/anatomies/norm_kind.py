@@ -13,7 +13,10 @@ SMALL = 1e-4
 
 @dataclass(frozen=True)
 class NormKind:
-    """y = gain (x - mu) / sqrt(var + eps) + bias; centred: LayerNorm, whose mu is the mean of x; else RMSNorm, mu = 0."""
+    """y = gain (x - mu) / sqrt(var + eps) + bias.
+
+    centred: LayerNorm, whose mu is the mean of x and var the mean of (x - mu)^2; else RMSNorm, with mu = 0.
+    """
 
     eps: float
     centred: bool
@@ -44,7 +47,11 @@ class NormKind:
         eps = float(ratio - tiny.square().mean())
         if not 0 <= eps < 1:
             raise ValueError(f"{type(module).__name__} is no LayerNorm and no RMSNorm")
-        named = [value for name in ("variance_epsilon", "epsilon", "eps") if isinstance(value := vars(module).get(name), float)]
+        named = [
+            value
+            for name in ("variance_epsilon", "epsilon", "eps")
+            if isinstance(value := vars(module).get(name), float)
+        ]
         near = [value for value in (*named, 1e-5, 1e-6, 1e-8, 1e-12) if abs(value - eps) < 0.02 * value]
         return cls(near[0] if near else eps, centred)
 

@@ -24,7 +24,7 @@ VOCABULARY, CONTEXT = 31, 16
 def gpt(**changes: Any) -> nn.Module:
     """nanoGPT's model, tiny, the same each time; its head is tied to its embedding."""
     torch.manual_seed(0)
-    small = {"vocabulary": VOCABULARY, "context": CONTEXT, "width": 16, "layers": 2, "heads": 2}
+    small = {"vocabulary": VOCABULARY, "context": CONTEXT, "width": 32, "layers": 2, "heads": 2}
     return nanogpt_style.GPT(**small | changes)
 
 
@@ -64,7 +64,9 @@ def train(
     **options: Any,
 ) -> Trained:
     """Train for some steps, with a watch or without; wrap: makes of the model what is called."""
-    optimizer = (optimizer or (lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2)))(model)
+    optimizer = (optimizer or (lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2)))(
+        model
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3) if scaled else None
     settings = {"every_steps": 2, "quiet": True, "scaler": scaler} | options
     watch = foreshock.attach(model, optimizer, **settings) if watched else None

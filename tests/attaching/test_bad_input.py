@@ -21,14 +21,18 @@ def attached(model: nn.Module, **options):
 
 def test_an_optimizer_of_another_model_is_refused():
     optimizer = torch.optim.AdamW(gpt().parameters())
-    with pytest.raises(ValueError, match=r"^attach: AdamW holds 28 of 28 parameters that GPT does not have, the first of shape"):
+    with pytest.raises(
+        ValueError, match=r"^attach: AdamW holds 28 of 28 parameters that GPT does not have, the first of shape"
+    ):
         foreshock.attach(gpt(), optimizer, quiet=True)
 
 
 def test_a_step_without_a_backward_is_refused_and_the_next_one_reads():
     model = gpt()
     with attached(model) as watch:
-        with pytest.raises(ValueError, match=r"^watch\.step\(loss\): no backward has reached the model since the last step"):
+        with pytest.raises(
+            ValueError, match=r"^watch\.step\(loss\): no backward has reached the model since the last step"
+        ):
             watch.step(torch.tensor(1.0))
         batch = batches(1)[0]
         loss = model(batch[:, :-1], batch[:, 1:])[1]
@@ -52,8 +56,16 @@ def test_a_second_watch_on_a_model_is_refused_until_the_first_is_closed():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"monitors": ["gradient_nrom"]}, ValueError, r"monitors: 'gradient_nrom' matches none .*did you mean 'gradient_norm'\?$"),
-        ({"profile": "law"}, ValueError, r"profile='law' is not allowed: one of icu, laws, all; did you mean 'laws'\?$"),
+        (
+            {"monitors": ["gradient_nrom"]},
+            ValueError,
+            r"monitors: 'gradient_nrom' matches none .*did you mean 'gradient_norm'\?$",
+        ),
+        (
+            {"profile": "law"},
+            ValueError,
+            r"profile='law' is not allowed: one of icu, laws, all; did you mean 'laws'\?$",
+        ),
         ({"every_steps": 0}, ValueError, r"every_steps=0 is not allowed: a whole number from 1, or None$"),
         ({"rows": True}, ValueError, r"rows=True is not allowed"),
         ({"scaler": 3}, ValueError, r"scaler=int is not allowed: a torch\.amp\.GradScaler$"),
@@ -150,3 +162,14 @@ def test_gradients_that_are_gone_are_named():
 def test_a_model_without_blocks_is_refused_by_what_it_lacks(module):
     with pytest.raises(ValueError, match=rf"^anatomy: {type(module).__name__} does not fit, it has no list of blocks"):
         attached(module)
+
+
+def test_a_module_that_no_gradient_reaches_is_named():
+    model = gpt()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("h.1", "ln_f")))
+    watch = train(model, True).watch
+    assert watch.declined["linear_laws"] == (
+        "no gradient reaches h.0.attn.c_attn: it is not used, or all before it is frozen"
+    )
+    assert "grad_global_norm" in watch.seen and watch.stopped is None and not watch.tracebacks

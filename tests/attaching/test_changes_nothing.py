@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.attaching.loops import gpt, same, train
 
@@ -32,7 +35,16 @@ def partly_frozen() -> nn.Module:
     return model
 
 
+def checkpointed() -> nn.Module:
+    """Each block's forward runs again in the backward."""
+    model = gpt(dropout=0.1)
+    for block in model.h:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
 CASES = {
+    "checkpointing": (checkpointed, {}),
     "plain": (gpt, {}),
     "dropout": (lambda: gpt(dropout=0.2), {}),
     "accumulation": (gpt, {"parts": 2}),
@@ -54,9 +66,9 @@ def test_a_watch_changes_no_bit_of_a_training(case):
     assert same(without.left, watched.left)
     watch = watched.watch
     assert watch.stopped is None and watch.steps == 7 and not watch.tracebacks
-    assert {"train_loss_raw", "max_attn_logit", "adam_update_rms"} - ({"adam_update_rms"} if case == "SGD" else set()) <= {
-        *watch.seen
-    }
+    assert {"train_loss_raw", "max_attn_logit", "adam_update_rms"} - (
+        {"adam_update_rms"} if case == "SGD" else set()
+    ) <= {*watch.seen}
 
 
 def test_a_changed_bit_is_noticed():

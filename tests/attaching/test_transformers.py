@@ -25,7 +25,9 @@ SOURCES = {"GPT2": "gpt2", "Llama": "llama", "Qwen3": "qwen3", "Mixtral": "mixtr
 Readings = dict[str, list[Tensor]]
 
 
-def watched(model: nn.Module, steps: int, bf16: bool = False, **options) -> tuple[foreshock.attaching.watch.AttachedWatch, Readings]:
+def watched(
+    model: nn.Module, steps: int, bf16: bool = False, **options
+) -> tuple[foreshock.attaching.watch.AttachedWatch, Readings]:
     """Train for some steps with a watch; its readings by signal, one a step that had one."""
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     readings: Readings = {}
@@ -60,7 +62,9 @@ def test_most_monitors_read_and_the_others_say_why(kind):
     assert watch.declined.keys() == {"delta_bias_oracle"} | (set() if routed else DENSE)
     assert watch.declined["delta_bias_oracle"] == "an oracle: it reads what an injected fault does"
     assert all(torch.isfinite(value).all() for name, of in readings.items() for value in of if "entropy" not in name)
-    outside = [of for name, of in readings.items() if name.endswith(".over_noise") and name not in in_attention(readings)]
+    outside = [
+        of for name, of in readings.items() if name.endswith(".over_noise") and name not in in_attention(readings)
+    ]
     assert len(outside) >= 10
     assert all(0.05 < torch.stack(of).square().mean().sqrt() < 3.5 for of in outside)
 

@@ -110,7 +110,11 @@ def test_the_tap_of_a_part_of_a_fused_product_is_its_rows():
     (block,) = anatomy.blocks
     taps = {part.module: Tap(anatomy.model.get_submodule(part.module)) for part in block.parts.values()}
     whole = taps["blocks.0.attention.q"]
-    whole.output, whole.weight, whole.bias = torch.arange(32.0).view(2, 16), torch.arange(256.0).view(16, 16), torch.ones(16)
+    whole.output, whole.weight, whole.bias = (
+        torch.arange(32.0).view(2, 16),
+        torch.arange(256.0).view(16, 16),
+        torch.ones(16),
+    )
     assert anatomy.taps("q", taps) == [whole]
     fused = replace(block, parts={**block.parts, "q": replace(block.parts["q"], rows=(4, 8))})
     (part,) = replace(anatomy, blocks=(fused,)).taps("q", taps)
