@@ -24,10 +24,12 @@ ACTIONS = (LOG_ONLY, SNAPSHOT, RAISE)
 
 @dataclass(frozen=True)
 class AlarmRules:
-    """rules: of ``RULES``, those that judge; alpha: of each rule that has a rate, the probability that a healthy run
-    alarms; warmup_steps: of the learning rate, which the rule ``self`` leaves out (2,000 is that of Llama,
-    arXiv:2302.13971); horizon_steps: the planned length of the run, None where it is not known (``foreshock.alarms.budget``);
-    thresholds: a file of ``foreshock calibrate``, whose signals leave the rule ``self``.
+    """Which rules judge, and how strictly.
+
+    rules: of ``RULES``; alpha: of each rule that has a rate, the probability that a healthy run alarms; warmup_steps:
+    of the learning rate, which the rule ``self`` leaves out (2,000 is that of Llama, arXiv:2302.13971); horizon_steps:
+    the planned length of the run, None where it is not known (``foreshock.alarms.budget``); thresholds: a file of
+    ``foreshock calibrate``, whose signals leave the rule ``self``.
 
     Raises ValueError that names the field.
     """
