@@ -96,7 +96,8 @@ class Calibrated:
         if at == len(known.positions) or known.positions[at] != reading.step:
             return None
         centre, scale = (np.asarray(part[at])[:, None] for part in (known.centre, known.scale))
-        return (reading.finite - centre) / scale
+        scores: np.ndarray = (reading.finite - centre) / scale
+        return scores
 
     def per_million_steps(self, step: int) -> float:
         return self.thresholds.per_million_steps
