@@ -8,6 +8,9 @@ from typing import Any
 from foreshock.alarms.event import Event
 from foreshock.writers.base import missing
 
+LEVELS = {"SEV0": "ERROR", "SEV1": "WARN", "SEV2": "INFO"}
+"""By severity, wandb's own."""
+
 
 class WeightsAndBiases:
     """Metrics ``foreshock/<signal>`` over ``foreshock/step``, alarms as ``wandb.alert`` and in the metric
@@ -25,12 +28,11 @@ class WeightsAndBiases:
             raise missing("wandb", "wandb") from None
         if project is None and run is None:
             raise ValueError("WeightsAndBiases(): project= or run= is needed")
-        self._levels = {"SEV0": wandb.AlertLevel.ERROR, "SEV1": wandb.AlertLevel.WARN, "SEV2": wandb.AlertLevel.INFO}
         self._own = run is None
         self.run = wandb.init(project=project, **options) if run is None else run
         self.run.define_metric("foreshock/step")
         self.run.define_metric("foreshock/*", step_metric="foreshock/step")
-        self._alarms = dict.fromkeys(self._levels, 0)
+        self._alarms = dict.fromkeys(LEVELS, 0)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log({"foreshock/step": step} | {f"foreshock/{name}": value for name, value in values.items()})
@@ -39,7 +41,7 @@ class WeightsAndBiases:
         self._alarms[event.severity] += 1
         count = self._alarms[event.severity]
         self.run.log({"foreshock/step": event.step, f"foreshock/alarms/{event.severity}": count})
-        self.run.alert(title=f"{event.severity} {event.signal}", text=event.line(), level=self._levels[event.severity])
+        self.run.alert(title=f"{event.severity} {event.signal}", text=event.line(), level=LEVELS[event.severity])
 
     def close(self) -> None:
         if self._own:
