@@ -22,6 +22,8 @@ if is_clone(ROOT):
     one_name()
 
 PUBLIC = {
+    "AlarmRules": "foreshock.alarms.settings",
+    "TrainingAlarm": "foreshock.alarms.event",
     "attach": "foreshock.attaching.attach",
     "load": "foreshock.analysis.runs.frame",
     "watched_attention": "foreshock.models.anatomies.attention_capture",

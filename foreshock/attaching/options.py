@@ -8,7 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
+from foreshock.alarms.event import Event
+from foreshock.alarms.settings import LOG_ONLY, Actions, AlarmRules, actions_of
 from foreshock.monitors.base import Reading
+from foreshock.writers.base import Writer
 
 PROFILES: Mapping[str, tuple[str, ...]] = {
     "icu": ("attention_scores", "gradient_norm", "loss", "non_finite", "update_to_weight"),
@@ -19,6 +22,9 @@ PROFILES: Mapping[str, tuple[str, ...]] = {
 
 OnReadings = Callable[[int, Mapping[str, Reading]], Any]
 """Called with the step and its readings by signal, on the device, after every step that has any."""
+
+OnAlarm = Callable[[Event], Any]
+"""Called with every alarm."""
 
 
 class Given(TypedDict, total=False):
@@ -33,6 +39,10 @@ class Given(TypedDict, total=False):
     on_readings: OnReadings | Sequence[OnReadings]
     anatomy: Mapping[str, str | int] | None
     quiet: bool
+    alarms: bool | str | Path | AlarmRules
+    on_alarm: OnAlarm | Sequence[OnAlarm]
+    actions: Actions
+    writers: Sequence[Writer]
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,9 @@ class Options:
     model's taps), None for all. scaler: the GradScaler, if any; out: a new folder for trace and manifest.
     on_readings: functions of a step and its readings; anatomy: roles of a model that is not recognised
     (``models.anatomies.by_hand``); quiet: whether to print nothing.
+    alarms: True for the rules that need no healthy run, False for none, a file of ``foreshock calibrate``, or
+    ``foreshock.AlarmRules``; on_alarm: functions of an alarm; actions: ``log_only``, ``snapshot``, ``raise`` or
+    functions of an alarm, for all or by severity (``docs/alarms.md``); writers: of ``foreshock.writers``.
 
     Raises ValueError that names the option.
     """
@@ -57,6 +70,10 @@ class Options:
     on_readings: OnReadings | Sequence[OnReadings] = ()
     anatomy: Mapping[str, str | int] | None = None
     quiet: bool = False
+    alarms: bool | str | Path | AlarmRules = True
+    on_alarm: OnAlarm | Sequence[OnAlarm] = ()
+    actions: Actions = LOG_ONLY
+    writers: Sequence[Writer] = ()
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
@@ -79,6 +96,8 @@ class Options:
         for name in ("unscale_", "get_scale"):
             if self.scaler is not None and not hasattr(self.scaler, name):
                 raise ValueError(f"scaler={type(self.scaler).__name__} is not allowed: a torch.amp.GradScaler")
+        AlarmRules.of(self.alarms)
+        actions_of(self.actions)
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -90,6 +109,10 @@ class Options:
     @property
     def listeners(self) -> tuple[OnReadings, ...]:
         return (self.on_readings,) if callable(self.on_readings) else tuple(self.on_readings)
+
+    @property
+    def alarm_listeners(self) -> tuple[OnAlarm, ...]:
+        return (self.on_alarm,) if callable(self.on_alarm) else tuple(self.on_alarm)
 
 
 def near(name: str, names: Iterable[str]) -> str:

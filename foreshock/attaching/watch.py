@@ -7,11 +7,14 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foreshock.alarms.event import Event, TrainingAlarm
+from foreshock.attaching.live import Live
 from foreshock.attaching.loss_scale import loss_scale
 from foreshock.attaching.options import Options
 from foreshock.attaching.own_pass import run_again
@@ -35,7 +38,8 @@ class AttachedWatch:
     steps: how often ``step`` was called; readings: of the last step that had any, by signal, on the device; seen: the
     last step of each signal that has had a reading;
     monitors: names of those that read; declined: by monitor, or ``<monitor>.over_noise``, why it does not read;
-    tracebacks: of monitors that raised and were switched off; stopped: why the watch has stopped itself, or None.
+    tracebacks: of monitors that raised and were switched off; stopped: why the watch has stopped itself, or None;
+    alarms: the events so far.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class AttachedWatch:
         self._closers: list[Callable[[], Any]] = []
         self._closed = False
         self._writer = None if options.out is None else TraceWriter(options.out, anatomy, monitors, nodes)
+        self._live = Live(options, monitors, _named(anatomy) if options.out is None else Path(options.out).name)
         self._watch.record(0)
         self._sight = Sight(anatomy, optimizer, self._wanted, options.rows, options.scaler, self._failed)
 
@@ -66,6 +71,20 @@ class AttachedWatch:
     @property
     def monitors(self) -> tuple[str, ...]:
         return tuple(self._monitors)
+
+    @property
+    def alarms(self) -> list[Event]:
+        return [] if self._live.panel is None else list(self._live.panel.events)
+
+    def report(self, kind: str, message: str = "", value: float | None = None) -> Event:
+        """Raise an alarm for something that the training loop itself has seen: ``report("checkpoint_failure")``.
+
+        kind: of ``foreshock.alarms.severity.REPORTS``. Raises ValueError for another, and where alarms are off;
+        TrainingAlarm where an action asks for it.
+        """
+        if self._live.panel is None:
+            raise ValueError("watch.report(...): alarms=False; attach with alarms=True")
+        return self._live.panel.report(self.steps, kind, message, value)
 
     def monitor(self, name: str) -> Monitor:
         """A monitor that reads. Raises KeyError for another name."""
@@ -82,7 +101,7 @@ class AttachedWatch:
         """Read the update that has just been made; its readings by signal, empty where none is due.
 
         loss: of the batch, mean nats a token. Raises ValueError where no backward has reached the model since the last
-        call, or after ``close``.
+        call, or after ``close``; ``foreshock.TrainingAlarm`` where an alarm's action is ``raise``, and nothing else.
         """
         if self._closed:
             raise ValueError("watch.step(loss): the watch is closed; attach again")
@@ -96,6 +115,8 @@ class AttachedWatch:
         self.steps += 1
         try:
             return self._read(torch.as_tensor(loss).detach())
+        except TrainingAlarm:
+            raise
         except Exception as error:
             self._failed(error)
             return {}
@@ -110,6 +131,7 @@ class AttachedWatch:
         self._sight.close()
         if self._writer is not None and self.stopped is None:
             self._kept(lambda: self._writer.close(self.steps, self._sight.tokens))  # type: ignore[union-attr]
+        self._live.close(self.steps)
         for closer in self._closers:
             closer()
 
@@ -214,6 +236,8 @@ class AttachedWatch:
             self.tracebacks[name] = traceback.format_exc()
             said = " ".join(str(error).split())
             self._decline(name, f"switched off, it raised {type(error).__name__}: {said} (watch.tracebacks[{name!r}])")
+            kind = "monitor_failed" if self._monitors else "monitoring_blackout"
+            self._live.own(self.steps, kind, f"{name} is switched off, it raised {type(error).__name__}: {said}")
         return {}
 
     def _note_unpredicted(self, name: str, view: StepView, readings: Mapping[str, Reading]) -> None:
@@ -239,24 +263,26 @@ class AttachedWatch:
             self._kept(lambda: self._writer.add(self.steps, self._sight.tokens, readings))  # type: ignore[union-attr]
         for listener in self._options.listeners:
             listener(self.steps, readings)
+        self._live.read(self.steps, readings, self._sight.watched)
 
     def _kept(self, write: Callable[[], Any]) -> None:
         """Write to the disk; where that fails, training goes on and the watch stops itself."""
         try:
             write()
         except OSError as error:
-            self._stop(f"its folder cannot be written: {error}")
+            self._stop("out_folder", f"its folder cannot be written: {error}")
 
     def _failed(self, error: Exception) -> None:
         self.tracebacks["watch"] = "".join(traceback.format_exception(error))
         said = " ".join(str(error).split())
-        self._stop(f"{type(error).__name__}: {said} (watch.tracebacks['watch'])")
+        self._stop("monitoring_blackout", f"{type(error).__name__}: {said} (watch.tracebacks['watch'])")
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, kind: str, reason: str) -> None:
         self.stopped = reason
         self._say(f"step {self.steps}: the watch has stopped, training goes on: {reason}")
         if hasattr(self, "_sight"):
             self._sight.close()
+        self._live.own(self.steps, kind, reason)
 
     def _say(self, line: str) -> None:
         if not self._options.quiet:

@@ -17,9 +17,7 @@ def test_the_nanogpt_style_script_trains_and_prints_readings(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    said = [
-        re.fullmatch(r"step (\d+): loss ([\d.]+), (\d+) readings, laws up to ([\d.]+) of 4\.26", x) for x in lines
-    ]
+    said = [re.fullmatch(r"step (\d+): loss ([\d.]+), (\d+) readings, laws up to ([\d.]+) of 4\.26", x) for x in lines]
     assert [int(line[1]) for line in said] == [11, 26]  # jittered
     assert float(said[1][2]) < float(said[0][2]) < 5
     assert all(int(line[3]) > 20 and 0.2 < float(line[4]) < 4.26 for line in said)

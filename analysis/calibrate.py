@@ -1,0 +1,98 @@
+"""Thresholds for live alarms from healthy runs of one's own: foreshock calibrate runs=DIR out=FILE.json
+
+runs=DIR        run folders, as foreshock.attach(out=...) and foreshock train write them; faulty runs are left out
+out=FILE.json   thresholds, for foreshock.attach(alarms=FILE.json)
+alpha=0.1       the probability that a healthy run alarms
+track=self      self: against the run's own past; reference: against these runs, step by step; floor: ratios to
+                predicted noise as they are
+chart=ewma      a file of conf/rule that is followed live: shewhart, ewma, cusum, glr
+joint=true      alpha holds for all signals together; false: for each signal by itself
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from foreshock.analysis.detect.calibration import CALIBRATED_TRACKS, ONLINE_CHARTS, SELF, calibrated
+from foreshock.analysis.detect.thresholds import Thresholds
+from foreshock.analysis.runs import reduced
+from foreshock.analysis.runs.conf import conf
+from foreshock.experiments import trace
+from foreshock.experiments.trace import Trace, TraceError
+from foreshock.experiments.usage import fail, show_help
+from foreshock.experiments.validation import check_named
+
+DEFAULTS = {"runs": "", "out": "", "alpha": "0.1", "track": SELF, "chart": "ewma", "joint": "true"}
+
+
+def healthy_runs(folder: Path) -> list[Trace]:
+    """The finished healthy runs in a folder. Raises TraceError where there is none."""
+    if reduced.is_reduced(folder):
+        runs = list(reduced.read(folder).values())
+    else:
+        folders = sorted(path.parent for path in folder.glob("*/manifest.json"))
+        ended = [path for path in folders if trace.manifest_of(path)["end_reason"] in trace.FINAL_REASONS]
+        runs = [trace.read(path) for path in ended]
+    healthy = [run for run in runs if run.onset is None and run.end_reason == "completed"]
+    if not healthy:
+        raise TraceError(f"runs={folder} holds no finished healthy run")
+    return healthy
+
+
+def options(arguments: Sequence[str]) -> dict[str, str]:
+    """The given options over ``DEFAULTS``. Raises ValueError in one line."""
+    given = dict(DEFAULTS)
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        check_named([key], tuple(DEFAULTS), "option")
+        given[key] = value
+    for key in ("runs", "out"):
+        if not given[key]:
+            raise ValueError(f"{key}= is missing: foreshock calibrate runs=DIR out=FILE.json")
+    check_named([given["track"]], CALIBRATED_TRACKS, "track")
+    check_named([given["chart"]], ONLINE_CHARTS, "chart")
+    check_named([given["joint"]], ("true", "false"), "joint")
+    return given
+
+
+def calibrate(given: dict[str, str]) -> Thresholds:
+    """Thresholds of the options, written to ``out``. Raises ValueError, TraceError or OSError."""
+    try:
+        alpha = float(given["alpha"])
+    except ValueError:
+        raise ValueError(f"alpha={given['alpha']} is not allowed: a number between 0 and 1") from None
+    runs = healthy_runs(Path(given["runs"]))
+    thresholds = calibrated(
+        runs,
+        alpha=alpha,
+        track=given["track"],
+        chart=conf("rule", given["chart"]),
+        joint=given["joint"] == "true",
+    )
+    thresholds.write(Path(given["out"]))
+    return thresholds
+
+
+def main(arguments: Sequence[str]) -> None:
+    show_help(arguments, __doc__)
+    try:
+        given = options(arguments)
+        made = calibrate(given)
+    except (ValueError, TraceError, OSError) as error:
+        fail(str(error))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{given['out']}: {len(made.signals)} signals on the {made.track} track, {made.chart['chart']}; "
+        f"{len(made.runs)} runs set thresholds at alpha={made.alpha:g} a run of {made.horizon_steps:,} steps, "
+        f"{made.per_million_steps:.3g} false alarms a million steps at most"
+    )
+    for reason in made.declined.values():
+        console.print(f"  without a threshold: {reason}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

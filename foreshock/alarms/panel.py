@@ -1,0 +1,203 @@
+"""All rules of a watch: readings in, events out, and what is done about them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from foreshock.alarms.calibrated import Calibrated
+from foreshock.alarms.episodes import Episodes
+from foreshock.alarms.event import UNKNOWN, Event, TrainingAlarm
+from foreshock.alarms.evidence import Evidence
+from foreshock.alarms.overflow import Overflows
+from foreshock.alarms.reading import HostReading
+from foreshock.alarms.rules import Breach, Exact, NonFinite, Published, Rule, Self, Universal
+from foreshock.alarms.settings import RAISE, SNAPSHOT, Action, AlarmRules
+from foreshock.alarms.severity import OWN, REPORTED, REPORTS, Case, Row, row_of, runbook_path
+from foreshock.experiments.validation import check_named
+from foreshock.monitors.signal import Signal
+
+FILE = "alarms.jsonl"
+EVIDENCE = "evidence"
+
+
+class Panel:
+    """The live alarms of one run.
+
+    signals: by name, with the monitor that reads each in ``monitors``; run: its name; folder: for ``alarms.jsonl`` and
+    evidence, None for neither; on_alarm: called with every event; actions: by severity.
+    Nothing that an action or a callback raises leaves ``read`` or ``report``, but for the action ``raise``.
+
+    Raises ValueError where the file of thresholds is none, and for the action ``snapshot`` without a folder.
+    """
+
+    def __init__(
+        self,
+        settings: AlarmRules,
+        signals: Mapping[str, tuple[str, Signal]],
+        run: str,
+        folder: Path | None,
+        on_alarm: Sequence[Callable[[Event], Any]] = (),
+        actions: Mapping[str, Sequence[Action]] | None = None,
+        scaler: Any = None,
+        terminal: TextIO | None = sys.stderr,
+    ) -> None:
+        self._signals, self._run, self._folder, self._terminal = signals, run, folder, terminal
+        self._on_alarm, self._actions = tuple(on_alarm), dict(actions or {})
+        if folder is None and any(SNAPSHOT in of_severity for of_severity in self._actions.values()):
+            raise ValueError("actions='snapshot' is not allowed without out=: it needs a folder")
+        self._calibrated = None if settings.thresholds is None else Calibrated(settings.thresholds)
+        self._rules = rules_of(settings, [signal for _, signal in signals.values()], self._calibrated)
+        described = [signal for _, signal in signals.values()]
+        self._applies = {rule.name: {s.name for s in described if rule.applies(s)} for rule in self._rules}
+        self._episodes = Episodes()
+        self._overflows = None if scaler is None else Overflows(scaler)
+        self._evidence = None if folder is None else Evidence(folder / EVIDENCE)
+        self._declined: set[str] = set()
+        self.events: list[Event] = []
+
+    events: list[Event]
+    """Of the run so far."""
+
+    def read(self, step: int, readings: list[HostReading], batch: Any = None) -> list[Event]:
+        """Judge the readings of a step; the events that they raise. Raises TrainingAlarm for the action ``raise``."""
+        if self._evidence is not None:
+            self._evidence.keep(step, readings, batch)
+        events = self._reloaded(step)
+        events += [event for rule in self._rules for event in self._judged(rule, readings)]
+        events += self._news_of_declined(step)
+        storm = None if self._overflows is None else self._overflows.update(step)
+        if storm is not None:
+            events.append(self._event(step, OWN, "overflow_storm", storm))
+        self._told(events)
+        return events
+
+    def report(self, step: int, kind: str, message: str = "", value: float | None = None) -> Event:
+        """An event of the training loop itself (``REPORTS``). Raises ValueError for another kind; TrainingAlarm."""
+        check_named([kind], REPORTS, "report")
+        return self._told([self._event(step, REPORTED, kind, message, value)])[0]
+
+    def own(self, step: int, kind: str, message: str) -> Event:
+        """An event that befell the watch."""
+        return self._told([self._event(step, OWN, kind, message)])[0]
+
+    def _reloaded(self, step: int) -> list[Event]:
+        if self._calibrated is None:
+            return []
+        try:
+            self._calibrated.reload()
+        except ValueError as error:
+            return [self._event(step, OWN, "thresholds_unreadable", f"{error}; the old ones stay")]
+        return []
+
+    def _news_of_declined(self, step: int) -> list[Event]:
+        """Said once: a calibrated signal that is not judged would look like health."""
+        declined = {} if self._calibrated is None else self._calibrated.declined
+        news = sorted(declined.keys() - self._declined)
+        self._declined |= declined.keys()
+        return [self._event(step, OWN, "threshold_not_used", declined[name]) for name in news]
+
+    def _judged(self, rule: Rule, readings: Sequence[HostReading]) -> list[Event]:
+        """The events of a rule at a step, one an episode."""
+        judged = [reading for reading in readings if reading.signal.name in self._applies[rule.name]]
+        breaches, events = rule.judge(judged), []
+        for reading in judged:
+            breach = breaches.get(reading.signal.name)
+            if breach is None:
+                self._episodes.clear(rule.name, reading.signal.name)
+            elif (event := self._told_once(rule, reading, breach)) is not None:
+                events.append(event)
+        return events
+
+    def _told_once(self, rule: Rule, reading: HostReading, breach: Breach) -> Event | None:
+        signal, value = reading.signal, float(reading.value.flat[breach.index])
+
+        def row(readings: int, first: float | None) -> Row:
+            return row_of(Case(rule.name, signal.name, signal.family, breach.side, value, readings, first))
+
+        told = self._episodes.tell(rule.name, signal.name, value, row)
+        if told is None:
+            return None
+        rate, (layer, head) = rule.per_million_steps(reading.step), reading.place(breach.index)
+        return Event(
+            run=self._run,
+            step=reading.step,
+            rule=rule.name,
+            monitor=self._signals[signal.name][0],
+            signal=signal.name,
+            family=signal.family,
+            law=None if signal.law is None else str(signal.law),
+            layer=layer,
+            head=head,
+            value=value,
+            statistic=breach.statistic,
+            threshold=breach.threshold,
+            side=breach.side,
+            expected_false_alarms_per_million_steps=UNKNOWN if rate is None else rate,
+            severity=told.severity,
+            runbook=runbook_path(told),
+        )
+
+    def _event(self, step: int, rule: str, kind: str, message: str, value: float | None = None) -> Event:
+        row = row_of(Case(rule, kind, value=value))
+        return Event(
+            run=self._run,
+            step=step,
+            rule=rule,
+            signal=kind,
+            value=value,
+            severity=row.severity,
+            runbook=runbook_path(row),
+            message=" ".join(message.split()),
+        )
+
+    def _told(self, events: list[Event]) -> list[Event]:
+        """Tell every event, then act on each. Raises TrainingAlarm at the end, of the first that asks for it."""
+        for event in events:
+            self._say(event)
+        fatal = [event for event in events if self._acted(event)]
+        if fatal:
+            raise TrainingAlarm(fatal[0])
+        return events
+
+    def _say(self, event: Event) -> None:
+        self.events.append(event)
+        if self._terminal is not None:
+            print(f"foreshock: {event.line()}", file=self._terminal)
+        if self._folder is not None:
+            try:
+                with open(self._folder / FILE, "a", encoding="utf-8") as file:
+                    file.write(event.json() + "\n")
+            except OSError as error:
+                if self._terminal is not None:
+                    print(f"foreshock: {self._folder / FILE} cannot be written: {error.strerror}", file=self._terminal)
+
+    def _acted(self, event: Event) -> bool:
+        """Do what is asked for this severity; whether to raise afterwards. What fails is an event without actions."""
+        actions = self._actions.get(event.severity, ())
+        for action in (*self._on_alarm, *actions):
+            try:
+                if action == SNAPSHOT and self._evidence is not None:
+                    self._evidence.write(event)
+                elif callable(action):
+                    action(event)
+            except Exception as error:
+                name = action if isinstance(action, str) else getattr(action, "__name__", type(action).__name__)
+                self._say(self._event(event.step, OWN, "action_failed", f"{name}: {type(error).__name__}: {error}"))
+        return RAISE in actions
+
+
+def rules_of(settings: AlarmRules, signals: Sequence[Signal], calibrated: Calibrated | None) -> list[Rule]:
+    """The rules that are asked for, NaN first."""
+    known = () if calibrated is None else tuple(calibrated.thresholds.signals)
+    made: dict[str, Rule] = {
+        "non_finite": NonFinite(),
+        "exact": Exact(),
+        "universal": Universal(settings.budget, signals),
+        "self": Self(settings.budget, signals, known, settings.warmup_steps),
+        "published": Published(),
+    }
+    rules = [rule for name, rule in made.items() if name in settings.rules]
+    return rules if calibrated is None else [*rules, calibrated]

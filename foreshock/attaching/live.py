@@ -1,0 +1,73 @@
+"""What is done with readings as they come: alarms judge them, writers hand them on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from foreshock.alarms.event import Event
+from foreshock.alarms.panel import Panel
+from foreshock.alarms.reading import on_host
+from foreshock.alarms.settings import AlarmRules, actions_of
+from foreshock.attaching.options import Options
+from foreshock.monitors.base import Monitor, Reading
+from foreshock.writers.base import Writer, scalars
+
+
+class Live:
+    """Alarms and writers of one run, whose name is ``run``.
+
+    With either of them, each step that has readings copies them to the host once.
+    """
+
+    def __init__(self, options: Options, monitors: Mapping[str, Monitor], run: str) -> None:
+        described = {signal.name: (name, signal) for name, monitor in monitors.items() for signal in monitor.signals}
+        self._signals = {name: signal for name, (_, signal) in described.items()}
+        self._writers = list(options.writers)
+        self.panel: Panel | None = None
+        rules = AlarmRules.of(options.alarms)
+        if rules is not None:
+            self.panel = Panel(
+                rules,
+                described,
+                run,
+                None if options.out is None else Path(options.out),
+                (*options.alarm_listeners, self._write_alarm),
+                actions_of(options.actions),
+                options.scaler,
+                None if options.quiet else sys.stderr,
+            )
+
+    def read(self, step: int, readings: Mapping[str, Reading], batch: Any) -> None:
+        """batch: the rows that the watch keeps. Raises TrainingAlarm where an action asks for it."""
+        if self.panel is None and not self._writers:
+            return
+        found = on_host(step, readings, self._signals)
+        values = scalars(found) if self._writers else {}
+        self._each(step, lambda writer: writer.add(step, values))
+        if self.panel is not None:
+            self.panel.read(step, found, batch)
+
+    def own(self, step: int, kind: str, message: str) -> None:
+        """Something befell the watch (``alarms.severity``)."""
+        if self.panel is not None:
+            self.panel.own(step, kind, message)
+
+    def close(self, step: int) -> None:
+        self._each(step, lambda writer: writer.close())
+
+    def _write_alarm(self, event: Event) -> None:
+        self._each(event.step, lambda writer: writer.alarm(event))
+
+    def _each(self, step: int, call: Callable[[Writer], Any]) -> None:
+        """Of every writer; one that raises is left out from then on, and training goes on."""
+        for writer in list(self._writers):
+            try:
+                call(writer)
+            except Exception as error:
+                self._writers.remove(writer)
+                self.own(
+                    step, "writer_failed", f"{type(writer).__name__} is switched off: {type(error).__name__}: {error}"
+                )

@@ -1,0 +1,114 @@
+"""A training with a watch whose backward breaks at a step: the alarm, from the hook to its line of JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import foreshock
+from foreshock.models.anatomies import attention_capture
+from foreshock.monitors.optimization import GradientNorm
+from tests.attaching.loops import batches, gpt, same, train
+
+BROKEN_FROM, LAYER, HEAD = 3, 1, 1
+
+
+def without_two_bits(gradient: torch.Tensor) -> torch.Tensor:
+    """Of one head's gradient in BF16."""
+    gradient = gradient.clone()
+    head = gradient[:, HEAD].contiguous()
+    gradient[:, HEAD] = (head.view(torch.int16) & -4).view(torch.bfloat16)
+    return gradient
+
+
+class Broken:
+    """PyTorch's attention, broken in a layer of a model: from a step on one head's dV loses two bits."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.steps, self.inside = 0, False
+        attention = model.h[LAYER].attn
+        attention.register_forward_pre_hook(lambda *_: setattr(self, "inside", True))
+        attention.register_forward_hook(lambda *_: setattr(self, "inside", False))
+
+    def __call__(self, q, k, v, *arguments, **named):
+        if self.inside and self.steps + 1 >= BROKEN_FROM and v.requires_grad:
+            v.register_hook(without_two_bits)
+        return attention_capture.SDPA(q, k, v, *arguments, **named)
+
+    def read(self, step, readings):
+        self.steps = step
+
+
+def test_a_broken_gradient_is_named_by_law_layer_head_and_step(tmp_path, monkeypatch):
+    model, seen = gpt(width=64, heads=4), []
+    broken = Broken(model)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", broken)
+    options = {"monitors": "attention_laws", "every_steps": 1, "out": tmp_path / "run", "on_alarm": seen.append}
+    watch = train(model, True, steps=BROKEN_FROM, bf16=True, on_readings=broken.read, **options).watch
+    assert watch.stopped is None, watch.tracebacks
+    lines = [json.loads(line) for line in (tmp_path / "run" / "alarms.jsonl").read_text().splitlines()]
+    line = next(line for line in lines if line["signal"] == "value_shift_residual.over_noise")
+    assert (line["step"], line["layer"], line["head"]) == (BROKEN_FROM, LAYER, HEAD)
+    assert (line["law"], line["rule"], line["severity"]) == ("value shift", "universal", "SEV1")
+    assert (line["run"], line["monitor"]) == ("run", "attention_laws")
+    assert line["value"] > line["threshold"] > 3 and line["expected_false_alarms_per_million_steps"] <= 5
+    assert line["runbook"] == "docs/runbooks/numerics.md"
+    assert min(line["step"] for line in lines) == BROKEN_FROM
+    assert [json.loads(event.json()) for event in seen] == lines and watch.alarms == seen
+
+
+def test_a_nan_raises_where_the_loop_asked_for_it(tmp_path):
+    model = gpt()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    actions = {"SEV0": ("snapshot", "raise")}
+    watch = foreshock.attach(model, optimizer, quiet=True, profile="icu", out=tmp_path / "run", actions=actions)
+    batch = batches(1)[0]
+    with pytest.raises(foreshock.TrainingAlarm, match="SEV0 step 1: "):
+        loss = model(batch[:, :-1], batch[:, 1:])[1] * float("nan")
+        loss.backward()
+        optimizer.step()
+        watch.step(loss)
+    assert {event.rule for event in watch.alarms} >= {"exact", "non_finite"} and watch.stopped is None
+    (folder, *_) = sorted((tmp_path / "run" / "evidence").iterdir())
+    (kept,) = torch.load(folder / "batches.pt", weights_only=False)
+    assert kept["arguments"][0].equal(batch[-2:, :-1])
+    watch.close()
+
+
+def test_healthy_training_raises_no_alarm_of_a_rule_with_a_rate_and_is_not_changed(tmp_path):
+    without = train(gpt(), False, steps=12)
+    watched = train(gpt(), True, steps=12, out=tmp_path / "run", actions="snapshot")
+    assert same(without.left, watched.left)
+    rated = [event for event in watched.watch.alarms if event.expected_false_alarms_per_million_steps != "unknown"]
+    assert not rated and watched.watch.stopped is None
+
+
+def test_what_befalls_the_watch_is_an_alarm(tmp_path, monkeypatch):
+    def broken(self, view):
+        raise RuntimeError("wrong")
+
+    def listener(step, readings):
+        raise KeyError(step)
+
+    monkeypatch.setattr(GradientNorm, "observe", broken)
+    (event,) = train(gpt(), True, profile="icu", alarms=foreshock.AlarmRules(("exact",))).watch.alarms
+    assert (event.signal, event.severity, event.step) == ("monitor_failed", "SEV1", 1)
+    assert "gradient_norm is switched off, it raised RuntimeError: wrong" in event.message
+    watch = train(gpt(), True, monitors="loss", on_readings=listener, alarms=foreshock.AlarmRules(("exact",))).watch
+    assert [(event.signal, event.severity) for event in watch.alarms] == [("monitoring_blackout", "SEV0")]
+
+
+def test_a_report_of_the_loop_and_alarms_that_are_off():
+    model = gpt()
+    with foreshock.attach(model, torch.optim.AdamW(model.parameters()), quiet=True, monitors="loss") as watch:
+        assert watch.report("checkpoint_failure", "no space").severity == "SEV0"
+        assert [event.signal for event in watch.alarms] == ["checkpoint_failure"]
+    model = gpt()
+    silent = foreshock.attach(model, torch.optim.AdamW(model.parameters()), quiet=True, monitors="loss", alarms=False)
+    assert silent.alarms == []
+    with pytest.raises(ValueError, match="alarms=False"):
+        silent.report("stall")
+    silent.close()

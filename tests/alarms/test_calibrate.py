@@ -1,0 +1,183 @@
+"""Thresholds from healthy runs: what they promise, their file, and the live rule that follows it."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from foreshock.__main__ import COMMANDS
+from foreshock.alarms.settings import AlarmRules
+from foreshock.analysis import calibrate
+from foreshock.analysis.detect.alarms import chart_statistics, conformal_threshold, first_alarm, oriented
+from foreshock.analysis.detect.bands import ReferenceBand, SelfBand
+from foreshock.analysis.detect.calibration import calibrated
+from foreshock.analysis.detect.charts import EWMA
+from foreshock.analysis.runs.align import Aligned
+from foreshock.experiments import trace
+from foreshock.monitors.signal import Signal
+from tests.alarms.readings import panel, reading, told_again
+
+SIGNALS = (
+    Signal("train_loss_raw", "nats", "up", family="optimization"),
+    Signal("attn_entropy", "nats", "both", ("layer", "head"), 2, family="model_behavior"),
+)
+STEPS = 60
+CHART = {"chart": "ewma", "weight": 0.2}
+
+
+def write_run(folder, seed: int, jump: float = 0.0, onset: int | None = None):
+    """A finished run of noise; from ``onset`` on both signals are higher by ``jump``."""
+    rng, columns = np.random.default_rng(seed), {name: [] for name in trace.SCHEMA.names}
+    for signal in SIGNALS:
+        for step in range(signal.every_steps, STEPS + 1, signal.every_steps):
+            cells = [(-1, -1)] if not signal.axes else [(layer, head) for layer in range(2) for head in range(2)]
+            for layer, head in cells:
+                value = rng.normal() + (jump if onset is not None and step > onset else 0.0)
+                row = (step, 64 * step, signal.name, layer, head, value, False)
+                for name, x in zip(columns, row, strict=True):
+                    columns[name].append(x)
+    folder.mkdir(parents=True)
+    files = trace.write_part(folder, 1, STEPS, columns)
+    manifest = {
+        "schema": trace.SCHEMA_VERSION,
+        "config": {"train": {"steps": STEPS}},
+        "attached": {"model": "GPT2", "parameters": 9, "blocks": 2},
+        "onset_step": onset,
+        "end_reason": "completed",
+        "steps_done": STEPS,
+        "files": files,
+        "signals": {signal.name: asdict(signal) for signal in SIGNALS},
+    }
+    trace.write_manifest(folder, manifest)
+    return trace.read(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, [write_run(folder / f"run-{seed:02d}", seed) for seed in range(16)]
+
+
+def aligned(run, name):
+    series = run.signals[name]
+    return Aligned(series.steps, series.values, series.undefined)
+
+
+def statistic(run, signal, band):
+    sides = oriented(band.z(aligned(run, signal.name)), signal.bad)
+    return chart_statistics([sides], [EWMA(0.2)] * len(sides))[0]
+
+
+def test_each_threshold_is_conformal_on_path_maxima(runs):
+    made = calibrated(runs[1], alpha=0.1, chart=CHART, joint=False)
+    assert made.runs == tuple(f"run-{seed:02d}" for seed in range(16)) and not made.reference_runs
+    for signal in SIGNALS:
+        maxima = [np.nanmax(statistic(run, signal, SelfBand())) for run in runs[1]]
+        assert made.signals[signal.name].limit == conformal_threshold(maxima, 0.1)
+    assert made.per_million_steps == pytest.approx(2 * 1e6 * 0.1 / STEPS)
+
+
+@pytest.mark.parametrize("track", ["self", "reference"])
+def test_joint_thresholds_hold_for_all_signals_together(runs, track):
+    made = calibrated(runs[1], alpha=0.3, track=track, chart=CHART)
+    assert len(made.runs) == 8 and len(made.reference_runs) == 8 and not set(made.runs) & set(made.reference_runs)
+    reference = [run for run in runs[1] if run.run_id in made.reference_runs]
+    above = set()
+    for signal in SIGNALS:
+        before = [aligned(run, signal.name) for run in reference]
+        band = SelfBand() if track == "self" else ReferenceBand.fit(signal.name, before)
+        for run in runs[1]:
+            if run.run_id in made.runs and np.nanmax(statistic(run, signal, band)) > made.signals[signal.name].limit:
+                above.add(run.run_id)
+    assert len(above) == 1  # the threshold has rank ceil(9 x 0.7) = 7 among 8
+
+
+@pytest.mark.parametrize("track", ["self", "reference"])
+def test_the_live_rule_alarms_where_the_offline_one_does(runs, track, tmp_path):
+    made = calibrated(runs[1], alpha=0.2, track=track, chart=CHART)
+    made.write(tmp_path / "thresholds.json")
+    faulty = [write_run(tmp_path / f"faulty-{i}", 100 + i, jump=4.0, onset=45) for i in range(4)]
+    reference = [run for run in runs[1] if run.run_id in made.reference_runs]
+    alarms = 0
+    for run in faulty:
+        watched = panel(*SIGNALS, settings=AlarmRules((), thresholds=tmp_path / "thresholds.json"))
+        events = [e for step, readings in told_again(run, list(made.signals)) for e in watched.read(step, readings)]
+        for signal in SIGNALS:
+            before = [aligned(other, signal.name) for other in reference]
+            band = SelfBand() if track == "self" else ReferenceBand.fit(signal.name, before)
+            series = aligned(run, signal.name)
+            offline = first_alarm(statistic(run, signal, band), series.positions, made.signals[signal.name].limit)
+            live = next((event.step for event in events if event.signal == signal.name), None)
+            assert live == offline
+            alarms += live is not None
+        assert all(e.expected_false_alarms_per_million_steps == pytest.approx(1e6 * 0.2 / STEPS) for e in events)
+    assert alarms >= 3
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "said"),
+    [
+        (4, {"alpha": 0.1, "joint": False}, "4 calibration runs cannot support alpha=0.1: the smallest is 0.2"),
+        (6, {"alpha": 0.1}, "2 of them for bands and scales, cannot support alpha=0.1: the smallest is 0.2"),
+        (6, {"alpha": 0.2, "track": "reference"}, "cannot support alpha=0.2: the smallest is 0.3333"),
+        (16, {"alpha": 0.2, "track": "floor"}, "no ratio to predicted noise"),
+        (16, {"alpha": 2.0}, "alpha=2.0 is not allowed"),
+    ],
+)  # fmt: skip
+def test_too_few_runs_name_the_smallest_alpha(runs, count, options, said):
+    with pytest.raises(ValueError) as raised:
+        calibrated(runs[1][:count], chart=CHART, **options)
+    assert said in str(raised.value)
+
+
+def test_the_command_writes_what_attach_reads(runs, tmp_path, capsys):
+    write_run(tmp_path / "mixed" / "faulty", 7, jump=3.0, onset=5)
+    for seed in range(12):
+        write_run(tmp_path / "mixed" / f"healthy-{seed:02d}", seed)
+    out = tmp_path / "thresholds.json"
+    calibrate.main([f"runs={tmp_path / 'mixed'}", f"out={out}", "alpha=0.2"])
+    saved = json.loads(out.read_text())
+    assert saved["alpha"] == 0.2 and saved["horizon_steps"] == STEPS and saved["track"] == "self"
+    assert (
+        "faulty" not in saved["runs"] and len(saved["runs"]) == 6 and set(saved["signals"]) == {s.name for s in SIGNALS}
+    )
+    assert "2 signals on the self track, ewma; 6 runs set thresholds at alpha=0.2" in capsys.readouterr().out
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path, capsys):
+    assert COMMANDS["calibrate"][0] == "analysis.calibrate"
+    for arguments, said in (
+        ([f"runs={tmp_path}", "out=x.json"], f"error: runs={tmp_path} holds no finished healthy run\n"),
+        (["out=x.json"], "error: runs= is missing: foreshock calibrate runs=DIR out=FILE.json\n"),
+        (["run=x"], "error: option='run' is not allowed"),
+        (["runs=x", "out=y", "chart=adwin"], "error: chart='adwin' is not allowed: one of shewhart, ewma, cusum, glr"),
+    ):
+        with pytest.raises(SystemExit):
+            calibrate.main(arguments)
+        assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_changed_file_is_read_without_a_restart(runs, tmp_path):
+    path = tmp_path / "thresholds.json"
+    made = calibrated(runs[1], alpha=0.2, chart=CHART)
+    high = {name: signal.model_copy(update={"limit": 1e6}) for name, signal in made.signals.items()}
+    made.model_copy(update={"signals": high}).write(path)
+    watched = panel(*SIGNALS, settings=AlarmRules((), thresholds=path))
+    told = list(told_again(write_run(tmp_path / "faulty", 3, jump=9.0, onset=40), ["train_loss_raw"]))
+    assert not [event for step, readings in told[:45] for event in watched.read(step, readings)]
+    path.write_text("{")
+    (event,) = [event for step, readings in told[45:46] for event in watched.read(step, readings)]
+    assert event.signal == "thresholds_unreadable" and "is no file of foreshock calibrate" in event.message
+    made.write(path)
+    (event,) = [event for step, readings in told[46:48] for event in watched.read(step, readings)]
+    assert (event.rule, event.step, event.signal) == ("calibrated", 47, "train_loss_raw")
+
+
+def test_readings_of_another_cadence_are_declined_aloud(runs, tmp_path):
+    calibrated(runs[1], alpha=0.2, chart=CHART).write(tmp_path / "thresholds.json")
+    other = Signal("train_loss_raw", "nats", "up", every_steps=5, family="optimization")
+    watched = panel(other, settings=AlarmRules((), thresholds=tmp_path / "thresholds.json"))
+    (event,) = watched.read(5, [reading(other, 5, 1.0)])
+    assert event.signal == "threshold_not_used" and "every_steps is 5, and was 1" in event.message
+    assert not watched.read(10, [reading(other, 10, 1.0)])
