@@ -1,15 +1,15 @@
 """``attach`` for a model and an optimizer of Hugging Face Accelerate.
 
-    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
-    watch = attach(model, optimizer)
-    for batch in batches:
-        with accelerator.accumulate(model):
-            loss = model(**batch).loss
-            accelerator.backward(loss)
-            optimizer.step()
-            if accelerator.sync_gradients:
-                watch.step(loss)
-            optimizer.zero_grad()
+model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+watch = attach(model, optimizer)
+for batch in batches:
+    with accelerator.accumulate(model):
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        if accelerator.sync_gradients:
+            watch.step(loss)
+        optimizer.zero_grad()
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def test_a_trainer_is_watched_as_a_loop_is_and_trains_to_the_same_bits(tmp_path,
     assert same(hand.state_dict(), watched.state_dict())
     assert seen.by_step.keys() == expected.by_step.keys() == set(range(1, 31))
     assert callback.watch.declined == watch.declined
-    assert {"train_loss_raw", "grad_norm", "adam_update_rms", "gradient_curvature"} <= watch.seen.keys()
+    assert {"train_loss_raw", "global_grad_norm", "adam_update_rms", "gradient_curvature"} <= watch.seen.keys()
     assert same(seen.by_step, expected.by_step)
     assert trace.read(tmp_path / "trace").manifest["steps_done"] == 30
 
