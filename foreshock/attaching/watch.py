@@ -20,6 +20,7 @@ from foreshock.attaching.writer import TraceWriter
 from foreshock.models.anatomies.watched_rows import smooth_objective
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.objective import objective_at
+from foreshock.models.taps import Taps
 from foreshock.models.transformer import Transformer
 from foreshock.monitors.base import Monitor, Reading, StepView
 from foreshock.monitors.unreadable import Unreadable
@@ -140,6 +141,7 @@ class AttachedWatch:
         try:
             due = self._readable(self._due())
             view = self._view(loss, due)
+            due = self._reached(due, view)
             self._watch.record(self.steps)
             readings: dict[str, Reading] = {}
             self._sight.apart = True  # a monitor may call the model
@@ -164,7 +166,7 @@ class AttachedWatch:
     def _view(self, loss: Tensor, due: list[str]) -> StepView:
         sight, places, routed = self._sight, self._watch.places(due), self._routed(due)
         taps, routings, rows = sight.taps, sight.routings, sight.watched
-        missing = bool(places) and not _filled(taps, places)
+        missing = not places <= taps.places or bool(_untouched(taps, places))
         if rows is not None and (missing or (routed and not routings)):
             taps, routings = run_again(sight, rows, places, routed)
         model = self.anatomy.model
@@ -186,6 +188,15 @@ class AttachedWatch:
             batch=None if rows is None else rows.tokens,
             loss_scale=loss_scale(self.anatomy, taps) if "linear" in places else None,
         )
+
+    def _reached(self, due: list[str], view: StepView) -> list[str]:
+        """Without those that tap a module which no gradient reaches."""
+        untouched = _untouched(view.taps, self._watch.places(due))
+        for name in due:
+            module = next((untouched[place] for place in self._monitors[name].needs.taps if place in untouched), None)
+            if module is not None:
+                self._decline(name, f"no gradient reaches {module}: it is not used, or all before it is frozen")
+        return [name for name in due if name in self._monitors]
 
     def _observe(self, name: str, view: StepView) -> dict[str, Reading]:
         """What one monitor reads; one that raises is switched off, and its traceback kept."""
@@ -252,11 +263,13 @@ class AttachedWatch:
             print(f"foreshock: {line}", file=sys.stderr)
 
 
-def _filled(taps: Any, places: frozenset[str]) -> bool:
-    """Whether every place was tapped and a forward and a backward have gone through all of it."""
-    if not places <= taps.places:
-        return False
-    return all(tap.output is not None for place in places - {"dot_product"} for tap in taps.at(place).values())
+def _untouched(taps: Taps, places: frozenset[str]) -> dict[str, str]:
+    """By tapped place, a module that a forward or a backward has not gone through; attention says so of itself."""
+    found = {
+        place: [name for name, tap in taps.at(place).items() if tap.output is None or tap.output_grad is None]
+        for place in places & taps.places - {"dot_product"}
+    }
+    return {place: names[0] for place, names in found.items() if names}
 
 
 def _named(anatomy: Anatomy) -> str:

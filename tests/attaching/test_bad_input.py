@@ -162,3 +162,14 @@ def test_gradients_that_are_gone_are_named():
 def test_a_model_without_blocks_is_refused_by_what_it_lacks(module):
     with pytest.raises(ValueError, match=rf"^anatomy: {type(module).__name__} does not fit, it has no list of blocks"):
         attached(module)
+
+
+def test_a_module_that_no_gradient_reaches_is_named():
+    model = gpt()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("h.1", "ln_f")))
+    watch = train(model, True).watch
+    assert watch.declined["linear_laws"] == (
+        "no gradient reaches h.0.attn.c_attn: it is not used, or all before it is frozen"
+    )
+    assert "grad_global_norm" in watch.seen and watch.stopped is None and not watch.tracebacks

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.attaching.loops import gpt, same, train
 
@@ -32,7 +35,16 @@ def partly_frozen() -> nn.Module:
     return model
 
 
+def checkpointed() -> nn.Module:
+    """Each block's forward runs again in the backward."""
+    model = gpt(dropout=0.1)
+    for block in model.h:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
 CASES = {
+    "checkpointing": (checkpointed, {}),
     "plain": (gpt, {}),
     "dropout": (lambda: gpt(dropout=0.2), {}),
     "accumulation": (gpt, {"parts": 2}),
