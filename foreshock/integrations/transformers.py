@@ -70,9 +70,9 @@ class WatchCallback(TrainerCallback):
                 "give it labels"
             )
         losses = torch.stack(self._losses)
-        self._losses.clear()
         across = args.world_size if self._shares and args.average_tokens_across_devices else 1
         self.watch.step(losses.sum() * across if self._shares else losses.mean())
+        self._losses.clear()  # those of the forwards that a monitor has made too
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write what is left."""
