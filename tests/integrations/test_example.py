@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_trainer_script_trains_and_prints_readings(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / "hf_trainer.py"), "25"]
+    command = [sys.executable, str(ROOT / "examples" / "hf_trainer.py"), "40"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     said = [
