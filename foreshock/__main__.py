@@ -15,6 +15,7 @@ import sys
 COMMANDS = {
     "reproduce": ("experiments.reproduce", "train the runs of an experiment and report on them"),
     "train": ("experiments.train", "train one run, or a grid of runs with -m"),
+    "compare": ("experiments.compare", "monitors against the dose of one fault"),
     "report": ("analysis.report", "draw the report of an experiment again"),
     "score": ("analysis.score", "score saved runs, with a detector of your own"),
     "import": ("experiments.import_runs", "turn exports of runs trained elsewhere into traces"),

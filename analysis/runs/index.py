@@ -66,11 +66,12 @@ class Scale(Node):
 
 
 class Fault(Node):
-    """A fault of an experiment: its name for people, the overrides that switch it on, its cell in a grid."""
+    """A fault of an experiment: its name for people, the overrides that switch it on, its cell in a grid, its dose."""
 
     label: str = Field(default="its name", min_length=1)
     overrides: Names | None = Field(default=None, min_length=1)
     cell: list[float] | None = Field(default=None, min_length=2, max_length=2)
+    dose: float | None = None
 
 
 class Panel(Node):
@@ -126,6 +127,7 @@ class Settings(Node):
     control: str | None = None
     drift: Distinct = Field(default_factory=list)
     doses: bool = False
+    dose: str | None = None
     healthy_cell: list[float] | None = Field(default=None, min_length=2, max_length=2)
 
 

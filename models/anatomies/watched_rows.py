@@ -14,6 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foreshock.models.trees import map_tensors
 
+COUNT = "num_items_in_batch"
+"""The argument by which a loss is divided by the tokens of a whole batch: of a few rows it is the mean without it."""
+
 
 @dataclass(frozen=True)
 class WatchedRows:
@@ -32,7 +35,8 @@ class WatchedRows:
         cls, arguments: tuple[Any, ...], named: Mapping[str, Any], rows: int | None, device: torch.device
     ) -> WatchedRows:
         """rows: how many, None for all."""
-        kept: tuple[tuple[Any, ...], Mapping[str, Any]] = (arguments, dict(named))
+        own = {name: value for name, value in named.items() if name != COUNT}
+        kept: tuple[tuple[Any, ...], Mapping[str, Any]] = (arguments, own)
         batch = len(next(iter(_tensors(kept)), torch.empty(0)))
         if rows is not None and rows < batch:
             kept = map_tensors(lambda x: x[-rows:] if x.ndim and len(x) == batch else x, kept)
