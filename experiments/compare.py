@@ -24,9 +24,10 @@ import yaml
 from foreshock.experiments import reproduce
 from foreshock.experiments.cli import CONF, USER_ERRORS, guarded, options
 from foreshock.experiments.files import write_whole
+from foreshock.experiments.names import check_distinct
 from foreshock.experiments.plain_config import monitors_of
 from foreshock.experiments.usage import fail, show_help
-from foreshock.experiments.validation import check_distinct, check_named, nearest
+from foreshock.experiments.validation import check_named, nearest
 
 OWN = ("monitors", "fault", "seeds", "steps", "model", "scale", "report")
 PASSED = ("data", "train", "label", "rule", "align", "out", "dry_run", "score_only", "at_once")
