@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 from foreshock.analysis.detect.rounding import mean_resolution
 from foreshock.analysis.runs.align import Aligned, broken
@@ -111,6 +113,16 @@ def left_out_z(reference: Sequence[Aligned]) -> list[np.ndarray]:
         centre, scale = _centre_and_scale(np.concatenate(values[:i] + values[i + 1 :], axis=2))
         scores.append((own - centre[..., None]) / np.where(scale > 0, scale, np.nan)[..., None])
     return scores
+
+
+def student_threshold(level: float) -> float:
+    """The z-score of the self track that independent normal readings pass with this probability, by Student's t.
+
+    z divides by the spread of the W + 1 readings of the window, and its mean is theirs: t with W degrees of freedom,
+    widened by sqrt(1 + 1/(W + 1)).
+    """
+    others = SELF_WINDOW + 1
+    return float(student.isf(level, others - 1)) * math.sqrt((others + 1) / others)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from scipy.stats import t
 
 from foreshock.analysis.detect.alarms import first_alarm
-from foreshock.analysis.detect.bands import SELF_WINDOW
+from foreshock.analysis.detect.bands import student_threshold
 from foreshock.analysis.detect.charts import Shewhart
 from foreshock.analysis.detect.own_past import MEDIAN_WINDOW, Statistic, TrailingMedian, Watcher
 from foreshock.analysis.detect.published import published_rule
@@ -138,8 +137,7 @@ def self_bound(looks: int, alpha: float, bad: str = "up") -> float:
     """The z-score of the self track that so many looks pass with probability at most alpha (``SelfBound``)."""
     if looks < 1 or not 0 < alpha < 1:
         raise ValueError(f"looks={looks}, alpha={alpha} is not allowed: at least 1 look, alpha between 0 and 1")
-    window, sides = SELF_WINDOW + 1, 2 if bad == "both" else 1
-    return float(t.isf(alpha / (sides * looks), window - 1) * math.sqrt((window + 1) / window))
+    return student_threshold(alpha / looks / (2 if bad == "both" else 1))
 
 
 SPIKE_RULES: tuple[FixedRule, ...] = (TimesMedian(1.5), TimesMedian(2.0), OlmoSpike(), FoundryRise())

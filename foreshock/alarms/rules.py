@@ -5,17 +5,16 @@ A value that is not finite breaks ``non_finite`` and is a missing sample for the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri
 
 from foreshock.alarms.budget import Budget
 from foreshock.alarms.reading import HostReading
-from foreshock.analysis.detect.bands import SELF_WINDOW, SelfBand
+from foreshock.analysis.detect.bands import SELF_WINDOW, SelfBand, student_threshold
 from foreshock.analysis.runs.align import Aligned
 from foreshock.monitors.signal import EXACT, LEVEL, RATIO, Signal
 
@@ -247,9 +246,3 @@ def worst_of(sides: Sequence[np.ndarray], signs: Sequence[float], threshold: flo
     every = np.stack(sides)
     side, index = divmod(int(np.nanargmax(every)), every[0].size)
     return Breach(index, float(every[side].flat[index]), threshold, "above" if signs[side] > 0 else "below")
-
-
-def student_threshold(level: float) -> float:
-    """The z-score of the self track that independent normal readings pass with this probability."""
-    others = SELF_WINDOW + 1
-    return -float(stdtrit(others - 1, level)) * math.sqrt((others + 1) / others)
