@@ -29,7 +29,7 @@ class NormKind:
         Raises ValueError for a module that is no such norm.
         """
         known = getattr(module, "eps", None)
-        if isinstance(module, nn.RMSNorm) and known is None:  # the spacing at 1 of the dtype that PyTorch computes it in
+        if isinstance(module, nn.RMSNorm) and known is None:  # PyTorch takes the spacing at 1
             known = torch.finfo(torch.promote_types(module.weight.dtype, torch.float32)).eps
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(known, float):
             return cls(known, isinstance(module, nn.LayerNorm))
