@@ -83,9 +83,8 @@ def main(steps: int) -> None:
         optimizer.zero_grad()
         laws = [float(x.max()) for name, x in readings.items() if name.endswith("residual.over_noise")]
         if laws:
-            print(
-                f"step {step}: loss {loss.item():.3f}, {len(readings)} readings, laws at most {max(laws):.2f} of 4.26"
-            )
+            said = f"loss {loss.item():.3f}, {len(readings)} readings, laws up to {max(laws):.2f} of 4.26"
+            print(f"step {step}: {said}")
     watch.close()
 
 

@@ -165,7 +165,7 @@ def _signals(folder: Path) -> list[str]:
 
 def _facts(folder: Path, manifests: Mapping[str, Mapping[str, Any]]) -> Facts:
     """By run id: of the index beside the runs where there is one, else from the manifests."""
-    names = dict(zip(manifests, fault_names([m["config"]["fault"] for m in manifests.values()]), strict=True))
+    names = dict(zip(manifests, fault_names(list(manifests.values())), strict=True))
     facts = {}
     for run_id, manifest in manifests.items():
         fault = None if manifest["onset_step"] is None else names[run_id]

@@ -65,7 +65,9 @@ def faulty_and_other(series: trace.Series) -> tuple[np.ndarray, np.ndarray]:
     return largest[acts], largest[~acts]
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "attention_laws" else pytest.mark.slow) for name in FAULTS]
+)
 def test_a_fault_of_every_tenth_step_is_read_as_it_acts(watched, tmp_path, name):
     signal, *fault = FAULTS[name]
     run = watched(LONG, [name], *fault, *FROM_STEP_5_EVERY_10TH)
