@@ -207,7 +207,7 @@ def main(config: DictConfig) -> None:
         **recorded(experiment["draw"], conf),
     }
     write_whole(report / "experiment.json", sealed(index))
-    make_report(report, out)
+    make_report(report, out, conf=conf)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ BENCH = Path(__file__).resolve().parents[2] / "results" / "bench-cpu.json"
 class MonitorCost:
     """What one monitor costs with its default settings.
 
-    share_of_step: what it computes and its copies of weights, a step; every_steps: it reads at the multiples of any of
-    these, counted without jitter, which moves the readings of all cadences together; taps: by place that it taps, what
+    share_of_step: what it computes and its copies of weights, a step; every_steps: its cadences, counted as
+    multiples, as jitter moves the readings of all of them together; taps: by place that it taps, what
     that adds to a step at which it reads, as a share of the step.
     """
 

@@ -186,7 +186,10 @@ def test_a_kind_of_report_from_outside_is_drawn(mine, runs, capsys):
 def test_an_index_that_recorded_its_kind_is_drawn_without_the_folder(mine, runs, capsys):
     node = {"_target_": "my_kind.AlarmCounts", "title": "x"}
     ask_for("alarm_counts", runs, report_kind=node, plugins=["my_kind"])
-    report.main([f"runs={runs}", f"report={runs}"])
+    with pytest.raises(SystemExit):
+        report.main([f"runs={runs}", f"report={runs}"])
+    assert "is a class of plugins=[my_kind]: a file may not import modules by itself" in capsys.readouterr().err
+    report.main([f"runs={runs}", f"report={runs}", "plugins=[my_kind]"])
     assert (runs / "alarms.png").stat().st_size > 5_000
 
 
@@ -194,7 +197,7 @@ def test_an_index_that_recorded_its_kind_is_drawn_without_the_folder(mine, runs,
 def test_an_index_starts_no_process(runs, plugins):
     index = {"experiment": {"draw": "mine"}, "report_kind": {"_target_": "subprocess.Popen", "args": "id"}}
     with pytest.raises(ValueError, match=r"report_kind\.mine\._target_='subprocess\.Popen' is not allowed"):
-        kind_of(index | {"plugins": plugins})
+        kind_of(index | {"plugins": plugins}, Conf(plugins=tuple(plugins)))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +259,7 @@ def test_a_new_experiment_with_a_monitor_and_a_kind_of_its_own_is_trained_scored
     assert "mine" in set(pd.read_csv(tmp_path / "report" / "leadtime.csv")["detector"])
     picture.unlink()
     shutil.rmtree(mine / "conf")
-    report.main([f"runs={tmp_path / 'runs'}", f"report={tmp_path / 'report'}"])
+    report.main([f"runs={tmp_path / 'runs'}", f"report={tmp_path / 'report'}", "plugins=[my_kind,my_monitor]"])
     assert picture.stat().st_size > 5_000
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         run = build_run(compose("reproduce", [*given, "train.compile=false", "monitor=[loss]", "fault=none", "seed=0"]))

@@ -1,7 +1,8 @@
 """Kinds of reports by the names of their files in ``conf/report_kind``, which an experiment's key ``draw`` gives.
 
 A kind from a folder of one's own is recorded in the experiment's index, ``experiment.json``: its file's content in
-``report_kind``, and in ``plugins`` the modules that its class may come from. So ``analysis.report`` finds it again.
+``report_kind``, and in ``plugins`` the modules that its class comes from. So ``analysis.report`` draws it again without
+the folder, where the command names these modules: a data file imports none by itself.
 """
 
 from __future__ import annotations
@@ -46,5 +47,11 @@ def kind_of(index: Mapping[str, Any], conf: Conf | None = None) -> Kind:
     """
     name, conf = index["experiment"]["draw"], conf or Conf()
     if GROUP in index and name not in conf.files(GROUP):
-        return construct(index[GROUP], f"{GROUP}.{name}", (Kind,), index.get(PLUGINS, ()))
+        named = [str(module) for module in index.get(PLUGINS, ())]
+        if not set(named) <= set(conf.plugins):
+            raise ValueError(
+                f"{GROUP}.{name} of this index is a class of plugins=[{','.join(named)}]: a file may not import modules "
+                "by itself; add that to the command where you trust them"
+            )
+        return construct(index[GROUP], f"{GROUP}.{name}", (Kind,), conf.plugins)
     return kind_named(name, conf)
