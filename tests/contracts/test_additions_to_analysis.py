@@ -188,7 +188,7 @@ def test_an_index_that_recorded_its_kind_is_drawn_without_the_folder(mine, runs,
     ask_for("alarm_counts", runs, report_kind=node, plugins=["my_kind"])
     with pytest.raises(SystemExit):
         report.main([f"runs={runs}", f"report={runs}"])
-    assert "is a class of plugins=[my_kind]: a file may not import modules by itself" in capsys.readouterr().err
+    assert "is a class of plugins=[my_kind]: a file imports no modules by itself" in capsys.readouterr().err
     report.main([f"runs={runs}", f"report={runs}", "plugins=[my_kind]"])
     assert (runs / "alarms.png").stat().st_size > 5_000
 

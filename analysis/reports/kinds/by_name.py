@@ -50,8 +50,8 @@ def kind_of(index: Mapping[str, Any], conf: Conf | None = None) -> Kind:
         named = [str(module) for module in index.get(PLUGINS, ())]
         if not set(named) <= set(conf.plugins):
             raise ValueError(
-                f"{GROUP}.{name} of this index is a class of plugins=[{','.join(named)}]: a file may not import modules "
-                "by itself; add that to the command where you trust them"
+                f"{GROUP}.{name} of this index is a class of plugins=[{','.join(named)}]: a file imports no modules "
+                "by itself; add that to the command if you trust them"
             )
         return construct(index[GROUP], f"{GROUP}.{name}", (Kind,), conf.plugins)
     return kind_named(name, conf)
