@@ -28,7 +28,8 @@ class Panel:
 
     signals: by name, with the monitor that reads each in ``monitors``; run: its name; folder: for ``alarms.jsonl`` and
     evidence, None for neither; on_alarm: called with every event; actions: by severity.
-    Nothing that an action or a callback raises leaves ``read`` or ``report``, but for the action ``raise``.
+    Nothing that an action or a callback raises leaves ``read`` or ``report``, but for the action ``raise``; ``own`` may
+    be called inside a forward or a backward, so its alarm waits for the next ``read``, ``report`` or ``raise_kept``.
 
     Raises ValueError where the file of thresholds is none, and for the action ``snapshot`` without a folder.
     """
@@ -56,6 +57,7 @@ class Panel:
         self._overflows = None if scaler is None else Overflows(scaler)
         self._evidence = None if folder is None else Evidence(folder / EVIDENCE)
         self._declined: set[str] = set()
+        self._fatal: list[Event] = []
         self.events: list[Event] = []
 
     events: list[Event]
@@ -72,16 +74,28 @@ class Panel:
         if storm is not None:
             events.append(self._event(step, OWN, "overflow_storm", storm))
         self._told(events)
+        self.raise_kept()
         return events
 
     def report(self, step: int, kind: str, message: str = "", value: float | None = None) -> Event:
         """An event of the training loop itself (``REPORTS``). Raises ValueError for another kind; TrainingAlarm."""
         check_named([kind], REPORTS, "report")
-        return self._told([self._event(step, REPORTED, kind, message, value)])[0]
+        event = self._event(step, REPORTED, kind, message, value)
+        self._told([event])
+        self.raise_kept()
+        return event
 
     def own(self, step: int, kind: str, message: str) -> Event:
-        """An event that befell the watch."""
-        return self._told([self._event(step, OWN, kind, message)])[0]
+        """An event that befell the watch; raises nothing."""
+        event = self._event(step, OWN, kind, message)
+        self._told([event])
+        return event
+
+    def raise_kept(self) -> None:
+        """Raises TrainingAlarm of the first alarm since the last call whose action is ``raise``, if any."""
+        fatal, self._fatal = self._fatal, []
+        if fatal:
+            raise TrainingAlarm(fatal[0])
 
     def _reloaded(self, step: int) -> list[Event]:
         if self._calibrated is None:
@@ -153,14 +167,11 @@ class Panel:
             message=" ".join(message.split()),
         )
 
-    def _told(self, events: list[Event]) -> list[Event]:
-        """Tell every event, then act on each. Raises TrainingAlarm at the end, of the first that asks for it."""
+    def _told(self, events: list[Event]) -> None:
+        """Tell every event, then act on each, and keep those whose action is ``raise``."""
         for event in events:
             self._say(event)
-        fatal = [event for event in events if self._acted(event)]
-        if fatal:
-            raise TrainingAlarm(fatal[0])
-        return events
+        self._fatal += [event for event in events if self._acted(event)]
 
     def _say(self, event: Event) -> None:
         self.events.append(event)

@@ -51,9 +51,14 @@ class Live:
             self.panel.read(step, found, batch)
 
     def own(self, step: int, kind: str, message: str) -> None:
-        """Something befell the watch (``alarms.severity``)."""
+        """Something befell the watch (``alarms.severity``); raises nothing."""
         if self.panel is not None:
             self.panel.own(step, kind, message)
+
+    def raise_kept(self) -> None:
+        """Raises TrainingAlarm where an action asked for it outside ``read``."""
+        if self.panel is not None:
+            self.panel.raise_kept()
 
     def close(self, step: int) -> None:
         self._each(step, lambda writer: writer.close())

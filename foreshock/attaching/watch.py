@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ class AttachedWatch:
         if self._closed:
             raise ValueError("watch.step(loss): the watch is closed; attach again")
         if self.stopped is not None:
+            self._live.raise_kept()
             return {}
         if not self._sight.backwards:
             raise ValueError(
@@ -113,27 +115,30 @@ class AttachedWatch:
                 "after loss.backward() and optimizer.step()"
             )
         self.steps += 1
+        readings: dict[str, Reading] = {}
         try:
-            return self._read(torch.as_tensor(loss).detach())
+            readings = self._read(torch.as_tensor(loss).detach())
         except TrainingAlarm:
             raise
         except Exception as error:
             self._failed(error)
-            return {}
         finally:
             self._sight.next_step()
+        self._live.raise_kept()
+        return readings
 
     def close(self) -> None:
         """Write what is left, and take every hook off. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        self._sight.close()
-        if self._writer is not None and self.stopped is None:
-            self._kept(lambda: self._writer.close(self.steps, self._sight.tokens))  # type: ignore[union-attr]
-        self._live.close(self.steps)
-        for closer in self._closers:
-            closer()
+        with ExitStack() as last:  # calls every closer, whatever another raises
+            for closer in reversed(self._closers):
+                last.callback(closer)
+            self._sight.close()
+            if self._writer is not None and self.stopped is None:
+                self._kept(lambda: self._writer.close(self.steps, self._sight.tokens))  # type: ignore[union-attr]
+            self._live.close(self.steps)
 
     def when_closed(self, call: Callable[[], Any]) -> None:
         self._closers.append(call)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import foreshock
+from foreshock.attaching.sight import Sight
+from foreshock.attaching.writer import TraceWriter
 from foreshock.models.anatomies import attention_capture
 from foreshock.monitors.optimization import GradientNorm
 from tests.attaching.loops import batches, gpt, same, train
@@ -58,6 +60,11 @@ def test_a_broken_gradient_is_named_by_law_layer_head_and_step(tmp_path, monkeyp
     assert line["runbook"] == "docs/runbooks/numerics.md"
     assert min(line["step"] for line in lines) == BROKEN_FROM
     assert [json.loads(event.json()) for event in seen] == lines and watch.alarms == seen
+
+
+def next_loss(model):
+    batch = batches(1)[0]
+    return model(batch[:, :-1], batch[:, 1:])[1]
 
 
 def test_a_nan_raises_where_the_loop_asked_for_it(tmp_path):
@@ -112,3 +119,45 @@ def test_a_report_of_the_loop_and_alarms_that_are_off():
     with pytest.raises(ValueError, match="alarms=False"):
         silent.report("stall")
     silent.close()
+
+
+def test_what_a_hook_raises_asks_step_to_raise_and_leaves_the_backward_alone(monkeypatch):
+    def broken(self, arguments, named):
+        raise RuntimeError("wrong")
+
+    monkeypatch.setattr(Sight, "_keep", broken)
+    model = gpt()
+    watch = foreshock.attach(model, torch.optim.AdamW(model.parameters()), quiet=True, profile="icu", actions="raise")
+    loss = next_loss(model)
+    loss.backward()
+    assert [(event.signal, event.severity) for event in watch.alarms] == [("monitoring_blackout", "SEV0")]
+    with pytest.raises(foreshock.TrainingAlarm, match="RuntimeError: wrong"):
+        watch.step(loss)
+    assert watch.step(loss) == {}  # told once
+    watch.close()
+
+
+def test_close_raises_no_alarm_and_calls_every_closer(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    model, called = gpt(), []
+    watch = foreshock.attach(
+        model,
+        torch.optim.AdamW(model.parameters()),
+        quiet=True,
+        profile="icu",
+        actions="raise",
+        out=tmp_path / "run",
+        alarms=foreshock.AlarmRules(("exact",)),
+    )
+    watch.when_closed(lambda: called.append(1))
+    watch.when_closed(lambda: 1 / 0)
+    watch.when_closed(lambda: called.append(2))
+    loss = next_loss(model)
+    loss.backward()
+    watch.step(loss)
+    monkeypatch.setattr(TraceWriter, "close", full)
+    with pytest.raises(ZeroDivisionError):
+        watch.close()
+    assert called == [1, 2] and [event.signal for event in watch.alarms] == ["out_folder"]
