@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ SETS_BANDS = {SELF: 0, REFERENCE: 4, FLOOR: 0}
 SETS_SCALES = MIN_RUNS
 """The fewest runs that joint scales take: with fewer, signals would share a spread, and the most restless signal would
 set the limits of all."""
+MOST_LACKING = 0.05
+"""Share of the steps of all runs that a run may lack: those that its GradScaler threw away have no readings."""
 
 Band = ReferenceBand | SelfBand | Floor
 
@@ -135,10 +138,7 @@ def _judged(
 ) -> tuple[SignalThreshold, list[float], list[float]]:
     """A signal's yardstick, and its path maxima in the reference and in the calibration runs."""
     aligned = {run.run_id: _cut(run, signal, horizon) for run in (*reference, *calibration)}
-    grid = next(iter(aligned.values())).positions
-    other = next((run for run, series in aligned.items() if not np.array_equal(series.positions, grid)), None)
-    if other is not None:
-        raise DeclinedSignal(f"{signal.name}: run {other} was read at other steps")
+    aligned = _alike_in_steps(signal, aligned, track)
     before = [aligned[run.run_id] for run in reference]
     band = _band(signal, track, before)
     sides = [oriented(band.z(aligned[run.run_id]), signal.bad) for run in calibration]
@@ -163,6 +163,21 @@ def _cut(run: Trace, signal: Signal, horizon: int) -> Aligned:
     series = run.signals[signal.name]
     kept = series.steps <= horizon
     return Aligned(series.steps[kept], series.values[kept], series.undefined[kept])
+
+
+def _alike_in_steps(signal: Signal, aligned: Mapping[str, Aligned], track: str) -> Mapping[str, Aligned]:
+    """The runs, of which each may lack a few steps that others have; on the reference track, at the steps of all."""
+    grid = np.unique(np.concatenate([series.positions for series in aligned.values()]))
+    for run, series in aligned.items():
+        if len(series.positions) < (1 - MOST_LACKING) * len(grid):
+            raise DeclinedSignal(f"{signal.name}: run {run} was read at other steps")
+    if track != REFERENCE:
+        return aligned
+    shared = reduce(np.intersect1d, [series.positions for series in aligned.values()])
+    kept = {run: np.isin(series.positions, shared) for run, series in aligned.items()}
+    return {
+        run: Aligned(shared, series.values[kept[run]], series.undefined[kept[run]]) for run, series in aligned.items()
+    }
 
 
 def _band(signal: Signal, track: str, reference: Sequence[Aligned]) -> Band:

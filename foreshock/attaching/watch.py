@@ -290,7 +290,8 @@ class AttachedWatch:
                 self._listeners.remove(listener)
                 name = getattr(listener, "__name__", type(listener).__name__)
                 self.tracebacks[name] = traceback.format_exc()
-                reason = f"on_readings: {name} is switched off, it raised {type(error).__name__}: {error}"
+                said = " ".join(str(error).split())
+                reason = f"on_readings: {name} is switched off, it raised {type(error).__name__}: {said}"
                 self._say(f"step {self.steps}: {reason}")
                 self._live.own(self.steps, "listener_failed", reason)
 

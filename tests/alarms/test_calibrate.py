@@ -30,11 +30,13 @@ STEPS = 60
 CHART = {"chart": "ewma", "weight": 0.2}
 
 
-def write_run(folder, seed: int, jump: float = 0.0, onset: int | None = None, end_reason: str = "completed"):
-    """An ended run of noise; from ``onset`` on both signals are higher by ``jump``."""
+def write_run(folder, seed: int, jump: float = 0.0, onset: int | None = None, end_reason: str = "completed", skips=()):
+    """An ended run of noise; from ``onset`` on both signals are higher by ``jump``; skips: steps without a reading."""
     rng, columns = np.random.default_rng(seed), {name: [] for name in trace.SCHEMA.names}
     for signal in SIGNALS:
         for step in range(signal.every_steps, STEPS + 1, signal.every_steps):
+            if step in skips:
+                continue
             cells = [(-1, -1)] if not signal.axes else [(layer, head) for layer in range(2) for head in range(2)]
             for layer, head in cells:
                 value = rng.normal() + (jump if onset is not None and step > onset else 0.0)
@@ -54,7 +56,7 @@ def write_run(folder, seed: int, jump: float = 0.0, onset: int | None = None, en
         "signals": {signal.name: asdict(signal) for signal in SIGNALS},
     }
     trace.write_manifest(folder, manifest)
-    return trace.read(folder)
+    return trace.read(folder) if end_reason == "completed" else None
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,18 @@ def test_the_command_writes_what_attach_reads(runs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2 signals on the self track, ewma; 10 runs set thresholds at alpha=0.2" in printed
     assert "joint=true raises a signal's limit up to 1" in printed
+
+
+@pytest.mark.parametrize("track", ["self", "reference"])
+def test_runs_may_lack_a_few_steps_that_a_scaler_threw_away(tmp_path, track):
+    runs = [write_run(tmp_path / f"run-{seed:02d}", seed, skips=(2 + 2 * seed,)) for seed in range(20)]
+    made = calibrated(runs, alpha=0.2, track=track, chart=CHART)
+    assert set(made.signals) == {signal.name for signal in SIGNALS} and not made.declined
+    if track == "reference":
+        assert made.signals["train_loss_raw"].positions[:2] == (1, 3) and 60 in made.signals["train_loss_raw"].positions
+    runs[3] = write_run(tmp_path / "other", 3, skips=range(2, 60, 3))
+    with pytest.raises(ValueError, match="run other was read at other steps"):
+        calibrated(runs, alpha=0.2, chart=CHART)
 
 
 def test_an_alarmed_run_is_refused_and_an_unfinished_one_left_out(tmp_path, capsys):
