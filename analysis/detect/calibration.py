@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from foreshock.analysis.detect.alarms import chart_statistics, conformal_rank, conformal_threshold, oriented
 from foreshock.analysis.detect.bands import DeclinedSignal, Floor, ReferenceBand, SelfBand, left_out_z
-from foreshock.analysis.detect.joint import member_scales
+from foreshock.analysis.detect.joint import MIN_RUNS, member_scales
 from foreshock.analysis.detect.rules import make_rule
 from foreshock.analysis.detect.thresholds import SignalThreshold, Thresholds
 from foreshock.analysis.runs.align import Aligned
@@ -32,8 +33,11 @@ ONLINE_CHARTS = ("shewhart", "ewma", "cusum", "glr")
 """Charts that a live watch follows, each also with ``persistence``."""
 SETS_BANDS = {SELF: 0, REFERENCE: 4, FLOOR: 0}
 """By track, the fewest runs that its bands take."""
-SETS_SCALES = 2
-"""The fewest runs that a joint scale takes."""
+SETS_SCALES = MIN_RUNS
+"""The fewest runs that joint scales take: with fewer, signals would share a spread, and the most restless signal would
+set the limits of all."""
+MOST_LACKING = 0.05
+"""Share of the steps of all runs that a run may lack: those that its GradScaler threw away have no readings."""
 
 Band = ReferenceBand | SelfBand | Floor
 
@@ -49,9 +53,10 @@ def calibrated(
     check_named([track], CALIBRATED_TRACKS, "track")
     check_named([str(chart.get("chart"))], ONLINE_CHARTS, "chart")
     runs = sorted(runs, key=lambda run: run.run_id)
-    reference, calibration = _split(runs, alpha, max(SETS_BANDS[track], SETS_SCALES * joint))
+    reference, calibration = _split(runs, alpha, SETS_BANDS[track], joint)
     signals = _alike(runs)
-    horizon = min(int(run.manifest["steps_done"]) for run in runs)
+    shortest = min(runs, key=lambda run: int(run.manifest["steps_done"]))
+    horizon = int(shortest.manifest["steps_done"])
     known: dict[str, SignalThreshold] = {}
     maxima: dict[str, tuple[list[float], list[float]]] = {}
     declined: dict[str, str] = {}
@@ -66,24 +71,29 @@ def calibrated(
         raise ValueError(
             f"no signal of these runs can be calibrated: {next(iter(declined.values()), 'they have none')}"
         )
-    limits = (
-        _joint_limits(maxima, alpha) if joint else {n: conformal_threshold(m, alpha) for n, (_, m) in maxima.items()}
-    )
+    alone = {name: conformal_threshold(after, alpha) for name, (_, after) in maxima.items()}
+    limits = _joint_limits(maxima, alpha) if joint else alone
     return Thresholds(
         runs=tuple(run.run_id for run in calibration),
         reference_runs=tuple(run.run_id for run in reference),
         alpha=alpha,
         horizon_steps=horizon,
+        horizon_run=shortest.run_id,
         track=track,  # type: ignore[arg-type]
         chart=dict(chart),
         joint=joint,
-        signals={name: known[name].model_copy(update={"limit": limit}) for name, limit in limits.items()},
+        model=runs[0].manifest.get("attached"),
+        signals={
+            name: known[name].model_copy(update={"limit": limit, "alone": alone[name]})
+            for name, limit in limits.items()
+        },
         declined=declined,
     )
 
 
-def _split(runs: Sequence[Trace], alpha: float, least: int) -> tuple[Sequence[Trace], Sequence[Trace]]:
-    """Runs that set bands and scales, and those that set thresholds: at least half of all, as many as alpha needs."""
+def _split(runs: Sequence[Trace], alpha: float, for_bands: int, joint: bool) -> tuple[Sequence[Trace], Sequence[Trace]]:
+    """Runs that set bands and scales, and those that set thresholds: half of all, as many as alpha and scales allow."""
+    least = max(for_bands, SETS_SCALES * joint)
     if least == 0:
         conformal_rank(len(runs), alpha)
         return (), runs
@@ -96,7 +106,7 @@ def _split(runs: Sequence[Trace], alpha: float, least: int) -> tuple[Sequence[Tr
         smallest = f"the smallest is {1 / (left + 1):.4g}" if left > 0 else f"at least {least + 1} runs are needed"
         raise ValueError(
             f"{len(runs)} healthy runs, {min(least, len(runs))} of them for bands and scales, cannot support "
-            f"alpha={alpha}: {smallest}"
+            f"alpha={alpha}: {smallest}" + (f"; joint=false needs {for_bands + needed} runs" if joint else "")
         )
     return runs[:first], runs[first:]
 
@@ -128,15 +138,17 @@ def _judged(
 ) -> tuple[SignalThreshold, list[float], list[float]]:
     """A signal's yardstick, and its path maxima in the reference and in the calibration runs."""
     aligned = {run.run_id: _cut(run, signal, horizon) for run in (*reference, *calibration)}
-    grid = next(iter(aligned.values())).positions
-    other = next((run for run, series in aligned.items() if not np.array_equal(series.positions, grid)), None)
-    if other is not None:
-        raise DeclinedSignal(f"{signal.name}: run {other} was read at other steps")
+    aligned = _alike_in_steps(signal, aligned, track)
     before = [aligned[run.run_id] for run in reference]
     band = _band(signal, track, before)
     sides = [oriented(band.z(aligned[run.run_id]), signal.bad) for run in calibration]
     left_out = [oriented(z, signal.bad) for z in (left_out_z(before) if track == REFERENCE else map(band.z, before))]
-    known = {"limit": 0.0, "every_steps": signal.every_steps, "bad": signal.bad}
+    shape = next(iter(aligned.values())).values.shape[1:]
+    known = {
+        "limit": 0.0,
+        "shape": shape,
+        **{name: getattr(signal, name) for name in ("every_steps", "bad", "jittered")},
+    }
     if isinstance(band, ReferenceBand):
         known |= {"positions": band.positions.tolist(), "centre": band.centre.tolist(), "scale": band.scale.tolist()}
     if isinstance(band, Floor):
@@ -151,6 +163,21 @@ def _cut(run: Trace, signal: Signal, horizon: int) -> Aligned:
     series = run.signals[signal.name]
     kept = series.steps <= horizon
     return Aligned(series.steps[kept], series.values[kept], series.undefined[kept])
+
+
+def _alike_in_steps(signal: Signal, aligned: Mapping[str, Aligned], track: str) -> Mapping[str, Aligned]:
+    """The runs, of which each may lack a few steps that others have; on the reference track, at the steps of all."""
+    grid = np.unique(np.concatenate([series.positions for series in aligned.values()]))
+    for run, series in aligned.items():
+        if len(series.positions) < (1 - MOST_LACKING) * len(grid):
+            raise DeclinedSignal(f"{signal.name}: run {run} was read at other steps")
+    if track != REFERENCE:
+        return aligned
+    shared = reduce(np.intersect1d, [series.positions for series in aligned.values()])
+    kept = {run: np.isin(series.positions, shared) for run, series in aligned.items()}
+    return {
+        run: Aligned(shared, series.values[kept[run]], series.undefined[kept[run]]) for run, series in aligned.items()
+    }
 
 
 def _band(signal: Signal, track: str, reference: Sequence[Aligned]) -> Band:
@@ -177,7 +204,13 @@ def _maxima(signal: Signal, runs: Sequence[Sequence[np.ndarray]], chart: Mapping
 
 def _joint_limits(maxima: Mapping[str, tuple[list[float], list[float]]], alpha: float) -> dict[str, float]:
     """By signal, where its statistic reaches the one threshold of all."""
-    scales = dict(zip(maxima, member_scales([before for before, _ in maxima.values()]), strict=True))
+    scales = dict(zip(maxima, member_scales([before for before, _ in maxima.values()], _usual), strict=True))
     runs = zip(*(scales[name].of(np.array(after)) for name, (_, after) in maxima.items()), strict=True)
     threshold = conformal_threshold([max(run) for run in runs], alpha)
     return {name: scale.undone(threshold) for name, scale in scales.items()}
+
+
+def _usual(spread_M: np.ndarray) -> float:
+    """For a signal whose maxima are all equal: the median of the spreads that are not 0, else 0."""
+    spreads = spread_M[spread_M > 0]
+    return float(np.median(spreads)) if len(spreads) else 0.0

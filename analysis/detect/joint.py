@@ -8,7 +8,7 @@ set the one threshold, as for any detector: the map is monotone, so the promise 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,17 +35,24 @@ class Scale:
         return self.centre + self.spread * threshold
 
 
-def member_scales(maxima_MR: np.ndarray | Sequence[Sequence[float]]) -> tuple[Scale, ...]:
+def root_mean_square(spread_M: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(spread_M**2)))
+
+
+def member_scales(
+    maxima_MR: np.ndarray | Sequence[Sequence[float]], share: Callable[[np.ndarray], float] = root_mean_square
+) -> tuple[Scale, ...]:
     """The scale of each of M members from its path maxima in R reference runs.
 
-    A member whose maxima are all equal, but for rounding, takes the spread that members share; where that is 0 too,
-    spread 1. Raises ValueError for fewer than 2 runs and for maxima that are not finite.
+    A member whose maxima are all equal, but for rounding, takes the spread that members share, which ``share`` makes
+    of those of all (M,); where that is 0 too, spread 1. Raises ValueError for fewer than 2 runs and for maxima that are
+    not finite.
     """
     maxima_MR = np.asarray(maxima_MR, float)
     if maxima_MR.ndim != 2 or maxima_MR.shape[1] < 2 or not np.isfinite(maxima_MR).all():
         raise ValueError(f"maxima has shape {maxima_MR.shape}: (members, runs), at least 2 runs, finite, is needed")
     spread_M = np.where(np.ptp(maxima_MR, axis=1) <= mean_resolution(maxima_MR), 0.0, maxima_MR.std(axis=1, ddof=1))
-    shared = float(np.sqrt(np.mean(spread_M**2))) or 1.0
+    shared = share(spread_M) or 1.0
     few = maxima_MR.shape[1] < MIN_RUNS
     spreads = [shared if few or spread == 0 else float(spread) for spread in spread_M]
     return tuple(Scale(float(centre), spread) for centre, spread in zip(maxima_MR.mean(axis=1), spreads, strict=True))

@@ -17,23 +17,30 @@ class Strict(BaseModel):
 
 
 class SignalThreshold(Strict):
-    """One signal's. limit: its chart alarms strictly above; every_steps, bad: of the calibrated signal.
+    """One signal's. limit: its chart alarms strictly above; alone: what the limit would be without other signals;
+    every_steps, bad, jittered: of the calibrated signal; shape: layers and heads of its readings, None in a file of
+    another version.
 
     Of the reference track, positions (T,), steps, and centre and scale (T, layers); of the floor, expected.
     """
 
     limit: float
+    alone: float | None = None
     every_steps: int = Field(ge=1)
     bad: Literal["up", "down", "both"]
+    jittered: bool = False
+    shape: tuple[int, int] | None = None
     positions: tuple[int, ...] = ()
     centre: tuple[tuple[float, ...], ...] = ()
     scale: tuple[tuple[float, ...], ...] = ()
     expected: float = 0.0
 
-    def unlike(self, signal: Signal) -> str | None:
-        """How a signal differs from the calibrated one, or None."""
-        for field in ("every_steps", "bad"):
-            here, there = getattr(signal, field), getattr(self, field)
+    def unlike(self, signal: Signal, shape: tuple[int, ...]) -> str | None:
+        """How a signal whose readings have a shape (layers, heads) differs from the calibrated one, or None."""
+        differ = {field: (getattr(signal, field), getattr(self, field)) for field in ("every_steps", "bad", "jittered")}
+        if self.shape is not None:
+            differ["layers and heads"] = (shape, self.shape)
+        for field, (here, there) in differ.items():
             if here != there:
                 return f"{signal.name}: {field} is {here}, and was {there} in the runs that set its threshold"
         return None
@@ -43,7 +50,8 @@ class Thresholds(Strict):
     """runs: ids of the runs that set the thresholds, reference_runs: of those that set bands and scales.
 
     alpha: the probability that a healthy run of ``horizon_steps`` alarms at all (``joint``), or on a given signal;
-    track, chart: what is charted, and how (a node of ``conf/rule``); declined: by signal, why it has no threshold.
+    horizon_run: the shortest run, whose end that is; track, chart: what is charted, and how (a node of ``conf/rule``);
+    declined: by signal, why it has no threshold; model: of the runs, as an attached manifest has it, None for others.
     """
 
     schema_version: Literal[1] = 1
@@ -51,9 +59,11 @@ class Thresholds(Strict):
     reference_runs: tuple[str, ...] = ()
     alpha: float = Field(gt=0, lt=1)
     horizon_steps: int = Field(ge=1)
+    horizon_run: str = ""
     track: Literal["reference", "self", "floor"]
     chart: dict[str, Any]
     joint: bool
+    model: Mapping[str, Any] | None = None
     signals: Mapping[str, SignalThreshold]
     declined: Mapping[str, str] = Field(default_factory=dict)
 
@@ -61,6 +71,12 @@ class Thresholds(Strict):
     def per_million_steps(self) -> float:
         """False alarms of healthy training, at most, over all signals together."""
         return 1e6 * self.alpha / self.horizon_steps * (1 if self.joint else len(self.signals))
+
+    @property
+    def widest(self) -> tuple[str, float] | None:
+        """The signal whose limit the others raise most, and how many times; None where no limit is positive."""
+        ratios = {n: s.limit / s.alone for n, s in self.signals.items() if s.alone is not None and s.alone > 0}
+        return max(ratios.items(), key=lambda item: item[1], default=None)
 
     @classmethod
     def read(cls, path: Path) -> Thresholds:
@@ -74,6 +90,19 @@ class Thresholds(Strict):
             where = ".".join(map(str, first["loc"]))
             said = f"{where}: {first['msg']}" if where else first["msg"]
             raise ValueError(f"alarms={str(path)!r} is no file of foreshock calibrate: {said}") from None
+
+    @classmethod
+    def of_model(cls, path: Path, model: Mapping[str, Any] | None) -> Thresholds:
+        """``read``, for a model as an attached manifest has it. Raises ValueError too where the file is of another.
+
+        The number of parameters and of blocks tells them apart; a class may be wrapped.
+        """
+        made = cls.read(path)
+        for field in ("parameters", "blocks") if model is not None and made.model is not None else ():
+            here, there = model.get(field), made.model.get(field)  # type: ignore[union-attr]
+            if here != there:
+                raise ValueError(f"alarms={str(path)!r} is of another model: {field} is {here}, and was {there} there")
+        return made
 
     def write(self, path: Path) -> None:
         write_whole(path, (self.model_dump_json(indent=1) + "\n").encode())

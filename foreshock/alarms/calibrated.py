@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,11 +27,14 @@ class Calibrated:
 
     name = "calibrated"
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises ValueError, in one line, where the file is missing or is none of thresholds."""
-        self._path = Path(path)
+    def __init__(self, path: str | Path, model: Mapping[str, Any] | None = None) -> None:
+        """model: that is watched, as a manifest's ``attached`` has it, None for any.
+
+        Raises ValueError, in one line, where the file is missing, is none of thresholds, or is of another model.
+        """
+        self._path, self._model = Path(path), model
         self._seen = _mark(self._path)
-        self.thresholds = Thresholds.read(self._path)
+        self.thresholds = Thresholds.of_model(self._path, model)
         self.declined: dict[str, str] = {}
         self._forget()
 
@@ -42,32 +46,38 @@ class Calibrated:
     def reload(self) -> bool:
         """Read the file again where it has changed. Charts go on where only thresholds are new.
 
-        Raises ValueError for a changed file that is none of thresholds: the old ones stay.
+        Raises ValueError for a changed file that is none of thresholds or of another model: the old ones stay.
         """
         mark = _mark(self._path)
         if mark == self._seen:
             return False
         self._seen = mark
-        new = Thresholds.read(self._path)
+        new = Thresholds.of_model(self._path, self._model)
         if (new.track, new.chart) != (self.thresholds.track, self.thresholds.chart):
             self._forget()
         self.thresholds, self.declined = new, {}
         return True
 
+    @property
+    def known(self) -> frozenset[str]:
+        """The signals that it judges."""
+        return frozenset(self.thresholds.signals.keys() - self.declined.keys())
+
     def applies(self, signal: Signal) -> bool:
         return True  # a signal may enter with a file that changes
 
     def judge(self, readings: Sequence[HostReading]) -> dict[str, Breach]:
-        known = [reading for reading in readings if self._is_known(reading.signal)]
+        known = [reading for reading in readings if self._is_known(reading)]
         scores = self._own.z(known) if self.thresholds.track == SELF else {r.signal.name: self._z(r) for r in known}
         judged = ((name, self._breach(name, z)) for name, z in scores.items() if z is not None)
         return {name: breach for name, breach in judged if breach is not None}
 
-    def _is_known(self, signal: Signal) -> bool:
+    def _is_known(self, reading: HostReading) -> bool:
+        signal = reading.signal
         known = self.thresholds.signals.get(signal.name)
         if known is None or signal.name in self.declined:
             return False
-        reason = known.unlike(signal)
+        reason = known.unlike(signal, reading.value.shape)
         if reason is not None:
             self.declined[signal.name] = reason
         return reason is None

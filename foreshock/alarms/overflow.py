@@ -5,8 +5,24 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from torch import Tensor
+
 STORM = 3
 """Overflows within one growth interval that are a storm."""
+
+
+def is_enabled(scaler: Any) -> bool:
+    """Whether there is a scaler that scales; ``GradScaler(enabled=False)`` does nothing."""
+    return scaler is not None and (not hasattr(scaler, "is_enabled") or bool(scaler.is_enabled()))
+
+
+def skips(scaler: Any, loss: Tensor, grad_norm: Tensor) -> bool:
+    """Whether a GradScaler throws this step's gradients away: some are not finite. Asks the device, so it waits for it.
+
+    loss: of the batch; where it is not finite itself, no smaller scale helps, and this is no overflow. grad_norm:
+    of all gradients. False without a scaler, None, and for one that is not enabled.
+    """
+    return is_enabled(scaler) and bool(loss.isfinite().all()) and not bool(grad_norm.isfinite())
 
 
 class Overflows:
@@ -14,8 +30,8 @@ class Overflows:
 
     A healthy scaler doubles its scale after ``growth_interval`` clean updates (2,000) and halves it at an overflow. So
     one overflow a growth interval is its way of finding the largest scale, and the halvings before the first clean
-    update are its search at the start. Three overflows within one interval after that are a storm: the scale is being
-    driven down.
+    update are its search at the start, which ends at a scale below 1 at the latest: gradients that overflow there would
+    do so without a scaler. Three overflows within one interval after that are a storm: the scale is being driven down.
     """
 
     def __init__(self, scaler: Any) -> None:
@@ -31,6 +47,7 @@ class Overflows:
         if not fell:
             self._searching = False
             return None
+        self._searching &= scale >= 1
         if self._searching:
             return None
         self._steps.append(step)

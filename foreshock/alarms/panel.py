@@ -11,11 +11,12 @@ from foreshock.alarms.calibrated import Calibrated
 from foreshock.alarms.episodes import Episodes
 from foreshock.alarms.event import UNKNOWN, Event, TrainingAlarm
 from foreshock.alarms.evidence import Evidence
-from foreshock.alarms.overflow import Overflows
+from foreshock.alarms.overflow import Overflows, is_enabled
 from foreshock.alarms.reading import HostReading
 from foreshock.alarms.rules import Breach, Exact, NonFinite, Published, Rule, Self, Universal
 from foreshock.alarms.settings import RAISE, SNAPSHOT, Action, AlarmRules
 from foreshock.alarms.severity import OWN, REPORTED, REPORTS, Case, Row, row_of, runbook_path
+from foreshock.alarms.terminal import say
 from foreshock.experiments.validation import check_named
 from foreshock.monitors.signal import Signal
 
@@ -27,10 +28,13 @@ class Panel:
     """The live alarms of one run.
 
     signals: by name, with the monitor that reads each in ``monitors``; run: its name; folder: for ``alarms.jsonl`` and
-    evidence, None for neither; on_alarm: called with every event; actions: by severity.
-    Nothing that an action or a callback raises leaves ``read`` or ``report``, but for the action ``raise``.
+    evidence, None for neither; on_alarm: called with every event; actions: by severity; model: what the thresholds must
+    be of, as a manifest's ``attached`` has it.
+    Nothing that an action or a callback raises leaves ``read`` or ``report``, but for the action ``raise``; ``own`` may
+    be called inside a forward or a backward, so its alarm waits for the next ``read``, ``report`` or ``raise_kept``.
 
-    Raises ValueError where the file of thresholds is none, and for the action ``snapshot`` without a folder.
+    Raises ValueError where the file of thresholds is none or of another model, and for the action ``snapshot`` without
+    a folder.
     """
 
     def __init__(
@@ -43,51 +47,72 @@ class Panel:
         actions: Mapping[str, Sequence[Action]] | None = None,
         scaler: Any = None,
         terminal: TextIO | None = sys.stderr,
+        model: Mapping[str, Any] | None = None,
     ) -> None:
         self._signals, self._run, self._folder, self._terminal = signals, run, folder, terminal
         self._on_alarm, self._actions = tuple(on_alarm), dict(actions or {})
         if folder is None and any(SNAPSHOT in of_severity for of_severity in self._actions.values()):
             raise ValueError("actions='snapshot' is not allowed without out=: it needs a folder")
-        self._calibrated = None if settings.thresholds is None else Calibrated(settings.thresholds)
+        self._calibrated = None if settings.thresholds is None else Calibrated(settings.thresholds, model)
         self._rules = rules_of(settings, [signal for _, signal in signals.values()], self._calibrated)
-        described = [signal for _, signal in signals.values()]
-        self._applies = {rule.name: {s.name for s in described if rule.applies(s)} for rule in self._rules}
+        self._assign()
         self._episodes = Episodes()
-        self._overflows = None if scaler is None else Overflows(scaler)
+        self._overflows = Overflows(scaler) if is_enabled(scaler) else None
         self._evidence = None if folder is None else Evidence(folder / EVIDENCE)
         self._declined: set[str] = set()
+        self._fatal: list[Event] = []
         self.events: list[Event] = []
 
     events: list[Event]
     """Of the run so far."""
 
-    def read(self, step: int, readings: list[HostReading], batch: Any = None) -> list[Event]:
-        """Judge the readings of a step; the events that they raise. Raises TrainingAlarm for the action ``raise``."""
+    def read(self, step: int, readings: list[HostReading], batch: Any = None, proven: bool = True) -> list[Event]:
+        """Judge the readings of a step; the events that they raise. Raises TrainingAlarm for the action ``raise``.
+
+        proven: whether predictions of rounding are known to hold in this arithmetic (``alarms.proven``). A rule that
+        raises is switched off, with an alarm.
+        """
         if self._evidence is not None:
             self._evidence.keep(step, readings, batch)
         events = self._reloaded(step)
-        events += [event for rule in self._rules for event in self._judged(rule, readings)]
+        for rule in list(self._rules):
+            if isinstance(rule, Universal):
+                rule.proven = proven
+            events += self._judged_or_off(step, rule, readings)
         events += self._news_of_declined(step)
         storm = None if self._overflows is None else self._overflows.update(step)
         if storm is not None:
             events.append(self._event(step, OWN, "overflow_storm", storm))
         self._told(events)
+        self.raise_kept()
         return events
 
     def report(self, step: int, kind: str, message: str = "", value: float | None = None) -> Event:
         """An event of the training loop itself (``REPORTS``). Raises ValueError for another kind; TrainingAlarm."""
         check_named([kind], REPORTS, "report")
-        return self._told([self._event(step, REPORTED, kind, message, value)])[0]
+        event = self._event(step, REPORTED, kind, message, value)
+        self._told([event])
+        self.raise_kept()
+        return event
 
     def own(self, step: int, kind: str, message: str) -> Event:
-        """An event that befell the watch."""
-        return self._told([self._event(step, OWN, kind, message)])[0]
+        """An event that befell the watch; raises nothing."""
+        event = self._event(step, OWN, kind, message)
+        self._told([event])
+        return event
+
+    def raise_kept(self) -> None:
+        """Raises TrainingAlarm of the first alarm since the last call whose action is ``raise``, if any."""
+        fatal, self._fatal = self._fatal, []
+        if fatal:
+            raise TrainingAlarm(fatal[0])
 
     def _reloaded(self, step: int) -> list[Event]:
         if self._calibrated is None:
             return []
         try:
-            self._calibrated.reload()
+            if self._calibrated.reload():
+                self._assign()
         except ValueError as error:
             return [self._event(step, OWN, "thresholds_unreadable", f"{error}; the old ones stay")]
         return []
@@ -97,7 +122,28 @@ class Panel:
         declined = {} if self._calibrated is None else self._calibrated.declined
         news = sorted(declined.keys() - self._declined)
         self._declined |= declined.keys()
+        if news:
+            self._assign()
         return [self._event(step, OWN, "threshold_not_used", declined[name]) for name in news]
+
+    def _assign(self) -> None:
+        """Say which signals each rule judges; the rule ``self`` has those that ``calibrated`` has not."""
+        for rule in self._rules:
+            if isinstance(rule, Self):
+                rule.leave_to(() if self._calibrated is None else self._calibrated.known)
+        described = [signal for _, signal in self._signals.values()]
+        self._applies = {rule.name: {s.name for s in described if rule.applies(s)} for rule in self._rules}
+
+    def _judged_or_off(self, step: int, rule: Rule, readings: Sequence[HostReading]) -> list[Event]:
+        try:
+            return self._judged(rule, readings)
+        except Exception as error:
+            self._rules.remove(rule)
+            if rule is self._calibrated:
+                self._calibrated = None
+                self._assign()
+            reason = f"the rule {rule.name} is switched off, it raised {type(error).__name__}: {error}"
+            return [self._event(step, OWN, "rule_failed", reason)]
 
     def _judged(self, rule: Rule, readings: Sequence[HostReading]) -> list[Event]:
         """The events of a rule at a step, one an episode."""
@@ -153,26 +199,21 @@ class Panel:
             message=" ".join(message.split()),
         )
 
-    def _told(self, events: list[Event]) -> list[Event]:
-        """Tell every event, then act on each. Raises TrainingAlarm at the end, of the first that asks for it."""
+    def _told(self, events: list[Event]) -> None:
+        """Tell every event, then act on each, and keep those whose action is ``raise``."""
         for event in events:
             self._say(event)
-        fatal = [event for event in events if self._acted(event)]
-        if fatal:
-            raise TrainingAlarm(fatal[0])
-        return events
+        self._fatal += [event for event in events if self._acted(event)]
 
     def _say(self, event: Event) -> None:
         self.events.append(event)
-        if self._terminal is not None:
-            print(f"foreshock: {event.line()}", file=self._terminal)
+        say(event.line(), self._terminal)
         if self._folder is not None:
             try:
                 with open(self._folder / FILE, "a", encoding="utf-8") as file:
                     file.write(event.json() + "\n")
             except OSError as error:
-                if self._terminal is not None:
-                    print(f"foreshock: {self._folder / FILE} cannot be written: {error.strerror}", file=self._terminal)
+                say(f"{self._folder / FILE} cannot be written: {error.strerror}", self._terminal)
 
     def _acted(self, event: Event) -> bool:
         """Do what is asked for this severity; whether to raise afterwards. What fails is an event without actions."""
@@ -191,7 +232,7 @@ class Panel:
 
 def rules_of(settings: AlarmRules, signals: Sequence[Signal], calibrated: Calibrated | None) -> list[Rule]:
     """The rules that are asked for, NaN first."""
-    known = () if calibrated is None else tuple(calibrated.thresholds.signals)
+    known = () if calibrated is None else calibrated.known
     made: dict[str, Rule] = {
         "non_finite": NonFinite(),
         "exact": Exact(),

@@ -5,7 +5,7 @@ A value that is not finite breaks ``non_finite`` and is a missing sample for the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -133,7 +133,7 @@ class Levels:
     """The level of each look of a rule that spends a budget on the signals that it ``applies`` to, alike on each."""
 
     def __init__(self, budget: Budget, signals: int) -> None:
-        self.budget, self._signals = budget, max(1, signals)
+        self.budget, self.signals = budget, signals
         self._before: dict[str, int] = {}
 
     def of(self, reading: HostReading, sides: int = 1) -> float:
@@ -141,19 +141,20 @@ class Levels:
         signal, step = reading.signal, reading.step
         before = self._before.get(signal.name, 0)
         self._before[signal.name] = step
-        return self.budget.a_look(step, before, signal.every_steps, sides * reading.value.size, self._signals)
+        return self.budget.a_look(step, before, signal.every_steps, sides * reading.value.size, max(1, self.signals))
 
 
 class Universal(OneByOne):
     """``universal``: a ratio to predicted noise above the number that its prediction gives by itself.
 
     z with 2 (1 - Phi(z)) = the level of a look (``Budget``, ``analysis.detect.tracks.universal_threshold``). The rate
-    is at most that of the budget, as far as the prediction is right.
+    is at most that of the budget where the prediction is right (``proven``, of the present readings), else unknown.
     """
 
     name = "universal"
 
     def __init__(self, budget: Budget, signals: Sequence[Signal]) -> None:
+        self.proven = True
         self._levels = Levels(budget, sum(self.applies(signal) for signal in signals))
 
     def applies(self, signal: Signal) -> bool:
@@ -167,8 +168,8 @@ class Universal(OneByOne):
         index = int(np.nanargmax(x))
         return Breach(index, float(x.flat[index]), threshold, "above")
 
-    def per_million_steps(self, step: int) -> float:
-        return self._levels.budget.per_million_steps(step)
+    def per_million_steps(self, step: int) -> float | None:
+        return self._levels.budget.per_million_steps(step) if self.proven else None
 
 
 class OwnPast:
@@ -213,11 +214,16 @@ class Self:
     name = "self"
 
     def __init__(
-        self, budget: Budget, signals: Sequence[Signal], calibrated: Sequence[str] = (), warmup_steps: int = 0
+        self, budget: Budget, signals: Sequence[Signal], calibrated: Collection[str] = (), warmup_steps: int = 0
     ) -> None:
-        self._calibrated, self._warmup_steps = frozenset(calibrated), warmup_steps
-        self._levels = Levels(budget, sum(self.applies(signal) for signal in signals))
-        self._own = OwnPast()
+        self._warmup_steps, self._signals = warmup_steps, tuple(signals)
+        self._levels, self._own = Levels(budget, 0), OwnPast()
+        self.leave_to(calibrated)
+
+    def leave_to(self, calibrated: Collection[str]) -> None:
+        """Judge all signals but those that have a threshold of their own from now on."""
+        self._calibrated = frozenset(calibrated)
+        self._levels.signals = sum(self.applies(signal) for signal in self._signals)
 
     def applies(self, signal: Signal) -> bool:
         return signal.kind in (LEVEL, RATIO) and signal.name not in self._calibrated

@@ -17,12 +17,14 @@ from foreshock.writers.base import Writer, scalars
 
 
 class Live:
-    """Alarms and writers of one run, whose name is ``run``.
+    """Alarms and writers of one run, whose name is ``run``; model: its ``model_facts``.
 
     With either of them, each step that has readings copies them to the host once.
     """
 
-    def __init__(self, options: Options, monitors: Mapping[str, Monitor], run: str) -> None:
+    def __init__(
+        self, options: Options, monitors: Mapping[str, Monitor], run: str, model: Mapping[str, Any] | None = None
+    ) -> None:
         described = {signal.name: (name, signal) for name, monitor in monitors.items() for signal in monitor.signals}
         self._signals = {name: signal for name, (_, signal) in described.items()}
         self._writers = list(options.writers)
@@ -38,22 +40,32 @@ class Live:
                 actions_of(options.actions),
                 options.scaler,
                 None if options.quiet else sys.stderr,
+                model,
             )
 
-    def read(self, step: int, readings: Mapping[str, Reading], batch: Any) -> None:
-        """batch: the rows that the watch keeps. Raises TrainingAlarm where an action asks for it."""
+    def read(self, step: int, readings: Mapping[str, Reading], batch: Any, proven: bool = True) -> None:
+        """batch: the rows that the watch keeps; proven: as of ``Panel.read``.
+
+        Raises TrainingAlarm where an action asks for it.
+        """
         if self.panel is None and not self._writers:
             return
         found = on_host(step, readings, self._signals)
         values = scalars(found) if self._writers else {}
-        self._each(step, lambda writer: writer.add(step, values))
+        if found:
+            self._each(step, lambda writer: writer.add(step, values))
         if self.panel is not None:
-            self.panel.read(step, found, batch)
+            self.panel.read(step, found, batch, proven)
 
     def own(self, step: int, kind: str, message: str) -> None:
-        """Something befell the watch (``alarms.severity``)."""
+        """Something befell the watch (``alarms.severity``); raises nothing."""
         if self.panel is not None:
             self.panel.own(step, kind, message)
+
+    def raise_kept(self) -> None:
+        """Raises TrainingAlarm where an action asked for it outside ``read``."""
+        if self.panel is not None:
+            self.panel.raise_kept()
 
     def close(self, step: int) -> None:
         self._each(step, lambda writer: writer.close())

@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ import torch
 from torch import Tensor
 
 from foreshock.alarms.event import Event, TrainingAlarm
+from foreshock.alarms.overflow import skips
+from foreshock.alarms.proven import is_proven
+from foreshock.alarms.terminal import say
 from foreshock.attaching.live import Live
 from foreshock.attaching.loss_scale import loss_scale
+from foreshock.attaching.model_facts import model_facts
 from foreshock.attaching.options import Options
 from foreshock.attaching.own_pass import run_again
 from foreshock.attaching.sight import Sight
@@ -38,7 +43,8 @@ class AttachedWatch:
     steps: how often ``step`` was called; readings: of the last step that had any, by signal, on the device; seen: the
     last step of each signal that has had a reading;
     monitors: names of those that read; declined: by monitor, or ``<monitor>.over_noise``, why it does not read;
-    tracebacks: of monitors that raised and were switched off; stopped: why the watch has stopped itself, or None;
+    tracebacks: of monitors and functions of readings that raised and were switched off; stopped: why the watch has
+    stopped itself, or None;
     alarms: the events so far.
     """
 
@@ -55,13 +61,14 @@ class AttachedWatch:
         self.declined, self.tracebacks = dict(declined), {}
         self.readings: dict[str, Reading] = {}
         self.seen: dict[str, int] = {}
-        self._monitors, self._options = dict(monitors), options
+        self._monitors, self._options, self._listeners = dict(monitors), options, list(options.listeners)
         self._watch = Watch(anatomy, optimizer, monitors)
         self._optimizer = optimizer
         self._closers: list[Callable[[], Any]] = []
         self._closed = False
         self._writer = None if options.out is None else TraceWriter(options.out, anatomy, monitors, nodes)
-        self._live = Live(options, monitors, _named(anatomy) if options.out is None else Path(options.out).name)
+        name = _named(anatomy) if options.out is None else Path(options.out).name
+        self._live = Live(options, monitors, name, model_facts(anatomy))
         self._watch.record(0)
         self._sight = Sight(anatomy, optimizer, self._wanted, options.rows, options.scaler, self._failed)
 
@@ -100,12 +107,14 @@ class AttachedWatch:
     def step(self, loss: Tensor | float) -> dict[str, Reading]:
         """Read the update that has just been made; its readings by signal, empty where none is due.
 
+        A step whose gradients the GradScaler throws away has no readings, and no monitor remembers it.
         loss: of the batch, mean nats a token. Raises ValueError where no backward has reached the model since the last
         call, or after ``close``; ``foreshock.TrainingAlarm`` where an alarm's action is ``raise``, and nothing else.
         """
         if self._closed:
             raise ValueError("watch.step(loss): the watch is closed; attach again")
         if self.stopped is not None:
+            self._live.raise_kept()
             return {}
         if not self._sight.backwards:
             raise ValueError(
@@ -113,27 +122,30 @@ class AttachedWatch:
                 "after loss.backward() and optimizer.step()"
             )
         self.steps += 1
+        readings: dict[str, Reading] = {}
         try:
-            return self._read(torch.as_tensor(loss).detach())
+            readings = self._read(torch.as_tensor(loss).detach())
         except TrainingAlarm:
             raise
         except Exception as error:
             self._failed(error)
-            return {}
         finally:
             self._sight.next_step()
+        self._live.raise_kept()
+        return readings
 
     def close(self) -> None:
         """Write what is left, and take every hook off. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        self._sight.close()
-        if self._writer is not None and self.stopped is None:
-            self._kept(lambda: self._writer.close(self.steps, self._sight.tokens))  # type: ignore[union-attr]
-        self._live.close(self.steps)
-        for closer in self._closers:
-            closer()
+        with ExitStack() as last:  # calls every closer, whatever another raises
+            for closer in reversed(self._closers):
+                last.callback(closer)
+            self._sight.close()
+            if self._writer is not None and self.stopped is None:
+                self._kept(lambda: self._writer.close(self.steps, self._sight.tokens))  # type: ignore[union-attr]
+            self._live.close(self.steps)
 
     def when_closed(self, call: Callable[[], Any]) -> None:
         self._closers.append(call)
@@ -159,6 +171,11 @@ class AttachedWatch:
         return self.anatomy.moe is not None and any("routings" in self._monitors[name].needs.view for name in due)
 
     def _read(self, loss: Tensor) -> dict[str, Reading]:
+        assert self._sight.grad_norm is not None
+        if skips(self._options.scaler, loss, self._sight.grad_norm):
+            self._watch.record(self.steps)
+            self._live.read(self.steps, {}, self._sight.watched)  # where a storm of them is told
+            return {}
         self._reading = True
         try:
             due = self._readable(self._due())
@@ -174,7 +191,7 @@ class AttachedWatch:
         if readings:
             self.readings = readings
             self.seen |= dict.fromkeys(readings, self.steps)
-            self._pass_on(readings)
+            self._pass_on(readings, is_proven(view.taps))
         return readings
 
     def _readable(self, due: list[str]) -> list[str]:
@@ -258,12 +275,25 @@ class AttachedWatch:
             self.declined[name] = reason
             self._say(f"step {self.steps}: {name} declines: {reason}")
 
-    def _pass_on(self, readings: Mapping[str, Reading]) -> None:
+    def _pass_on(self, readings: Mapping[str, Reading], proven: bool) -> None:
         if self._writer is not None:
             self._kept(lambda: self._writer.add(self.steps, self._sight.tokens, readings))  # type: ignore[union-attr]
-        for listener in self._options.listeners:
-            listener(self.steps, readings)
-        self._live.read(self.steps, readings, self._sight.watched)
+        self._listened(readings)
+        self._live.read(self.steps, readings, self._sight.watched, proven)
+
+    def _listened(self, readings: Mapping[str, Reading]) -> None:
+        """Call every function of readings; one that raises is left out from then on, and training goes on."""
+        for listener in list(self._listeners):
+            try:
+                listener(self.steps, readings)
+            except Exception as error:
+                self._listeners.remove(listener)
+                name = getattr(listener, "__name__", type(listener).__name__)
+                self.tracebacks[name] = traceback.format_exc()
+                said = " ".join(str(error).split())
+                reason = f"on_readings: {name} is switched off, it raised {type(error).__name__}: {said}"
+                self._say(f"step {self.steps}: {reason}")
+                self._live.own(self.steps, "listener_failed", reason)
 
     def _kept(self, write: Callable[[], Any]) -> None:
         """Write to the disk; where that fails, training goes on and the watch stops itself."""
@@ -286,7 +316,7 @@ class AttachedWatch:
 
     def _say(self, line: str) -> None:
         if not self._options.quiet:
-            print(f"foreshock: {line}", file=sys.stderr)
+            say(line, sys.stderr)
 
 
 def _untouched(taps: Taps, places: frozenset[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from foreshock.attaching.model_facts import model_facts
 from foreshock.experiments import trace
 from foreshock.experiments.training.recorder import Recorder
 from foreshock.models.anatomy import Anatomy
@@ -64,12 +65,11 @@ class TraceWriter:
 
 def _manifest(name: str, anatomy: Anatomy, monitors: Mapping[str, Monitor], nodes: Mapping[str, Any]) -> dict[str, Any]:
     model = anatomy.model
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device
     return {
         "schema": trace.SCHEMA_VERSION,
         "run_id": name,
-        "attached": {"model": type(model).__name__, "parameters": parameters, "blocks": len(anatomy.blocks)},
+        "attached": model_facts(anatomy),
         "config": {"monitor": dict(nodes), "train": {"steps": 0}},
         "onset_step": None,
         "seed": None,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import foreshock
+from foreshock.attaching.sight import Sight
+from foreshock.attaching.writer import TraceWriter
 from foreshock.models.anatomies import attention_capture
 from foreshock.monitors.optimization import GradientNorm
+from tests.alarms.readings import panel
 from tests.attaching.loops import batches, gpt, same, train
 
 BROKEN_FROM, LAYER, HEAD = 3, 1, 1
@@ -60,6 +66,11 @@ def test_a_broken_gradient_is_named_by_law_layer_head_and_step(tmp_path, monkeyp
     assert [json.loads(event.json()) for event in seen] == lines and watch.alarms == seen
 
 
+def next_loss(model):
+    batch = batches(1)[0]
+    return model(batch[:, :-1], batch[:, 1:])[1]
+
+
 def test_a_nan_raises_where_the_loop_asked_for_it(tmp_path):
     model = gpt()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -97,8 +108,36 @@ def test_what_befalls_the_watch_is_an_alarm(tmp_path, monkeypatch):
     (event,) = train(gpt(), True, profile="icu", alarms=foreshock.AlarmRules(("exact",))).watch.alarms
     assert (event.signal, event.severity, event.step) == ("monitor_failed", "SEV1", 1)
     assert "gradient_norm is switched off, it raised RuntimeError: wrong" in event.message
-    watch = train(gpt(), True, monitors="loss", on_readings=listener, alarms=foreshock.AlarmRules(("exact",))).watch
-    assert [(event.signal, event.severity) for event in watch.alarms] == [("monitoring_blackout", "SEV0")]
+    called = []
+    listeners = [listener, lambda step, _: called.append(step)]
+    watch = train(gpt(), True, monitors="loss", on_readings=listeners, alarms=foreshock.AlarmRules(("exact",))).watch
+    assert [(event.signal, event.severity, event.step) for event in watch.alarms] == [("listener_failed", "SEV1", 1)]
+    assert watch.stopped is None and called == list(range(1, watch.steps + 1)) and "listener" in watch.tracebacks
+
+
+class BrokenPipe(io.StringIO):
+    def write(self, _):
+        raise BrokenPipeError("broken pipe")
+
+
+def test_a_broken_terminal_stops_nothing(monkeypatch):
+    def broken(self, view):
+        raise RuntimeError("wrong")
+
+    monkeypatch.setattr(GradientNorm, "observe", broken)
+    model, closed = gpt(), io.StringIO()
+    closed.close()
+    for terminal in (BrokenPipe(), closed, None):
+        assert panel(terminal=terminal).own(1, "action_failed", "x").message == "x"
+        optimizer = torch.optim.AdamW(model.parameters())
+        with foreshock.attach(model, optimizer, profile="icu") as watch:
+            monkeypatch.setattr(sys, "stderr", terminal)
+            loss = next_loss(model)
+            loss.backward()
+            watch.step(loss)
+            assert watch.stopped is None and "monitor_failed" in [event.signal for event in watch.alarms]
+        monkeypatch.undo()
+        monkeypatch.setattr(GradientNorm, "observe", broken)
 
 
 def test_a_report_of_the_loop_and_alarms_that_are_off():
@@ -112,3 +151,88 @@ def test_a_report_of_the_loop_and_alarms_that_are_off():
     with pytest.raises(ValueError, match="alarms=False"):
         silent.report("stall")
     silent.close()
+
+
+def test_what_a_hook_raises_asks_step_to_raise_and_leaves_the_backward_alone(monkeypatch):
+    def broken(self, arguments, named):
+        raise RuntimeError("wrong")
+
+    monkeypatch.setattr(Sight, "_keep", broken)
+    model = gpt()
+    watch = foreshock.attach(model, torch.optim.AdamW(model.parameters()), quiet=True, profile="icu", actions="raise")
+    loss = next_loss(model)
+    loss.backward()
+    assert [(event.signal, event.severity) for event in watch.alarms] == [("monitoring_blackout", "SEV0")]
+    with pytest.raises(foreshock.TrainingAlarm, match="RuntimeError: wrong"):
+        watch.step(loss)
+    assert watch.step(loss) == {}  # told once
+    watch.close()
+
+
+def test_close_raises_no_alarm_and_calls_every_closer(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    model, called = gpt(), []
+    watch = foreshock.attach(
+        model,
+        torch.optim.AdamW(model.parameters()),
+        quiet=True,
+        profile="icu",
+        actions="raise",
+        out=tmp_path / "run",
+        alarms=foreshock.AlarmRules(("exact",)),
+    )
+    watch.when_closed(lambda: called.append(1))
+    watch.when_closed(lambda: 1 / 0)
+    watch.when_closed(lambda: called.append(2))
+    loss = next_loss(model)
+    loss.backward()
+    watch.step(loss)
+    monkeypatch.setattr(TraceWriter, "close", full)
+    with pytest.raises(ZeroDivisionError):
+        watch.close()
+    assert called == [1, 2] and [event.signal for event in watch.alarms] == ["out_folder"]
+
+
+def scaled_steps(model, scaler, factors, optimizer, **options):
+    """Steps with a scaler, the gradients of each multiplied by a factor; the watch."""
+    watch = foreshock.attach(model, optimizer, quiet=True, every_steps=1, scaler=scaler, **options)
+    for factor in factors:
+        loss = next_loss(model)
+        loss.register_hook(partial(torch.mul, factor))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        watch.step(loss)
+        optimizer.zero_grad()
+    watch.close()
+    return watch
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_of_the_scaler_is_no_alarm_and_leaves_no_trace_in_later_readings(tmp_path, fused):
+    model, scaler = gpt(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    seen = []
+    watch = scaled_steps(
+        model,
+        scaler,
+        [float("inf"), 1, 1, float("nan"), 1, 1],
+        torch.optim.AdamW(model.parameters(), 1e-3, fused=fused),
+        out=tmp_path / "run",
+        on_readings=lambda step, readings: seen.append((step, readings)),
+        alarms=foreshock.AlarmRules(("non_finite", "exact")),
+    )
+    assert scaler.get_scale() == 2.0**8  # both were overflows
+    assert watch.alarms == [] and watch.stopped is None and not watch.tracebacks
+    assert [step for step, _ in seen] == [2, 3, 5, 6] and watch.steps == 6
+    assert all(readings["grad_spike_score"].isfinite() for _, readings in seen)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_what_no_scaler_mends_is_an_alarm(enabled):
+    model, scaler = gpt(), torch.amp.GradScaler("cpu", init_scale=8.0, enabled=enabled)
+    factors = [float("inf")] * (7 if enabled else 1)
+    watch = scaled_steps(model, scaler, factors, torch.optim.AdamW(model.parameters()), profile="icu")
+    said = [(event.signal, event.severity) for event in watch.alarms if event.severity == "SEV0"]
+    assert said == [("overflow_storm", "SEV0")] if enabled else ("nan_inf_events", "SEV0") in said

@@ -118,6 +118,12 @@ def test_an_overflow_storm_is_three_halvings_after_the_first_clean_update():
     assert said[:3] == [None] * 3 and "3 overflows from step 2 to 4" in said[3] and said[4] is None
 
 
+def test_a_search_ends_below_scale_1():
+    overflows = Overflows(Scaler(4, 2, 1, 0.5, 0.25, 0.125))
+    said = [overflows.update(step) for step in range(1, 6)]
+    assert said[:4] == [None] * 4 and "3 overflows from step 3 to 5" in said[4]
+
+
 def test_halvings_a_growth_interval_apart_are_no_storm():
     overflows = Overflows(Scaler(64, 64, *(scale for _ in range(5) for scale in (32, 64))))
     assert not any(overflows.update(1 + 60 * i) for i in range(10))

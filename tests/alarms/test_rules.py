@@ -1,17 +1,22 @@
 """Each rule by itself, the charts that go on from sample to sample, and the re-arm rule."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from foreshock.alarms.episodes import REARM_READINGS
 from foreshock.alarms.event import UNKNOWN
 from foreshock.alarms.online_charts import chart_of
+from foreshock.alarms.proven import is_proven
+from foreshock.alarms.rules import Universal
 from foreshock.alarms.settings import AlarmRules
 from foreshock.analysis.detect.calibration import ONLINE_CHARTS
 from foreshock.analysis.detect.rules import make_rule
 from foreshock.analysis.runs.conf import conf
+from foreshock.models.anatomies.attention_call import AttentionCall
 from foreshock.monitors.law import Law
 from foreshock.monitors.signal import EXACT, RATIO, Signal
 from tests.alarms.readings import events_of, panel, reading
@@ -112,3 +117,38 @@ def test_the_self_rule_is_silent_on_noise_and_sees_a_jump_after_the_warm_up():
 def test_a_clock_is_not_judged_by_its_own_past():
     clock = Signal("step_time", "s", "up", family="efficiency", kind="clock")
     assert not events_of(panel(clock, settings=AlarmRules(warmup_steps=0)), clock, [1.0] * 40 + [100.0])
+
+
+def test_a_prediction_that_is_not_proven_has_no_rate():
+    (event,) = panel(LAW).read(10, [reading(LAW, 10, 40.0)], proven=False)
+    assert event.rule == "universal" and event.expected_false_alarms_per_million_steps == UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "proven"),
+    [
+        ("PyTorch's flash", torch.bfloat16, True),
+        ("PyTorch's flash", torch.float32, False),
+        ("PyTorch's other", torch.bfloat16, False),
+        ("reference", None, True),
+    ],
+)
+def test_which_arithmetic_is_proven(kernel, dtype, proven):
+    taps = SimpleNamespace(
+        places=frozenset({"dot_product"}),
+        at=lambda _: {
+            "h.0": SimpleNamespace(call=AttentionCall(kernel, dtype=dtype)),
+            "h.1": SimpleNamespace(call=None),
+        },
+    )
+    assert is_proven(taps) is proven
+
+
+def test_a_rule_that_raises_is_switched_off_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr(Universal, "judge", lambda *_: 1 / 0)
+    watched = panel(LAW, COUNT)
+    events = watched.read(10, [reading(LAW, 10, 40.0), reading(COUNT, 10, 1.0)])
+    count, event = sorted(events, key=lambda event: event.rule)
+    assert (event.signal, event.severity) == ("rule_failed", "SEV1") and "universal is switched off" in event.message
+    assert count.rule == "exact"
+    assert not watched.read(20, [reading(LAW, 20, 40.0)])
