@@ -212,7 +212,21 @@ class AttachedWatch:
         )
 
     def _reached(self, due: list[str], view: StepView) -> list[str]:
-        """Without those that tap a module which no gradient reaches."""
+        """Without those that tap a module which no gradient reaches, or one that a hook could not look at."""
+        for name in due:
+            module, error = next(
+                (
+                    (m, tap.failure)
+                    for place in self._monitors[name].needs.taps
+                    if place in view.taps.places
+                    for m, tap in view.taps.at(place).items()
+                    if tap.failure is not None
+                ),
+                ("", None),
+            )
+            if error is not None:
+                self._lose(name, error, f"it cannot look at {module}: ")
+        due = [name for name in due if name in self._monitors]
         untouched = _untouched(view.taps, self._watch.places(due))
         for name in due:
             module = next((untouched[place] for place in self._monitors[name].needs.taps if place in untouched), None)
@@ -233,12 +247,15 @@ class AttachedWatch:
         except Unreadable as reason:
             self._decline(name, str(reason), off=False)
         except Exception as error:
-            self.tracebacks[name] = traceback.format_exc()
-            said = " ".join(str(error).split())
-            self._decline(name, f"switched off, it raised {type(error).__name__}: {said} (watch.tracebacks[{name!r}])")
-            kind = "monitor_failed" if self._monitors else "monitoring_blackout"
-            self._live.own(self.steps, kind, f"{name} is switched off, it raised {type(error).__name__}: {said}")
+            self._lose(name, error, "it raised ")
         return {}
+
+    def _lose(self, name: str, error: Exception, how: str) -> None:
+        """Switch a monitor off for what was raised in it, and keep the traceback."""
+        self.tracebacks[name] = "".join(traceback.format_exception(error))
+        said = f"switched off, {how}{type(error).__name__}: {' '.join(str(error).split())}"
+        self._decline(name, f"{said} (watch.tracebacks[{name!r}])")
+        self._live.own(self.steps, "monitor_failed" if self._monitors else "monitoring_blackout", f"{name} is {said}")
 
     def _note_unpredicted(self, name: str, view: StepView, readings: Mapping[str, Reading]) -> None:
         """Say once that a kernel's laws have no prediction beside them."""
