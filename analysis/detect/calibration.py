@@ -136,7 +136,7 @@ def _judged(
     band = _band(signal, track, before)
     sides = [oriented(band.z(aligned[run.run_id]), signal.bad) for run in calibration]
     left_out = [oriented(z, signal.bad) for z in (left_out_z(before) if track == REFERENCE else map(band.z, before))]
-    known = {"limit": 0.0, "every_steps": signal.every_steps, "bad": signal.bad}
+    known = {"limit": 0.0, "every_steps": signal.every_steps, "bad": signal.bad, "jittered": signal.jittered}
     if isinstance(band, ReferenceBand):
         known |= {"positions": band.positions.tolist(), "centre": band.centre.tolist(), "scale": band.scale.tolist()}
     if isinstance(band, Floor):

@@ -17,7 +17,8 @@ class Strict(BaseModel):
 
 
 class SignalThreshold(Strict):
-    """One signal's. limit: its chart alarms strictly above; every_steps, bad: of the calibrated signal.
+    """One signal's. limit: its chart alarms strictly above; every_steps, bad, jittered: of the calibrated signal, None
+    for jittered where an older file does not say.
 
     Of the reference track, positions (T,), steps, and centre and scale (T, layers); of the floor, expected.
     """
@@ -25,6 +26,7 @@ class SignalThreshold(Strict):
     limit: float
     every_steps: int = Field(ge=1)
     bad: Literal["up", "down", "both"]
+    jittered: bool | None = None
     positions: tuple[int, ...] = ()
     centre: tuple[tuple[float, ...], ...] = ()
     scale: tuple[tuple[float, ...], ...] = ()
@@ -32,9 +34,9 @@ class SignalThreshold(Strict):
 
     def unlike(self, signal: Signal) -> str | None:
         """How a signal differs from the calibrated one, or None."""
-        for field in ("every_steps", "bad"):
+        for field in ("every_steps", "bad", "jittered"):
             here, there = getattr(signal, field), getattr(self, field)
-            if here != there:
+            if there is not None and here != there:
                 return f"{signal.name}: {field} is {here}, and was {there} in the runs that set its threshold"
         return None
 

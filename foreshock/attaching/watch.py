@@ -130,7 +130,7 @@ class AttachedWatch:
         self._closed = True
         self._sight.close()
         if self._writer is not None and self.stopped is None:
-            self._kept(lambda: self._writer.close(self.steps, self._sight.tokens))  # type: ignore[union-attr]
+            self._kept(lambda: self._writer.close(self.steps, self._sight.tokens, self._ended))  # type: ignore[union-attr]
         self._live.close(self.steps)
         for closer in self._closers:
             closer()
@@ -141,7 +141,9 @@ class AttachedWatch:
     def __enter__(self) -> AttachedWatch:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: Any) -> None:
+        if kind is not None:
+            self._ended = "failed" if issubclass(kind, Exception) else "interrupted"
         self.close()
 
     def _due(self) -> list[str]:
@@ -149,6 +151,7 @@ class AttachedWatch:
         return [name for name in self._watch.due(now) if name in self._monitors]
 
     _reading = False
+    _ended = "completed"
 
     def _wanted(self) -> tuple[frozenset[str], bool]:
         """What the next step's monitors tap, and whether one asks for routings."""
@@ -288,6 +291,8 @@ class AttachedWatch:
             write()
         except OSError as error:
             self._stop("out_folder", f"its folder cannot be written: {error}")
+        except Exception as error:
+            self._failed(error)
 
     def _failed(self, error: Exception) -> None:
         self.tracebacks["watch"] = "".join(traceback.format_exception(error))
