@@ -29,7 +29,8 @@ from foreshock.monitors.base import Monitor, Reading, StepView
 from foreshock.monitors.unreadable import Unreadable
 from foreshock.monitors.watch import Watch
 
-TABLE_WIDTH = 100
+MOST_SAID = 200
+"""Characters of an error that are said; ``tracebacks`` has it whole."""
 
 
 class AttachedWatch:
@@ -60,8 +61,8 @@ class AttachedWatch:
         self._optimizer = optimizer
         self._closers: list[Callable[[], Any]] = []
         self._closed = False
-        self._writer = None if options.out is None else TraceWriter(options.out, anatomy, monitors, nodes)
         self._live = Live(options, monitors, _named(anatomy) if options.out is None else Path(options.out).name)
+        self._writer = None if options.out is None else TraceWriter(options.out, anatomy, monitors, nodes)
         self._watch.record(0)
         self._sight = Sight(anatomy, optimizer, self._wanted, options.rows, options.scaler, self._failed)
 
@@ -114,7 +115,7 @@ class AttachedWatch:
             )
         self.steps += 1
         try:
-            return self._read(torch.as_tensor(loss).detach())
+            return self._read(torch.as_tensor(loss).detach().to(self._sight.device))
         except TrainingAlarm:
             raise
         except Exception as error:
@@ -183,7 +184,7 @@ class AttachedWatch:
     def _readable(self, due: list[str]) -> list[str]:
         """Without those that read the optimizer where it has not stepped, or has lost the gradients that it took."""
         takers = [name for name in due if "optimizer" in self._monitors[name].needs.view]
-        lost = all(p.grad is None for p in self.anatomy.model.parameters())
+        lost = self._sight.gradients_are_lost()
         for name in takers if lost else []:
             self._decline(name, "gradients are gone: call watch.step(loss) before optimizer.zero_grad()")
         return [name for name in due if name not in takers or (self._sight.updated and not lost)]
@@ -256,7 +257,7 @@ class AttachedWatch:
     def _lose(self, name: str, error: Exception, how: str) -> None:
         """Switch a monitor off for what was raised in it, and keep the traceback."""
         self.tracebacks[name] = "".join(traceback.format_exception(error))
-        said = f"switched off, {how}{type(error).__name__}: {' '.join(str(error).split())}"
+        said = f"switched off, {how}{_said(error)}"
         self._decline(name, f"{said} (watch.tracebacks[{name!r}])")
         self._live.own(self.steps, "monitor_failed" if self._monitors else "monitoring_blackout", f"{name} is {said}")
 
@@ -296,8 +297,7 @@ class AttachedWatch:
 
     def _failed(self, error: Exception) -> None:
         self.tracebacks["watch"] = "".join(traceback.format_exception(error))
-        said = " ".join(str(error).split())
-        self._stop("monitoring_blackout", f"{type(error).__name__}: {said} (watch.tracebacks['watch'])")
+        self._stop("monitoring_blackout", f"{_said(error)} (watch.tracebacks['watch'])")
 
     def _stop(self, kind: str, reason: str) -> None:
         self.stopped = reason
@@ -318,6 +318,12 @@ def _untouched(taps: Taps, places: frozenset[str]) -> dict[str, str]:
         for place in places & taps.places - {"dot_product"}
     }
     return {place: names[0] for place, names in found.items() if names}
+
+
+def _said(error: Exception) -> str:
+    """An error in one line of at most ``MOST_SAID`` characters."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    return line if len(line) <= MOST_SAID else f"{line[: MOST_SAID - 3]}..."
 
 
 def _named(anatomy: Anatomy) -> str:
