@@ -33,6 +33,9 @@ from foreshock.monitors.signal import Signal, read_signal
 
 TRACE, WEIGHTS = "trace", "weights.safetensors"
 
+ATTACHED = "attached"
+"""Key of a manifest of ``foreshock.attach``, and the role of its run; no run of ours has it."""
+
 SCHEMA_VERSION = 4
 """Of the manifest. Versions 2 and 3 are read too (``experiments.migration``)."""
 

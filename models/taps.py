@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any, Generic, Literal, TypeGuard, TypeVar, overload
 
 import torch.nn as nn
@@ -36,6 +37,7 @@ LinearModule = nn.Linear | GroupedLinear
 NormModule = nn.LayerNorm | nn.RMSNorm
 M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
 T = TypeVar("T")
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 def known(value: T | None, name: str) -> T:
@@ -55,7 +57,8 @@ class Tap(Generic[M_co]):
     gradients are added, and with it training. It has its weight before the update, and weight_grad, not yet clipped,
     and the product that its forward made of input and weight, where x, w and dw are what was multiplied and the
     gradient at that weight; a norm with a bias, and a linear layer with one, has its bias before the update. Of a dot
-    product call says which kernel ran and how, of a norm kind what it computes.
+    product call says which kernel ran and how, of a norm kind what it computes. failure: what a hook raised in place
+    of looking, or None.
     """
 
     module: M_co
@@ -69,6 +72,7 @@ class Tap(Generic[M_co]):
     product: Product | None = None
     call: AttentionCall | None = None
     kind: NormKind | None = None
+    failure: Exception | None = None
 
     def of_rows(self, rows: tuple[int, int]) -> Tap:
         """The tap of a layer that a fused one has as these of its outputs; its input is the same."""
@@ -131,6 +135,28 @@ class Tap(Generic[M_co]):
         return known(self.output_grad, "the gradient at a tapped output")
 
 
+def guarded(tap: Tap, hook: Hook) -> Hook:
+    """The hook, but what it raises is the tap's failure and never reaches training."""
+
+    @wraps(hook)
+    def wrapper(*arguments: Any, **named: Any) -> Any:
+        try:
+            return hook(*arguments, **named)
+        except Exception as error:
+            tap.failure = error
+            return None
+
+    return wrapper  # type: ignore[return-value]
+
+
+def first_tensor(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """A module's input, by position or by keyword. Raises ValueError where it was given no tensor."""
+    given = next((x for x in (*arguments, *named.values()) if isinstance(x, Tensor)), None)
+    if given is None:
+        raise ValueError("its module was called without a tensor")
+    return given
+
+
 class Taps:
     """Taps on all modules of the named places, while the context is open.
 
@@ -171,23 +197,33 @@ class Taps:
         return self._taps[place]
 
     def __enter__(self) -> Taps:
+        try:
+            self._set_hooks()
+        except BaseException:
+            self._remove_hooks()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _set_hooks(self) -> None:
         for taps in self._taps.values():
             for tap in taps.values():
                 if isinstance(tap.module, PLACES["norm"]):
-                    self._handles.append(tap.module.register_forward_pre_hook(_alias_inputs))
+                    self._handles.append(tap.module.register_forward_pre_hook(guarded(tap, _alias_inputs)))
                     if (bias := getattr(tap.module, "bias", None)) is not None:
                         tap.bias = bias.detach().clone()
-                self._handles.append(tap.module.register_forward_hook(_watch(tap)))
+                self._handles.append(tap.module.register_forward_hook(_watch(tap), with_kwargs=True))
                 if _is_linear(tap.module):
                     self._handles += _watch_product(tap)
                     tap.weight = tap.module.weight.detach().clone()
                     self._handles.append(tap.module.weight.register_hook(_keep(tap, "weight_grad", copy=True)))
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
 
 def _tap(module: nn.Module) -> Tap[Any]:
@@ -210,16 +246,16 @@ def _alias_inputs(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _watch(tap: Tap) -> Callable[..., None]:
-    def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+    def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         if not output.requires_grad:
             return  # an evaluation
-        watched = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+        watched = [a for a in (*arguments, *named.values()) if isinstance(a, Tensor) and a.requires_grad]
         tap.inputs, tap.output = tuple(a.detach() for a in watched), output.detach()
         for index, value in enumerate(watched if tap.weight is None else ()):
             value.register_hook(_keep_input(tap, index))
         output.register_hook(_keep(tap, "output_grad"))
 
-    return hook
+    return guarded(tap, hook)
 
 
 def _watch_product(tap: Tap) -> list[RemovableHandle]:
@@ -229,14 +265,15 @@ def _watch_product(tap: Tap) -> list[RemovableHandle]:
     def begin(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         open_now.append(Watching().__enter__())
 
-    def end(module: LinearModule, arguments: tuple[Any, ...], output: Tensor | None) -> None:
+    def end(module: LinearModule, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor | None) -> None:
         seen = open_now.pop()
         seen.__exit__(None, None, None)
         if output is not None and output.requires_grad:
-            tap.product = product_of(module, arguments[0], seen)
+            tap.product = product_of(module, first_tensor(arguments, named), seen)
 
-    begins = tap.module.register_forward_pre_hook(begin)
-    return [begins, tap.module.register_forward_hook(end, prepend=True, always_call=True)]
+    begins = tap.module.register_forward_pre_hook(guarded(tap, begin))
+    ends = tap.module.register_forward_hook(guarded(tap, end), prepend=True, always_call=True, with_kwargs=True)
+    return [begins, ends]
 
 
 def _keep(tap: Tap, name: str, copy: bool = False) -> Callable[[Tensor], None]:
@@ -245,14 +282,14 @@ def _keep(tap: Tap, name: str, copy: bool = False) -> Callable[[Tensor], None]:
     def hook(gradient: Tensor) -> None:
         setattr(tap, name, gradient.detach().clone() if copy else gradient.detach())
 
-    return hook
+    return guarded(tap, hook)
 
 
 def _keep_input(tap: Tap, index: int) -> Callable[[Tensor], None]:
     def hook(gradient: Tensor) -> None:
         tap.input_grads[index] = gradient.detach()
 
-    return hook
+    return guarded(tap, hook)
 
 
 NO_TAPS: Taps = Taps(nn.Module(), ())

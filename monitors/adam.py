@@ -101,8 +101,6 @@ class AdamUpdateRMS:
 
         outside = {name for role in ("embedding", "positions", "head") for name in view.anatomy.parameters(role)}
         layers = torch.stack([largest(block.parameters) for block in view.anatomy.blocks])
-        readings: dict[str, Reading] = {"adam_update_rms": layers}
         still = [frozen(block.parameters) for block in view.anatomy.blocks]
-        if any(still):
-            readings["adam_update_rms"] = Masked(layers, torch.tensor(still, device=rms.device))
+        readings: dict[str, Reading] = {"adam_update_rms": Masked(layers, torch.tensor(still, device=rms.device))}
         return readings if frozen(outside) else readings | {"adam_update_rms.embedding": largest(outside)}

@@ -45,14 +45,17 @@ def check_scores(taps: Collection[Tap[DotProduct]]) -> None:
             raise Unreadable(f"attention's scores cannot be computed again: {tap.known_call.unreadable}")
 
 
+def scores_of(taps: Collection[Tap[DotProduct]], q: Tensor, k: Tensor) -> Tensor:
+    """``causal_scores`` of every layer, with the window and the scale of its own call. q, k: (layers, ..., T, D)."""
+    calls = [(tap.known_call.window, tap.known_call.scale) for tap in taps]
+    if len(set(calls)) == 1:
+        return causal_scores(q, k, *calls[0])
+    return torch.stack([causal_scores(*of_layer) for of_layer in zip(q, k, *zip(*calls, strict=True), strict=True)])
+
+
 def window_of(taps: Collection[Tap[DotProduct]]) -> int | None:
     """How many keys a query of these layers sees, None for all before it."""
     return next(iter(taps)).known_call.window
-
-
-def scale_of(taps: Collection[Tap[DotProduct]]) -> float | None:
-    """What these layers multiply q k^T by, None for 1 / sqrt(D)."""
-    return next(iter(taps)).known_call.scale
 
 
 @on_trailing_axes
@@ -96,6 +99,6 @@ class AttentionScores:
     def observe(self, view: StepView) -> dict[str, Reading]:
         taps = view.taps.at("dot_product").values()
         q, k, _ = tapped_inputs(taps, in_turn(self.rows, view.step // self.every_steps, batch_of(taps)))
-        scores = causal_scores(q, k, window_of(taps), scale_of(taps))
+        scores = scores_of(taps, q, k)
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1)
         return {"max_attn_logit": scores.amax((1, 3, 4)), "attn_entropy": entropy.mean((1, 3))}

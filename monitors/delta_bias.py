@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from foreshock.models.numerics import at_least_fp32
-from foreshock.monitors.attention_scores import causal_scores, tapped_inputs, window_of
+from foreshock.monitors.attention_scores import scores_of, tapped_inputs
 from foreshock.monitors.base import Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn
 
@@ -39,7 +39,7 @@ class DeltaBiasOracle:
         batch = len(next(iter(taps)).out)
         rows = in_turn(self.rows, view.step // self.every_steps, batch)
         q, k, v = tapped_inputs(taps, rows)
-        shadow_o = causal_scores(q, k, window_of(taps)).softmax(-1) @ v
+        shadow_o = scores_of(taps, q, k).softmax(-1) @ v
         bias = []
         for layer, (tap, clean_o) in enumerate(zip(taps, shadow_o, strict=True)):
             numerics, do = view.numerics.layer(layer), at_least_fp32(tap.dout[rows])

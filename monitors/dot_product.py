@@ -58,6 +58,8 @@ class DotProductStep:
             return at_least_fp32(torch.cat([x[rows] for x in tensors]))
 
         call = taps[0].known_call
+        if any(tap.known_call != call for tap in taps):
+            raise Unreadable("its layers call attention with different kernels, scales or windows")
         obstacle = next((tap.known_call.obstacle for tap in taps if tap.known_call.obstacle), None)
         if obstacle is not None:
             raise Unreadable(f"attention cannot be computed again: {obstacle}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreshock.monitors.attention_scores import batch_of, causal_scores, scale_of, tapped_inputs, window_of
+from foreshock.monitors.attention_scores import batch_of, scores_of, tapped_inputs
 from foreshock.monitors.attention_update import stack_matrix
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.batch_rows import check_rows, in_turn
@@ -115,7 +115,7 @@ class AttentionFragility:
         q, k, v = (x.double() for x in tapped_inputs(taps, rows))
         anatomy = view.anatomy
         w_o = stack_matrix(anatomy.weights(), anatomy, "o").unflatten(-2, (anatomy.heads.query, -1))
-        softmax = softmax_condition(causal_scores(q, k, window_of(taps), scale_of(taps)))
+        softmax = softmax_condition(scores_of(taps, q, k))
         product = softmax * (1 + score_condition(q, k)) * value_condition(v) * _top(w_o)[:, None]
         empty = ((q == 0).all(-1).all(-1) | (k == 0).all(-1).all(-1) | (v == 0).all(-1).all(-1)).any(1)
         finite = torch.isfinite(q.sum((1, 3, 4)) + k.sum((1, 3, 4)) + v.sum((1, 3, 4)))

@@ -137,8 +137,8 @@ def _judged(
     horizon: int,
 ) -> tuple[SignalThreshold, list[float], list[float]]:
     """A signal's yardstick, and its path maxima in the reference and in the calibration runs."""
-    aligned = {run.run_id: _cut(run, signal, horizon) for run in (*reference, *calibration)}
-    aligned = _alike_in_steps(signal, aligned, track)
+    cut = {run.run_id: _cut(run, signal, horizon) for run in (*reference, *calibration)}
+    aligned = _alike_in_steps(signal, cut, track)
     before = [aligned[run.run_id] for run in reference]
     band = _band(signal, track, before)
     sides = [oriented(band.z(aligned[run.run_id]), signal.bad) for run in calibration]

@@ -18,8 +18,8 @@ class Strict(BaseModel):
 
 class SignalThreshold(Strict):
     """One signal's. limit: its chart alarms strictly above; alone: what the limit would be without other signals;
-    every_steps, bad, jittered: of the calibrated signal; shape: layers and heads of its readings, None in a file of
-    another version.
+    every_steps, bad, jittered: of the calibrated signal, None for jittered where an older file does not say; shape:
+    layers and heads of its readings, None there too.
 
     Of the reference track, positions (T,), steps, and centre and scale (T, layers); of the floor, expected.
     """
@@ -28,7 +28,7 @@ class SignalThreshold(Strict):
     alone: float | None = None
     every_steps: int = Field(ge=1)
     bad: Literal["up", "down", "both"]
-    jittered: bool = False
+    jittered: bool | None = None
     shape: tuple[int, int] | None = None
     positions: tuple[int, ...] = ()
     centre: tuple[tuple[float, ...], ...] = ()
@@ -41,7 +41,7 @@ class SignalThreshold(Strict):
         if self.shape is not None:
             differ["layers and heads"] = (shape, self.shape)
         for field, (here, there) in differ.items():
-            if here != there:
+            if there is not None and here != there:
                 return f"{signal.name}: {field} is {here}, and was {there} in the runs that set its threshold"
         return None
 

@@ -44,10 +44,13 @@ def find(folder: Path, allow_mixed: bool = False) -> list[Experiment]:
     return experiments
 
 
-def role_of(seed: int, fault: str | None) -> str:
-    """The role that ``experiments.plan`` gives a seed: by its thousand for healthy runs."""
+def role_of(manifest: Mapping[str, Any], fault: str | None) -> str:
+    """``attached``, or the role that ``experiments.plan`` gives a seed: by its thousand for healthy runs."""
     if fault is not None:
         return "faulty"
+    if trace.ATTACHED in manifest:
+        return trace.ATTACHED
+    seed = manifest["seed"]
     return max((role for role in ROLES if FIRST_SEED[role] <= seed), key=FIRST_SEED.__getitem__)
 
 
@@ -94,6 +97,11 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
             manifests[path.parent.name] = manifest
     if not manifests:
         raise TraceError(f"{folder} holds neither experiment.json nor a finished run")
+    attached = next((run_id for run_id, manifest in manifests.items() if trace.ATTACHED in manifest), None)
+    if attached is not None:
+        raise TraceError(
+            f"run {attached} is of foreshock.attach and has no fault to score: foreshock calibrate reads it"
+        )
     healthy = {run_id for run_id, manifest in manifests.items() if manifest["onset_step"] is None}
     names = fault_names(list(manifests.values()))
     models: dict[str, str] = {}
@@ -102,9 +110,8 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
         fault = None if run_id in healthy else name
         key = _key(manifest["config"]["model"])
         model = models.setdefault(key, _unused(_model_name(manifest["config"]["model"]), models.values()))
-        seed = manifest["seed"]
-        role = manifest.get(ELSEWHERE, {}).get("role") or role_of(seed, fault)
-        cells.append({"run_id": run_id, "model": model, "fault": fault, "seed": seed, "role": role})
+        role = manifest.get(ELSEWHERE, {}).get("role") or role_of(manifest, fault)
+        cells.append({"run_id": run_id, "model": model, "fault": fault, "seed": manifest["seed"], "role": role})
     for model in models.values():
         _check_roles(folder, model, [cell["role"] for cell in cells if cell["model"] == model])
     calibration = min(

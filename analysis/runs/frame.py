@@ -35,7 +35,7 @@ def load(folder: Path | str, signals: Iterable[str] | None = None, runs: Iterabl
     Columns: run_id, signal, fault (``healthy`` where there is none) and role, categories; step and tokens, int64;
     layer and head, int16, -1 where the signal has no such axis; value, float64, NaN where ``undefined`` (a missing
     sample) or where the run computed one; undefined, bool; seed, int64. Role: of the index beside the runs, of the
-    import, or that of the seed (``experiments.plan``).
+    import, ``attached``, or that of the seed (``experiments.plan``).
 
     Raises ValueError for a signal or run that is not there, with the nearest, and TraceError where there is no
     finished run or a file is damaged.
@@ -169,7 +169,7 @@ def _facts(folder: Path, manifests: Mapping[str, Mapping[str, Any]]) -> Facts:
     facts = {}
     for run_id, manifest in manifests.items():
         fault = None if manifest["onset_step"] is None else names[run_id]
-        role = manifest.get(ELSEWHERE, {}).get("role") or role_of(manifest["seed"], fault)
+        role = manifest.get(ELSEWHERE, {}).get("role") or role_of(manifest, fault)
         role = "elsewhere" if ELSEWHERE in manifest and not manifest[ELSEWHERE].get("role") else role
         facts[run_id] = {"fault": fault or HEALTHY, "seed": manifest["seed"], "role": role}
     for path in sorted(folder.rglob("experiment.json")):

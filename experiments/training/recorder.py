@@ -24,15 +24,14 @@ class Samples:
 
     @classmethod
     def of(cls, readings: Sequence[tuple[int, int, Reading]]) -> Samples:
-        """From step, tokens and reading of each; one copy from the device."""
+        """From step, tokens and reading of each, some masked, some not; one copy from the device."""
         steps, tokens, taken = zip(*readings, strict=True)
-        masked = isinstance(taken[0], Masked)
-        values = torch.stack([reading.value for reading in taken] if masked else taken).double().cpu().numpy()
-        undefined = (
-            torch.stack([reading.undefined for reading in taken]).cpu().numpy()
-            if masked
-            else np.zeros_like(values, bool)
-        )
+        plain = [reading.value if isinstance(reading, Masked) else reading for reading in taken]
+        values = torch.stack(plain).double().cpu().numpy()
+        undefined = np.zeros_like(values, bool)
+        if any(isinstance(reading, Masked) for reading in taken):
+            masks = [r.undefined if isinstance(r, Masked) else torch.zeros_like(r, dtype=torch.bool) for r in taken]
+            undefined = torch.stack(masks).cpu().numpy()
         return cls(np.array(steps), np.array(tokens), values, undefined)
 
     def of_run(self, index: int) -> Samples:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TypeGuard, Unpack
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from foreshock.attaching.choice import configuration, configured, declined
@@ -35,7 +37,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Unpack
     Raises ValueError in one line: for an optimizer that holds other parameters than the model, for a model that has a
     watch, for one that is not recognised, for an unknown monitor, and where no monitor is left.
     """
-    given, plain = Options.of(options), unwrapped(model)
+    given, plain = Options.of(options).of_rank(rank()), unwrapped(model)
     if plain in _WATCHED:
         raise ValueError(f"attach: this {type(plain).__name__} has a watch already: close() that first")
     check_optimizer(plain, optimizer)
@@ -53,6 +55,13 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Unpack
     if not given.quiet:
         print(watch.summary(), file=sys.stderr)
     return watch
+
+
+def rank() -> int:
+    """Of this process in a distributed training, 0 without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", 0))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from foreshock.alarms.panel import Panel
 from foreshock.alarms.reading import on_host
 from foreshock.alarms.settings import AlarmRules, actions_of
 from foreshock.attaching.options import Options
-from foreshock.monitors.base import Monitor, Reading
+from foreshock.monitors.base import Monitor, Reading, described_signals
 from foreshock.writers.base import Writer, scalars
 
 
@@ -25,7 +25,9 @@ class Live:
     def __init__(
         self, options: Options, monitors: Mapping[str, Monitor], run: str, model: Mapping[str, Any] | None = None
     ) -> None:
-        described = {signal.name: (name, signal) for name, monitor in monitors.items() for signal in monitor.signals}
+        described = {
+            signal.name: (name, signal) for name, monitor in monitors.items() for signal in described_signals(monitor)
+        }
         self._signals = {name: signal for name, (_, signal) in described.items()}
         self._writers = list(options.writers)
         self.panel: Panel | None = None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 from foreshock.alarms.event import Event
-from foreshock.alarms.settings import LOG_ONLY, Actions, AlarmRules, actions_of
+from foreshock.alarms.settings import LOG_ONLY, SNAPSHOT, Actions, AlarmRules, actions_of
 from foreshock.monitors.base import Reading
 from foreshock.writers.base import Writer
 
@@ -98,6 +98,16 @@ class Options:
                 raise ValueError(f"scaler={type(self.scaler).__name__} is not allowed: a torch.amp.GradScaler")
         AlarmRules.of(self.alarms)
         actions_of(self.actions)
+
+    def of_rank(self, rank: int) -> Options:
+        """Those of a process of a distributed training: the first alone writes a folder, and prints."""
+        if rank == 0:
+            return self
+        actions = {
+            severity: tuple(action for action in asked if action != SNAPSHOT)
+            for severity, asked in actions_of(self.actions).items()
+        }
+        return replace(self, out=None, quiet=True, actions=actions)
 
     @property
     def patterns(self) -> tuple[str, ...]:

@@ -90,6 +90,7 @@ class Sight:
     def next_step(self) -> None:
         """Forget the step that has been read."""
         self.backwards, self.updated = 0, False
+        self._taken: dict[Tensor, int] = {}
         self.grad_norm: Tensor | None = None
         self.taps: Taps = NO_TAPS
         self.routings: tuple[Routing, ...] = ()
@@ -135,13 +136,12 @@ class Sight:
             self._open = taps_on(self.anatomy, places).__enter__()
 
     def _keep(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        device = self._parameters[0].device
-        whole = WatchedRows.of(arguments, named, None, device)
+        whole = WatchedRows.of(arguments, named, None, self.device)
         tokens = whole.tokens
         if tokens is not None:
             ours = isinstance(self.anatomy.model, Transformer)
             self.tokens += (inputs_and_targets(tokens)[1] if ours or tokens.ndim == 3 else tokens).numel()
-        self.watched = whole if self._rows is None else WatchedRows.of(arguments, named, self._rows, device)
+        self.watched = whole if self._rows is None else WatchedRows.of(arguments, named, self._rows, self.device)
 
     @harmless
     def _after(self, output: Any) -> None:
@@ -171,7 +171,7 @@ class Sight:
             self._keep(self.compiled.arguments, self.compiled.named)
             self.compiled.ran, self.compiled.arguments, self.compiled.named = False, (), {}
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
         self.grad_norm = norm if self._scaler is None else norm / self._scaler.get_scale()
         if self._open is not None:
             self.taps = self._open
@@ -180,6 +180,18 @@ class Sight:
     @harmless
     def _stepped(self) -> None:
         self.updated = True
+        self._taken = {p: p.grad._version for p in self._parameters if p.grad is not None}
+
+    def gradients_are_lost(self) -> bool:
+        """Whether a gradient that the optimizer has taken is gone, or was written to since, as ``zero_grad`` does."""
+        if not self._taken:
+            return all(p.grad is None for p in self._parameters)
+        return any(p.grad is None or p.grad._version != version for p, version in self._taken.items())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._parameters[0].device
 
     def _end_taps(self) -> None:
         opened, self._open = self._open, None

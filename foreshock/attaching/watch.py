@@ -34,7 +34,8 @@ from foreshock.monitors.base import Monitor, Reading, StepView
 from foreshock.monitors.unreadable import Unreadable
 from foreshock.monitors.watch import Watch
 
-TABLE_WIDTH = 100
+MOST_SAID = 200
+"""Characters of an error that are said; ``tracebacks`` has it whole."""
 
 
 class AttachedWatch:
@@ -66,9 +67,9 @@ class AttachedWatch:
         self._optimizer = optimizer
         self._closers: list[Callable[[], Any]] = []
         self._closed = False
-        self._writer = None if options.out is None else TraceWriter(options.out, anatomy, monitors, nodes)
         name = _named(anatomy) if options.out is None else Path(options.out).name
         self._live = Live(options, monitors, name, model_facts(anatomy))
+        self._writer = None if options.out is None else TraceWriter(options.out, anatomy, monitors, nodes)
         self._watch.record(0)
         self._sight = Sight(anatomy, optimizer, self._wanted, options.rows, options.scaler, self._failed)
 
@@ -124,7 +125,7 @@ class AttachedWatch:
         self.steps += 1
         readings: dict[str, Reading] = {}
         try:
-            readings = self._read(torch.as_tensor(loss).detach())
+            readings = self._read(torch.as_tensor(loss).detach().to(self._sight.device))
         except TrainingAlarm:
             raise
         except Exception as error:
@@ -144,7 +145,8 @@ class AttachedWatch:
                 last.callback(closer)
             self._sight.close()
             if self._writer is not None and self.stopped is None:
-                self._kept(lambda: self._writer.close(self.steps, self._sight.tokens))  # type: ignore[union-attr]
+                writer = self._writer
+                self._kept(lambda: writer.close(self.steps, self._sight.tokens, self._ended))
             self._live.close(self.steps)
 
     def when_closed(self, call: Callable[[], Any]) -> None:
@@ -153,7 +155,9 @@ class AttachedWatch:
     def __enter__(self) -> AttachedWatch:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: Any) -> None:
+        if kind is not None:
+            self._ended = "failed" if issubclass(kind, Exception) else "interrupted"
         self.close()
 
     def _due(self) -> list[str]:
@@ -161,6 +165,7 @@ class AttachedWatch:
         return [name for name in self._watch.due(now) if name in self._monitors]
 
     _reading = False
+    _ended = "completed"
 
     def _wanted(self) -> tuple[frozenset[str], bool]:
         """What the next step's monitors tap, and whether one asks for routings."""
@@ -197,7 +202,7 @@ class AttachedWatch:
     def _readable(self, due: list[str]) -> list[str]:
         """Without those that read the optimizer where it has not stepped, or has lost the gradients that it took."""
         takers = [name for name in due if "optimizer" in self._monitors[name].needs.view]
-        lost = all(p.grad is None for p in self.anatomy.model.parameters())
+        lost = self._sight.gradients_are_lost()
         for name in takers if lost else []:
             self._decline(name, "gradients are gone: call watch.step(loss) before optimizer.zero_grad()")
         return [name for name in due if name not in takers or (self._sight.updated and not lost)]
@@ -229,7 +234,21 @@ class AttachedWatch:
         )
 
     def _reached(self, due: list[str], view: StepView) -> list[str]:
-        """Without those that tap a module which no gradient reaches."""
+        """Without those that tap a module which no gradient reaches, or one that a hook could not look at."""
+        for name in due:
+            module, error = next(
+                (
+                    (m, tap.failure)
+                    for place in self._monitors[name].needs.taps
+                    if place in view.taps.places
+                    for m, tap in view.taps.at(place).items()
+                    if tap.failure is not None
+                ),
+                ("", None),
+            )
+            if error is not None:
+                self._lose(name, error, f"it cannot look at {module}: ")
+        due = [name for name in due if name in self._monitors]
         untouched = _untouched(view.taps, self._watch.places(due))
         for name in due:
             module = next((untouched[place] for place in self._monitors[name].needs.taps if place in untouched), None)
@@ -250,12 +269,15 @@ class AttachedWatch:
         except Unreadable as reason:
             self._decline(name, str(reason), off=False)
         except Exception as error:
-            self.tracebacks[name] = traceback.format_exc()
-            said = " ".join(str(error).split())
-            self._decline(name, f"switched off, it raised {type(error).__name__}: {said} (watch.tracebacks[{name!r}])")
-            kind = "monitor_failed" if self._monitors else "monitoring_blackout"
-            self._live.own(self.steps, kind, f"{name} is switched off, it raised {type(error).__name__}: {said}")
+            self._lose(name, error, "it raised ")
         return {}
+
+    def _lose(self, name: str, error: Exception, how: str) -> None:
+        """Switch a monitor off for what was raised in it, and keep the traceback."""
+        self.tracebacks[name] = "".join(traceback.format_exception(error))
+        said = f"switched off, {how}{_said(error)}"
+        self._decline(name, f"{said} (watch.tracebacks[{name!r}])")
+        self._live.own(self.steps, "monitor_failed" if self._monitors else "monitoring_blackout", f"{name} is {said}")
 
     def _note_unpredicted(self, name: str, view: StepView, readings: Mapping[str, Reading]) -> None:
         """Say once that a kernel's laws have no prediction beside them."""
@@ -301,11 +323,12 @@ class AttachedWatch:
             write()
         except OSError as error:
             self._stop("out_folder", f"its folder cannot be written: {error}")
+        except Exception as error:
+            self._failed(error)
 
     def _failed(self, error: Exception) -> None:
         self.tracebacks["watch"] = "".join(traceback.format_exception(error))
-        said = " ".join(str(error).split())
-        self._stop("monitoring_blackout", f"{type(error).__name__}: {said} (watch.tracebacks['watch'])")
+        self._stop("monitoring_blackout", f"{_said(error)} (watch.tracebacks['watch'])")
 
     def _stop(self, kind: str, reason: str) -> None:
         self.stopped = reason
@@ -326,6 +349,12 @@ def _untouched(taps: Taps, places: frozenset[str]) -> dict[str, str]:
         for place in places & taps.places - {"dot_product"}
     }
     return {place: names[0] for place, names in found.items() if names}
+
+
+def _said(error: Exception) -> str:
+    """An error in one line of at most ``MOST_SAID`` characters."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    return line if len(line) <= MOST_SAID else f"{line[: MOST_SAID - 3]}..."
 
 
 def _named(anatomy: Anatomy) -> str:

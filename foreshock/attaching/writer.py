@@ -16,8 +16,10 @@ from foreshock.attaching.model_facts import model_facts
 from foreshock.experiments import trace
 from foreshock.experiments.training.recorder import Recorder
 from foreshock.models.anatomy import Anatomy
-from foreshock.monitors.base import Monitor, Reading
+from foreshock.monitors.base import Monitor, Reading, described_signals
 
+UNKNOWN_SEED = -1
+"""Of a run whose training is not ours."""
 PART_STEPS = 200
 """Steps from one part of a trace to the next: what a kill can lose."""
 
@@ -46,9 +48,10 @@ class TraceWriter:
             self._part(step)
             self._write(step, tokens, "running")
 
-    def close(self, step: int, tokens: int) -> None:
+    def close(self, step: int, tokens: int, end_reason: str = "completed") -> None:
+        """end_reason: of ``experiments.trace``, or ``stopped`` where the watch has stopped itself."""
         self._part(step)
-        self._write(step, tokens, "completed")
+        self._write(step, tokens, end_reason)
 
     def _part(self, step: int) -> None:
         if self._recorder.first_step is not None:
@@ -69,12 +72,22 @@ def _manifest(name: str, anatomy: Anatomy, monitors: Mapping[str, Monitor], node
     return {
         "schema": trace.SCHEMA_VERSION,
         "run_id": name,
-        "attached": model_facts(anatomy),
-        "config": {"monitor": dict(nodes), "train": {"steps": 0}},
+        trace.ATTACHED: model_facts(anatomy),
+        "config": {
+            "monitor": dict(nodes),
+            "train": {"steps": 0},
+            "model": {"cell": type(model).__name__, "d_model": None, "moe": None},
+            "data": {},
+            "seed": UNKNOWN_SEED,
+            "fault": {"_target_": "faults.none.NoFault"},
+        },
         "onset_step": None,
-        "seed": None,
+        "seed": UNKNOWN_SEED,
+        "source_sha256": trace.ATTACHED,
+        "data_sha256": trace.ATTACHED,
+        "torch": torch.__version__,
         "emitted": {name: [signal.name for signal in monitor.signals] for name, monitor in monitors.items()},
-        "signals": {signal.name: asdict(signal) for monitor in monitors.values() for signal in monitor.signals},
+        "signals": {signal.name: asdict(signal) for m in monitors.values() for signal in described_signals(m)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }

@@ -15,7 +15,7 @@ REFERENCE, TRITON, SDPA = "reference", "triton", "sdpa"
 """Backends of ``models.attention``."""
 TORCH_FLASH, TORCH_OTHER, EAGER, CUSTOM = "PyTorch's flash", "PyTorch's other", "eager", "custom"
 """Kernels of other models: of ``scaled_dot_product_attention``, of two products with a softmax between, or a stranger's
-that its owner has wrapped (``foreshock.watch_attention``)."""
+that its owner has wrapped (``foreshock.watched_attention``)."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from foreshock.models.anatomies.attention_call import CUSTOM, EAGER, REFERENCE, TORCH_FLASH, TORCH_OTHER, AttentionCall
 from foreshock.models.products import multiplied_in
-from foreshock.models.taps import Tap
+from foreshock.models.taps import Tap, guarded
 from foreshock.models.visibility import visible_keys
 
 PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
@@ -103,7 +103,7 @@ class AttentionCapture(TorchFunctionMode):
     ) -> Any:
         result = function(*arguments, **(named or {}))
         if self.inside and torch.is_grad_enabled():
-            self._look(function, arguments, named or {}, result)
+            guarded(self.taps[self.inside[-1]], self._look)(function, arguments, named or {}, result)
         return result
 
     def _look(self, function: Callable, arguments: tuple, named: Mapping[str, Any], result: Any) -> None:
@@ -151,7 +151,7 @@ class AttentionCapture(TorchFunctionMode):
         for index, (x, turn) in enumerate(zip(tensors[:3], turns[:3], strict=True)):
             if x.requires_grad:
                 x.register_hook(_keep_input(tap, index, turn))
-        o.register_hook(lambda gradient: setattr(tap, "output_grad", turns[3](gradient.detach())))
+        o.register_hook(_keep_output(tap, turns[3]))
 
 
 _OPEN: list[AttentionCapture] = []
@@ -161,7 +161,14 @@ def _keep_input(tap: Tap, index: int, turn: Turn) -> Callable[[Tensor], None]:
     def hook(gradient: Tensor) -> None:
         tap.input_grads[index] = turn(gradient.detach())
 
-    return hook
+    return guarded(tap, hook)
+
+
+def _keep_output(tap: Tap, turn: Turn) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        tap.output_grad = turn(gradient.detach())
+
+    return guarded(tap, hook)
 
 
 def _first(arguments: tuple, named: Mapping[str, Any]) -> Tensor:
@@ -274,13 +281,18 @@ def watched_attention(
             result = kernel(*arguments, **named)
         finally:
             capture.inside.append(name)
+        guarded(capture.taps[name], look)(capture, arguments, named, result)
+        return result
+
+    def look(capture: AttentionCapture, arguments: tuple, named: Mapping[str, Any], result: Any) -> None:
         values = (*arguments, *named.values())
         tensors = [x for x in values if isinstance(x, Tensor) and x.ndim == 4][:3]
+        if len(tensors) < 3:
+            raise ValueError(f"a watched kernel was given {len(tensors)} tensors of four axes, not q, k and v")
         o = result[0] if isinstance(result, tuple) else result
         given = next((named[key] for key in ("scale", "scaling", "softmax_scale") if named.get(key)), scale)
         call = AttentionCall(rounds_like or CUSTOM, window, given, torch.bfloat16 if rounds_like else multiplied_in(o))
         ends = [_heads_first if lies == "BTHD" else _same for lies in (layout, output_layout or layout)]
         capture.fill((*tensors, o), call, (ends[0], ends[0], ends[0], ends[1]))
-        return result
 
     return watched  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from foreshock.models.anatomies.parts import MLP_PARTS
 from foreshock.models.anatomies.structure import lies_transposed, matrix
 from foreshock.models.anatomy import LINEAR_LAYERS, NORMS, Anatomy
 from foreshock.models.products import Product, Watching, product_of
-from foreshock.models.taps import Tap, Taps
+from foreshock.models.taps import Tap, Taps, first_tensor, guarded
 
 EXPERTS = tuple(f"experts_{part}" for part in MLP_PARTS)
 ONE_OPERATION = ("NativeLayerNormBackward0", "FusedRmsNormBackward0")
@@ -45,6 +45,12 @@ class ModelTaps(Taps):
             self._capture = AttentionCapture(self._taps["dot_product"])
 
     def __enter__(self) -> ModelTaps:
+        super().__enter__()
+        if self._capture is not None:
+            self._capture.__enter__()
+        return self
+
+    def _set_hooks(self) -> None:
         for tap in self._taps.get("linear", {}).values():
             self._open_linear(tap)
         for tap in self._taps.get("norm", {}).values():
@@ -52,8 +58,6 @@ class ModelTaps(Taps):
         if self._capture is not None:
             for name, tap in self._taps["dot_product"].items():
                 self._open_attention(self._capture, name, tap)
-            self._capture.__enter__()
-        return self
 
     def end_forward(self) -> None:
         """Attention is looked at no longer; other hooks stay for a backward that computes a forward again."""
@@ -66,29 +70,30 @@ class ModelTaps(Taps):
         super().__exit__(*raised)
         for tap in self._taps.get("norm", {}).values():
             if tap.output_grad is not None and not tap.input_grads and tap.inputs:
-                tap.input_grads[0] = _through(tap)
+                guarded(tap, _note_through)(tap)
 
     def _open_attention(self, capture: AttentionCapture, name: str, tap: Tap) -> None:
-        self._handles.append(tap.module.register_forward_pre_hook(lambda *_: capture.enter(name)))
-        self._handles.append(tap.module.register_forward_hook(lambda *_: capture.leave(), always_call=True))
+        enter, leave = guarded(tap, lambda *_: capture.enter(name)), guarded(tap, lambda *_: capture.leave())
+        self._handles.append(tap.module.register_forward_pre_hook(enter))
+        self._handles.append(tap.module.register_forward_hook(leave, always_call=True))
 
     def _open_norm(self, tap: Tap) -> None:
         tap.weight, tap.bias = (_copy(getattr(tap.module, name, None)) for name in ("weight", "bias"))
 
-        def watch(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        def watch(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
             if not output.requires_grad:
                 return  # an evaluation
-            tap.inputs, tap.output = (arguments[0].detach(),), output.detach()
-            output.register_hook(lambda gradient: setattr(tap, "output_grad", gradient.detach()))
+            tap.inputs, tap.output = (first_tensor(arguments, named).detach(),), output.detach()
+            output.register_hook(_keep_output(tap))
             node = output.grad_fn
             if node is not None and node.name() in ONE_OPERATION:
-                node.register_hook(keep_input)
+                node.register_hook(guarded(tap, keep_input))
 
         def keep_input(gradients: tuple[Tensor, ...], _: Any) -> None:
             if gradients[0] is not None:
                 tap.input_grads[0] = gradients[0].detach()
 
-        self._handles.append(tap.module.register_forward_hook(watch))
+        self._handles.append(tap.module.register_forward_hook(guarded(tap, watch), with_kwargs=True))
 
     def _open_linear(self, tap: Tap) -> None:
         weight = tap.module.weight
@@ -101,17 +106,18 @@ class ModelTaps(Taps):
         def begin(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             open_now.append(Watching().__enter__())
 
-        def end(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        def end(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             seen = open_now.pop()
             seen.__exit__(None, None, None)
             first = output[0] if isinstance(output, tuple) else output
             if first is None or not first.requires_grad:
                 return
-            tap.inputs, tap.output = (arguments[0].detach(),), first.detach()
-            first.register_hook(lambda gradient: setattr(tap, "output_grad", gradient.detach()))
+            given = first_tensor(arguments, named)
+            tap.inputs, tap.output = (given.detach(),), first.detach()
+            first.register_hook(_keep_output(tap))
             tap.product = FROZEN
             if weight.requires_grad:  # of any module with a weight, such as Conv1D of transformers
-                tap.product = product_of(module, arguments[0], seen)  # type: ignore[arg-type]
+                tap.product = product_of(module, given, seen)  # type: ignore[arg-type]
             if turned and tap.product.w is not None:
                 tap.product = Product(unseen="its weight lies transposed and is not what is multiplied")
 
@@ -119,10 +125,18 @@ class ModelTaps(Taps):
             copy = gradient.detach().clone()
             tap.weight_grad = copy.mT if turned else copy
 
-        self._handles.append(tap.module.register_forward_pre_hook(begin))
-        self._handles.append(tap.module.register_forward_hook(end, prepend=True, always_call=True))
+        ends = guarded(tap, end)
+        self._handles.append(tap.module.register_forward_pre_hook(guarded(tap, begin)))
+        self._handles.append(tap.module.register_forward_hook(ends, prepend=True, always_call=True, with_kwargs=True))
         if weight.requires_grad:
-            self._handles.append(weight.register_hook(keep))
+            self._handles.append(weight.register_hook(guarded(tap, keep)))
+
+
+def _keep_output(tap: Tap) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        tap.output_grad = gradient.detach()
+
+    return guarded(tap, hook)
 
 
 def _copy(x: Any) -> Tensor | None:
@@ -139,6 +153,10 @@ def _linear_layers(anatomy: Anatomy) -> Mapping[str, nn.Module]:
     """Those with one weight of two axes; experts with a weight of three have products of their own kind."""
     roles = [role for role in (*LINEAR_LAYERS, "head") if role not in EXPERTS]
     return {name: module for name, module in _modules(anatomy, roles).items() if matrix(module) is not None}
+
+
+def _note_through(tap: Tap) -> None:
+    tap.input_grads[0] = _through(tap)
 
 
 def _through(tap: Tap) -> Tensor:

@@ -12,7 +12,7 @@ import foreshock
 from foreshock.experiments import trace
 from foreshock.experiments.files import write_whole
 from foreshock.monitors.optimization import GradientNorm
-from tests.attaching.loops import batches, gpt, same, train
+from tests.attaching.loops import VOCABULARY, batches, gpt, same, train
 
 
 def attached(model: nn.Module, **options):
@@ -173,3 +173,71 @@ def test_a_module_that_no_gradient_reaches_is_named():
         "no gradient reaches h.0.attn.c_attn: it is not used, or all before it is frozen"
     )
     assert "grad_global_norm" in watch.seen and watch.stopped is None and not watch.tracebacks
+
+
+def test_a_refused_alarms_file_leaves_no_manifest(tmp_path):
+    with pytest.raises(ValueError, match="alarms="):
+        attached(gpt(), out=tmp_path / "run", alarms=tmp_path / "none.json")
+    with pytest.raises(ValueError, match="actions="):
+        attached(gpt(), out=tmp_path / "run", actions="shout")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_as_a_number_is_read():
+    model, batch = gpt(), batches(1)[0]
+    with attached(model, every_steps=1) as watch:
+        loss = model(batch[:, :-1], batch[:, 1:])[1]
+        loss.backward()
+        assert watch.step(loss.item())["train_loss_raw"].item() == pytest.approx(loss.item())
+    assert watch.stopped is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_loss_on_the_host_is_read_beside_a_model_on_a_gpu():
+    model, batch = gpt().cuda(), batches(1)[0].cuda()
+    with attached(model, every_steps=1) as watch:
+        loss = model(batch[:, :-1], batch[:, 1:])[1]
+        loss.backward()
+        assert watch.step(loss.item())["train_loss_raw"].is_cuda
+    assert watch.stopped is None and not watch.tracebacks
+
+
+def test_gradients_that_are_zeroed_in_place_before_the_step_are_named():
+    model, batch = gpt(), batches(1)[0]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    with foreshock.attach(model, optimizer, quiet=True, every_steps=1) as watch:
+        loss = model(batch[:, :-1], batch[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        readings = watch.step(loss)
+    assert "grad_global_norm" in readings and "adam_update_rms" not in readings
+    assert watch.declined["adam_update_rms"].startswith("gradients are gone: call watch.step(loss) before")
+
+
+def test_sparse_gradients_have_a_norm_and_stop_no_watch():
+    def model() -> nn.Module:
+        made = gpt()
+        made.wte, made.lm_head = nn.Embedding(VOCABULARY, 32, sparse=True), nn.Linear(32, VOCABULARY, bias=False)
+        return made
+
+    made, batch = model(), batches(1)[0]
+    optimizer = torch.optim.SGD(made.parameters(), 1e-2)
+    with foreshock.attach(made, optimizer, quiet=True, every_steps=1) as watch:
+        loss = made(batch[:, :-1], batch[:, 1:])[1]
+        loss.backward()
+        gradients = [p.grad.to_dense() for p in made.parameters()]
+        optimizer.step()
+        readings = watch.step(loss)
+    assert watch.stopped is None
+    torch.testing.assert_close(readings["grad_global_norm"], torch.nn.utils.get_total_norm(gradients))
+
+
+def test_a_long_error_is_said_in_one_short_line(monkeypatch):
+    def broken(self, view):
+        raise RuntimeError("number\n" * 1000)
+
+    monkeypatch.setattr(GradientNorm, "observe", broken)
+    watch = train(gpt(), True).watch
+    assert "..." in watch.declined["gradient_norm"] and len(watch.declined["gradient_norm"]) < 300
+    assert len(watch.tracebacks["gradient_norm"]) > 5000

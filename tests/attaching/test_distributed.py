@@ -53,3 +53,14 @@ def test_what_fsdp2_hides_is_declined_by_name(one_process):
         "parameters such as wte.weight are DTensors (FSDP2): no rank has them whole"
     )
     watch.close()
+
+
+def test_the_first_rank_alone_writes_and_prints(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "run"
+    first = train(gpt(), True, out=folder, quiet=False, monitors="loss", actions="snapshot").watch
+    assert (folder / "manifest.json").exists() and capsys.readouterr().err
+    written = (folder / "manifest.json").read_bytes()
+    monkeypatch.setenv("RANK", "1")
+    second = train(gpt(), True, out=folder, quiet=False, monitors="loss", actions="snapshot").watch
+    assert first.steps == second.steps == 7 and second.stopped is None
+    assert (folder / "manifest.json").read_bytes() == written and not capsys.readouterr().err
