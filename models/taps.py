@@ -58,7 +58,7 @@ class Tap(Generic[M_co]):
     and the product that its forward made of input and weight, where x, w and dw are what was multiplied and the
     gradient at that weight; a norm with a bias, and a linear layer with one, has its bias before the update. Of a dot
     product call says which kernel ran and how, of a norm kind what it computes. failure: what a hook raised in place
-    of looking, or None.
+    of looking, or None; arrivals: how many gradients its outputs got, more than 1 for a module that is called again.
     """
 
     module: M_co
@@ -73,6 +73,7 @@ class Tap(Generic[M_co]):
     call: AttentionCall | None = None
     kind: NormKind | None = None
     failure: Exception | None = None
+    arrivals: int = 0
 
     def of_rows(self, rows: tuple[int, int]) -> Tap:
         """The tap of a layer that a fused one has as these of its outputs; its input is the same."""
@@ -253,7 +254,7 @@ def _watch(tap: Tap) -> Callable[..., None]:
         tap.inputs, tap.output = tuple(a.detach() for a in watched), output.detach()
         for index, value in enumerate(watched if tap.weight is None else ()):
             value.register_hook(_keep_input(tap, index))
-        output.register_hook(_keep(tap, "output_grad"))
+        output.register_hook(keep_output(tap))
 
     return guarded(tap, hook)
 
@@ -274,6 +275,16 @@ def _watch_product(tap: Tap) -> list[RemovableHandle]:
     begins = tap.module.register_forward_pre_hook(guarded(tap, begin))
     ends = tap.module.register_forward_hook(guarded(tap, end), prepend=True, always_call=True, with_kwargs=True)
     return [begins, ends]
+
+
+def keep_output(tap: Tap, turn: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[[Tensor], None]:
+    """A hook that keeps the gradient at a module's output, turned as the output was, and counts it."""
+
+    def hook(gradient: Tensor) -> None:
+        tap.output_grad = turn(gradient.detach())
+        tap.arrivals += 1
+
+    return guarded(tap, hook)
 
 
 def _keep(tap: Tap, name: str, copy: bool = False) -> Callable[[Tensor], None]:

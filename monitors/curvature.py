@@ -11,7 +11,10 @@ from torch import Tensor
 from foreshock.monitors.adam import AdamState
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.trailing import on_trailing_axes
+from foreshock.monitors.unreadable import Unreadable
 
+MOST_SAID = 100
+"""Characters of an error that are passed on."""
 FIRST_ITERATIONS = 4
 """Power iterations of the first reading, which has no vector to start from but the gradient."""
 
@@ -89,15 +92,21 @@ class GradientCurvature:
     def observe(self, view: StepView) -> dict[str, Reading]:
         if view.objective_at is None:
             raise ValueError("this monitor asks for the objective at other weights, and the step's view has none")
-        adam = AdamState.of(view)
+        try:
+            return self._read(view.objective_at, AdamState.of(view))
+        except RuntimeError as error:  # a checkpointed or a fused forward, say
+            said = str(error).partition("\n")[0][:MOST_SAID]
+            raise Unreadable(f"the objective cannot be differentiated twice: {said}") from error
+
+    def _read(self, objective_at: Objective, adam: AdamState) -> dict[str, Reading]:
         steepest = torch._foreach_mul(adam.gradient, adam.learning_rate)
         falls = _dot(adam.gradient, steepest)
-        bends = _dot(steepest, hessian_vector_product(view.objective_at, adam.weight, steepest))
+        bends = _dot(steepest, hessian_vector_product(objective_at, adam.weight, steepest))
         flat = falls == 0
         edge = (2 + 2 * adam.beta1) / (1 - adam.beta1)
         return {
             "gradient_curvature": Masked(bends / (2 * falls), flat),
-            "gradient_curvature.preconditioned": Masked(self._top_eigenvalue(view.objective_at, adam) / edge, flat),
+            "gradient_curvature.preconditioned": Masked(self._top_eigenvalue(objective_at, adam) / edge, flat),
         }
 
     def _top_eigenvalue(self, objective_at: Objective, adam: AdamState) -> Tensor:

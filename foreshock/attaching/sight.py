@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Any, TypeVar, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from foreshock.models.anatomies.model_taps import ModelTaps
 from foreshock.models.anatomies.router_capture import RouterCapture
-from foreshock.models.anatomies.watched_rows import WatchedRows
+from foreshock.models.anatomies.watched_rows import WatchedRows, parameter_names
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.batch import inputs_and_targets
 from foreshock.models.moe import Routing
-from foreshock.models.taps import NO_TAPS, Taps
+from foreshock.models.taps import NO_TAPS, Tap, Taps
 from foreshock.models.transformer import Transformer
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -61,8 +62,9 @@ class Sight:
     wanted: called before a forward, which places to tap and whether routings are asked for; rows: of the batch to keep,
     None for all; scaler: whose scale gradients have; failed: takes what a hook raised.
 
-    backwards: since the last ``next_step``; grad_norm: of the last backward, 0-dim, before any clip; updated: whether
-    the optimizer has stepped; taps, routings: of the last forward, None where no one asked or they are not to be had.
+    backwards: since the last ``next_step``; grad_norm: of the last backward, 0-dim, before any clip; shared: whether
+    that went through more than one forward; updated: whether the optimizer has stepped; taps, routings: of the last
+    forward, None where no one asked or they are not to be had.
     """
 
     def __init__(
@@ -77,10 +79,12 @@ class Sight:
         self.anatomy, self.failed = anatomy, failed
         self._wanted, self._rows, self._scaler = wanted, rows, scaler
         self._parameters = [p for p in anatomy.model.parameters() if p.requires_grad]
+        self._names = parameter_names(anatomy.model)
         self._handles: list[RemovableHandle] = []
         self._open: Taps | None = None
         self._routers: RouterCapture | None = None
         self._queued = self.apart = False
+        self._earlier: list[ref[Tap]] = []
         self.compiled = Compiled()
         self.tokens = 0
         self.watched: WatchedRows | None = None
@@ -89,7 +93,7 @@ class Sight:
 
     def next_step(self) -> None:
         """Forget the step that has been read."""
-        self.backwards, self.updated = 0, False
+        self.backwards, self.updated, self.shared = 0, False, False
         self._taken: dict[Tensor, int] = {}
         self.grad_norm: Tensor | None = None
         self.taps: Taps = NO_TAPS
@@ -126,6 +130,8 @@ class Sight:
     def _before(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self.apart or not torch.is_grad_enabled():
             return
+        if self._open is not None and "linear" in self._open.places:  # its graph keeps these alive, if it still counts
+            self._earlier += [ref(tap) for tap in self._open.at("linear").values()]
         self._end_taps()
         self._queued = False
         self._keep(arguments, named)
@@ -136,12 +142,14 @@ class Sight:
             self._open = taps_on(self.anatomy, places).__enter__()
 
     def _keep(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        whole = WatchedRows.of(arguments, named, None, self.device)
+        whole = WatchedRows.of(arguments, named, None, self.device, self._names)
         tokens = whole.tokens
         if tokens is not None:
             ours = isinstance(self.anatomy.model, Transformer)
             self.tokens += (inputs_and_targets(tokens)[1] if ours or tokens.ndim == 3 else tokens).numel()
-        self.watched = whole if self._rows is None else WatchedRows.of(arguments, named, self._rows, self.device)
+        self.watched = (
+            whole if self._rows is None else WatchedRows.of(arguments, named, self._rows, self.device, self._names)
+        )
 
     @harmless
     def _after(self, output: Any) -> None:
@@ -167,6 +175,8 @@ class Sight:
     def _backward_ended(self) -> None:
         self._queued = False
         self.backwards += 1
+        self.shared = any(tap is not None and tap.arrivals > 0 for tap in (each() for each in self._earlier))
+        self._earlier.clear()
         if self.compiled.ran:
             self._keep(self.compiled.arguments, self.compiled.named)
             self.compiled.ran, self.compiled.arguments, self.compiled.named = False, (), {}

@@ -218,7 +218,7 @@ class AttachedWatch:
         if rows is not None and isinstance(model, Transformer):
             objective = partial(objective_at, model, rows.arguments[0], 1.0)
         elif rows is not None:
-            objective = smooth_objective(model, rows)
+            objective = _readable(smooth_objective(model, rows))
         assert sight.grad_norm is not None
         return StepView(
             step=self.steps,
@@ -234,27 +234,33 @@ class AttachedWatch:
         )
 
     def _reached(self, due: list[str], view: StepView) -> list[str]:
-        """Without those that tap a module which no gradient reaches, or one that a hook could not look at."""
+        """Without those that tap what no gradient reaches, what is called twice, or what a hook could not look at."""
         for name in due:
-            module, error = next(
-                (
-                    (m, tap.failure)
-                    for place in self._monitors[name].needs.taps
-                    if place in view.taps.places
-                    for m, tap in view.taps.at(place).items()
-                    if tap.failure is not None
-                ),
-                ("", None),
-            )
-            if error is not None:
-                self._lose(name, error, f"it cannot look at {module}: ")
-        due = [name for name in due if name in self._monitors]
+            places = self._monitors[name].needs.taps
+            taps = {module: tap for place in places for module, tap in view.taps.at(place).items()}
+            module = next((module for module, tap in taps.items() if tap.failure is not None), None)
+            if module is not None:
+                self._lose(name, taps[module].failure, f"it cannot look at {module}: ")
+        due = [name for name in due if name in self._monitors and not self._called_again(name, view)]
         untouched = _untouched(view.taps, self._watch.places(due))
         for name in due:
             module = next((untouched[place] for place in self._monitors[name].needs.taps if place in untouched), None)
             if module is not None:
                 self._decline(name, f"no gradient reaches {module}: it is not used, or all before it is frozen")
         return [name for name in due if name in self._monitors]
+
+    def _called_again(self, name: str, view: StepView) -> bool:
+        """Whether a weight's gradient is of more calls than were tapped, which a monitor leaves such a step out for."""
+        places = [place for place in self._monitors[name].needs.taps if place != "dot_product"]  # says so of itself
+        again = (module for place in places for module, tap in view.taps.at(place).items() if tap.arrivals > 1)
+        module = next(again, None)
+        if module is not None:
+            self._decline(name, f"{module} is called more than once in a backward", off=False)
+        elif "linear" in places and self._sight.shared and view.taps is self._sight.taps:
+            self._decline(name, "a backward goes through more than one forward of the model", off=False)
+        else:
+            return False
+        return True
 
     def _observe(self, name: str, view: StepView) -> dict[str, Reading]:
         """What one monitor reads; one that raises is switched off, and its traceback kept."""
@@ -272,7 +278,7 @@ class AttachedWatch:
             self._lose(name, error, "it raised ")
         return {}
 
-    def _lose(self, name: str, error: Exception, how: str) -> None:
+    def _lose(self, name: str, error: Exception | None, how: str) -> None:
         """Switch a monitor off for what was raised in it, and keep the traceback."""
         self.tracebacks[name] = "".join(traceback.format_exception(error))
         said = f"switched off, {how}{_said(error)}"
@@ -351,7 +357,19 @@ def _untouched(taps: Taps, places: frozenset[str]) -> dict[str, str]:
     return {place: names[0] for place, names in found.items() if names}
 
 
-def _said(error: Exception) -> str:
+def _readable(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The objective, but where the model returns none its monitors leave the step out."""
+
+    def at(weights: Mapping[str, Tensor]) -> Tensor:
+        try:
+            return objective(weights)
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
+
+    return at
+
+
+def _said(error: BaseException | None) -> str:
     """An error in one line of at most ``MOST_SAID`` characters."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     return line if len(line) <= MOST_SAID else f"{line[: MOST_SAID - 3]}..."

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from foreshock.models.anatomies.attention_call import CUSTOM, EAGER, REFERENCE, TORCH_FLASH, TORCH_OTHER, AttentionCall
 from foreshock.models.products import multiplied_in
-from foreshock.models.taps import Tap, guarded
+from foreshock.models.taps import Tap, guarded, keep_output
 from foreshock.models.visibility import visible_keys
 
 PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
@@ -151,7 +151,7 @@ class AttentionCapture(TorchFunctionMode):
         for index, (x, turn) in enumerate(zip(tensors[:3], turns[:3], strict=True)):
             if x.requires_grad:
                 x.register_hook(_keep_input(tap, index, turn))
-        o.register_hook(_keep_output(tap, turns[3]))
+        o.register_hook(keep_output(tap, turns[3]))
 
 
 _OPEN: list[AttentionCapture] = []
@@ -160,13 +160,6 @@ _OPEN: list[AttentionCapture] = []
 def _keep_input(tap: Tap, index: int, turn: Turn) -> Callable[[Tensor], None]:
     def hook(gradient: Tensor) -> None:
         tap.input_grads[index] = turn(gradient.detach())
-
-    return guarded(tap, hook)
-
-
-def _keep_output(tap: Tap, turn: Turn) -> Callable[[Tensor], None]:
-    def hook(gradient: Tensor) -> None:
-        tap.output_grad = turn(gradient.detach())
 
     return guarded(tap, hook)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from foreshock.models.anatomies.parts import MLP_PARTS
 from foreshock.models.anatomies.structure import lies_transposed, matrix
 from foreshock.models.anatomy import LINEAR_LAYERS, NORMS, Anatomy
 from foreshock.models.products import Product, Watching, product_of
-from foreshock.models.taps import Tap, Taps, first_tensor, guarded
+from foreshock.models.taps import Tap, Taps, first_tensor, guarded, keep_output
 
 EXPERTS = tuple(f"experts_{part}" for part in MLP_PARTS)
 ONE_OPERATION = ("NativeLayerNormBackward0", "FusedRmsNormBackward0")
@@ -84,7 +84,7 @@ class ModelTaps(Taps):
             if not output.requires_grad:
                 return  # an evaluation
             tap.inputs, tap.output = (first_tensor(arguments, named).detach(),), output.detach()
-            output.register_hook(_keep_output(tap))
+            output.register_hook(keep_output(tap))
             node = output.grad_fn
             if node is not None and node.name() in ONE_OPERATION:
                 node.register_hook(guarded(tap, keep_input))
@@ -114,7 +114,7 @@ class ModelTaps(Taps):
                 return
             given = first_tensor(arguments, named)
             tap.inputs, tap.output = (given.detach(),), first.detach()
-            first.register_hook(_keep_output(tap))
+            first.register_hook(keep_output(tap))
             tap.product = FROZEN
             if weight.requires_grad:  # of any module with a weight, such as Conv1D of transformers
                 tap.product = product_of(module, given, seen)  # type: ignore[arg-type]
@@ -130,13 +130,6 @@ class ModelTaps(Taps):
         self._handles.append(tap.module.register_forward_hook(ends, prepend=True, always_call=True, with_kwargs=True))
         if weight.requires_grad:
             self._handles.append(weight.register_hook(guarded(tap, keep)))
-
-
-def _keep_output(tap: Tap) -> Callable[[Tensor], None]:
-    def hook(gradient: Tensor) -> None:
-        tap.output_grad = gradient.detach()
-
-    return guarded(tap, hook)
 
 
 def _copy(x: Any) -> Tensor | None:

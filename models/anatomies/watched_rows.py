@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,22 +18,32 @@ from foreshock.models.trees import map_tensors
 COUNT = "num_items_in_batch"
 """The argument by which a loss is divided by the tokens of a whole batch: of a few rows it is the mean without it."""
 
+NO_TOKENS = ("mask", "position", "token_type")
+"""In the names of whole-number arguments that are no tokens."""
+
 
 @dataclass(frozen=True)
 class WatchedRows:
     """Arguments of one forward, tensors that lead with the batch cut to its last rows; not to be written.
 
-    autocast: what the forward ran under, by device type: its dtype, or None where it was off.
+    autocast: what the forward ran under, by device type: its dtype, or None where it was off; parameters: names of the
+    forward's own, in order, where they are known.
     """
 
     arguments: tuple[Any, ...]
     named: Mapping[str, Any]
     device: str
     autocast: torch.dtype | None
+    parameters: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, arguments: tuple[Any, ...], named: Mapping[str, Any], rows: int | None, device: torch.device
+        cls,
+        arguments: tuple[Any, ...],
+        named: Mapping[str, Any],
+        rows: int | None,
+        device: torch.device,
+        parameters: tuple[str, ...] = (),
     ) -> WatchedRows:
         """rows: how many, None for all."""
         own = {name: value for name, value in named.items() if name != COUNT}
@@ -41,13 +52,23 @@ class WatchedRows:
         if rows is not None and rows < batch:
             kept = map_tensors(lambda x: x[-rows:] if x.ndim and len(x) == batch else x, kept)
         on = torch.is_autocast_enabled(device.type)
-        return cls(*kept, device.type, torch.get_autocast_dtype(device.type) if on else None)
+        return cls(*kept, device.type, torch.get_autocast_dtype(device.type) if on else None, parameters)
 
     @property
     def tokens(self) -> Tensor | None:
-        """The token ids, (B, T), or inputs and targets apart, (B, 2, T) (``models.batch``); None without any."""
-        found = [x for x in _tensors((self.arguments, self.named)) if x.dtype == torch.int64 and x.ndim == 2]
-        if not found or "labels" in self.named or len(found) == 1 or found[1].shape != found[0].shape:
+        """The token ids, (B, T), or inputs and targets apart, (B, 2, T) (``models.batch``); None without any.
+
+        Masks and positions are no tokens; ``input_ids`` are, before others.
+        """
+        given = {**{str(i): x for i, x in enumerate(self.arguments)}, **self.named}
+        given = {
+            self.parameters[int(key)] if key.isdigit() and int(key) < len(self.parameters) else key: x
+            for key, x in given.items()
+        }
+        named = sorted(given, key=lambda name: name != "input_ids")
+        trees = [given[name] for name in named if not any(other in name for other in NO_TOKENS)]
+        found = [x for x in _tensors(trees) if x.dtype == torch.int64 and x.ndim == 2]
+        if not found or "labels" in given or len(found) == 1 or found[1].shape != found[0].shape:
             return found[0] if found else None
         return torch.stack(found[:2], 1)
 
@@ -72,6 +93,14 @@ class WatchedRows:
         if not isinstance(logits, Tensor) or logits.ndim != 3 or tokens is None or tokens.shape != logits.shape[:2]:
             raise ValueError("the model returns no loss, and no logits (B, T, V) of its tokens (B, T)")
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def parameter_names(model: nn.Module) -> tuple[str, ...]:
+    """Of a model's forward, in order; none where it does not say."""
+    try:
+        return tuple(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 def _get(output: Any, name: str) -> Any:
