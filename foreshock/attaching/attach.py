@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import TypeGuard, Unpack
 from weakref import WeakSet
 
@@ -53,7 +54,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Unpack
     _WATCHED.add(plain)
     watch.when_closed(lambda: _WATCHED.discard(plain))
     if not given.quiet:
-        print(watch.summary(), file=sys.stderr)
+        with suppress(OSError, ValueError):  # a terminal that is gone is no reason to stop
+            print(watch.summary(), file=sys.stderr)
     return watch
 
 

@@ -17,7 +17,7 @@ from foreshock.experiments import reproduce
 from foreshock.experiments.build import ROOT, build_run
 from foreshock.experiments.plan import FIRST_CASE_SEED, FIRST_SEED, plan
 from foreshock.experiments.reproduce import build_all, chosen_experiment, planned_runs
-from foreshock.experiments.scoring import check_runs, check_settings
+from foreshock.experiments.scoring import check_runs, check_settings, unwatched
 from foreshock.experiments.train import describe
 from foreshock.experiments.training.loop import train
 from foreshock.models.transformer import Transformer
@@ -84,8 +84,11 @@ def test_every_cell_composes_and_builds(experiment, scale, text):
     assert len({run.run_id for run in runs}) == len(runs)
     assert len({run.train.steps for cell, run in zip(one_of_each, runs, strict=True) if cell.fault is None}) == 1
     known = {signal.name for run in runs for monitor in run.monitors.values() for signal in monitor.signals}
+    watched = experiment["detectors"].keys() - unwatched(experiment, runs)
+    assert len(watched) == len(experiment["detectors"]) or any("monitor=[" in line for line in experiment["overrides"])
     panels = [*experiment["figure"].values(), *(c["panel"] for c in experiment.get("claims", []) if "panel" in c)]
-    used = [*experiment["detectors"].values(), *(panel["signals"] for panel in panels)]
+    panels = [panel for panel in panels if len(watched) == len(experiment["detectors"]) or {*panel["signals"]} & known]
+    used = [*(experiment["detectors"][name] for name in watched), *(panel["signals"] for panel in panels)]
     assert {name for names in used for name in names} <= known | {"held_out_loss"}
     baseline = experiment["baseline"]
     assert {*([baseline] if isinstance(baseline, str) else baseline)} <= set(experiment["detectors"])
