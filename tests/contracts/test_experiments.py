@@ -85,7 +85,9 @@ def test_every_cell_composes_and_builds(experiment, scale, text):
     assert len({run.train.steps for cell, run in zip(one_of_each, runs, strict=True) if cell.fault is None}) == 1
     known = {signal.name for run in runs for monitor in run.monitors.values() for signal in monitor.signals}
     watched = experiment["detectors"].keys() - unwatched(experiment, runs)
-    assert len(watched) == len(experiment["detectors"]) or any("monitor=[" in line for line in experiment.get("overrides", ()))
+    assert len(watched) == len(experiment["detectors"]) or any(
+        "monitor=[" in line for line in experiment.get("overrides", ())
+    )
     panels = [*experiment["figure"].values(), *(c["panel"] for c in experiment.get("claims", []) if "panel" in c)]
     panels = [panel for panel in panels if len(watched) == len(experiment["detectors"]) or {*panel["signals"]} & known]
     used = [*(experiment["detectors"][name] for name in watched), *(panel["signals"] for panel in panels)]
