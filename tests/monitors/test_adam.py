@@ -47,8 +47,8 @@ def test_the_debias_keeps_fp32_s_digits(beta):
 def test_the_first_update_has_size_one(trained_steps):
     """v_hat is g^2 itself; but for embeddings of tokens that the batch does not have, and eps."""
     got = AdamUpdateRMS(1).observe(trained_steps().next())
-    assert got["adam_update_rms"].shape == (2,)
-    torch.testing.assert_close(got["adam_update_rms"], torch.ones(2), rtol=2e-2, atol=0)
+    assert got["adam_update_rms"].value.shape == (2,)
+    torch.testing.assert_close(got["adam_update_rms"].value, torch.ones(2), rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "positions": "rope"}])
@@ -63,7 +63,7 @@ def test_each_layer_reports_its_largest_tensor(trained_steps, changes):
         rms[name] = float((p.grad.double() ** 2 / (v.sqrt() + 1e-8) ** 2).mean().sqrt())
     for layer in range(2):
         expected = max(value for name, value in rms.items() if name.startswith(f"blocks.{layer}."))
-        assert got["adam_update_rms"][layer].item() == pytest.approx(expected, rel=gamma(200, FP32))
+        assert got["adam_update_rms"].value[layer].item() == pytest.approx(expected, rel=gamma(200, FP32))
     outside = [value for name, value in rms.items() if name.startswith(("tokens", "positions", "head"))]
     assert got["adam_update_rms.embedding"].item() == pytest.approx(max(outside), rel=gamma(300, FP32))
 
@@ -74,10 +74,10 @@ def test_a_gradient_that_grows_out_of_an_old_second_moment_is_above_the_publishe
     parameter = run.model.blocks[1].attention.q.weight
     parameter.grad.fill_(10.0)
     run.optimizer.state[parameter]["exp_avg_sq"].fill_(0.05)  # of a 1, debiased by 1 - beta2
-    got = monitor.observe(view)["adam_update_rms"]
+    got = monitor.observe(view)["adam_update_rms"].value
     assert got[1].item() == pytest.approx(10.0) and got[0] < 2.3
     parameter.grad[0, 0] = math.nan
-    assert monitor.observe(view)["adam_update_rms"].isnan().tolist() == [False, True]
+    assert monitor.observe(view)["adam_update_rms"].value.isnan().tolist() == [False, True]
 
 
 def test_a_view_without_an_optimizer_is_refused(tiny_run):
