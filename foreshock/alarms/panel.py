@@ -46,10 +46,10 @@ class Panel:
         on_alarm: Sequence[Callable[[Event], Any]] = (),
         actions: Mapping[str, Sequence[Action]] | None = None,
         scaler: Any = None,
-        terminal: TextIO | None = sys.stderr,
         model: Mapping[str, Any] | None = None,
     ) -> None:
-        self._signals, self._run, self._folder, self._terminal = signals, run, folder, terminal
+        self._signals, self._run, self._folder = signals, run, folder
+        self.terminal: TextIO | None = sys.stderr
         self._on_alarm, self._actions = tuple(on_alarm), dict(actions or {})
         if folder is None and any(SNAPSHOT in of_severity for of_severity in self._actions.values()):
             raise ValueError("actions='snapshot' is not allowed without out=: it needs a folder")
@@ -207,13 +207,13 @@ class Panel:
 
     def _say(self, event: Event) -> None:
         self.events.append(event)
-        say(event.line(), self._terminal)
+        say(event.line(), self.terminal)
         if self._folder is not None:
             try:
                 with open(self._folder / FILE, "a", encoding="utf-8") as file:
                     file.write(event.json() + "\n")
             except OSError as error:
-                say(f"{self._folder / FILE} cannot be written: {error.strerror}", self._terminal)
+                say(f"{self._folder / FILE} cannot be written: {error.strerror}", self.terminal)
 
     def _acted(self, event: Event) -> bool:
         """Do what is asked for this severity; whether to raise afterwards. What fails is an event without actions."""

@@ -41,9 +41,9 @@ class Live:
                 (*options.alarm_listeners, self._write_alarm),
                 actions_of(options.actions),
                 options.scaler,
-                None if options.quiet else sys.stderr,
                 model,
             )
+            self.panel.terminal = None if options.quiet else sys.stderr
 
     def read(self, step: int, readings: Mapping[str, Reading], batch: Any, proven: bool = True) -> None:
         """batch: the rows that the watch keeps; proven: as of ``Panel.read``.

@@ -36,7 +36,10 @@ def panel(*signals: Signal, settings: AlarmRules | None = None, **options) -> Pa
     """A panel of these signals that prints nothing."""
     named = {signal.name: ("some_monitor", signal) for signal in signals}
     options = {"run": "my-run", "folder": None, "terminal": None} | options
-    return Panel(settings or AlarmRules(), named, **options)
+    terminal = options.pop("terminal", None)
+    made = Panel(settings or AlarmRules(), named, **options)
+    made.terminal = terminal
+    return made
 
 
 def events_of(panel: Panel, signal: Signal, values, every: int = 1) -> list[Event]:
