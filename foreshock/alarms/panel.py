@@ -29,7 +29,7 @@ class Panel:
 
     signals: by name, with the monitor that reads each in ``monitors``; run: its name; folder: for ``alarms.jsonl`` and
     evidence, None for neither; on_alarm: called with every event; actions: by severity; model: what the thresholds must
-    be of, as a manifest's ``attached`` has it.
+    be of, as a manifest's ``attached`` has it; terminal: where events are printed, None for nowhere.
     Nothing that an action or a callback raises leaves ``read`` or ``report``, but for the action ``raise``; ``own`` may
     be called inside a forward or a backward, so its alarm waits for the next ``read``, ``report`` or ``raise_kept``.
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreshock.attaching.options import near
 from foreshock.experiments.plain_config import CONF, construct, read
+from foreshock.models.anatomies.structure import nearest
 from foreshock.models.anatomy import Anatomy
 from foreshock.monitors.base import Monitor
 
@@ -26,7 +26,7 @@ def configured(patterns: Sequence[str], every_steps: int | None) -> dict[str, Mo
     every = sorted(path.stem for path in (CONF / "monitor").glob("*.yaml"))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every):
-            raise ValueError(f"monitors: {pattern!r} matches none of {', '.join(every)}{near(pattern, every)}")
+            raise ValueError(f"monitors: {pattern!r} matches none of {', '.join(every)}{nearest(pattern, every)}")
     names = [name for name in every if any(fnmatchcase(name, pattern) for pattern in patterns)]
     return {name: construct("monitor", name, **_cadence(name, every_steps)) for name in names}
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 from foreshock.alarms.event import Event
 from foreshock.alarms.settings import LOG_ONLY, SNAPSHOT, Actions, AlarmRules, actions_of
+from foreshock.models.anatomies.structure import nearest
 from foreshock.monitors.base import Reading
 from foreshock.writers.base import Writer
 
@@ -81,14 +81,13 @@ class Options:
         names = [field.name for field in fields(cls)]
         unknown = next((name for name in given if name not in names), None)
         if unknown is not None:
-            raise TypeError(f"attach({unknown}=...) is not allowed: one of {', '.join(names)}{near(unknown, names)}")
+            raise TypeError(f"attach({unknown}=...) is not allowed: one of {', '.join(names)}{nearest(unknown, names)}")
         return cls(**given)
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
-            raise ValueError(
-                f"profile={self.profile!r} is not allowed: one of {', '.join(PROFILES)}{near(self.profile, PROFILES)}"
-            )
+            known = f"one of {', '.join(PROFILES)}{nearest(self.profile, PROFILES)}"
+            raise ValueError(f"profile={self.profile!r} is not allowed: {known}")
         for name in ("every_steps", "rows"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -123,9 +122,3 @@ class Options:
     @property
     def alarm_listeners(self) -> tuple[OnAlarm, ...]:
         return (self.on_alarm,) if callable(self.on_alarm) else tuple(self.on_alarm)
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """``; did you mean ...?``, or nothing."""
-    found = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""

@@ -39,6 +39,7 @@ def run_again(
         sight.apart = before
         if routers is not None:
             routers.__exit__(None, None, None)
+            sight.router_failure = routers.failure
     if isinstance(model, Transformer):
         return taps, output[2]
     return taps, routers.routings if routers is not None else ()

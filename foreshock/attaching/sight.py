@@ -64,7 +64,7 @@ class Sight:
 
     backwards: since the last ``next_step``; grad_norm: of the last backward, 0-dim, before any clip; shared: whether
     that went through more than one forward; updated: whether the optimizer has stepped; taps, routings: of the last
-    forward, None where no one asked or they are not to be had.
+    forward, empty where no one asked or they are not to be had; router_failure: what a router's hook raised, or None.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Sight:
         self.grad_norm: Tensor | None = None
         self.taps: Taps = NO_TAPS
         self.routings: tuple[Routing, ...] = ()
+        self.router_failure: Exception | None = None
 
     def close(self) -> None:
         """Take every hook off."""
@@ -159,7 +160,8 @@ class Sight:
             self._open.end_forward()
         if self._routers is not None:
             self._routers.__exit__(None, None, None)
-            self.routings, self._routers = self._routers.routings, None
+            self.routings, self.router_failure = self._routers.routings, self._routers.failure
+            self._routers = None
         elif isinstance(self.anatomy.model, Transformer) and isinstance(output, tuple) and torch.is_grad_enabled():
             self.routings = output[2]
 

@@ -241,6 +241,9 @@ class AttachedWatch:
             module = next((module for module, tap in taps.items() if tap.failure is not None), None)
             if module is not None:
                 self._lose(name, taps[module].failure, f"it cannot look at {module}: ")
+            elif self._routed([name]) and not view.routings:
+                failure = self._sight.router_failure or RuntimeError("one of them has not run")
+                self._lose(name, failure, "it cannot look at the routers: ")
         due = [name for name in due if name in self._monitors and not self._called_again(name, view)]
         untouched = _untouched(view.taps, self._watch.places(due))
         for name in due:
@@ -318,8 +321,7 @@ class AttachedWatch:
                 self._listeners.remove(listener)
                 name = getattr(listener, "__name__", type(listener).__name__)
                 self.tracebacks[name] = traceback.format_exc()
-                said = " ".join(str(error).split())
-                reason = f"on_readings: {name} is switched off, it raised {type(error).__name__}: {said}"
+                reason = f"on_readings: {name} is switched off, it raised {_said(error)}"
                 self._say(f"step {self.steps}: {reason}")
                 self._live.own(self.steps, "listener_failed", reason)
 

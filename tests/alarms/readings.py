@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TextIO
 
 import numpy as np
 
@@ -32,11 +33,10 @@ def told_again(run: Trace, names: list[str]) -> Iterator[tuple[int, list[HostRea
     yield from sorted(by_step.items())
 
 
-def panel(*signals: Signal, settings: AlarmRules | None = None, **options) -> Panel:
-    """A panel of these signals that prints nothing."""
+def panel(*signals: Signal, settings: AlarmRules | None = None, terminal: TextIO | None = None, **options) -> Panel:
+    """A panel of these signals that prints nothing, but for a terminal."""
     named = {signal.name: ("some_monitor", signal) for signal in signals}
-    options = {"run": "my-run", "folder": None, "terminal": None} | options
-    terminal = options.pop("terminal", None)
+    options = {"run": "my-run", "folder": None} | options
     made = Panel(settings or AlarmRules(), named, **options)
     made.terminal = terminal
     return made

@@ -168,3 +168,29 @@ def test_a_fused_product_is_cut_into_the_projections_that_the_model_makes_of_it(
     for role, product in zip("qkv", products, strict=True):
         own = anatomy.role(role)[0].of(anatomy.weights())
         torch.testing.assert_close(x @ own.T, product)
+
+
+def test_a_router_that_cannot_be_looked_at_switches_off_the_monitors_of_routings_alone(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("a hook is wrong")
+
+    def left(watched: bool):
+        model = model_of("Mixtral")
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        watch = foreshock.attach(model, optimizer, every_steps=2, quiet=True) if watched else None
+        for tokens in batches(3):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            if watch is not None:
+                watch.step(loss)
+            optimizer.zero_grad()
+        return list(model.parameters()), watch
+
+    without, _ = left(False)
+    monkeypatch.setattr("foreshock.models.anatomies.router_capture.Routing", fails)
+    weights, watch = left(True)
+    assert all(map(torch.equal, without, weights))
+    lost = {name for name, reason in watch.declined.items() if "it cannot look at the routers: RuntimeError" in reason}
+    assert lost == {"expert_load", "linear_laws", "router_laws", "routing_probability"} == watch.tracebacks.keys()
+    assert watch.stopped is None and {"router_weight", "attention_laws"} <= {*watch.monitors}

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from foreshock.experiments.build import ROOT, build_run
 from foreshock.experiments.cli import check_overrides
+from tests.contracts.added import MONITOR
 
 FAULT = """
 from dataclasses import dataclass, replace
@@ -31,19 +32,6 @@ class LRFlicker(WindowedFault):
     def describe(self) -> InjectionCard:
         injection = self.injection("scale", where={"point": "lr_scale"}, size={"factor": self.factor})
         return InjectionCard(self.family, (injection,))
-"""
-MONITOR = """
-from foreshock.monitors.base import Needs, Signal
-
-
-class LastLoss:
-    needs = Needs()
-
-    def __init__(self, every_steps: int) -> None:
-        self.signals = (Signal("last_loss", "nats/token", "up", every_steps=every_steps, family="optimization"),)
-
-    def observe(self, view):
-        return {"last_loss": view.loss.detach()}
 """
 FILES = {
     "my_fault.py": FAULT,

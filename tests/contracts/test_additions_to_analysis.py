@@ -20,6 +20,7 @@ from foreshock.analysis.runs.simulated import simulate_experiment
 from foreshock.experiments import reproduce
 from foreshock.experiments.build import ROOT, build_run
 from tests.analysis.made_up_board import COUNTS, DETECTORS, FAULTS, SIGNALS
+from tests.contracts.added import MONITOR
 
 TRACK = """
 from dataclasses import dataclass
@@ -106,19 +107,6 @@ detectors:
   mine: [last_loss]
 baseline: training loss
 figure: {}
-"""
-MONITOR = """
-from foreshock.monitors.base import Needs, Signal
-
-
-class LastLoss:
-    needs = Needs()
-
-    def __init__(self, every_steps: int) -> None:
-        self.signals = (Signal("last_loss", "nats/token", "up", every_steps=every_steps, family="optimization"),)
-
-    def observe(self, view):
-        return {"last_loss": view.loss.detach()}
 """
 FILES = {
     "my_monitor.py": MONITOR,
