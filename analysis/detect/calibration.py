@@ -23,7 +23,7 @@ from foreshock.analysis.detect.joint import MIN_RUNS, member_scales
 from foreshock.analysis.detect.rules import make_rule
 from foreshock.analysis.detect.thresholds import SignalThreshold, Thresholds
 from foreshock.analysis.runs.align import Aligned
-from foreshock.experiments.trace import Trace, TraceError
+from foreshock.experiments.trace import ATTACHED, Trace, TraceError
 from foreshock.experiments.validation import check_named
 from foreshock.monitors.signal import LEVEL, RATIO, Signal
 
@@ -82,7 +82,7 @@ def calibrated(
         track=track,  # type: ignore[arg-type]
         chart=dict(chart),
         joint=joint,
-        model=runs[0].manifest.get("attached"),
+        model=runs[0].manifest.get(ATTACHED),
         signals={
             name: known[name].model_copy(update={"limit": limit, "alone": alone[name]})
             for name, limit in limits.items()
@@ -125,7 +125,7 @@ def _alike(runs: Sequence[Trace]) -> dict[str, Signal]:
 
 
 def _model(run: Trace) -> Any:
-    return run.manifest.get("attached") or run.manifest["config"].get("model")
+    return run.manifest.get(ATTACHED) or run.manifest["config"].get("model")
 
 
 def _judged(
