@@ -6,6 +6,7 @@ alike. The jobs themselves are handed over by joblib's and submitit's own interf
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class Processes:
 
     def start(self, folder: Path) -> None:
         """Let each worker end with this process from the start."""
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # it was asked to, or is replaced
         if self.at_once > 1:
             Parallel(**self.settings)(delayed(check_in)(folder, self.at_once) for _ in range(self.at_once))
 
