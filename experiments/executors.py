@@ -66,8 +66,8 @@ class Processes:
 
     def start(self, folder: Path) -> None:
         """Let each worker end with this process from the start."""
-        warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # it was asked to, or is replaced
         if self.at_once > 1:
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # it was asked to, or is replaced
             Parallel(**self.settings)(delayed(check_in)(folder, self.at_once) for _ in range(self.at_once))
 
     def run(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:

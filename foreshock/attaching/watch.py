@@ -238,9 +238,9 @@ class AttachedWatch:
         for name in due:
             places = self._monitors[name].needs.taps
             taps = {module: tap for place in places for module, tap in view.taps.at(place).items()}
-            module = next((module for module, tap in taps.items() if tap.failure is not None), None)
-            if module is not None:
-                self._lose(name, taps[module].failure, f"it cannot look at {module}: ")
+            failed = next(((module, tap.failure) for module, tap in taps.items() if tap.failure is not None), None)
+            if failed is not None:
+                self._lose(name, failed[1], f"it cannot look at {failed[0]}: ")
             elif self._routed([name]) and not view.routings:
                 failure = self._sight.router_failure or RuntimeError("one of them has not run")
                 self._lose(name, failure, "it cannot look at the routers: ")
@@ -281,7 +281,7 @@ class AttachedWatch:
             self._lose(name, error, "it raised ")
         return {}
 
-    def _lose(self, name: str, error: Exception | None, how: str) -> None:
+    def _lose(self, name: str, error: Exception, how: str) -> None:
         """Switch a monitor off for what was raised in it, and keep the traceback."""
         self.tracebacks[name] = "".join(traceback.format_exception(error))
         said = f"switched off, {how}{_said(error)}"
@@ -371,7 +371,7 @@ def _readable(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return at
 
 
-def _said(error: BaseException | None) -> str:
+def _said(error: BaseException) -> str:
     """An error in one line of at most ``MOST_SAID`` characters."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     return line if len(line) <= MOST_SAID else f"{line[: MOST_SAID - 3]}..."

@@ -60,13 +60,10 @@ class WatchedRows:
 
         Masks and positions are no tokens; ``input_ids`` are, before others.
         """
-        given = {**{str(i): x for i, x in enumerate(self.arguments)}, **self.named}
-        given = {
-            self.parameters[int(key)] if key.isdigit() and int(key) < len(self.parameters) else key: x
-            for key, x in given.items()
-        }
-        named = sorted(given, key=lambda name: name != "input_ids")
-        trees = [given[name] for name in named if not any(other in name for other in NO_TOKENS)]
+        unnamed = map(str, range(len(self.parameters), len(self.arguments)))
+        given = {**dict(zip((*self.parameters, *unnamed), self.arguments, strict=False)), **self.named}
+        names = sorted(given, key=lambda name: name != "input_ids")
+        trees = [given[name] for name in names if not any(other in name for other in NO_TOKENS)]
         found = [x for x in _tensors(trees) if x.dtype == torch.int64 and x.ndim == 2]
         if not found or "labels" in given or len(found) == 1 or found[1].shape != found[0].shape:
             return found[0] if found else None
