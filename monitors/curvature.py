@@ -13,8 +13,16 @@ from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
 from foreshock.monitors.trailing import on_trailing_axes
 from foreshock.monitors.unreadable import Unreadable
 
+NOT_TWICE = (
+    "derivative for aten::",  # an operation without a second derivative, such as a fused attention
+    "does not require grad and does not have a grad_fn",  # a backward of one's own that cuts the graph
+    "does not currently support double backward",
+    "marked with @once_differentiable",
+    "torch.utils.checkpoint is incompatible with .grad()",
+)
+"""What PyTorch says where a gradient has no derivative; it has no class of error for that."""
 MOST_SAID = 100
-"""Characters of an error that are passed on."""
+"""Characters of such an error that are passed on."""
 FIRST_ITERATIONS = 4
 """Power iterations of the first reading, which has no vector to start from but the gradient."""
 
@@ -36,7 +44,7 @@ def _hessian_product(objective_at: Objective, names: tuple[str, ...], *tensors: 
     leaves = [weight.detach().requires_grad_() for weight in weights]
     with torch.enable_grad():
         objective = objective_at(dict(zip(names, leaves, strict=True))).sum()
-        gradient = torch.autograd.grad(objective, leaves, create_graph=True)
+        gradient = torch.autograd.grad(objective, leaves, create_graph=True, materialize_grads=True)
         slope = _dot(gradient, direction)
     return torch.autograd.grad(slope, leaves, materialize_grads=True)
 
@@ -94,8 +102,11 @@ class GradientCurvature:
             raise ValueError("this monitor asks for the objective at other weights, and the step's view has none")
         try:
             return self._read(view.objective_at, AdamState.of(view))
-        except RuntimeError as error:  # a checkpointed or a fused forward, say
-            said = str(error).partition("\n")[0][:MOST_SAID]
+        except RuntimeError as error:
+            said = str(error).partition("\n")[0]
+            if not any(known in said for known in NOT_TWICE):
+                raise
+            said = said[:MOST_SAID]
             raise Unreadable(f"the objective cannot be differentiated twice: {said}") from error
 
     def _read(self, objective_at: Objective, adam: AdamState) -> dict[str, Reading]:

@@ -19,7 +19,7 @@ def run_again(
 ) -> tuple[Taps, tuple[Routing, ...]]:
     """Taps and routings of these rows at the present weights. Parameters, gradients, buffers, generators stay.
 
-    Raises ValueError where the model returns nothing that can be minimised.
+    Raises NoObjective where the model returns nothing that can be minimised.
     """
     anatomy, model = sight.anatomy, sight.anatomy.model
     device = next(model.parameters()).device

@@ -22,6 +22,10 @@ NO_TOKENS = ("mask", "position", "token_type")
 """In the names of whole-number arguments that are no tokens."""
 
 
+class NoObjective(ValueError):
+    """The model returns nothing that can be minimised."""
+
+
 @dataclass(frozen=True)
 class WatchedRows:
     """Arguments of one forward, tensors that lead with the batch cut to its last rows; not to be written.
@@ -76,7 +80,7 @@ class WatchedRows:
     def objective(self, output: Any) -> Tensor:
         """What training minimises, from what the model returned: its loss, or next-token cross-entropy of its logits.
 
-        Raises ValueError for an output that has neither.
+        Raises NoObjective for an output that has neither.
         """
         own = _get(output, "loss")
         parts = output if isinstance(output, tuple) else (output,)
@@ -88,7 +92,7 @@ class WatchedRows:
         logits = _get(output, "logits") if _get(output, "logits") is not None else parts[0]
         tokens = self.tokens
         if not isinstance(logits, Tensor) or logits.ndim != 3 or tokens is None or tokens.shape != logits.shape[:2]:
-            raise ValueError("the model returns no loss, and no logits (B, T, V) of its tokens (B, T)")
+            raise NoObjective("the model returns no loss, and no logits (B, T, V) of its tokens (B, T)")
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 

@@ -2,15 +2,19 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from foreshock.models.numerics import AttentionNumerics, SiteFault
 from foreshock.monitors.adam import AdamState
 from foreshock.monitors.curvature import GradientCurvature, hessian_vector_product
+from foreshock.monitors.unreadable import Unreadable
 from tests.rounding_bounds import FP32, FP64, gamma, likely
 
 pytestmark = pytest.mark.numeric
@@ -192,3 +196,62 @@ def test_impossible_settings_and_views_are_refused(tiny_run):
         GradientCurvature(100, 0)
     with pytest.raises(ValueError, match="objective at other weights"):
         GradientCurvature(1, 1).observe(tiny_run().view())
+
+
+class CutsTheGraph(torch.autograd.Function):
+    """A square whose backward is computed without a graph of its own, as a hand-written kernel's is."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.no_grad():
+            return 2 * gradient * ctx.saved_tensors[0]
+
+
+def of_weights(function):
+    """An objective that is the sum of a function of every weight."""
+    return lambda weights: sum(function(w).sum() for w in weights.values())
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        of_weights(CutsTheGraph.apply),
+        of_weights(lambda w: checkpoint(torch.square, w, use_reentrant=True)),
+        of_weights(lambda w: F.scaled_dot_product_attention(*[w.flatten()[None, None, :, None].repeat(1, 1, 1, 8)] * 3)),
+    ],
+    ids=["cut", "checkpointed", "fused"],
+)
+def test_an_objective_without_a_second_derivative_leaves_the_step_out(trained_steps, objective):
+    view = trained_steps().next()
+    with pytest.raises(Unreadable, match=r"^the objective cannot be differentiated twice: "):
+        GradientCurvature(1, 1).observe(replace(view, objective_at=objective))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
+        (RuntimeError, "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        (RuntimeError, "mat1 and mat2 shapes cannot be multiplied (4x4 and 3x1)"),
+    ],
+)
+def test_what_else_an_objective_raises_is_seen(trained_steps, error, message):
+    def objective(weights):
+        raise error(message)
+
+    view = trained_steps().next()
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        GradientCurvature(1, 1).observe(replace(view, objective_at=objective))
+    assert not isinstance(raised.value, Unreadable)
+
+
+def test_a_weight_that_the_objective_does_not_use_has_no_curvature():
+    weights = {"a": torch.ones(2).double(), "b": torch.ones(3).double()}
+    direction = [torch.ones(2).double(), torch.ones(3).double()]
+    product = hessian_vector_product(lambda w: w["a"].square().sum(), weights, direction)
+    assert product[0].tolist() == [2.0, 2.0] and not product[1].any()
