@@ -126,7 +126,7 @@ def resolve_device(name: str) -> torch.device:
 class Run:
     """Everything that one run needs, checked against each other but not yet on a device.
 
-    left_out_monitors: configured monitors that the model cannot have, by name; asked: the configuration that the run
+    left_out_monitors: configured monitors that the run cannot have, by name; asked: the configuration that the run
     was built from, from which another process builds it again.
     """
 
@@ -209,17 +209,24 @@ class Run:
 
 
 def _left_out(monitors: Mapping[str, Monitor], model: TransformerConfig) -> list[str]:
-    """The names of the configured monitors that need what the model lacks: those of routers, on a dense model.
+    """The names of the configured monitors that need what the run lacks: those of routers, on a dense model.
 
     A configuration with most files of conf/monitor asks for whatever fits. One with fewer chooses among them, and
     choosing one that does not fit is an error.
     """
     anatomy = Anatomy.of(skeleton(model))
-    unfit = {name: role for name, monitor in monitors.items() if (role := monitor.needs.lacking(anatomy))}
+    unfit = {
+        name: f"needs the role {role!r}, and the model has none"
+        for name, monitor in monitors.items()
+        if (role := monitor.needs.lacking(anatomy))
+    }
+    unfit |= {
+        name: "reads the loop of foreshock.attach alone" for name, monitor in monitors.items() if monitor.needs.attached
+    }
     every = {path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml")}
     if unfit and len(every & set(monitors)) <= len(every) / 2:
-        name, role = next(iter(unfit.items()))
-        raise ValueError(f"monitor.{name} needs the role {role!r}, and the model has none: leave it out")
+        name, reason = next(iter(unfit.items()))
+        raise ValueError(f"monitor.{name} {reason}: leave it out")
     return list(unfit)
 
 

@@ -33,6 +33,14 @@ class Masked:
 Reading = Tensor | Masked
 
 
+@dataclass(frozen=True)
+class LossScaling:
+    """A GradScaler's scale after the update, and how many updates it has skipped so far for gradients that overflow."""
+
+    scale: float
+    skipped: int
+
+
 class WeightHistory:
     """Copies of the FP32 weights at just those past steps that some monitor will ask for."""
 
@@ -82,7 +90,8 @@ class StepView:
     objective, NLL plus auxiliary losses on its batch without rounding or faults, as a smooth function of all weights by
     name (``models.objective``); batch: the tokens that taps, routings and objective_at are of, (B, T + 1), or inputs
     and targets apart (``models.batch``); loss_scale: what the tapped gradients are times those of the mean over the
-    tapped tokens, None for 1. ``Watch.seen`` adds history and optimizer to what an engine gives.
+    tapped tokens, None for 1. Of attached loops alone, None in ours: scaling: of the loop's GradScaler; update_tokens:
+    training tokens of this update, None where they are not known. ``Watch.seen`` adds history and optimizer to what an engine gives.
     """
 
     step: int
@@ -98,6 +107,8 @@ class StepView:
     objective_at: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     batch: Tensor | None = None
     loss_scale: float | None = None
+    scaling: LossScaling | None = None
+    update_tokens: int | None = None
 
     @property
     def model(self) -> nn.Module:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from foreshock.monitors.adam import AdamState
 from foreshock.monitors.base import Masked, Needs, Reading, Signal, StepView
@@ -102,12 +103,13 @@ class GradientCurvature:
             raise ValueError("this monitor asks for the objective at other weights, and the step's view has none")
         try:
             return self._read(view.objective_at, AdamState.of(view))
+        except CheckpointError as error:  # its second forward is outside of what makes attention the plain formula
+            raise Unreadable("a checkpointed forward of the objective is another one when computed again") from error
         except RuntimeError as error:
             said = str(error).partition("\n")[0]
             if not any(known in said for known in NOT_TWICE):
                 raise
-            said = said[:MOST_SAID]
-            raise Unreadable(f"the objective cannot be differentiated twice: {said}") from error
+            raise Unreadable(f"the objective cannot be differentiated twice: {said[:MOST_SAID]}") from error
 
     def _read(self, objective_at: Objective, adam: AdamState) -> dict[str, Reading]:
         steepest = torch._foreach_mul(adam.gradient, adam.learning_rate)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from foreshock.alarms.calibrated import Calibrated
 from foreshock.alarms.episodes import Episodes
 from foreshock.alarms.event import UNKNOWN, Event, TrainingAlarm
 from foreshock.alarms.evidence import Evidence
+from foreshock.alarms.outlets import Outlets
 from foreshock.alarms.overflow import Overflows, is_enabled
 from foreshock.alarms.reading import HostReading
 from foreshock.alarms.rules import Breach, Exact, NonFinite, Published, Rule, Self, Universal
-from foreshock.alarms.settings import RAISE, SNAPSHOT, Action, AlarmRules
+from foreshock.alarms.settings import RAISE, SNAPSHOT, AlarmRules
 from foreshock.alarms.severity import OWN, REPORTED, REPORTS, Case, Row, row_of, runbook_path
 from foreshock.alarms.terminal import say
 from foreshock.experiments.validation import check_named
@@ -27,14 +26,12 @@ EVIDENCE = "evidence"
 class Panel:
     """The live alarms of one run.
 
-    signals: by name, with the monitor that reads each in ``monitors``; run: its name; folder: for ``alarms.jsonl`` and
-    evidence, None for neither; on_alarm: called with every event; actions: by severity; model: what the thresholds must
-    be of, as a manifest's ``attached`` has it; terminal: where events are printed, None for nowhere.
+    signals: by name, with the monitor that reads each; run: its name; outlets: where events go; scaler: the GradScaler,
+    if any; model: what the thresholds must be of, as a manifest's ``attached`` has it.
     Nothing that an action or a callback raises leaves ``read`` or ``report``, but for the action ``raise``; ``own`` may
     be called inside a forward or a backward, so its alarm waits for the next ``read``, ``report`` or ``raise_kept``.
 
-    Raises ValueError where the file of thresholds is none or of another model, and for the action ``snapshot`` without
-    a folder.
+    Raises ValueError where the file of thresholds is none or of another model.
     """
 
     def __init__(
@@ -42,23 +39,17 @@ class Panel:
         settings: AlarmRules,
         signals: Mapping[str, tuple[str, Signal]],
         run: str,
-        folder: Path | None,
-        on_alarm: Sequence[Callable[[Event], Any]] = (),
-        actions: Mapping[str, Sequence[Action]] | None = None,
+        outlets: Outlets,
         scaler: Any = None,
         model: Mapping[str, Any] | None = None,
     ) -> None:
-        self._signals, self._run, self._folder = signals, run, folder
-        self.terminal: TextIO | None = sys.stderr
-        self._on_alarm, self._actions = tuple(on_alarm), dict(actions or {})
-        if folder is None and any(SNAPSHOT in of_severity for of_severity in self._actions.values()):
-            raise ValueError("actions='snapshot' is not allowed without out=: it needs a folder")
+        self._signals, self._run, self._outlets = signals, run, outlets
         self._calibrated = None if settings.thresholds is None else Calibrated(settings.thresholds, model)
         self._rules = rules_of(settings, [signal for _, signal in signals.values()], self._calibrated)
         self._assign()
         self._episodes = Episodes()
         self._overflows = Overflows(scaler) if is_enabled(scaler) else None
-        self._evidence = None if folder is None else Evidence(folder / EVIDENCE)
+        self._evidence = None if outlets.folder is None else Evidence(outlets.folder / EVIDENCE)
         self._declined: set[str] = set()
         self._fatal: list[Event] = []
         self.events: list[Event] = []
@@ -206,19 +197,20 @@ class Panel:
         self._fatal += [event for event in events if self._acted(event)]
 
     def _say(self, event: Event) -> None:
+        folder, terminal = self._outlets.folder, self._outlets.terminal
         self.events.append(event)
-        say(event.line(), self.terminal)
-        if self._folder is not None:
+        say(event.line(), terminal)
+        if folder is not None:
             try:
-                with open(self._folder / FILE, "a", encoding="utf-8") as file:
+                with open(folder / FILE, "a", encoding="utf-8") as file:
                     file.write(event.json() + "\n")
             except OSError as error:
-                say(f"{self._folder / FILE} cannot be written: {error.strerror}", self.terminal)
+                say(f"{folder / FILE} cannot be written: {error.strerror}", terminal)
 
     def _acted(self, event: Event) -> bool:
         """Do what is asked for this severity; whether to raise afterwards. What fails is an event without actions."""
-        actions = self._actions.get(event.severity, ())
-        for action in (*self._on_alarm, *actions):
+        actions = self._outlets.actions.get(event.severity, ())
+        for action in (*self._outlets.on_alarm, *actions):
             try:
                 if action == SNAPSHOT and self._evidence is not None:
                     self._evidence.write(event)

@@ -21,6 +21,10 @@ from foreshock.monitors.signal import EXACT, LEVEL, RATIO, Signal
 THEORY = "random_matrix"
 """The family whose limits are numbers of a theory of noise, which every trained model passes: no rule of a source."""
 
+OF_THE_SCALER = ("loss_scale", "overflow_rate", "skipped_updates")
+"""What a GradScaler does: it steps in health too, by looking for the largest scale, and a storm has a rule of its own
+(``alarms.overflow``)."""
+
 SIGNS = {"up": (1.0,), "down": (-1.0,), "both": (1.0, -1.0)}
 """By bad direction, what turns a z-score into one that is bad above."""
 
@@ -207,7 +211,8 @@ class Self:
 
     z as of ``SelfBand``, of a reading against 11 others. Were these normal and independent, z sqrt(11 / 12) would be
     Student's t with 10 degrees of freedom, which gives the threshold at the level of a look (``Budget``). Training is
-    neither, so the rule has no rate. calibrated: signals that have a threshold of their own; warmup_steps: readings up
+    neither, so the rule has no rate. What a GradScaler does (``OF_THE_SCALER``) is left out. calibrated: signals that
+    have a threshold of their own; warmup_steps: readings up
     to there are left out, since a learning rate that rises changes everything.
     """
 
@@ -226,7 +231,8 @@ class Self:
         self._levels.signals = sum(self.applies(signal) for signal in self._signals)
 
     def applies(self, signal: Signal) -> bool:
-        return signal.kind in (LEVEL, RATIO) and signal.name not in self._calibrated
+        judged_apart = signal.name in self._calibrated or signal.reference in OF_THE_SCALER
+        return signal.kind in (LEVEL, RATIO) and not judged_apart
 
     def judge(self, readings: Sequence[HostReading]) -> dict[str, Breach]:
         readings = [reading for reading in readings if reading.step > self._warmup_steps]

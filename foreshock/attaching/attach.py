@@ -44,7 +44,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Unpack
     check_optimizer(plain, optimizer)
     anatomy = Anatomy.of(plain, given.anatomy)
     asked = configured(given.patterns, given.every_steps)
-    reasons = declined(asked, anatomy, optimizer)
+    reasons = declined(asked, anatomy, optimizer, given.scaler)
     monitors = {name: monitor for name, monitor in asked.items() if name not in reasons}
     if not monitors:
         name, reason = next(iter(reasons.items()))

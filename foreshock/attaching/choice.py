@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from foreshock.alarms.overflow import is_enabled
 from foreshock.experiments.plain_config import CONF, construct, read
 from foreshock.models.anatomies.structure import nearest
 from foreshock.models.anatomy import Anatomy
 from foreshock.monitors.base import Monitor
 
-LOSS_ALONE = ("loss",)
+OF_THE_LOOP = ("loss", "loss_scale", "tokens")
 """Monitors that read neither weights nor gradients."""
 
 
@@ -41,13 +42,15 @@ def _cadence(name: str, every_steps: int | None) -> dict[str, int]:
     return {} if every_steps is None or every_step else {"every_steps": every_steps}
 
 
-def declined(monitors: Mapping[str, Monitor], anatomy: Anatomy, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """By monitor, what it needs and the model or the optimizer does not have."""
+def declined(
+    monitors: Mapping[str, Monitor], anatomy: Anatomy, optimizer: torch.optim.Optimizer, scaler: Any = None
+) -> dict[str, str]:
+    """By monitor, what it needs and the model, the optimizer or the loop, with its GradScaler, does not have."""
     sharded = next((name for name, p in anatomy.model.named_parameters() if is_sharded(p)), None)
-    reasons = {name: _reason(monitor, anatomy, optimizer) for name, monitor in monitors.items()}
+    reasons = {name: _reason(monitor, anatomy, optimizer, scaler) for name, monitor in monitors.items()}
     if sharded is not None:
         hidden = f"parameters such as {sharded} are DTensors (FSDP2): no rank has them whole"
-        reasons |= {name: reasons[name] or hidden for name in monitors if name not in LOSS_ALONE}
+        reasons |= {name: reasons[name] or hidden for name in monitors if name not in OF_THE_LOOP}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -56,8 +59,10 @@ def is_sharded(parameter: nn.Parameter) -> bool:
     return any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__)
 
 
-def _reason(monitor: Monitor, anatomy: Anatomy, optimizer: torch.optim.Optimizer) -> str | None:
+def _reason(monitor: Monitor, anatomy: Anatomy, optimizer: torch.optim.Optimizer, scaler: Any) -> str | None:
     needs = monitor.needs
+    if "scaling" in needs.view and not is_enabled(scaler):
+        return "no GradScaler scales the loss: give attach(scaler=...) that of the training, if it has one"
     if needs.oracle:
         return "an oracle: it reads what an injected fault does"
     role = needs.lacking(anatomy)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foreshock.alarms.event import Event
+from foreshock.alarms.outlets import Outlets
 from foreshock.alarms.panel import Panel
 from foreshock.alarms.reading import on_host
 from foreshock.alarms.settings import AlarmRules, actions_of
@@ -33,17 +34,13 @@ class Live:
         self.panel: Panel | None = None
         rules = AlarmRules.of(options.alarms)
         if rules is not None:
-            self.panel = Panel(
-                rules,
-                described,
-                run,
-                None if options.out is None else Path(options.out),
-                (*options.alarm_listeners, self._write_alarm),
-                actions_of(options.actions),
-                options.scaler,
-                model,
+            outlets = Outlets(
+                folder=None if options.out is None else Path(options.out),
+                terminal=None if options.quiet else sys.stderr,
+                on_alarm=(*options.alarm_listeners, self._write_alarm),
+                actions=actions_of(options.actions),
             )
-            self.panel.terminal = None if options.quiet else sys.stderr
+            self.panel = Panel(rules, described, run, outlets, options.scaler, model)
 
     def read(self, step: int, readings: Mapping[str, Reading], batch: Any, proven: bool = True) -> None:
         """batch: the rows that the watch keeps; proven: as of ``Panel.read``.

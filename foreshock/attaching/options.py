@@ -14,7 +14,15 @@ from foreshock.monitors.base import Reading
 from foreshock.writers.base import Writer
 
 PROFILES: Mapping[str, tuple[str, ...]] = {
-    "icu": ("attention_scores", "gradient_norm", "loss", "non_finite", "update_to_weight"),
+    "icu": (
+        "attention_scores",
+        "gradient_norm",
+        "loss",
+        "loss_scale",
+        "non_finite",
+        "tokens",
+        "update_to_weight",
+    ),
     "laws": ("attention_laws", "attention_recomputed", "linear_laws", "logit_laws", "norm_laws", "router_laws"),
     "all": ("*",),
 }

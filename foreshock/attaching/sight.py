@@ -62,6 +62,8 @@ class Sight:
     wanted: called before a forward, which places to tap and whether routings are asked for; rows: of the batch to keep,
     None for all; scaler: whose scale gradients have; failed: takes what a hook raised.
 
+    tokens: of all forwards that trained so far; update_tokens: of those since the last ``next_step``, None where the
+    model is given none that are known;
     backwards: since the last ``next_step``; grad_norm: of the last backward, 0-dim, before any clip; shared: whether
     that went through more than one forward; updated: whether the optimizer has stepped; taps, routings: of the last
     forward, empty where no one asked or they are not to be had; router_failure: what a router's hook raised, or None.
@@ -93,6 +95,7 @@ class Sight:
 
     def next_step(self) -> None:
         """Forget the step that has been read."""
+        self.update_tokens: int | None = None
         self.backwards, self.updated, self.shared = 0, False, False
         self._taken: dict[Tensor, int] = {}
         self.grad_norm: Tensor | None = None
@@ -147,7 +150,9 @@ class Sight:
         tokens = whole.tokens
         if tokens is not None:
             ours = isinstance(self.anatomy.model, Transformer)
-            self.tokens += (inputs_and_targets(tokens)[1] if ours or tokens.ndim == 3 else tokens).numel()
+            count = (inputs_and_targets(tokens)[1] if ours or tokens.ndim == 3 else tokens).numel()
+            self.tokens += count
+            self.update_tokens = (self.update_tokens or 0) + count
         self.watched = (
             whole if self._rows is None else WatchedRows.of(arguments, named, self._rows, self.device, self._names)
         )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +13,19 @@ import torch
 from torch import Tensor
 
 from foreshock.alarms.event import Event, TrainingAlarm
-from foreshock.alarms.overflow import skips
+from foreshock.alarms.overflow import is_enabled, skips
 from foreshock.alarms.proven import is_proven
-from foreshock.alarms.terminal import say
+from foreshock.alarms.terminal import in_one_line, say
+from foreshock.attaching.due import Due
 from foreshock.attaching.live import Live
-from foreshock.attaching.loss_scale import loss_scale
 from foreshock.attaching.model_facts import model_facts
 from foreshock.attaching.options import Options
-from foreshock.attaching.own_pass import run_again
 from foreshock.attaching.sight import Sight
-from foreshock.attaching.writer import TraceWriter
-from foreshock.models.anatomies.watched_rows import smooth_objective
+from foreshock.attaching.view import view_of
+from foreshock.attaching.writer import STOPPED, TraceWriter
 from foreshock.models.anatomy import Anatomy
-from foreshock.models.objective import objective_at
-from foreshock.models.taps import Taps
-from foreshock.models.transformer import Transformer
-from foreshock.monitors.base import Monitor, Reading, StepView
-from foreshock.monitors.unreadable import Unreadable
+from foreshock.monitors.base import LossScaling, Monitor, Reading
 from foreshock.monitors.watch import Watch
-
-MOST_SAID = 200
-"""Characters of an error that are said; ``tracebacks`` has it whole."""
 
 
 class AttachedWatch:
@@ -59,14 +49,14 @@ class AttachedWatch:
         nodes: Mapping[str, Any],
     ) -> None:
         self.anatomy, self.steps, self.stopped = anatomy, 0, None
-        self.declined, self.tracebacks = dict(declined), {}
         self.readings: dict[str, Reading] = {}
         self.seen: dict[str, int] = {}
-        self._monitors, self._options, self._listeners = dict(monitors), options, list(options.listeners)
+        self._options, self._listeners = options, list(options.listeners)
         self._watch = Watch(anatomy, optimizer, monitors)
-        self._optimizer = optimizer
+        self._due = Due(self._watch, anatomy, monitors, declined, self._news, self._befell)
+        self.declined, self.tracebacks = self._due.declined, self._due.tracebacks
         self._closers: list[Callable[[], Any]] = []
-        self._closed = False
+        self._skipped = 0
         name = _named(anatomy) if options.out is None else Path(options.out).name
         self._live = Live(options, monitors, name, model_facts(anatomy))
         self._writer = None if options.out is None else TraceWriter(options.out, anatomy, monitors, nodes)
@@ -74,11 +64,12 @@ class AttachedWatch:
         self._sight = Sight(anatomy, optimizer, self._wanted, options.rows, options.scaler, self._failed)
 
     stopped: str | None
-    tracebacks: dict[str, str]
+    _closed = _reading = False
+    _ended = "completed"
 
     @property
     def monitors(self) -> tuple[str, ...]:
-        return tuple(self._monitors)
+        return tuple(self._due.monitors)
 
     @property
     def alarms(self) -> list[Event]:
@@ -96,14 +87,14 @@ class AttachedWatch:
 
     def monitor(self, name: str) -> Monitor:
         """A monitor that reads. Raises KeyError for another name."""
-        return self._monitors[name]
+        return self._due.monitors[name]
 
     def summary(self) -> str:
         """How many monitors read, and a line for each that does not."""
         width = max((len(name) for name in self.declined), default=0)
         lines = [f"  {name:<{width}}  {reason}" for name, reason in self.declined.items()]
         declines = f", {len(lines)} decline:" if lines else ""
-        return "\n".join([f"foreshock: {len(self._monitors)} monitors watch {_named(self.anatomy)}{declines}", *lines])
+        return "\n".join([f"foreshock: {len(self.monitors)} monitors watch {_named(self.anatomy)}{declines}", *lines])
 
     def step(self, loss: Tensor | float) -> dict[str, Reading]:
         """Read the update that has just been made; its readings by signal, empty where none is due.
@@ -144,9 +135,10 @@ class AttachedWatch:
             for closer in reversed(self._closers):
                 last.callback(closer)
             self._sight.close()
-            if self._writer is not None and self.stopped is None:
-                writer = self._writer
-                self._kept(lambda: writer.close(self.steps, self._sight.tokens, self._ended))
+            if self.stopped is None:
+                self._kept(lambda writer: writer.close(self.steps, self._sight.tokens, self._ended))
+            else:
+                self._save_the_rest()
             self._live.close(self.steps)
 
     def when_closed(self, call: Callable[[], Any]) -> None:
@@ -160,155 +152,41 @@ class AttachedWatch:
             self._ended = "failed" if issubclass(kind, Exception) else "interrupted"
         self.close()
 
-    def _due(self) -> list[str]:
-        now = self.steps + (0 if self._reading else 1)
-        return [name for name in self._watch.due(now) if name in self._monitors]
-
-    _reading = False
-    _ended = "completed"
-
     def _wanted(self) -> tuple[frozenset[str], bool]:
         """What the next step's monitors tap, and whether one asks for routings."""
-        due = [] if self.stopped is not None else self._due()
-        return self._watch.places(due), self._routed(due)
-
-    def _routed(self, due: list[str]) -> bool:
-        return self.anatomy.moe is not None and any("routings" in self._monitors[name].needs.view for name in due)
+        now = self.steps + (0 if self._reading else 1)
+        due = [] if self.stopped is not None else self._due.at(now)
+        return self._due.places(due), self._due.routed(due)
 
     def _read(self, loss: Tensor) -> dict[str, Reading]:
-        assert self._sight.grad_norm is not None
-        if skips(self._options.scaler, loss, self._sight.grad_norm):
+        sight, scaler = self._sight, self._options.scaler
+        assert sight.grad_norm is not None
+        if skips(scaler, loss, sight.grad_norm):
+            self._skipped += 1
             self._watch.record(self.steps)
-            self._live.read(self.steps, {}, self._sight.watched)  # where a storm of them is told
+            self._live.read(self.steps, {}, sight.watched)  # where a storm of them is told
             return {}
+        scaling = LossScaling(float(scaler.get_scale()), self._skipped) if is_enabled(scaler) else None
         self._reading = True
         try:
-            due = self._readable(self._due())
-            view = self._view(loss, due)
-            due = self._reached(due, view)
+            due = self._due.readable(self._due.at(self.steps), sight)
+            view = view_of(self.steps, loss, sight, self._due.places(due), self._due.routed(due), scaling)
+            due = self._due.reached(due, view, sight)
             self._watch.record(self.steps)
             readings: dict[str, Reading] = {}
-            self._sight.apart = True  # a monitor may call the model
+            sight.apart = True  # a monitor may call the model
             for name in due:
-                readings |= self._observe(name, view)
+                readings |= self._due.observe(name, view)
         finally:
-            self._reading = self._sight.apart = False
+            self._reading = sight.apart = False
         if readings:
             self.readings = readings
             self.seen |= dict.fromkeys(readings, self.steps)
             self._pass_on(readings, is_proven(view.taps))
         return readings
 
-    def _readable(self, due: list[str]) -> list[str]:
-        """Without those that read the optimizer where it has not stepped, or has lost the gradients that it took."""
-        takers = [name for name in due if "optimizer" in self._monitors[name].needs.view]
-        lost = self._sight.gradients_are_lost()
-        for name in takers if lost else []:
-            self._decline(name, "gradients are gone: call watch.step(loss) before optimizer.zero_grad()")
-        return [name for name in due if name not in takers or (self._sight.updated and not lost)]
-
-    def _view(self, loss: Tensor, due: list[str]) -> StepView:
-        sight, places, routed = self._sight, self._watch.places(due), self._routed(due)
-        taps, routings, rows = sight.taps, sight.routings, sight.watched
-        missing = not places <= taps.places or bool(_untouched(taps, places))
-        if rows is not None and (missing or (routed and not routings)):
-            taps, routings = run_again(sight, rows, places, routed)
-        model = self.anatomy.model
-        objective = None
-        if rows is not None and isinstance(model, Transformer):
-            objective = partial(objective_at, model, rows.arguments[0], 1.0)
-        elif rows is not None:
-            objective = _readable(smooth_objective(model, rows))
-        assert sight.grad_norm is not None
-        return StepView(
-            step=self.steps,
-            tokens=sight.tokens,
-            loss=loss,
-            grad_norm=sight.grad_norm,
-            anatomy=self.anatomy,
-            routings=routings,
-            taps=taps,
-            objective_at=objective,
-            batch=None if rows is None else rows.tokens,
-            loss_scale=loss_scale(self.anatomy, taps) if "linear" in places else None,
-        )
-
-    def _reached(self, due: list[str], view: StepView) -> list[str]:
-        """Without those that tap what no gradient reaches, what is called twice, or what a hook could not look at."""
-        for name in due:
-            places = self._monitors[name].needs.taps
-            taps = {module: tap for place in places for module, tap in view.taps.at(place).items()}
-            failed = next(((module, tap.failure) for module, tap in taps.items() if tap.failure is not None), None)
-            if failed is not None:
-                self._lose(name, failed[1], f"it cannot look at {failed[0]}: ")
-            elif self._routed([name]) and not view.routings:
-                failure = self._sight.router_failure or RuntimeError("one of them has not run")
-                self._lose(name, failure, "it cannot look at the routers: ")
-        due = [name for name in due if name in self._monitors and not self._called_again(name, view)]
-        untouched = _untouched(view.taps, self._watch.places(due))
-        for name in due:
-            module = next((untouched[place] for place in self._monitors[name].needs.taps if place in untouched), None)
-            if module is not None:
-                self._decline(name, f"no gradient reaches {module}: it is not used, or all before it is frozen")
-        return [name for name in due if name in self._monitors]
-
-    def _called_again(self, name: str, view: StepView) -> bool:
-        """Whether a weight's gradient is of more calls than were tapped, which a monitor leaves such a step out for."""
-        places = [place for place in self._monitors[name].needs.taps if place != "dot_product"]  # says so of itself
-        again = (module for place in places for module, tap in view.taps.at(place).items() if tap.arrivals > 1)
-        module = next(again, None)
-        if module is not None:
-            self._decline(name, f"{module} is called more than once in a backward", off=False)
-        elif "linear" in places and self._sight.shared and view.taps is self._sight.taps:
-            self._decline(name, "a backward goes through more than one forward of the model", off=False)
-        else:
-            return False
-        return True
-
-    def _observe(self, name: str, view: StepView) -> dict[str, Reading]:
-        """What one monitor reads; one that raises is switched off, and its traceback kept."""
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                readings = self._watch.observe(view, [name])
-            self._note_unpredicted(name, view, readings)
-            if caught:
-                self._decline(name, f"in part: {'; '.join(sorted({str(each.message) for each in caught}))}", off=False)
-            return readings
-        except Unreadable as reason:
-            self._decline(name, str(reason), off=False)
-        except Exception as error:
-            self._lose(name, error, "it raised ")
-        return {}
-
-    def _lose(self, name: str, error: Exception, how: str) -> None:
-        """Switch a monitor off for what was raised in it, and keep the traceback."""
-        self.tracebacks[name] = "".join(traceback.format_exception(error))
-        said = f"switched off, {how}{_said(error)}"
-        self._decline(name, f"{said} (watch.tracebacks[{name!r}])")
-        self._live.own(self.steps, "monitor_failed" if self._monitors else "monitoring_blackout", f"{name} is {said}")
-
-    def _note_unpredicted(self, name: str, view: StepView, readings: Mapping[str, Reading]) -> None:
-        """Say once that a kernel's laws have no prediction beside them."""
-        ratios = [signal.name for signal in self._monitors[name].signals if signal.universal]
-        if not ratios or not readings or any(ratio in readings for ratio in ratios):
-            return
-        call = next((tap.call for tap in view.taps.at("dot_product").values() if tap.call is not None), None)
-        if call is not None:
-            of = "" if call.dtype is None else f" of {str(call.dtype).removeprefix('torch.')}"
-            reason = f"the rounding of a {call.kernel} kernel{of} is not known"
-            self._decline(f"{name}.over_noise", reason, off=False)
-
-    def _decline(self, name: str, reason: str, off: bool = True) -> None:
-        if off:
-            self._monitors.pop(name, None)
-        if self.declined.get(name) != reason:
-            self.declined[name] = reason
-            self._say(f"step {self.steps}: {name} declines: {reason}")
-
     def _pass_on(self, readings: Mapping[str, Reading], proven: bool) -> None:
-        if self._writer is not None:
-            self._kept(lambda: self._writer.add(self.steps, self._sight.tokens, readings))  # type: ignore[union-attr]
+        self._kept(lambda writer: writer.add(self.steps, self._sight.tokens, readings))
         self._listened(readings)
         self._live.read(self.steps, readings, self._sight.watched, proven)
 
@@ -321,14 +199,16 @@ class AttachedWatch:
                 self._listeners.remove(listener)
                 name = getattr(listener, "__name__", type(listener).__name__)
                 self.tracebacks[name] = traceback.format_exc()
-                reason = f"on_readings: {name} is switched off, it raised {_said(error)}"
-                self._say(f"step {self.steps}: {reason}")
-                self._live.own(self.steps, "listener_failed", reason)
+                reason = f"on_readings: {name} is switched off, it raised {in_one_line(error)}"
+                self._news(reason)
+                self._befell("listener_failed", reason)
 
-    def _kept(self, write: Callable[[], Any]) -> None:
+    def _kept(self, write: Callable[[TraceWriter], Any]) -> None:
         """Write to the disk; where that fails, training goes on and the watch stops itself."""
+        if self._writer is None:
+            return
         try:
-            write()
+            write(self._writer)
         except OSError as error:
             self._stop("out_folder", f"its folder cannot be written: {error}")
         except Exception as error:
@@ -336,45 +216,31 @@ class AttachedWatch:
 
     def _failed(self, error: Exception) -> None:
         self.tracebacks["watch"] = "".join(traceback.format_exception(error))
-        self._stop("monitoring_blackout", f"{_said(error)} (watch.tracebacks['watch'])")
+        self._stop("monitoring_blackout", f"{in_one_line(error)} (watch.tracebacks['watch'])")
 
     def _stop(self, kind: str, reason: str) -> None:
         self.stopped = reason
-        self._say(f"step {self.steps}: the watch has stopped, training goes on: {reason}")
+        self._news(f"the watch has stopped, training goes on: {reason}")
         if hasattr(self, "_sight"):
             self._sight.close()
-        self._live.own(self.steps, kind, reason)
+        self._save_the_rest()
+        self._befell(kind, reason)
 
-    def _say(self, line: str) -> None:
-        if not self._options.quiet:
-            say(line, sys.stderr)
-
-
-def _untouched(taps: Taps, places: frozenset[str]) -> dict[str, str]:
-    """By tapped place, a module that a forward or a backward has not gone through; attention says so of itself."""
-    found = {
-        place: [name for name, tap in taps.at(place).items() if tap.output is None or tap.output_grad is None]
-        for place in places & taps.places - {"dot_product"}
-    }
-    return {place: names[0] for place, names in found.items() if names}
-
-
-def _readable(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The objective, but where the model returns none its monitors leave the step out."""
-
-    def at(weights: Mapping[str, Tensor]) -> Tensor:
+    def _save_the_rest(self) -> None:
+        """Write what a watch that has stopped has read and not written; that fails where the disk is still full."""
+        if self._writer is None or self._writer.closed:
+            return
         try:
-            return objective(weights)
-        except ValueError as error:
-            raise Unreadable(str(error)) from error
+            self._writer.close(self.steps, self._sight.tokens if hasattr(self, "_sight") else 0, STOPPED)
+        except Exception as error:
+            self.tracebacks["out"] = "".join(traceback.format_exception(error))
 
-    return at
+    def _befell(self, kind: str, message: str) -> None:
+        self._live.own(self.steps, kind, message)
 
-
-def _said(error: BaseException) -> str:
-    """An error in one line of at most ``MOST_SAID`` characters."""
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    return line if len(line) <= MOST_SAID else f"{line[: MOST_SAID - 3]}..."
+    def _news(self, line: str) -> None:
+        if not self._options.quiet:
+            say(f"step {self.steps}: {line}", sys.stderr)
 
 
 def _named(anatomy: Anatomy) -> str:

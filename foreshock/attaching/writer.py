@@ -22,12 +22,14 @@ UNKNOWN_SEED = -1
 """Of a run whose training is not ours."""
 PART_STEPS = 200
 """Steps from one part of a trace to the next: what a kill can lose."""
+STOPPED = "stopped"
+"""End reason of a run whose watch has stopped itself; how its training ended nobody knows."""
 
 
 class TraceWriter:
-    """Writes a run's folder, which ``experiments.trace.read`` reads once it is closed.
+    """Writes a run's folder, of which ``experiments.trace.read`` reads what is there, at any time.
 
-    Raises ValueError for a folder that holds a run, OSError where the disk does not take a file.
+    closed: whether all of it has been written. Raises ValueError for a folder that holds a run, OSError where the disk does not take a file.
     """
 
     def __init__(
@@ -37,31 +39,43 @@ class TraceWriter:
         if (self._folder / "manifest.json").exists():
             raise ValueError(f"out={str(folder)!r} is not allowed: it holds a run; name a new folder")
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._started, self._last = time.monotonic(), 0
+        self._started, self._steps, self._tokens = time.monotonic(), 0, 0
         self._files: dict[str, str] = {}
         self._manifest = _manifest(self._folder.name, anatomy, monitors, nodes)
-        self._write(0, 0, "running")
+        self.closed = False
+        self._write("running")
 
     def add(self, step: int, tokens: int, readings: Mapping[str, Reading]) -> None:
         self._recorder.add(step, tokens, readings)
-        if step - self._last >= PART_STEPS:
-            self._part(step)
-            self._write(step, tokens, "running")
+        if step - self._steps >= PART_STEPS:
+            self._part(step, tokens)
+            self._write("running")
 
     def close(self, step: int, tokens: int, end_reason: str = "completed") -> None:
-        """end_reason: of ``experiments.trace``, or ``stopped`` where the watch has stopped itself."""
-        self._part(step)
-        self._write(step, tokens, end_reason)
+        """Write what is left; may be called again after an error. end_reason: of ``experiments.trace``, or ``STOPPED``.
 
-    def _part(self, step: int) -> None:
+        Where the last part cannot be written, the manifest says so of the steps before it.
+        """
+        try:
+            self._part(step, tokens)
+        finally:
+            self._write(end_reason)
+        self.closed = True
+
+    def _part(self, step: int, tokens: int) -> None:
         if self._recorder.first_step is not None:
             self._files |= trace.write_part(self._folder, self._recorder.first_step, step, self._recorder.columns())
         self._recorder.clear()
-        self._last = step
+        self._steps, self._tokens = step, tokens
 
-    def _write(self, step: int, tokens: int, end_reason: str) -> None:
-        news = {"steps_done": step, "tokens_done": tokens, "end_reason": end_reason, "files": self._files}
-        config = {**self._manifest["config"], "train": {"steps": step}}
+    def _write(self, end_reason: str) -> None:
+        news = {
+            "steps_done": self._steps,
+            "tokens_done": self._tokens,
+            "end_reason": end_reason,
+            "files": self._files,
+        }
+        config = {**self._manifest["config"], "train": {"steps": self._steps}}
         seconds = time.monotonic() - self._started
         trace.write_manifest(self._folder, {**self._manifest, **news, "config": config, "wall_s": seconds})
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TextIO
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
 
 import numpy as np
 
 from foreshock.alarms.event import Event
+from foreshock.alarms.outlets import Outlets
 from foreshock.alarms.panel import Panel
 from foreshock.alarms.reading import HostReading
 from foreshock.alarms.settings import AlarmRules
@@ -33,13 +34,18 @@ def told_again(run: Trace, names: list[str]) -> Iterator[tuple[int, list[HostRea
     yield from sorted(by_step.items())
 
 
-def panel(*signals: Signal, settings: AlarmRules | None = None, terminal: TextIO | None = None, **options) -> Panel:
-    """A panel of these signals that prints nothing, but for a terminal."""
+def panel(
+    *signals: Signal,
+    settings: AlarmRules | None = None,
+    run: str = "my-run",
+    scaler: Any = None,
+    model: Mapping[str, Any] | None = None,
+    terminal: TextIO | None = None,
+    **outlets: Any,
+) -> Panel:
+    """A panel of these signals that prints nothing, but for a terminal; outlets: of ``Outlets``."""
     named = {signal.name: ("some_monitor", signal) for signal in signals}
-    options = {"run": "my-run", "folder": None} | options
-    made = Panel(settings or AlarmRules(), named, **options)
-    made.terminal = terminal
-    return made
+    return Panel(settings or AlarmRules(), named, run, Outlets(terminal=terminal, **outlets), scaler, model)
 
 
 def events_of(panel: Panel, signal: Signal, values, every: int = 1) -> list[Event]:

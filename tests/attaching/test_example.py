@@ -21,5 +21,5 @@ def test_the_nanogpt_style_script_trains_and_prints_readings(tmp_path):
     assert [int(line[1]) for line in said] == [11, 26]  # jittered
     assert float(said[1][2]) < float(said[0][2]) < 5
     assert all(int(line[3]) > 20 and 0.2 < float(line[4]) < 4.26 for line in said)
-    assert done.stderr.startswith("foreshock: 21 monitors watch GPT, 5 decline:\n")
+    assert done.stderr.startswith("foreshock: 22 monitors watch GPT, 6 decline:\n")
     assert not list(tmp_path.iterdir())

@@ -28,7 +28,8 @@ def by_the_loop(run: Run) -> dict[tuple[int, str], torch.Tensor]:
     engine = run.new_engine()
     monitors = configured(("*",), EVERY)
     left_out = declined(monitors, engine.anatomy, engine.optimizer)
-    monitors = {name: monitor for name, monitor in monitors.items() if name not in left_out}
+    ours = (name for name, monitor in monitors.items() if name not in left_out and not monitor.needs.attached)
+    monitors = {name: monitors[name] for name in ours}
     watch = Watch(engine.anatomy, engine.optimizer, monitors)
     watch.record(0)
     found = {}
@@ -72,12 +73,14 @@ def by_a_loop_of_ones_own(run: Run, folder) -> dict[tuple[int, str], torch.Tenso
 def test_an_attached_watch_reads_what_the_loop_reads_to_the_bit(make_run, changes, tmp_path):
     run = make_run(*changes)
     ours, attached = by_the_loop(run), by_a_loop_of_ones_own(run, tmp_path / "run")
+    tokens = {key for key in attached if key[1] == "tokens_per_update"}  # our own loop need not count them
+    assert {attached.pop(key).item() for key in tokens} == {run.train.batch_size * run.model_config.context_length}
     assert ours.keys() == attached.keys()
     assert len({name for _, name in ours}) > 100
     different = [key for key in ours if not torch.equal(ours[key].nan_to_num(1e30), attached[key].nan_to_num(1e30))]
     assert not different
     saved = trace.read(tmp_path / "run")
-    assert saved.signals.keys() == {name for _, name in ours}
+    assert saved.signals.keys() == {name for _, name in ours} | {"tokens_per_update"}
     assert saved.end_reason == "completed" and saved.horizon == STEPS
     losses = saved.signals["train_loss_raw"]
     assert [ours[int(step), "train_loss_raw"].item() for step in losses.steps] == losses.values.ravel().tolist()

@@ -124,3 +124,5 @@ def test_checkpointed_blocks_are_watched_and_what_they_hide_declines():
         assert same(without, weights)
         assert not watch.tracebacks, watch.tracebacks
         assert "linear_euler_residual.input" in watch.seen
+        hidden = "cannot be differentiated twice" if reentrant else "another one when computed again"
+        assert hidden in watch.declined["gradient_curvature"]

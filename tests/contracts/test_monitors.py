@@ -15,6 +15,7 @@ import torch
 
 from foreshock.experiments import trace
 from foreshock.experiments.build import ROOT, Run
+from foreshock.experiments.plain_config import construct
 from foreshock.experiments.training.loop import train
 from foreshock.experiments.training.run_writer import HELD_OUT
 from foreshock.models.numerics import AttentionNumerics, SiteFault
@@ -24,7 +25,10 @@ from foreshock.monitors.needs import VIEW
 from foreshock.monitors.signal import EXACT, OVER_NOISE, RATIO
 from foreshock.monitors.watch import Watch
 
-MONITORS = sorted(path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml"))
+EVERY = {path.stem: construct("monitor", path.stem) for path in sorted((ROOT / "conf" / "monitor").glob("*.yaml"))}
+ATTACHED = sorted(name for name, monitor in EVERY.items() if monitor.needs.attached)
+"""Those that no loop of ours can fill; ``tests/attaching`` has them read."""
+MONITORS = sorted(EVERY.keys() - set(ATTACHED))
 CATALOGUE = pd.read_csv(ROOT / "monitors" / "catalogue.csv").set_index("id")
 AXES = {(): (1, 1), ("layer",): (2, 1), ("layer", "head"): (2, 2)}
 
@@ -150,6 +154,15 @@ def test_every_signal_describes_itself_as_the_catalogue_does(make_run, name):
         assert signal.family == row["family"], signal.name
         assert signal.unit in row["unit"].split(";"), signal.name
         assert signal.bad in row["bad_direction"].split(";"), signal.name
+
+
+@pytest.mark.parametrize("attached", ATTACHED)
+def test_a_monitor_of_attached_loops_describes_itself_as_the_catalogue_does(attached):
+    assert isinstance(EVERY[attached], Monitor)
+    for signal in EVERY[attached].signals:
+        row = CATALOGUE.loc[signal.reference]
+        assert (signal.family, signal.bad) == (row["family"], row["bad_direction"]), signal.name
+        assert signal.unit in row["unit"].split(";"), signal.name
 
 
 def test_every_ratio_to_noise_says_so_and_names_the_law_that_localises(make_run, name):

@@ -3,6 +3,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from foreshock.experiments.build import ROOT, build_run, construct
+from foreshock.experiments.plain_config import construct as read_and_construct
 from foreshock.experiments.training.optimizer import adamw, learning_rate, set_learning_rate
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import LearningRateScale
@@ -174,7 +175,13 @@ def test_a_list_in_yaml_becomes_a_tuple():
 def test_the_monitors_of_a_run_are_the_files_that_there_are():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         listed = set(compose("config").monitor)
-    assert listed == {path.stem for path in (CONF / "monitor").glob("*.yaml")}
+    names = {path.stem for path in (CONF / "monitor").glob("*.yaml")}
+    assert listed == {name for name in names if not read_and_construct("monitor", name).needs.attached}
+
+
+def test_a_monitor_of_attached_loops_alone_is_refused_by_name_where_it_is_chosen(make_run):
+    with pytest.raises(ValueError, match=r"^monitor\.loss_scale reads the loop of foreshock\.attach alone: leave it out$"):
+        make_run("monitor=[loss,loss_scale]")
 
 
 def train_config(**changes) -> TrainConfig:
