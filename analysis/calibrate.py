@@ -48,8 +48,7 @@ def healthy_runs(folder: Path, allow_alarms: bool = False) -> list[Trace]:
         runs = list(reduced.read(folder).values())
     else:
         folders = sorted(path.parent for path in folder.glob("*/manifest.json"))
-        ended = [path for path in folders if trace.manifest_of(path)["end_reason"] in trace.FINAL_REASONS]
-        runs = [trace.read(path) for path in ended]
+        runs = [trace.read(path) for path in folders if trace.manifest_of(path)["end_reason"] == "completed"]
     healthy = [run for run in runs if run.onset is None and run.end_reason == "completed"]
     if not healthy:
         raise TraceError(f"runs={folder} holds no finished healthy run")
@@ -79,11 +78,12 @@ def worst_alarm(run: Trace) -> str | None:
 
 
 def left_out(folder: Path) -> list[str]:
-    """Names of runs that did not complete."""
+    """Names of runs that did not complete, with how they ended."""
     if reduced.is_reduced(folder):
         return []
     folders = sorted(path.parent for path in folder.glob("*/manifest.json"))
-    return [path.name for path in folders if trace.manifest_of(path)["end_reason"] != "completed"]
+    ends = {path.name: trace.manifest_of(path)["end_reason"] for path in folders}
+    return [f"{name} ({end})" for name, end in ends.items() if end != "completed"]
 
 
 def options(arguments: Sequence[str]) -> dict[str, str]:

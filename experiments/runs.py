@@ -24,6 +24,7 @@ from rich.table import Table
 
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run, build_run
+from foreshock.experiments.elsewhere.traces import ELSEWHERE
 from foreshock.experiments.training import checkpoint, equivalences
 from foreshock.experiments.training.data import load_once
 from foreshock.experiments.training.identity import trajectory_sources
@@ -75,6 +76,8 @@ def run_of(manifest: Mapping[str, Any]) -> Run:
 
 def why_stale(run_id: str, manifest: Mapping[str, Any]) -> str:
     """Why the run would be trained again: the sources that changed since, or PyTorch."""
+    if trace.ATTACHED in manifest or ELSEWHERE in manifest:
+        return f"{UNJUDGED}: it was not trained by this project"
     if "sources" not in manifest:
         return UNKNOWN
     version = torch.__version__.split("+")[0]
@@ -113,7 +116,7 @@ def table_of(runs: list[Stored]) -> Table:
             str(config["seed"]),
             str(manifest["steps_done"]),
             manifest["end_reason"],
-            str(len(config["monitor"])),
+            str(len(config["monitor"])) if "monitor" in config else "",
             stored.stale or (f"readings again: {', '.join(again)}" if again else "current"),
         )
     return table

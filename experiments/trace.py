@@ -39,6 +39,9 @@ ATTACHED = "attached"
 SCHEMA_VERSION = 4
 """Of the manifest. Versions 2 and 3 are read too (``experiments.migration``)."""
 
+PART_STEPS = 200
+"""Steps of an attached run from one part of its trace to the next: what a kill can lose."""
+
 COLUMNS_VERSION = 2
 """Of the columns of a part."""
 
@@ -56,8 +59,11 @@ SCHEMA = pa.schema(
 )
 
 FINAL_REASONS = ("completed", "diverged", "non_finite")
-"""End reasons of a finished run; ``running``, ``interrupted`` and ``failed`` runs are resumed."""
+"""End reasons of a finished run; ``running``, ``interrupted`` and ``failed`` runs of ours are resumed.
 
+An attached run (``ATTACHED``) is never resumed, and what it has written is read whatever its end reason: ``running``
+while it trains and after a kill, ``stopped`` where its watch has stopped itself before the training ended.
+"""
 
 REQUIRED = ("config", "onset_step", "end_reason", "signals")
 """Keys that every manifest has."""
@@ -120,6 +126,11 @@ def damaged(path: Path, reason: object, folder: Path) -> TraceError:
     """The error for a file of a run that is not what was written: reason, and what to do, in one line."""
     said = " ".join(str(reason).split())
     return TraceError(f"{path} is damaged ({said}): rm -r {shlex.quote(str(folder))}, then train the run again")
+
+
+def is_readable(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run has readings to read: one that is finished, or an attached one that has written any."""
+    return manifest["end_reason"] in FINAL_REASONS or (ATTACHED in manifest and bool(manifest.get("files")))
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -204,7 +215,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Trace:
-    """A finished run as saved: its manifest, and its signals by name."""
+    """A run as saved, finished or attached: its manifest, and its signals by name."""
 
     run_id: str
     folder: Path
@@ -294,9 +305,18 @@ def series_of(table: pa.Table, run_id: str) -> dict[str, Series]:
 
 
 def read(folder: Path | str, signals: Iterable[str] | None = None) -> Trace:
-    """The trace of a finished run. ``signals``: names to load, or None for all. Raises TraceError."""
+    """The trace of a finished run, or what an attached one has written by now. ``signals``: names, None for all.
+
+    Raises TraceError where there is none.
+    """
     folder = Path(folder)
     manifest = manifest_of(folder)
-    if manifest["end_reason"] not in FINAL_REASONS:
-        raise TraceError(f"run {folder.name} is unfinished ({manifest['end_reason']}): run it again to resume it")
+    if not is_readable(manifest):
+        ended = f"({manifest['end_reason']})"
+        if ATTACHED in manifest:
+            raise TraceError(
+                f"run {folder.name} {ended} has no readings: foreshock.attach writes them every {PART_STEPS} steps and "
+                "at close(), and it came to neither"
+            )
+        raise TraceError(f"run {folder.name} is unfinished {ended}: run it again to resume it")
     return Trace(folder.name, folder, manifest, None if signals is None else tuple(signals))

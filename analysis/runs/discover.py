@@ -93,7 +93,7 @@ def index_of_runs(folder: Path) -> dict[str, Any]:
     manifests = {}
     for path in sorted(folder.glob("[!.]*/manifest.json")):
         manifest = trace.manifest_of(path.parent)
-        if manifest["end_reason"] in trace.FINAL_REASONS:
+        if trace.is_readable(manifest):
             manifests[path.parent.name] = manifest
     if not manifests:
         raise TraceError(f"{folder} holds neither experiment.json nor a finished run")

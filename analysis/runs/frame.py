@@ -29,6 +29,8 @@ Facts = Mapping[str, dict[str, Any]]
 def load(folder: Path | str, signals: Iterable[str] | None = None, runs: Iterable[str] | None = None) -> pd.DataFrame:
     """The readings of the finished runs in a folder, a row a reading, sorted by run and signal as they are saved.
 
+    Of attached runs it reads what is there, whether or not they came to their end (``end_reason`` of the manifest).
+
     folder: of run folders, of a reduced set, or of runs from elsewhere; experiments below it are found too.
     signals, runs: names of those that are wanted, all by default.
 
@@ -128,7 +130,7 @@ Source = tuple[Mapping[str, Any], Callable[[], Trace]]
 
 
 def _sources(folder: Path, signals: tuple[str, ...] | None) -> dict[str, Source]:
-    """By id every finished run below a folder. Raises TraceError where there is none, or an id is there twice."""
+    """By id every run below a folder that can be read. Raises TraceError where there is none, or an id is there twice."""
     if not folder.is_dir():
         raise TraceError(f"{folder} does not exist")
     sources: dict[str, Source] = {}
@@ -143,7 +145,7 @@ def _sources(folder: Path, signals: tuple[str, ...] | None) -> dict[str, Source]
             add(run_id, (run.manifest, partial(_only, run, signals)))
     for path in sorted(folder.rglob("manifest.json")):
         manifest = trace.read_manifest(path.parent) if (path.parent / trace.TRACE).is_dir() else None
-        if manifest is not None and manifest["end_reason"] in trace.FINAL_REASONS:
+        if manifest is not None and trace.is_readable(manifest):
             add(path.parent.name, (manifest, partial(trace.read, path.parent, signals)))
     if not sources:
         raise TraceError(f"{folder} holds no finished run")

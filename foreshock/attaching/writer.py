@@ -20,8 +20,6 @@ from foreshock.monitors.base import Monitor, Reading, described_signals
 
 UNKNOWN_SEED = -1
 """Of a run whose training is not ours."""
-PART_STEPS = 200
-"""Steps from one part of a trace to the next: what a kill can lose."""
 STOPPED = "stopped"
 """End reason of a run whose watch has stopped itself; how its training ended nobody knows."""
 
@@ -47,7 +45,7 @@ class TraceWriter:
 
     def add(self, step: int, tokens: int, readings: Mapping[str, Reading]) -> None:
         self._recorder.add(step, tokens, readings)
-        if step - self._steps >= PART_STEPS:
+        if step - self._steps >= trace.PART_STEPS:
             self._part(step, tokens)
             self._write("running")
 

@@ -236,3 +236,47 @@ def test_what_no_scaler_mends_is_an_alarm(enabled):
     watch = scaled_steps(model, scaler, factors, torch.optim.AdamW(model.parameters()), profile="icu")
     said = [(event.signal, event.severity) for event in watch.alarms if event.severity == "SEV0"]
     assert said == [("overflow_storm", "SEV0")] if enabled else ("nan_inf_events", "SEV0") in said
+
+
+def test_the_panel_of_every_step_has_the_loss_scale_and_tokens(tmp_path):
+    """Seven numbers: loss EMA, gradient norm, update to weight, loss scale and overflow, tokens, logit, entropy."""
+    model, scaler, seen = gpt(), torch.amp.GradScaler("cpu", init_scale=2.0**10), []
+    watch = scaled_steps(
+        model,
+        scaler,
+        [1, 1, float("inf"), 1, float("inf"), 1],
+        torch.optim.AdamW(model.parameters(), 1e-3),
+        profile="icu",
+        on_readings=lambda step, readings: seen.append((step, readings)),
+        alarms=foreshock.AlarmRules(("self",), warmup_steps=0),
+    )
+    assert not watch.declined and not watch.tracebacks and watch.alarms == []
+    numbers = ("train_loss_ema", "grad_global_norm", "update_to_weight", "loss_scale", "overflow_rate")
+    assert {*numbers, "tokens_per_update", "max_attn_logit", "attn_entropy"} <= watch.seen.keys()
+    of_scaler = ("loss_scale", "skipped_updates", "overflow_rate")
+    assert [(step, *(readings[name].item() for name in of_scaler)) for step, readings in seen] == [
+        (1, 1024, 0, 0),
+        (2, 1024, 0, 0),
+        (4, 512, 1, 25),
+        (6, 256, 2, pytest.approx(100 / 3)),
+    ]
+    tokens = batches(1)[0][:, :-1].numel()
+    assert {readings["tokens_per_update"].item() for _, readings in seen} == {tokens}
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu", enabled=False)])
+def test_without_a_scaler_the_loss_scale_declines_by_name(scaler):
+    model = gpt()
+    with foreshock.attach(
+        model, torch.optim.AdamW(model.parameters()), quiet=True, profile="icu", scaler=scaler
+    ) as watch:
+        assert watch.declined == {
+            "loss_scale": "no GradScaler scales the loss: give attach(scaler=...) that of the training, if it has one"
+        }
+
+
+def test_tokens_of_an_update_are_those_of_all_its_micro_batches():
+    read = []
+    keep = lambda step, readings: read.append(readings["tokens_per_update"].item())  # noqa: E731
+    train(gpt(), True, steps=2, parts=3, profile="icu", on_readings=keep)
+    assert read == [3 * batches(1)[0][:, :-1].numel()] * 2

@@ -193,7 +193,7 @@ def test_an_alarmed_run_is_refused_and_an_unfinished_one_left_out(tmp_path, caps
     own = {"severity": "SEV1", "rule": "watch", "signal": "writer_failed", "step": 9}
     (folder / "run-07" / "alarms.jsonl").write_text(json.dumps(alarm) + "\n" + json.dumps(own) + "\n")
     calibrate.main([f"runs={folder}", out, "alpha=0.2"])
-    assert "left out, since they did not complete: crashed\n" in (printed := capsys.readouterr().out)
+    assert "left out, since they did not complete: crashed (failed)\n" in (printed := capsys.readouterr().out)
     assert f"{STEPS} steps, the length of run-00" in printed
     (folder / "run-07" / "alarms.jsonl").write_text(json.dumps(alarm | {"severity": "SEV1"}) + "\n")
     with pytest.raises(SystemExit):

@@ -152,3 +152,12 @@ def test_a_rule_that_raises_is_switched_off_and_the_others_go_on(monkeypatch):
     assert (event.signal, event.severity) == ("rule_failed", "SEV1") and "universal is switched off" in event.message
     assert count.rule == "exact"
     assert not watched.read(20, [reading(LAW, 20, 40.0)])
+
+
+@pytest.mark.parametrize("name", ["loss_scale", "overflow_rate", "skipped_updates"])
+def test_what_a_scaler_does_in_health_is_no_alarm_of_its_own_past(name):
+    signal = Signal(name, "1", "both")
+    only_self = AlarmRules(("self",), warmup_steps=0)
+    assert not events_of(panel(signal, settings=only_self), signal, [1024.0] * 40 + [512.0])
+    other = Signal("another", "1", "both")
+    assert events_of(panel(other, settings=only_self), other, [1024.0] * 40 + [512.0])

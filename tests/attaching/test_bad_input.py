@@ -125,13 +125,13 @@ def test_a_full_disk_stops_the_watch_and_not_the_training(tmp_path, monkeypatch,
 
     without = train(gpt(), False)
     monkeypatch.setattr("foreshock.experiments.trace.write_whole", full)
-    monkeypatch.setattr("foreshock.attaching.writer.PART_STEPS", 3)
+    monkeypatch.setattr("foreshock.experiments.trace.PART_STEPS", 3)
     watched = train(gpt(), True, out=tmp_path / "run", quiet=False, profile="icu")
     assert same(without.left, watched.left)
     assert "No space left on device" in watched.watch.stopped and watched.watch.steps == 3
     said = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
     assert len(said) == 1 and said[0].startswith("foreshock: step 3: the watch has stopped, training goes on: ")
-    with pytest.raises(trace.TraceError, match="unfinished"):
+    with pytest.raises(trace.TraceError, match=r"^run run \(running\) has no readings: foreshock\.attach writes them "):
         trace.read(tmp_path / "run")
 
 

@@ -56,6 +56,8 @@ def test_a_part_that_cannot_be_made_stops_the_watch_and_not_the_training(tmp_pat
     monkeypatch.setattr(Recorder, "columns", broken)
     watch = train(gpt(), True, out=tmp_path / "run", monitors=["loss"]).watch
     assert watch.stopped.startswith("TypeError: a reading is wrong")
+    manifest = trace.manifest_of(tmp_path / "run")
+    assert (manifest["end_reason"], manifest["steps_done"], manifest["files"]) == ("stopped", 0, {})
 
 
 @pytest.mark.parametrize(
