@@ -30,7 +30,8 @@ def show(step: int, readings: dict) -> None:
         print(f"step {step}: {len(readings)} readings, laws at most {max(ratios):.2f} of 4.26", flush=True)
 
 
-def main(steps: int) -> None:
+def train(steps: int, callback: WatchCallback, bf16: bool = False) -> None:
+    """Train a small GPT-2 for some updates; bf16: under autocast."""
     torch.manual_seed(0)
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": CONTEXT}
     tokens = {"bos_token_id": None, "eos_token_id": None}
@@ -46,10 +47,10 @@ def main(steps: int) -> None:
             logging_strategy="no",
             disable_tqdm=True,
             use_cpu=True,
+            bf16=bf16,
         )
-        watch = WatchCallback(on_readings=show)
-        Trainer(model, arguments, train_dataset=examples(steps), callbacks=[watch]).train()
+        Trainer(model, arguments, train_dataset=examples(steps), callbacks=[callback]).train()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 50)
+    train(int(sys.argv[1]) if len(sys.argv) > 1 else 50, WatchCallback(on_readings=show))

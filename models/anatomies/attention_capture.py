@@ -32,6 +32,8 @@ DROPOUTS = (F.dropout, torch.dropout)
 HIDDEN = -9e3
 """A score below this is masked; models add -1e4 or less."""
 SDPA = F.scaled_dot_product_attention
+SDPA_NAME = "scaled_dot_product_attention"
+"""Of PyTorch's own, which a function in its place may have called before this module was imported."""
 FLASH = 1
 """``SDPBackend.FLASH_ATTENTION``, as PyTorch's own choice names it."""
 LAYOUTS = ("BHTD", "BTHD")
@@ -107,7 +109,7 @@ class AttentionCapture(TorchFunctionMode):
         return result
 
     def _look(self, function: Callable, arguments: tuple, named: Mapping[str, Any], result: Any) -> None:
-        if function is SDPA:
+        if getattr(function, "__name__", "") == SDPA_NAME:
             *inputs, call = _of_torch(*arguments, **named)
             self.fill((*inputs, result), call)
         elif function in PRODUCTS and len(arguments) == 2 and all(isinstance(x, Tensor) for x in arguments):
