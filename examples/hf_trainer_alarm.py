@@ -1,4 +1,4 @@
-"""The Trainer of ``hf_trainer.py`` in BF16, whose attention breaks at a step: the callback's alarms, a line of JSON each.
+"""The training of ``hf_trainer.py`` in BF16, whose attention breaks at a step: its alarms, a line of JSON each.
 
 python examples/hf_trainer_alarm.py [steps] [broken from]
 """

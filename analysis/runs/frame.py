@@ -130,7 +130,7 @@ Source = tuple[Mapping[str, Any], Callable[[], Trace]]
 
 
 def _sources(folder: Path, signals: tuple[str, ...] | None) -> dict[str, Source]:
-    """By id every run below a folder that can be read. Raises TraceError where there is none, or an id is there twice."""
+    """By id every readable run below a folder. Raises TraceError where there is none, or an id is there twice."""
     if not folder.is_dir():
         raise TraceError(f"{folder} does not exist")
     sources: dict[str, Source] = {}

@@ -14,7 +14,7 @@ from foreshock.alarms.settings import SNAPSHOT, Action
 
 @dataclass(frozen=True)
 class Outlets:
-    """folder: for ``alarms.jsonl`` and evidence, None for neither; terminal: where events are printed, None for nowhere.
+    """folder: for ``alarms.jsonl`` and evidence, None for neither; terminal: for a line an event, None for none.
 
     on_alarm: called with every event; actions: by severity, what is done beside (``alarms.settings``).
     Raises ValueError for the action ``snapshot`` without a folder.

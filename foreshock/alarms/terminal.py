@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TextIO
 
-
 MOST_SAID = 200
 """Characters of an error that are said."""
 

@@ -27,7 +27,8 @@ STOPPED = "stopped"
 class TraceWriter:
     """Writes a run's folder, of which ``experiments.trace.read`` reads what is there, at any time.
 
-    closed: whether all of it has been written. Raises ValueError for a folder that holds a run, OSError where the disk does not take a file.
+    closed: whether all of it has been written. Raises ValueError for a folder that holds a run, OSError where the disk
+    does not take a file.
     """
 
     def __init__(

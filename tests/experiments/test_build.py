@@ -4,6 +4,7 @@ from hydra import compose, initialize_config_dir
 
 from foreshock.experiments.build import ROOT, build_run, construct
 from foreshock.experiments.plain_config import construct as read_and_construct
+from foreshock.experiments.plain_config import read
 from foreshock.experiments.training.optimizer import adamw, learning_rate, set_learning_rate
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import LearningRateScale
@@ -180,8 +181,12 @@ def test_the_monitors_of_a_run_are_the_files_that_there_are():
 
 
 def test_a_monitor_of_attached_loops_alone_is_refused_by_name_where_it_is_chosen(make_run):
-    with pytest.raises(ValueError, match=r"^monitor\.loss_scale reads the loop of foreshock\.attach alone: leave it out$"):
-        make_run("monitor=[loss,loss_scale]")
+    config = dict(make_run().asked)
+    chosen = {name: read("monitor", name) for name in ("loss", "loss_scale")}
+    with pytest.raises(ValueError, match=r"^monitor\.loss_scale reads the loop of foreshock\.attach alone: leave it"):
+        build_run({**config, "monitor": chosen})
+    run = build_run({**config, "monitor": config["monitor"] | chosen})  # whatever fits
+    assert "loss" in run.monitors and "loss_scale" in run.left_out_monitors
 
 
 def train_config(**changes) -> TrainConfig:

@@ -222,7 +222,7 @@ def of_weights(function):
     [
         of_weights(CutsTheGraph.apply),
         of_weights(lambda w: checkpoint(torch.square, w, use_reentrant=True)),
-        of_weights(lambda w: F.scaled_dot_product_attention(*[w.flatten()[None, None, :, None].repeat(1, 1, 1, 8)] * 3)),
+        of_weights(lambda w: F.scaled_dot_product_attention(*[w.reshape(1, 1, -1, 1).repeat(1, 1, 1, 8)] * 3)),
     ],
     ids=["cut", "checkpointed", "fused"],
 )
