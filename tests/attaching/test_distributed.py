@@ -48,7 +48,7 @@ def test_what_fsdp2_hides_is_declined_by_name(one_process):
     model = gpt()
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     watch = foreshock.attach(model, torch.optim.AdamW(model.parameters()), quiet=True)
-    assert watch.monitors == ("loss",)
+    assert watch.monitors == ("loss", "tokens")
     assert watch.declined["attention_laws"] == (
         "parameters such as wte.weight are DTensors (FSDP2): no rank has them whole"
     )
