@@ -73,6 +73,16 @@ class Recorder:
             self._readings.setdefault(name, []).append((step, tokens, reading))
             self._on_host.pop(name, None)
 
+    def forget_broken(self) -> None:
+        """Drop the signals whose readings make no columns, such as those of several shapes."""
+        for name, readings in list(self._readings.items()):
+            try:
+                Samples.of(readings).columns(name)
+            except Exception:
+                del self._readings[name]
+        if not self._readings:
+            self.clear()
+
     def columns(self, run: int | None = None) -> dict[str, Any]:
         """The columns of a part, of one run of a stack or, without ``run``, of the only one."""
         for name, readings in self._readings.items():

@@ -22,7 +22,7 @@ from foreshock.attaching.model_facts import model_facts
 from foreshock.attaching.options import Options
 from foreshock.attaching.sight import Sight
 from foreshock.attaching.view import view_of
-from foreshock.attaching.writer import STOPPED, TraceWriter
+from foreshock.attaching.writer import TraceWriter
 from foreshock.models.anatomy import Anatomy
 from foreshock.monitors.base import LossScaling, Monitor, Reading
 from foreshock.monitors.watch import Watch
@@ -231,7 +231,7 @@ class AttachedWatch:
         if self._writer is None or self._writer.closed:
             return
         try:
-            self._writer.close(self.steps, self._sight.tokens if hasattr(self, "_sight") else 0, STOPPED)
+            self._writer.stop(self.steps, self._sight.tokens if hasattr(self, "_sight") else 0)
         except Exception as error:
             self.tracebacks["out"] = "".join(traceback.format_exception(error))
 

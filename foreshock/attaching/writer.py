@@ -51,7 +51,7 @@ class TraceWriter:
             self._write("running")
 
     def close(self, step: int, tokens: int, end_reason: str = "completed") -> None:
-        """Write what is left; may be called again after an error. end_reason: of ``experiments.trace``, or ``STOPPED``.
+        """Write what is left; may be called again after an error. end_reason: of ``experiments.trace``.
 
         Where the last part cannot be written, the manifest says so of the steps before it.
         """
@@ -60,6 +60,16 @@ class TraceWriter:
         finally:
             self._write(end_reason)
         self.closed = True
+
+    def stop(self, step: int, tokens: int) -> None:
+        """Close as ``STOPPED``, without the signals whose readings cannot be written; may be called again."""
+        try:
+            self.close(step, tokens, STOPPED)
+        except OSError:
+            raise
+        except Exception:
+            self._recorder.forget_broken()
+            self.close(step, tokens, STOPPED)
 
     def _part(self, step: int, tokens: int) -> None:
         if self._recorder.first_step is not None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import foreshock
 from foreshock.analysis.calibrate import healthy_runs, left_out
@@ -17,6 +18,7 @@ from foreshock.analysis.runs.discover import find
 from foreshock.attaching.sight import Sight
 from foreshock.experiments import runs, trace
 from foreshock.experiments.files import write_whole
+from foreshock.monitors.optimization import GradientNorm
 from tests.attaching.loops import gpt, same, train
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +26,7 @@ BROKEN_AT = 5
 
 KILLED = """
 import os, signal, sys
+from foreshock.monitors.optimization import GradientNorm
 from tests.attaching.loops import gpt, train
 last = int(sys.argv[2])
 kill = lambda step, _: os.kill(os.getpid(), signal.SIGKILL) if step == last else None
@@ -82,6 +85,15 @@ def test_a_disk_that_is_full_for_a_while_costs_the_watch_and_no_reading(tmp_path
     assert trace.read(tmp_path / "run").end_reason == "stopped"
     assert steps_of(tmp_path / "run") == [1, 2, 3]
     assert [event.signal for event in watch.alarms if event.rule == "watch"] == ["out_folder"]
+
+
+def test_a_reading_that_cannot_be_written_costs_its_own_signal_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(GradientNorm, "observe", lambda self, view: {"grad_global_norm": torch.ones(view.step)})
+    watch = train(gpt(), True, out=tmp_path / "run", profile="icu", alarms=False).watch
+    assert watch.stopped.startswith("RuntimeError: stack expects each tensor to be equal size")
+    saved = trace.read(tmp_path / "run")
+    assert saved.end_reason == "stopped" and "grad_global_norm" not in saved.signals
+    assert saved.signals["tokens_per_update"].steps.tolist() == steps_of(tmp_path / "run") == list(range(1, 8))
 
 
 def test_every_command_says_of_a_stopped_run_what_it_is(tmp_path, monkeypatch, capsys):
