@@ -39,6 +39,9 @@ set the limits of all."""
 MOST_LACKING = 0.05
 """Share of the steps of all runs that a run may lack: those that its GradScaler threw away have no readings."""
 
+NO_READING = "has no reading of it"
+"""How the reason ends why a signal is declined that a run has too few steps for."""
+
 Band = ReferenceBand | SelfBand | Floor
 
 
@@ -159,7 +162,7 @@ def _judged(
 
 def _cut(run: Trace, signal: Signal, horizon: int) -> Aligned:
     if signal.name not in run.signals:
-        raise DeclinedSignal(f"{signal.name}: run {run.run_id} has no reading of it")
+        raise DeclinedSignal(f"{signal.name}: run {run.run_id} {NO_READING}")
     series = run.signals[signal.name]
     kept = series.steps <= horizon
     return Aligned(series.steps[kept], series.values[kept], series.undefined[kept])

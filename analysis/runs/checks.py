@@ -48,10 +48,11 @@ def check_cells(cells: Sequence[Mapping[str, Any]], traces: Sequence[Trace]) -> 
                 raise TraceError(f"runs {first} and {run.run_id} of fault {cell['fault']!r} have different faults")
 
 
-def _flat(node: Any, path: str = "") -> dict[str, Any]:
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings, by their keys joined with dots."""
     if not isinstance(node, Mapping):
         return {path: node}
-    return {key: v for name, child in node.items() for key, v in _flat(child, f"{path}.{name}".lstrip(".")).items()}
+    return {key: v for name, child in node.items() for key, v in flat(child, f"{path}.{name}".lstrip(".")).items()}
 
 
 def check_alike(traces: Sequence[Trace]) -> None:
@@ -59,7 +60,7 @@ def check_alike(traces: Sequence[Trace]) -> None:
 
     Raises TraceError that names the key, both values and runs.
     """
-    configs = [_flat(run.manifest["config"]) for run in traces]
+    configs = [flat(run.manifest["config"]) for run in traces]
     healthy = next(config for config, run in zip(configs, traces, strict=True) if run.onset is None)
     first = next(run.run_id for run in traces if run.onset is None)
     for config, run in zip(configs, traces, strict=True):

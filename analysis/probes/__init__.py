@@ -1,0 +1,1 @@
+"""Short checks of a training that somebody has reason to doubt."""

@@ -1,0 +1,217 @@
+"""Short runs after a change against a healthy band: are they the same, are they healthy, where do they leave the band.
+
+Each run is held against the joint thresholds of the band. With n calibration runs and the threshold at rank k of their
+path maxima, the number of K exchangeable healthy runs above it is beta-binomial with K, n + 1 - k and k. The verdict is
+``outside`` where so many runs stand above as healthy ones would with probability at most alpha, and at once where a run
+ends early or an exact signal is not 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.stats import betabinom
+
+from foreshock.analysis.detect.against import on_band, statistic, z_scores
+from foreshock.analysis.detect.alarms import conformal_rank
+from foreshock.analysis.detect.thresholds import SignalThreshold, Thresholds
+from foreshock.analysis.probes.band import Band
+from foreshock.experiments.trace import Series, Trace
+from foreshock.monitors.signal import CLOCK, EXACT, Signal
+
+HELD_OUT = "held_out_loss"
+
+
+@dataclass(frozen=True)
+class Breach:
+    """The first step at which a signal of a run stands outside the band.
+
+    layer, head: the worst ones, None where the signal has no such axis; statistic, limit: of the chart, None for an
+    exact signal, which has none.
+    """
+
+    run: str
+    signal: str
+    step: int
+    layer: int | None
+    head: int | None
+    value: float
+    statistic: float | None = None
+    limit: float | None = None
+
+    @property
+    def over_limit(self) -> float:
+        """The statistic over its limit; infinite for an exact signal, and for a limit that is not positive."""
+        if self.statistic is None or self.limit is None or self.limit <= 0:
+            return np.inf
+        return self.statistic / self.limit
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first step at which a run and its healthy twin read other numbers, and the signals that do."""
+
+    step: int
+    signals: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Canary:
+    """One run after the change. ended: why it ended early, or None; twin: the healthy run of its seed, or None.
+
+    breaches: in the order of their steps; not_compared: signals of the band that the run does not have, and those of
+    another shape or cadence.
+    """
+
+    run: Trace
+    ended: str | None
+    twin: Trace | None
+    breaches: tuple[Breach, ...]
+    not_compared: tuple[str, ...]
+
+    @property
+    def outside(self) -> bool:
+        return self.ended is not None or bool(self.breaches)
+
+    @property
+    def certain(self) -> bool:
+        """Whether no healthy run is like it, whatever alpha: it ended early, or an exact signal is not 0."""
+        return self.ended is not None or any(breach.statistic is None for breach in self.breaches)
+
+    @cached_property
+    def difference(self) -> Difference | None:
+        """From the twin; None where every reading is the same, or there is no twin."""
+        return None if self.twin is None else first_difference(self.run, self.twin)
+
+    @property
+    def held_out_change(self) -> float | None:
+        """Held-out loss in nats at the last step of both, less that of the twin; None where one has none."""
+        if self.twin is None or HELD_OUT not in self.run.signals or HELD_OUT not in self.twin.signals:
+            return None
+        here, there = self.run.signals[HELD_OUT], self.twin.signals[HELD_OUT]
+        shared = np.intersect1d(here.steps, there.steps)
+        if not len(shared):
+            return None
+        last = [float(series.values[series.steps == shared[-1]].item()) for series in (here, there)]
+        return last[0] - last[1]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """needed: how many runs must stand outside before the verdict does, at the band's alpha."""
+
+    canaries: tuple[Canary, ...]
+    needed: int
+
+    @property
+    def outside(self) -> bool:
+        many = sum(canary.outside for canary in self.canaries) >= self.needed
+        return many or any(canary.certain for canary in self.canaries)
+
+    @property
+    def identical(self) -> bool:
+        """Whether every run reads the numbers of its healthy twin, bit for bit."""
+        return all(canary.twin is not None and canary.difference is None for canary in self.canaries)
+
+    @property
+    def breaches(self) -> list[Breach]:
+        return [breach for canary in self.canaries for breach in canary.breaches]
+
+
+def judge(band: Band, runs: Sequence[Trace]) -> Verdict:
+    """Hold runs after a change against a band. Raises ValueError for no run, and for one shorter than the band."""
+    if not runs:
+        raise ValueError("there is no run after the change to compare")
+    canaries = tuple(_canary(band, run) for run in runs)
+    return Verdict(canaries, runs_needed(band.thresholds, len(runs)))
+
+
+def runs_needed(thresholds: Thresholds, count: int) -> int:
+    """The smallest number of ``count`` runs that, if they were healthy, stand outside with probability <= alpha."""
+    n = len(thresholds.runs)
+    rank = conformal_rank(n, thresholds.alpha)
+    above = betabinom(count, n + 1 - rank, rank)
+    allowed = thresholds.alpha * (1 + 1e-9)  # sums of the distribution round
+    return next((number for number in range(1, count + 1) if above.sf(number - 1) <= allowed), count)
+
+
+def _canary(band: Band, run: Trace) -> Canary:
+    steps = int(run.manifest["steps_done"])
+    ended = None if run.end_reason == "completed" else f"{run.end_reason} at step {steps:,}"
+    if ended is None and steps < band.steps:
+        raise ValueError(f"run {run.run_id} has {steps:,} steps, and the band {band.steps:,}: train it as long")
+    known = band.thresholds.signals
+    breaches: list[Breach] = []
+    not_compared = sorted(known.keys() - run.signals.keys())
+    for name, series in run.signals.items():
+        signal = run.described.get(name)
+        if signal is not None and signal.kind == EXACT:
+            breaches += _exact_breach(run.run_id, signal, series, band.steps)
+        elif signal is not None and name in known:
+            if known[name].unlike(signal, series.values.shape[1:]) is not None:
+                not_compared.append(name)
+                continue
+            breaches += _breach(run.run_id, signal, series, known[name], band.thresholds.chart)
+    breaches.sort(key=lambda breach: (breach.step, -breach.over_limit))
+    return Canary(run, ended, band.twin(run), tuple(breaches), tuple(not_compared))
+
+
+def _exact_breach(run: str, signal: Signal, series: Series, steps: int) -> list[Breach]:
+    wrong = (series.values != 0) & ~series.undefined & (series.steps <= steps)[:, None, None]
+    if not wrong.any():
+        return []
+    at, layer, head = (int(index) for index in np.argwhere(wrong)[0])
+    value = float(series.values[at, layer, head])
+    return [Breach(run, signal.name, int(series.steps[at]), *_place(signal, layer, head), value)]
+
+
+def _breach(
+    run: str, signal: Signal, series: Series, known: SignalThreshold, chart: Mapping[str, object]
+) -> list[Breach]:
+    aligned = on_band(series, known)
+    if not len(aligned.positions):
+        return []
+    z = z_scores(aligned, known)
+    charted = statistic(z, known, chart)
+    above = charted > known.limit
+    if not above.any():
+        return []
+    at = int(above.argmax())
+    bad = {"up": z[at], "down": -z[at], "both": np.abs(z[at])}[signal.bad]
+    layer, head = np.unravel_index(int(np.where(np.isnan(bad), -np.inf, bad).argmax()), bad.shape)
+    place = _place(signal, int(layer), int(head))
+    value, limit = float(aligned.values[at, layer, head]), known.limit
+    return [Breach(run, signal.name, int(aligned.positions[at]), *place, value, float(charted[at]), limit)]
+
+
+def _place(signal: Signal, layer: int, head: int) -> tuple[int | None, int | None]:
+    return (layer if "layer" in signal.axes else None, head if "head" in signal.axes else None)
+
+
+def first_difference(run: Trace, twin: Trace) -> Difference | None:
+    """Where two runs first read other numbers, clocks left out; None where they nowhere do."""
+    first: dict[str, int] = {}
+    for name in run.signals.keys() & twin.signals.keys():
+        if name in run.described and run.described[name].kind == CLOCK:
+            continue
+        step = _first_other(run.signals[name], twin.signals[name])
+        if step is not None:
+            first[name] = step
+    if not first:
+        return None
+    step = min(first.values())
+    return Difference(step, tuple(sorted(name for name, at in first.items() if at == step)))
+
+
+def _first_other(here: Series, there: Series) -> int | None:
+    if here.values.shape[1:] != there.values.shape[1:]:
+        return int(min(here.steps.min(initial=0), there.steps.min(initial=0)))
+    _, at, other = np.intersect1d(here.steps, there.steps, return_indices=True)
+    values, others = here.values[at], there.values[other]
+    alike = (values == others) | (np.isnan(values) & np.isnan(others))
+    alike &= here.undefined[at] == there.undefined[other]
+    differs = ~alike.all(axis=(1, 2))
+    return int(here.steps[at][differs.argmax()]) if differs.any() else None
