@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 
-from foreshock.analysis.figures.drawing import ALARM, FAULTY, HEALTHY, THOUSANDS, save, style
+from foreshock.analysis.figures.drawing import ALARM, FAULTY, HEALTHY, PLAIN, THOUSANDS, save, style
 from foreshock.analysis.probes.band import Band
 from foreshock.analysis.probes.canary import HELD_OUT, Breach, Verdict
 from foreshock.experiments.trace import Trace
@@ -39,12 +39,16 @@ def draw(path: Path, band: Band, verdict: Verdict) -> None:
 
 
 def drawn_signals(band: Band, verdict: Verdict) -> list[str]:
-    """Held-out loss, the signals that left the band in the order in which they did, then the usual ones."""
+    """Held-out loss, the first signal of each kind that left the band, in that order, then the usual ones."""
     leaving = sorted(verdict.breaches, key=lambda breach: (breach.step, -breach.over_limit))
     runs = [*band.runs.values(), *(canary.run for canary in verdict.canaries)]
     there = set.intersection(*({*run.signals} for run in runs))
     wanted = [HELD_OUT, *(breach.signal for breach in leaving), *USUAL]
-    return [name for name in dict.fromkeys(wanted) if name in there][:PANELS] or sorted(there)[:1]
+    of_each: dict[str, str] = {}
+    for name in wanted:
+        if name in there:
+            of_each.setdefault(runs[0].described[name].reference, name)
+    return list(of_each.values())[:PANELS] or sorted(there)[:1]
 
 
 def _panel(axis: plt.Axes, name: str, band: Band, verdict: Verdict) -> None:
@@ -62,6 +66,7 @@ def _panel(axis: plt.Axes, name: str, band: Band, verdict: Verdict) -> None:
     positive = drawn[np.isfinite(drawn) & (drawn > 0)]
     if len(positive) == len(drawn) > 0 and positive.max() > 50 * positive.min():
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(PLAIN)
     axis.set_xlabel("optimizer step")
     axis.set_xlim(0, band.steps)
     axis.xaxis.set_major_formatter(THOUSANDS)

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 from scipy.stats import betabinom
+from scipy.stats import t as student
 
 from foreshock.analysis.detect.against import on_band, statistic, z_scores
 from foreshock.analysis.detect.alarms import conformal_rank
@@ -23,6 +24,8 @@ from foreshock.experiments.trace import Series, Trace
 from foreshock.monitors.signal import CLOCK, EXACT, Signal
 
 HELD_OUT = "held_out_loss"
+LEVEL = 0.95
+"""Of the interval of held-out loss's change."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,28 @@ class Verdict:
     @property
     def breaches(self) -> list[Breach]:
         return [breach for canary in self.canaries for breach in canary.breaches]
+
+    @cached_property
+    def held_out_changes(self) -> list[float]:
+        """Of the runs that have a twin, in nats."""
+        return [change for canary in self.canaries if (change := canary.held_out_change) is not None]
+
+    @cached_property
+    def held_out_interval(self) -> tuple[float, float] | None:
+        """Of the mean change, by Student's t over seeds at ``LEVEL``; None for one run, or where all change alike."""
+        changes = self.held_out_changes
+        if len(changes) < 2 or not np.isfinite(changes).all() or np.ptp(changes) == 0:
+            return None
+        low, high = student.interval(
+            LEVEL, len(changes) - 1, np.mean(changes), np.std(changes, ddof=1) / len(changes) ** 0.5
+        )
+        return float(low), float(high)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the interval of held-out loss's change leaves 0 out: seeds are paired, so that it is far sharper than
+        the band, and finds what is no harm too."""
+        return self.held_out_interval is not None and not self.held_out_interval[0] <= 0 <= self.held_out_interval[1]
 
 
 def judge(band: Band, runs: Sequence[Trace]) -> Verdict:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from foreshock.analysis.runs.checks import flat
 from foreshock.experiments import trace
 
-COMPARED = ("data_sha256", "sources", "fault_sha256", "versions", "device", trace.ATTACHED, "git_commit")
+COMMIT = "git_commit"
+COMPARED = ("data_sha256", "sources", "fault_sha256", "versions", "device", trace.ATTACHED, COMMIT)
 """Keys of a manifest beside its configuration."""
 IGNORED = ("seed", "monitor", "train.steps", "train.checkpoint_every_steps")
 """Keys of a configuration that change nothing that a canary is to find."""

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from foreshock.analysis.probes.band import Band
-from foreshock.analysis.probes.canary import HELD_OUT, Breach, Canary, Verdict
-from foreshock.analysis.probes.changes import Change, changes
+from foreshock.analysis.probes.canary import HELD_OUT, LEVEL, Breach, Canary, Verdict
+from foreshock.analysis.probes.changes import COMMIT, Change, changes
 from foreshock.experiments.files import write_whole
 
 MOST_SHOWN = 8
 """Changes that are named in the lines."""
+DIGITS = 10
+"""Of a commit."""
 
 
 def lines(band: Band, verdict: Verdict) -> list[str]:
@@ -29,7 +31,7 @@ def lines(band: Band, verdict: Verdict) -> list[str]:
         _changed(band, verdict),
         *(_line(canary) for canary in verdict.canaries),
         *_not_compared(verdict.canaries),
-        *_held_out(band, verdict.canaries),
+        *_held_out(band, verdict),
         conclusion(verdict),
     ]
 
@@ -44,7 +46,8 @@ def conclusion(verdict: Verdict) -> str:
         return f"OUTSIDE: {of_runs}{first}"
     if verdict.identical:
         return "IDENTICAL: every reading is that of the healthy run with the same seed, bit for bit"
-    return f"INSIDE: {of_runs}; {verdict.needed} would have to"
+    shifted = f". Held-out loss has shifted all the same: {_shift(verdict)}" if verdict.shifted else ""
+    return f"INSIDE: {of_runs}; {verdict.needed} would have to{shifted}"
 
 
 def _changed(band: Band, verdict: Verdict) -> str:
@@ -60,8 +63,10 @@ def _changed(band: Band, verdict: Verdict) -> str:
 
 def _change(change: Change) -> str:
     key = change.key.removeprefix("config.").removeprefix("sources.")
-    digests = change.key.startswith("sources.") or "sha256" in change.key
-    return key if digests else f"{key} {change.before} -> {change.after}"
+    if change.key.startswith("sources.") or "sha256" in change.key:
+        return key
+    before, after = ((side[:DIGITS] if key == COMMIT else side) for side in (change.before, change.after))
+    return f"{key} {before} -> {after}"
 
 
 def _line(canary: Canary) -> str:
@@ -74,7 +79,7 @@ def _state(canary: Canary) -> str:
     parts = [] if canary.ended is None else [canary.ended]
     if canary.breaches:
         others = len(canary.breaches) - 1
-        more = f" and {others} more signal{'s' * (others > 1)} later or less" if others else ""
+        more = f" and {others} more signal{'s' * (others > 1)}" if others else ""
         parts.append(f"{_named(canary.breaches[0])}{more}")
     return f"outside, {', '.join(parts)}" if parts else "inside"
 
@@ -101,17 +106,26 @@ def _not_compared(canaries: Sequence[Canary]) -> list[str]:
     return [f"  not compared: {', '.join(names)}"] if names else []
 
 
-def _held_out(band: Band, canaries: Sequence[Canary]) -> list[str]:
+def _held_out(band: Band, verdict: Verdict) -> list[str]:
     """Held-out loss against the same seeds, beside the spread that healthy seeds have by themselves."""
-    found = [change for canary in canaries if (change := canary.held_out_change) is not None]
+    found = verdict.held_out_changes
     if not found:
         return []
     last = [run.signals[HELD_OUT].values[-1].item() for run in band.runs.values() if HELD_OUT in run.signals]
-    each = f" ({', '.join(f'{change:+.4f}' for change in found)})" if len(found) > 1 else ""
     return [
-        f"  held-out loss at the end: {np.mean(found):+.4f} nats over healthy runs of the same seeds{each}; healthy "
-        f"seeds spread by {np.std(last, ddof=1):.4f}"
+        f"  held-out loss at the end over healthy runs of the same seeds: {_shift(verdict)}; healthy seeds by "
+        f"themselves spread by {np.std(last, ddof=1):.4f}"
     ]
+
+
+def _shift(verdict: Verdict) -> str:
+    changes_in_nats = verdict.held_out_changes
+    interval = verdict.held_out_interval
+    said = f"{np.mean(changes_in_nats):+.4f} nats"
+    if interval is None:
+        return said
+    low, high = interval
+    return f"{said} ({low:+.4f} to {high:+.4f}, {100 * LEVEL:g} % interval of Student's t over {len(changes_in_nats)})"
 
 
 def write_table(path: Path, verdict: Verdict) -> None:

@@ -158,3 +158,17 @@ def test_a_folder_without_a_band_or_with_a_damaged_one_is_said(band, tmp_path):
         bands.check_new(tmp_path)
     with pytest.raises(ValueError, match=r"store=18 is not allowed with alpha=0\.1: at least 19"):
         bands.check_count(18, 0.1)
+
+
+def test_paired_seeds_show_a_shift_that_the_band_does_not(band, tmp_path):
+    same = [write_run(tmp_path, f"run-{i}", seed) for i, seed in enumerate(band.seeds[:3])]
+    shifts = (0.011, 0.012, 0.013)
+    for run, shift in zip(same, shifts, strict=True):
+        run.signals["held_out_loss"].values[-1] += shift
+    verdict = judge(band, same)
+    assert not verdict.outside and verdict.shifted and verdict.held_out_changes == pytest.approx(shifts)
+    half = 4.302652729911275 * 0.001 / 3**0.5  # the quantile of Student's t at 0.975 with 2 degrees of freedom
+    assert verdict.held_out_interval == pytest.approx((0.012 - half, 0.012 + half))
+    assert "Held-out loss has shifted all the same: +0.0120 nats" in conclusion(verdict)
+    unchanged = judge(band, [write_run(tmp_path, f"again-{i}", seed) for i, seed in enumerate(band.seeds[:3])])
+    assert unchanged.held_out_interval is None and not unchanged.shifted
