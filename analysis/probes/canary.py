@@ -91,8 +91,11 @@ class Canary:
 
     @property
     def held_out_change(self) -> float | None:
-        """Held-out loss in nats at the last step of both, less that of the twin; None where one has none."""
+        """Held-out loss in nats at the last step of both, less that of the twin; None where one has none, or where the
+        held-out text is another."""
         if self.twin is None or HELD_OUT not in self.run.signals or HELD_OUT not in self.twin.signals:
+            return None
+        if _text(self.run) != _text(self.twin):
             return None
         here, there = self.run.signals[HELD_OUT], self.twin.signals[HELD_OUT]
         shared = np.intersect1d(here.steps, there.steps)
@@ -214,6 +217,11 @@ def _breach(
 
 def _place(signal: Signal, layer: int, head: int) -> tuple[int | None, int | None]:
     return (layer if "layer" in signal.axes else None, head if "head" in signal.axes else None)
+
+
+def _text(run: Trace) -> tuple[object, object]:
+    """What tells one held-out text from another."""
+    return run.manifest.get("data_sha256"), run.manifest["config"].get("data", {}).get("held_out")
 
 
 def first_difference(run: Trace, twin: Trace) -> Difference | None:

@@ -172,3 +172,10 @@ def test_paired_seeds_show_a_shift_that_the_band_does_not(band, tmp_path):
     assert "Held-out loss has shifted all the same: +0.0120 nats" in conclusion(verdict)
     unchanged = judge(band, [write_run(tmp_path, f"again-{i}", seed) for i, seed in enumerate(band.seeds[:3])])
     assert unchanged.held_out_interval is None and not unchanged.shifted
+
+
+def test_another_held_out_text_is_not_compared(band, tmp_path):
+    other = [
+        write_run(tmp_path, f"run-{i}", seed, config={"data": {"held_out": 0.1}}) for i, seed in enumerate(band.seeds)
+    ]
+    assert judge(band, other).held_out_changes == []
