@@ -9,7 +9,15 @@ from itertools import combinations
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from foreshock.faults.card import Injection, InjectionCard, check_family
-from foreshock.faults.operation import Operation, OptimizerOperation, SiteValue, TensorOperation, Training
+from foreshock.faults.operation import (
+    BatchOperation,
+    Operation,
+    OptimizerOperation,
+    SamplingOperation,
+    SiteValue,
+    TensorOperation,
+    Training,
+)
 from foreshock.faults.window import Window
 from foreshock.models.arithmetic import ORDINARY
 from foreshock.models.backend import FAULT_SITES
@@ -53,7 +61,8 @@ class Sites:
 
     batch_size: sequences of this step's batch.
     data_step: the step whose batch is read, or None for this one.
-    batch: operations on the tensors ``inputs`` and ``targets`` of the batch, token ids of shape (B, T).
+    sampling: operations on where in the corpus the batch's sequences begin.
+    batch: operations on the batch's inputs and targets, token ids of shape (B, T) each.
     numerics: which operation is done to which attention tensor, and attention's arithmetic.
     modules: operations on what linear layers, norms, the router and the head take and give.
     masks: which keys each query sees (shifted causal masks).
@@ -70,8 +79,9 @@ class Sites:
     """
 
     batch_size: int
-    data_step: int | None = _declared(default=None)
-    batch: tuple[TensorOperation, ...] = ()
+    data_step: int | None = None
+    sampling: tuple[SamplingOperation, ...] = ()
+    batch: tuple[BatchOperation, ...] = ()
     numerics: AttentionNumerics = HEALTHY
     modules: tuple[ModuleFault, ...] = ()
     masks: tuple[Operation, ...] = _declared(default=())
@@ -92,7 +102,7 @@ class Sites:
         return (self.numerics, self.lr_scale, *(operation for point in self._operations() for operation in point))
 
     def _operations(self) -> tuple[tuple[Operation, ...], ...]:
-        return self.batch, self.modules, self.gradients, self.optimizer, self.weights
+        return self.sampling, self.batch, self.modules, self.gradients, self.optimizer, self.weights
 
     def check_fits(self, model: TransformerConfig, train: Training) -> None:
         """Raise ValueError that names the field where the model or the training cannot have a value of this step."""
@@ -115,7 +125,7 @@ class Sites:
             raise ValueError(f"model.backend={model.backend!r} has no fault sites: use {' or '.join(FAULT_SITES)}")
         if self.balance_scale != 1 and not (model.moe and model.moe.balances):
             raise ValueError(
-                "the fault switches off load balancing, but the model has none: it needs model.moe.aux_coef above 0 "
+                "the fault changes load balancing, but the model has none: it needs model.moe.aux_coef above 0 "
                 "or model.moe.bias_update_speed, as model=moe_nano has"
             )
 
