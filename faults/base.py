@@ -21,7 +21,7 @@ from foreshock.faults.operation import (
 from foreshock.faults.window import Window
 from foreshock.models.arithmetic import ORDINARY
 from foreshock.models.backend import FAULT_SITES
-from foreshock.models.corruption import ModuleFault
+from foreshock.models.corruption import ModuleChange
 from foreshock.models.flash import check_numerics
 from foreshock.models.numerics import HEALTHY, AttentionNumerics
 from foreshock.models.transformer import PARAMETER_GROUPS, TransformerConfig
@@ -64,7 +64,7 @@ class Sites:
     sampling: operations on where in the corpus the batch's sequences begin.
     batch: operations on the batch's inputs and targets, token ids of shape (B, T) each.
     numerics: which operation is done to which attention tensor, and attention's arithmetic.
-    modules: operations on what linear layers, norms, the router and the head take and give.
+    modules: changes of what modules take and give, and of what they are made of.
     masks: which keys each query sees (shifted causal masks).
     formats: the number formats of modules (FP8, MX).
     balance_scale: factor on the load-balance loss's coefficient and on the balancing bias's step.
@@ -83,7 +83,7 @@ class Sites:
     sampling: tuple[SamplingOperation, ...] = ()
     batch: tuple[BatchOperation, ...] = ()
     numerics: AttentionNumerics = HEALTHY
-    modules: tuple[ModuleFault, ...] = ()
+    modules: tuple[ModuleChange, ...] = ()
     masks: tuple[Operation, ...] = _declared(default=())
     formats: tuple[Operation, ...] = _declared(default=())
     balance_scale: float = 1.0

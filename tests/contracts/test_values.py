@@ -106,6 +106,10 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "label_shift/fault.shift": ((-1, 0), "the input is the target; the healthy control"),
     "near_duplicates/fault.edits": (ZERO, "exact copies"),
     "domain_shift/fault.source": (ZERO, "the first"),
+    "aux_loss_scale/fault.factor": (ZERO, "off"),
+    "router_frozen/fault.factor": (ZERO, "frozen"),
+    "expert_dead/fault.layer": (ZERO, "the first"),
+    "expert_dead/fault.expert": (NONE + ZERO, "the healthy control; the first"),
     "fault*.beta": (NONE, "goes with another row_max"),
     "fault*.offset": (NONE, "goes with another row_max"),
     "model.n_kv_heads": (NONE, "as many as n_heads"),
@@ -202,6 +206,11 @@ def build(node: Mapping) -> None:
 SMALL = ("monitor=[loss]", "train.device=cpu")
 NEEDS = {
     "aux_loss_off": ("model=moe_nano",),
+    "aux_loss_scale": ("model=moe_nano",),
+    "router_frozen": ("model=moe_nano",),
+    "expert_dead": ("model=moe_nano",),
+    "expert_capacity": ("model=moe_nano",),
+    "rope_bf16": ("model.positions=rope",),
     "text": ("data.path=x",),
     "tokens": ("data.path=x",),
     "bpe_50k": ("model.vocab_size=50257",),

@@ -24,6 +24,7 @@ FAULTS = {
     "padding_counted": ["fault=padding_counted"],
     "shuffle_off": ["fault=shuffle_off"],
     "domain_shift": ["fault=domain_shift"],
+    "rounded_module": ["fault=rounded_module"],
 }
 CONTROLS = {
     "gradient_scale": ["fault=gradient_scale", "fault.factor=1.0"],
@@ -37,6 +38,7 @@ CONTROLS = {
     "padding_counted": ["fault=padding_counted", "fault.share=0.0"],
     "shuffle_off": ["fault=shuffle_off", "fault.share=0.0"],
     "domain_shift": ["fault=domain_shift", "fault.share=0.0"],
+    "rounded_module": ["fault=rounded_module", "fault.format=fp32"],
     "bf16_shift": ["fault=bf16_shift", "fault.bits=0"],
     "module_shift": ["fault=module_shift", "fault.bits=0"],
     "lr_scale": ["fault=lr_scale", "fault.factor=1.0"],
