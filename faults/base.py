@@ -121,7 +121,8 @@ class Sites:
         if model.backend == "triton" and model.tiles is not None:
             for layer in range(model.n_layers):
                 check_numerics(self.numerics.layer(layer), model.tiles)
-        if (self.numerics.faults or self.numerics.arithmetic != ORDINARY) and model.backend not in FAULT_SITES:
+        touched = self.numerics.faults or self.numerics.wirings or self.numerics.arithmetic != ORDINARY
+        if touched and model.backend not in FAULT_SITES:
             raise ValueError(f"model.backend={model.backend!r} has no fault sites: use {' or '.join(FAULT_SITES)}")
         if self.balance_scale != 1 and not (model.moe and model.moe.balances):
             raise ValueError(

@@ -74,12 +74,12 @@ class DeadExpert(ModuleChange):
     def _without(self, log: Log | None, name: str, x: Tensor, module: nn.Module, arguments: tuple[Any, ...]) -> Tensor:
         """x with zeros where it is the expert's: slots (S, out), or weights (E, in, out)."""
         x = x.detach()
-        own: Tensor
         if self.kind == "output":
             ends_E, slots = arguments[1], torch.arange(len(x), device=x.device)
-            own = torch.searchsorted(ends_E, slots.to(ends_E.dtype), right=True) == self.expert
+            expert_of = torch.searchsorted(ends_E, slots.to(ends_E.dtype), right=True)
         else:
-            own = torch.arange(len(x), device=x.device) == self.expert
+            expert_of = torch.arange(len(x), device=x.device)
+        own = expert_of.eq(self.expert)  # type: ignore[arg-type]  # there is one
         dead = x.masked_fill(own.view(-1, *[1] * (x.ndim - 1)), 0.0)
         if log is not None:
             log.add("modules", self, f"blocks.{self.layer}.mlp.{name}", x, dead)
