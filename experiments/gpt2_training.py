@@ -15,6 +15,7 @@ from foreshock.experiments.training.gradients import Backward
 from foreshock.experiments.training.single_engine import SingleEngine
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import Sites
+from foreshock.faults.operation import Places
 from foreshock.models.numerics import AttentionNumerics
 from foreshock.models.transformer import Transformer, TransformerConfig
 from foreshock.monitors.base import StepView
@@ -37,6 +38,16 @@ class RandomTokens:
 
     def held_out_batch(self, sequences: int) -> np.ndarray:
         return self._tokens[:sequences]
+
+    @property
+    def places(self) -> Places:
+        return Places(len(self._tokens), self._tokens.shape[1] - 1)
+
+    def starts(self, seed: int, step: int, batch_size: int) -> np.ndarray:
+        return np.arange(batch_size)
+
+    def sequences(self, starts: np.ndarray) -> np.ndarray:
+        return self._tokens[starts]
 
 
 class Training:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
-from foreshock.faults.base import Sites, WindowedFault
-from foreshock.faults.card import InjectionCard
+from foreshock.faults.aux_loss_scale import AuxLossScale
 
 
 @dataclass(frozen=True)
-class AuxLossOff(WindowedFault):
+class AuxLossOff(AuxLossScale):
     """The load-balance loss's coefficient becomes 0, and a balancing bias stands still, at the steps of a window.
 
-    Source: arXiv:2606.28116 (auxiliary loss 1e-4 -> 0). The z-loss stays.
+    ``AuxLossScale`` with a factor of 0. Report: NVIDIA-NeMo/Automodel #1408; source: arXiv:2606.28116 (auxiliary loss
+    1e-4 -> 0). The z-loss stays.
     """
 
-    def sites(self, step: int, healthy: Sites) -> Sites:
-        return replace(healthy, balance_scale=0.0) if step in self.window else healthy
-
-    def describe(self) -> InjectionCard:
-        return InjectionCard(self.family, (self.injection("scale", {"point": "balance_scale"}, {"factor": 0.0}),))
+    factor: float = field(default=0.0, init=False)

@@ -9,11 +9,19 @@ from itertools import combinations
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from foreshock.faults.card import Injection, InjectionCard, check_family
-from foreshock.faults.operation import Operation, OptimizerOperation, SiteValue, TensorOperation, Training
+from foreshock.faults.operation import (
+    BatchOperation,
+    Operation,
+    OptimizerOperation,
+    SamplingOperation,
+    SiteValue,
+    TensorOperation,
+    Training,
+)
 from foreshock.faults.window import Window
 from foreshock.models.arithmetic import ORDINARY
 from foreshock.models.backend import FAULT_SITES
-from foreshock.models.corruption import ModuleFault
+from foreshock.models.corruption import ModuleChange
 from foreshock.models.flash import check_numerics
 from foreshock.models.numerics import HEALTHY, AttentionNumerics
 from foreshock.models.transformer import PARAMETER_GROUPS, TransformerConfig
@@ -53,9 +61,10 @@ class Sites:
 
     batch_size: sequences of this step's batch.
     data_step: the step whose batch is read, or None for this one.
-    batch: operations on the tensors ``inputs`` and ``targets`` of the batch, token ids of shape (B, T).
+    sampling: operations on where in the corpus the batch's sequences begin.
+    batch: operations on the batch's inputs and targets, token ids of shape (B, T) each.
     numerics: which operation is done to which attention tensor, and attention's arithmetic.
-    modules: operations on what linear layers, norms, the router and the head take and give.
+    modules: changes of what modules take and give, and of what they are made of.
     masks: which keys each query sees (shifted causal masks).
     formats: the number formats of modules (FP8, MX).
     balance_scale: factor on the load-balance loss's coefficient and on the balancing bias's step.
@@ -70,10 +79,11 @@ class Sites:
     """
 
     batch_size: int
-    data_step: int | None = _declared(default=None)
-    batch: tuple[TensorOperation, ...] = ()
+    data_step: int | None = None
+    sampling: tuple[SamplingOperation, ...] = ()
+    batch: tuple[BatchOperation, ...] = ()
     numerics: AttentionNumerics = HEALTHY
-    modules: tuple[ModuleFault, ...] = ()
+    modules: tuple[ModuleChange, ...] = ()
     masks: tuple[Operation, ...] = _declared(default=())
     formats: tuple[Operation, ...] = _declared(default=())
     balance_scale: float = 1.0
@@ -92,7 +102,7 @@ class Sites:
         return (self.numerics, self.lr_scale, *(operation for point in self._operations() for operation in point))
 
     def _operations(self) -> tuple[tuple[Operation, ...], ...]:
-        return self.batch, self.modules, self.gradients, self.optimizer, self.weights
+        return self.sampling, self.batch, self.modules, self.gradients, self.optimizer, self.weights
 
     def check_fits(self, model: TransformerConfig, train: Training) -> None:
         """Raise ValueError that names the field where the model or the training cannot have a value of this step."""
@@ -111,11 +121,12 @@ class Sites:
         if model.backend == "triton" and model.tiles is not None:
             for layer in range(model.n_layers):
                 check_numerics(self.numerics.layer(layer), model.tiles)
-        if (self.numerics.faults or self.numerics.arithmetic != ORDINARY) and model.backend not in FAULT_SITES:
+        touched = self.numerics.faults or self.numerics.wirings or self.numerics.arithmetic != ORDINARY
+        if touched and model.backend not in FAULT_SITES:
             raise ValueError(f"model.backend={model.backend!r} has no fault sites: use {' or '.join(FAULT_SITES)}")
         if self.balance_scale != 1 and not (model.moe and model.moe.balances):
             raise ValueError(
-                "the fault switches off load balancing, but the model has none: it needs model.moe.aux_coef above 0 "
+                "the fault changes load balancing, but the model has none: it needs model.moe.aux_coef above 0 "
                 "or model.moe.bias_update_speed, as model=moe_nano has"
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -12,15 +11,17 @@ import torch
 from torch import Tensor
 
 from foreshock.faults.card import InjectionCard
-from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.faults.operation import Moment, Operation
+from foreshock.faults.corrupt import Corrupt
+from foreshock.faults.operation import BatchOperation, Moment
+from foreshock.faults.share import ShareFault
+from foreshock.models.batch import IGNORED
 
 
 @dataclass(frozen=True)
-class RandomTargets(Operation):
+class RandomTargets(BatchOperation):
     """Replace ceil(share x targets) of a batch's targets by other tokens, drawn from seed and step."""
 
-    stackable: ClassVar[bool] = False
+    changes: ClassVar[tuple[str, ...]] = ("targets",)
 
     share: float
 
@@ -28,19 +29,18 @@ class RandomTargets(Operation):
     def idle(self) -> bool:
         return self.share == 0
 
-    def touches(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name == "targets"]
-
-    def apply(self, x: Tensor, moment: Moment) -> Tensor:
-        generator = moment.generator("label_noise")
-        places = generator.permutation(x.numel())[: math.ceil(self.share * x.numel())]
-        shift = torch.zeros(x.numel(), dtype=torch.int64)
+    def apply(self, pair_B2T: Tensor, moment: Moment) -> Tensor:
+        inputs, targets = pair_B2T.unbind(1)
+        generator, count = moment.generator("label_noise"), targets.numel()
+        places = generator.permutation(count)[: math.ceil(self.share * count)]
+        shift = torch.zeros(count, dtype=torch.int64)
         shift[torch.from_numpy(places)] = torch.from_numpy(generator.integers(1, moment.vocab_size, size=len(places)))
-        return (x + shift.view(x.shape).to(x.device)) % moment.vocab_size
+        noisy = (targets + shift.view(targets.shape).to(targets.device)) % moment.vocab_size
+        return torch.stack((inputs, torch.where(targets == IGNORED, targets, noisy)), dim=1)
 
 
 @dataclass(frozen=True)
-class LabelNoise(OperationFault):
+class LabelNoise(ShareFault):
     """A share of the targets is another token than the right one, at the steps of a window.
 
     What breaks: corrupt shards or wrong labels, so that the next token does not follow. No public report is known.
@@ -52,17 +52,9 @@ class LabelNoise(OperationFault):
     share: 0 (the healthy control) to 1. Raises ValueError on impossible values, by name.
     """
 
-    share: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"fault.share={self.share} is not allowed: 0 (the healthy control) to 1")
-        super().__post_init__()
-
     @cached_property
     def corrupt(self) -> Corrupt:
         return Corrupt("batch", (RandomTargets(self.share),), self.window)
 
     def describe(self) -> InjectionCard:
-        where, size = {"point": "batch", "tensors": ("targets",)}, {"share": self.share}
-        return InjectionCard(self.family, (self.injection("random_tokens", where, size, control=self.share == 0),))
+        return self.card("random_tokens")

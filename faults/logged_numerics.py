@@ -19,7 +19,7 @@ class _LoggedLayer(LayerNumerics):
     __slots__ = ("_logs",)
 
     def __init__(self, layer: LayerNumerics, logs: Sequence[InjectionLog]) -> None:
-        super().__init__(dict(layer.items()), layer.arithmetic)
+        super().__init__(dict(layer.items()), layer.arithmetic, layer.wiring)
         self._logs = logs
 
     def apply(self, site: str, phase: str, x_BHT: Tensor, nonfinite: Tensor, window: int | None = None) -> Tensor:
@@ -29,6 +29,10 @@ class _LoggedLayer(LayerNumerics):
             for log, before, after in zip(self._logs, x_BHT.chunk(runs), out.chunk(runs), strict=True):
                 log.add(*change, before, after)
         return out
+
+    def note(self, change: str, before: Tensor, after: Tensor) -> None:
+        for log in self._logs:
+            log.add("numerics", f"{change} both", change, before, after)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def logged(
 ) -> AttentionNumerics | StackedNumerics | LoggedNumerics:
     """The numerics with a log where they are faulty and the backend lets it see, else as they are."""
     runs = numerics.slices if isinstance(numerics, StackedNumerics) else (numerics,)
-    watched = backend == "reference" and any(run.faults for run in runs)
+    watched = backend == "reference" and any(run.faults or run.wirings for run in runs)
     return LoggedNumerics(numerics, logs) if watched else numerics
 
 

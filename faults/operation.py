@@ -70,8 +70,42 @@ class Moment:
         return np.random.Generator(np.random.PCG64((self.seed, self.step, *purpose.encode())))
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where a sequence of the training corpus can begin: at tokens 0 to ``count`` - 1, in the order of its files.
+
+    context_length: tokens that a model reads at once.
+    """
+
+    count: int
+    context_length: int
+
+
+class SamplingOperation(Operation, Protocol):
+    """An operation on where in the corpus the sequences of a batch begin, before they are read."""
+
+    def apply(self, starts_B: np.ndarray, places: Places, moment: Moment) -> np.ndarray:
+        """The changed starts, int64, (B,); those given stay as they are."""
+
+
+class BatchOperation(Operation, Protocol):
+    """An operation on the token ids of a batch. changes: which of them.
+
+    A stack has its inputs and targets in one tensor, so that a run with such an operation trains by itself.
+    """
+
+    stackable: ClassVar[bool] = False
+    changes: ClassVar[tuple[str, ...]] = ("inputs", "targets")
+
+    def apply(self, pair_B2T: Tensor, moment: Moment) -> Tensor:
+        """The changed inputs and targets, int64, (B, 2, T), in that order; those given stay as they are.
+
+        A target can be ``models.batch.IGNORED`` and stays so.
+        """
+
+
 class TensorOperation(Operation, Protocol):
-    """An operation on named tensors: tokens, gradients or weights."""
+    """An operation on named tensors: gradients or weights."""
 
     def touches(self, names: Iterable[str]) -> list[str]:
         """Those of the names whose tensors it changes."""

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foreshock.faults.operation import Moment, OptimizerOperation, TensorOperation
+from foreshock.faults.operation import (
+    BatchOperation,
+    Moment,
+    OptimizerOperation,
+    Places,
+    SamplingOperation,
+    TensorOperation,
+)
 from foreshock.models.batch import inputs_and_targets
 from foreshock.models.corruption import Log
 
@@ -36,14 +44,31 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
+def corrupt_starts(
+    starts_B: np.ndarray, operations: Sequence[SamplingOperation], places: Places, moment: Moment, log: Log | None
+) -> np.ndarray:
+    """Where the sequences of a batch begin once the operations have moved them, (B,)."""
+    for operation in operations:
+        if not operation.idle:
+            before, starts_B = starts_B, operation.apply(starts_B, places, moment)
+            if log is not None:
+                log.add("sampling", operation, "starts", torch.from_numpy(before), torch.from_numpy(starts_B))
+    return starts_B
+
+
 def corrupt_batch(
-    batch_BT1: Tensor, operations: Sequence[TensorOperation], moment: Moment, log: Log | None = None
+    batch_BT1: Tensor, operations: Sequence[BatchOperation], moment: Moment, log: Log | None = None
 ) -> Tensor:
     """A batch of tokens (B, T + 1), as it is without operations, else its inputs and targets apart, (B, 2, T)."""
     if all(operation.idle for operation in operations):
         return batch_BT1
     pair_B2T = torch.stack(inputs_and_targets(batch_BT1), dim=1)
-    corrupt_tensors("batch", {"inputs": pair_B2T[:, 0], "targets": pair_B2T[:, 1]}, operations, moment, log)
+    for operation in operations:
+        if not operation.idle:
+            before, pair_B2T = pair_B2T, operation.apply(pair_B2T, moment)
+            for index, name in enumerate(("inputs", "targets") if log is not None else ()):
+                if name in operation.changes:
+                    log.add("batch", operation, name, before[:, index], pair_B2T[:, index])  # type: ignore[union-attr]  # there is one
     return pair_B2T
 
 

@@ -37,7 +37,8 @@ from foreshock.models.arithmetic import product_in_bf16, row_shift
 from foreshock.models.flash import flash_attention_triton
 from foreshock.models.numerics import HEALTHY_LAYER, LayerNumerics, to_bf16_grid
 from foreshock.models.tiles import Tiles
-from foreshock.models.visibility import check_shapes, score_mask, visible_keys
+from foreshock.models.visibility import check_shapes, score_mask, shifted_visible_keys, visible_keys
+from foreshock.models.wiring import RIGHT
 
 LOG2_E = math.log2(math.e)
 """Kernels take exp(x) as exp2(x log2 e); so do we, and on a CPU it is the fast one at -inf."""
@@ -48,8 +49,24 @@ def _by_group(x_BHT: Tensor, kv_heads: int) -> Tensor:
     return x_BHT.reshape(x_BHT.shape[0], kv_heads, -1, x_BHT.shape[-1])
 
 
+def _masks(query_heads: int, k_BGTD: Tensor, window: int | None, numerics: LayerNumerics) -> tuple[Tensor, Tensor]:
+    """What is added to scores: (1 or B x G, H/G x T, T) for groups, and (1 or H, T, T) for heads. Not to be written."""
+    B, G, T, _ = k_BGTD.shape
+    wiring, device = numerics.wiring, k_BGTD.device
+    if not wiring.mask_shift:
+        mask = score_mask(T, window, query_heads // G, device)
+        return mask, mask[:, :T]
+    seen_HTT = shifted_visible_keys(T, window, wiring.mask_shift, wiring.heads, query_heads, device)
+    mask_HTT = torch.zeros(seen_HTT.shape, device=device).masked_fill_(~seen_HTT, -math.inf)
+    return mask_HTT.view(G, -1, T).repeat(B, 1, 1), mask_HTT
+
+
 def _scores(
-    q_BHTD: Tensor, k_BGTD: Tensor, window: int | None, read_s: Callable[[Tensor], Tensor] | None = None
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    window: int | None,
+    numerics: LayerNumerics,
+    read_s: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """S, -inf where a query may not look, (B, H, T, T) in FP32.
 
@@ -57,12 +74,23 @@ def _scores(
     """
     B, H, T, D = q_BHTD.shape
     G = k_BGTD.shape[1]
-    mask = score_mask(T, window, H // G, q_BHTD.device)
+    mask, mask_of_heads = _masks(H, k_BGTD, window, numerics)
     q, k = q_BHTD.reshape(B * G, -1, D), k_BGTD.reshape(B * G, T, D)
-    scale = 1.0 / math.sqrt(D)
+    scale = numerics.wiring.scale(D)
     if read_s is None:
         return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).view(B, H, T, T)
-    return read_s((q @ k.transpose(1, 2) * scale).view(B, H, T, T)).add_(mask[:, :T])
+    return read_s((q @ k.transpose(1, 2) * scale).view(B, H, T, T)).add_(mask_of_heads)
+
+
+def _note_wiring(q_BHTD: Tensor, k_BGTD: Tensor, window: int | None, numerics: LayerNumerics) -> None:
+    """Tell a log how many (query, key) pairs of a head are seen that are not to be, and how the scale differs."""
+    wiring, (_, H, T, D) = numerics.wiring, q_BHTD.shape
+    if wiring.mask_shift:
+        right = visible_keys(T, window, q_BHTD.device).expand(H, -1, -1)
+        seen = shifted_visible_keys(T, window, wiring.mask_shift, wiring.heads, H, q_BHTD.device)
+        numerics.note("mask", right.float(), seen.float())
+    if wiring.scalings != RIGHT.scalings:
+        numerics.note("scale", torch.tensor(RIGHT.scale(D)), torch.tensor(wiring.scale(D)))
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -75,7 +103,9 @@ class _FlashAttention(torch.autograd.Function):
             return numerics.apply(site, "forward", x, nonfinite, window)
 
         read_s = partial(read, "s") if numerics.touches("s", "forward") else None
-        s = _scores(read("q", q), read("k", k), window, read_s)
+        if numerics.wiring is not RIGHT:
+            _note_wiring(q, k, window, numerics)
+        s = _scores(read("q", q), read("k", k), window, numerics, read_s)
         row_max = row_shift(s, arithmetic)
         p_bar = s.sub_(row_max).mul_(LOG2_E).exp2_()
         row_sum = p_bar.sum(-1, keepdim=True)
@@ -101,12 +131,12 @@ class _FlashAttention(torch.autograd.Function):
             return numerics.apply(site, "backward", x, nonfinite, window)
 
         B, H, T, D = q.shape
-        G, scale = k.shape[1], 1.0 / math.sqrt(D)
+        G, scale = k.shape[1], numerics.wiring.scale(D)
         q, k, v = read("q", q), read("k", k), read("v", v)
         do = read("do", to_bf16_grid(do_BHTD))
 
         read_s = partial(read, "s") if numerics.touches("s", "backward") else None
-        p = _scores(q, k, window, read_s).sub_(read("lse", lse)).mul_(LOG2_E).exp2_()
+        p = _scores(q, k, window, numerics, read_s).sub_(read("lse", lse)).mul_(LOG2_E).exp2_()
         p_bf16 = to_bf16_grid(p)
         p_bf16 = read("p", p_bf16)
         for heads, hits in numerics.reached("p", "backward", p, window):
@@ -171,6 +201,10 @@ def attention(
 
     Of those with fault sites, O and all gradients hold BF16 numbers, in FP32; of ``triton`` in BF16 where q is.
     """
+    if numerics.wiring.kv_offset and backend != "sdpa":
+        heads = torch.arange(k_BGTD.shape[1]).view(1, -1)
+        numerics.note("key-value heads", heads, numerics.wiring.rewired(heads))
+        k_BGTD, v_BGTD = numerics.wiring.rewired(k_BGTD), numerics.wiring.rewired(v_BGTD)
     if backend == "reference":
         return flash_attention(q_BHTD, k_BGTD, v_BGTD, numerics, nonfinite, window)
     if backend == "triton":

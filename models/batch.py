@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+IGNORED = -100
+"""A target that the loss leaves out: ``ignore_index`` of PyTorch's cross entropy, whose mean is over the others."""
+
 
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids (B, T) that a model reads, and those that it is to predict.

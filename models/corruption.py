@@ -1,4 +1,4 @@
-"""Bit operations on what any module takes and gives: linear layers, norms, the router, the head.
+"""Operations on what any module takes and gives: linear layers, norms, the router, the head.
 
 Attention's dot product has sites of its own, inside its kernel (``models.numerics``). Everything else is corrupted
 from outside, by PyTorch's hooks, as the module's own kernel would: what comes out of it is wrong for all who
@@ -8,16 +8,15 @@ read it. A healthy step sets no hook and pays nothing.
 from __future__ import annotations
 
 import difflib
-from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import combinations
 from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from foreshock.models.attention import DotProduct
 from foreshock.models.bits import BitOperation
@@ -28,8 +27,89 @@ MODULE_SITES = ("y", "dy", "dx", "dw")
 gradient that it hands to its input; its weight's gradient, of a shared weight what this module's product adds to it."""
 
 
+class Log(Protocol):
+    """Where a change is counted (``faults.log.InjectionLog``)."""
+
+    def add(self, point: str, operation: Any, tensor: str, before: Tensor, after: Tensor) -> None: ...
+
+
+class Removable(Protocol):
+    """A change of a module that can be taken back."""
+
+    def remove(self) -> None: ...
+
+
+class ModuleChange(Protocol):
+    """What is done to modules while the forward and the backward of a step run: a frozen value.
+
+    ``find`` gives what it is done to, in a form of its own, and raises ValueError where the model has no place for it;
+    ``change`` does it, and hands back what takes it back.
+    """
+
+    stackable: ClassVar[bool] = False
+    lookback_steps: ClassVar[int] = 0
+
+    @property
+    def idle(self) -> bool: ...
+
+    @property
+    def target(self) -> tuple[str, str]:
+        """Module and tensor (``MODULE_SITES`` where hooks do it), of which no two changes may be done to one."""
+
+    def meets(self, other: ModuleChange) -> bool:
+        return self.target == other.target
+
+    def check_fits(self, model: TransformerConfig, train: Any) -> None:
+        """Raise ValueError where the model has no such module, or where ``train.compile`` leaves no place for hooks."""
+        self.find(skeleton(model))
+        if train.compile:
+            raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")
+
+    def find(self, model: nn.Module) -> Any: ...
+
+    def change(self, place: Any, log: Log | None) -> Sequence[Removable]: ...
+
+
 @dataclass(frozen=True)
-class ModuleFault:
+class TensorChange(ModuleChange):
+    """A change of one tensor of one module, done by hooks. module: its name; site: one of ``SITES``."""
+
+    SITES: ClassVar[tuple[str, ...]] = MODULE_SITES
+
+    module: str
+    site: str
+
+    def __post_init__(self) -> None:
+        if self.site not in self.SITES:
+            raise ValueError(f"site={self.site!r} is not allowed: one of {', '.join(self.SITES)}")
+
+    @property
+    def target(self) -> tuple[str, str]:
+        return self.module, self.site
+
+    @staticmethod
+    def has_place(name: str, module: nn.Module) -> bool:
+        """Whether a module can be named."""
+        return has_weight(module)
+
+    def find(self, model: nn.Module) -> nn.Module:
+        """The module. Raises ValueError where the model has none of that name, or one without a place for this."""
+        known = {name: module for name, module in model.named_modules() if self.has_place(name, module)}
+        if self.module not in known:
+            near = difflib.get_close_matches(self.module, known, n=4, cutoff=0.0)
+            raise ValueError(f"fault.modules: the model has no {self.module!r}; the nearest are {', '.join(near)}")
+        return known[self.module]
+
+    def corrupt(self, x: Tensor, module: nn.Module, arguments: tuple[Any, ...]) -> Tensor:
+        """The changed tensor. arguments: those of the module's forward."""
+        raise NotImplementedError
+
+    def change(self, place: nn.Module, log: Log | None) -> Sequence[Removable]:
+        return hooks(place, self.target[1], partial(_corrupt_and_log, self, log, self.module))
+
+
+@dataclass(frozen=True)
+class ModuleFault(TensorChange):
     """One bit operation on one tensor of one module, in FP32 but for the elements hit, which are rounded to BF16 first.
 
     module: its name, such as ``blocks.0.mlp.input``; site: one of ``MODULE_SITES``; rounding, bits, share: see
@@ -37,18 +117,12 @@ class ModuleFault:
     sequences: the weight's gradient, a router's tokens, the slots of experts.
     """
 
-    stackable: ClassVar[bool] = False
-    lookback_steps: ClassVar[int] = 0
-
-    module: str
-    site: str
     rounding: str
     bits: int
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.site not in MODULE_SITES:
-            raise ValueError(f"site={self.site!r} is not allowed: one of {', '.join(MODULE_SITES)}")
+        super().__post_init__()
         self.operation  # noqa: B018  (building it checks its fields)
 
     @cached_property
@@ -59,86 +133,82 @@ class ModuleFault:
     def idle(self) -> bool:
         return self.bits == 0
 
-    def meets(self, other: ModuleFault) -> bool:
-        return (self.module, self.site) == (other.module, other.site)
-
-    def check_fits(self, model: TransformerConfig, train: Any) -> None:
-        """Raise ValueError where the model has no such module, or where ``train.compile`` leaves no place for hooks."""
-        self.find(skeleton(model))
-        if train.compile:
-            raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")
-
-    def find(self, model: nn.Module) -> nn.Module:
-        """The module. Raises ValueError where the model has none of that name, or one without a weight."""
-        known = {name: module for name, module in model.named_modules() if _has_weight(module)}
-        if self.module not in known:
-            near = difflib.get_close_matches(self.module, known, n=4, cutoff=0.0)
-            raise ValueError(f"fault.modules: the model has no {self.module!r}; the nearest are {', '.join(near)}")
-        return known[self.module]
-
-    def corrupt(self, x: Tensor) -> Tensor:
+    def corrupt(self, x: Tensor, module: nn.Module, arguments: tuple[Any, ...]) -> Tensor:
         shape = x.shape[1:] if x.ndim > 2 else x.shape
         return self.operation(x.detach(), self.operation.hits(shape, x.device))
 
 
-def _has_weight(module: nn.Module) -> bool:
+def has_weight(module: nn.Module) -> bool:
+    """Whether it is a linear layer, a norm, a router or experts."""
     return getattr(module, "weight", None) is not None and not isinstance(module, (DotProduct, nn.Embedding))
 
 
-class Log(Protocol):
-    """Where a change is counted (``faults.log.InjectionLog``)."""
-
-    def add(self, point: str, operation: Any, tensor: str, before: Tensor, after: Tensor) -> None: ...
-
-
 class Corrupted:
-    """The faults on a model's modules, while the context is open.
+    """The changes of a model's modules, while the context is open.
 
-    Open it before ``models.taps.Taps``, so that a tap sees what the rest of the model sees. ``bits=0`` is left out: it
+    Open it before ``models.taps.Taps``, so that a tap sees what the rest of the model sees. An idle one is left out: it
     does nothing. log: where the changes are counted, or None.
-    Raises ValueError where the model has no such module, or two faults would corrupt one tensor.
+    Raises ValueError where the model has no such module, or two of them would change one tensor.
     """
 
-    def __init__(self, model: nn.Module, faults: Collection[ModuleFault], log: Log | None = None) -> None:
-        for (module, site), count in Counter((fault.module, fault.site) for fault in faults).items():
-            if count > 1:
-                raise ValueError(f"{count} faults on {site!r} of {module} meet: one operation a tensor is allowed")
-        found = [(fault, fault.find(model)) for fault in faults]
-        self._broken = [(fault, module) for fault, module in found if not fault.idle]
+    def __init__(self, model: nn.Module, changes: Collection[ModuleChange], log: Log | None = None) -> None:
+        for change, other in combinations(changes, 2):
+            if change.meets(other):
+                module, site = change.target
+                raise ValueError(f"2 faults on {site!r} of {module} meet: one operation a tensor is allowed")
+        places = [(change, change.find(model)) for change in changes]
+        self._active = [(change, place) for change, place in places if not change.idle]
         self._log = log
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Removable] = []
 
     def __enter__(self) -> Corrupted:
-        for fault, module in self._broken:
-            corrupt = fault.corrupt if self._log is None else partial(_corrupt_and_log, fault, self._log)
-            if fault.site in _BEFORE:
-                self._handles.append(module.register_forward_pre_hook(_BEFORE[fault.site](corrupt)))
-            self._handles.append(module.register_forward_hook(_AFTER[fault.site](corrupt)))
+        for change, place in self._active:
+            self._handles += change.change(place, self._log)
         return self
 
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for _, module in self._broken:  # type: ignore[assignment]  # nobody reads ``_``
-            _own_weight_again(module)  # a forward that raised has left its alias
 
 
-Corruption = Callable[[Tensor], Tensor]
-"""From a tensor to a corrupted copy."""
+Corruption = Callable[[Tensor, nn.Module, tuple[Any, ...]], Tensor]
+"""From a tensor to a corrupted copy, given the module and the arguments of its forward."""
 
 
-def _corrupt_and_log(fault: ModuleFault, log: Log, x: Tensor) -> Tensor:
-    corrupted = fault.corrupt(x)
-    log.add("modules", fault, f"{fault.module} {fault.site}", x.detach(), corrupted)
+def _corrupt_and_log(
+    change: TensorChange, log: Log | None, name: str, x: Tensor, module: nn.Module, arguments: tuple[Any, ...]
+) -> Tensor:
+    corrupted = change.corrupt(x, module, arguments)
+    if log is not None:
+        log.add("modules", change, f"{name} {change.site}", x.detach(), corrupted)
     return corrupted
+
+
+def hooks(module: nn.Module, site: str, corrupt: Corruption) -> list[Removable]:
+    """Hooks that corrupt one tensor of a module, by its site."""
+    handles: list[Removable] = []
+    if site in _BEFORE:
+        handles.append(module.register_forward_pre_hook(_BEFORE[site](corrupt)))
+    handles.append(module.register_forward_hook(_AFTER[site](corrupt)))
+    return [*handles, _OwnWeight(module)] if site == "dw" else handles
+
+
+@dataclass(frozen=True)
+class _OwnWeight:
+    """Takes an alias of the weight back, which a forward that raised has left."""
+
+    module: nn.Module
+
+    def remove(self) -> None:
+        _own_weight_again(self.module)
 
 
 class _Replaced(torch.autograd.Function):
     """A value in the place of another, whose gradient it takes: what a kernel that errs does."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, corrupt: Corruption) -> Tensor:
+    def forward(ctx, value: Tensor, corrupt: Callable[[Tensor], Tensor]) -> Tensor:
         return corrupt(value)
 
     @staticmethod
@@ -164,7 +234,7 @@ def _alias_weight(corrupt: Corruption) -> Callable[..., None]:
     def hook(module: nn.Linear | nn.LayerNorm | nn.RMSNorm, arguments: tuple[Any, ...]) -> None:
         alias = module.weight.view_as(module.weight)
         if alias.requires_grad:
-            alias.register_hook(corrupt)
+            alias.register_hook(lambda gradient: corrupt(gradient, module, arguments))
         module.__dict__["weight"] = alias  # found before the parameter, which stays where it is
 
     return hook
@@ -178,22 +248,31 @@ def _own_weight_again(module: nn.Module) -> None:
     module.__dict__.pop("weight", None)
 
 
-def _output(corrupt: Corruption) -> Callable[..., Tensor]:
-    return lambda module, arguments, output: _Replaced.apply(output, corrupt)
+def _first(output: Any) -> Tensor:
+    """The tensor of an output; a block and experts give their routing beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _output(corrupt: Corruption) -> Callable[..., Any]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        replaced = _Replaced.apply(_first(output), lambda value: corrupt(value, module, arguments))
+        return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+
+    return hook
 
 
 def _arriving(corrupt: Corruption) -> Callable[..., None]:
-    def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(corrupt)
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if _first(output).requires_grad:
+            _first(output).register_hook(lambda gradient: corrupt(gradient, module, arguments))
 
     return hook
 
 
 def _leaving(corrupt: Corruption) -> Callable[..., None]:
-    def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if arguments[0].requires_grad:
-            arguments[0].register_hook(corrupt)
+            arguments[0].register_hook(lambda gradient: corrupt(gradient, module, arguments))
 
     return hook
 

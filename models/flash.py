@@ -22,6 +22,7 @@ from foreshock.models.flash_faults import BACKWARD, FORWARD, AttentionShape, con
 from foreshock.models.numerics import SITES, LayerNumerics
 from foreshock.models.tiles import Tiles
 from foreshock.models.visibility import check_shapes
+from foreshock.models.wiring import Wiring
 
 FORBIDDEN = 2
 """``torch.get_deterministic_debug_mode`` where what is not deterministic is an error, and not a warning."""
@@ -207,9 +208,18 @@ _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 def check_numerics(numerics: LayerNumerics, tiles: Tiles) -> None:
     """Raise ValueError, in one line, for a layer's faults or arithmetic that the kernels cannot do."""
+    _check_wiring(numerics.wiring)
     encode_arithmetic(numerics.arithmetic, tiles.forward.keys)
     for pass_ in (FORWARD, BACKWARD):
         constants(*encode(numerics), pass_)
+
+
+def _check_wiring(wiring: Wiring) -> None:
+    if kernel_has_not := wiring.wrong - {"kv_offset"}:
+        raise ValueError(
+            f"fault: attention backend 'triton' has the right mask and scale alone, no {', '.join(kernel_has_not)}: "
+            "set model.backend=reference"
+        )
 
 
 def _check(tensors: dict[str, Tensor]) -> None:
@@ -243,6 +253,7 @@ def flash_attention_triton(
     """
     _check({"q": q_BHTD, "k": k_BGTD, "v": v_BGTD, "nonfinite": nonfinite})
     check_shapes(q_BHTD, k_BGTD, window)
+    _check_wiring(numerics.wiring)
     faults, shares = encode(numerics)
     o, _, _, count = _forward(
         q_BHTD.contiguous(),

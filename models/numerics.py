@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import combinations
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from foreshock.models.arithmetic import ORDINARY, Arithmetic
 from foreshock.models.bits import BitOperation
+from foreshock.models.wiring import RIGHT, Wiring, wiring_of
 
 
 class Heads(Protocol):
@@ -25,6 +27,9 @@ class Heads(Protocol):
 
     @property
     def kv_heads(self) -> int: ...
+
+    @property
+    def context_length(self) -> int: ...
 
 
 BF16_SITES = ("q", "k", "v", "p", "o", "do", "ds", "dq", "dk", "dv")
@@ -114,7 +119,7 @@ class SiteFault:
 
 @dataclass(frozen=True)
 class AttentionNumerics:
-    """Which operation is done to which attention tensor of which layer and head, and every layer's arithmetic.
+    """Which operation is done to which attention tensor of which layer and head, every layer's arithmetic, and wirings.
 
     Empty and ``ORDINARY`` = healthy; a sum does what both do.
     """
@@ -123,6 +128,7 @@ class AttentionNumerics:
 
     faults: tuple[SiteFault, ...] = ()
     arithmetic: Arithmetic = ORDINARY
+    wirings: tuple[Wiring, ...] = ()
 
     def __post_init__(self) -> None:
         for i, one in enumerate(self.faults):
@@ -132,15 +138,22 @@ class AttentionNumerics:
                         f"two faults on site {one.site!r} in the {one.phase} pass meet: "
                         "give each its own layers or heads"
                     )
+        for one, other in combinations(self.wirings, 2):  # type: ignore[assignment]  # wirings now
+            if one.meets(other):  # type: ignore[attr-defined]
+                raise ValueError(f"{one} and {other} meet: give each its own layers")
+        if self.arithmetic.pv_accumulation == "bf16" and any(wiring.mask_shift for wiring in self.wirings):
+            raise ValueError("a shifted mask is not possible with pv_accumulation=bf16, which skips masked keys")
 
     def __add__(self, other: AttentionNumerics) -> AttentionNumerics:
         if ORDINARY not in (self.arithmetic, other.arithmetic):
             raise ValueError("two faults both change the arithmetic of attention: give each steps of its own")
         arithmetic = other.arithmetic if self.arithmetic == ORDINARY else self.arithmetic
-        return AttentionNumerics(self.faults + other.faults, arithmetic)
+        return AttentionNumerics(self.faults + other.faults, arithmetic, self.wirings + other.wirings)
 
     def check_fits(self, model: Heads, train: Any) -> None:
         """Raise ValueError if a fault names a layer or head that the model does not have."""
+        for wiring in self.wirings:
+            wiring.check_fits(model.n_layers, model.n_heads, model.kv_heads, model.context_length)
         for fault in self.faults:
             shared = fault.site in KEY_VALUE_SITES and model.kv_heads != model.n_heads
             heads = (model.kv_heads, f"key-value heads for {fault.site!r}") if shared else (model.n_heads, "heads")
@@ -155,31 +168,38 @@ class AttentionNumerics:
 
     @lru_cache(maxsize=256)  # noqa: B019  (frozen and hashable: one small entry a fault and layer)
     def layer(self, index: int) -> LayerNumerics:
-        """The active faults of one layer, looked up by (site, pass), and its arithmetic."""
+        """The active faults of one layer, looked up by (site, pass), its arithmetic and its wiring."""
         table: dict[tuple[str, str], tuple[SiteFault, ...]] = {}
         for fault in self.faults:
             if fault.bits and (fault.layers is None or index in fault.layers):
                 for phase in ("forward", "backward") if fault.phase == "both" else (fault.phase,):
                     table[fault.site, phase] = (*table.get((fault.site, phase), ()), fault)
-        healthy = not table and self.arithmetic == ORDINARY
-        return HEALTHY_LAYER if healthy else LayerNumerics(table, self.arithmetic)
+        wiring = wiring_of(index, self.wirings)
+        healthy = not table and self.arithmetic == ORDINARY and wiring == RIGHT
+        return HEALTHY_LAYER if healthy else LayerNumerics(table, self.arithmetic, wiring)
 
 
 class LayerNumerics:
-    """The faults of one attention layer and its arithmetic, true where it is not a healthy one.
+    """The faults of one attention layer, its arithmetic and its wiring, true where it is not a healthy one.
 
     ``bits=0`` faults are left out: they do nothing, bit for bit.
     """
 
-    __slots__ = ("_table", "arithmetic")
+    __slots__ = ("_table", "arithmetic", "wiring")
 
     def __init__(
-        self, table: Mapping[tuple[str, str], tuple[SiteFault, ...]], arithmetic: Arithmetic = ORDINARY
+        self,
+        table: Mapping[tuple[str, str], tuple[SiteFault, ...]],
+        arithmetic: Arithmetic = ORDINARY,
+        wiring: Wiring = RIGHT,
     ) -> None:
-        self._table, self.arithmetic = table, arithmetic
+        self._table, self.arithmetic, self.wiring = table, arithmetic, wiring
 
     def __bool__(self) -> bool:
-        return bool(self._table) or self.arithmetic != ORDINARY
+        return bool(self._table) or self.arithmetic != ORDINARY or self.wiring != RIGHT
+
+    def note(self, change: str, before: Tensor, after: Tensor) -> None:
+        """Hear what a wrong wiring has changed, for those who keep a log (``faults.logged_numerics``)."""
 
     def touches(self, site: str, phase: str) -> bool:
         return (site, phase) in self._table

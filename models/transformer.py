@@ -169,12 +169,19 @@ class Rotary(nn.Module):
 
     def __init__(self, d_head: int, context_length: int, base: float) -> None:
         super().__init__()
-        frequency = base ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
-        angle_TD = torch.outer(torch.arange(context_length, dtype=torch.float32), frequency).repeat(1, 2)
+        self.d_head, self.context_length, self.base = d_head, context_length, base
         self.cos: Tensor
         self.sin: Tensor
-        self.register_buffer("cos", angle_TD.cos(), persistent=False)
-        self.register_buffer("sin", angle_TD.sin(), persistent=False)
+        cos_TD, sin_TD = self.tables()
+        self.register_buffer("cos", cos_TD, persistent=False)
+        self.register_buffer("sin", sin_TD, persistent=False)
+
+    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of position x frequency, (T, D) each in FP32, of angles that were computed in ``dtype``."""
+        frequency = self.base ** (-torch.arange(0, self.d_head, 2, dtype=torch.float32) / self.d_head)
+        positions = torch.arange(self.context_length, dtype=torch.float32)
+        angle_TD = torch.outer(positions.to(dtype), frequency.to(dtype)).float().repeat(1, 2)
+        return angle_TD.cos(), angle_TD.sin()
 
     def forward(self, x_BHTD: Tensor) -> Tensor:
         T = x_BHTD.shape[-2]

@@ -13,9 +13,12 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=16)
-def visible_keys(tokens: int, window: int | None, device: torch.device | None = None) -> Tensor:
-    """(T, T), boolean: rows are queries, columns keys; not to be written. A window of T or more is none."""
-    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_()
+def visible_keys(tokens: int, window: int | None, device: torch.device | None = None, ahead: int = 0) -> Tensor:
+    """(T, T), boolean: rows are queries, columns keys; not to be written. A window of T or more is none.
+
+    ahead: how many later keys a query sees, 0 where the mask is right.
+    """
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_(ahead)
     return seen if window is None else seen.triu_(1 - window)
 
 
@@ -29,6 +32,16 @@ def score_mask(
     """
     mask = torch.zeros(tokens, tokens, device=device, dtype=dtype)
     return mask.masked_fill_(~visible_keys(tokens, window, device), -math.inf).repeat(query_heads, 1).unsqueeze(0)
+
+
+@lru_cache(maxsize=16)
+def shifted_visible_keys(
+    tokens: int, window: int | None, ahead: int, heads: tuple[int, ...] | None, n_heads: int, device: torch.device
+) -> Tensor:
+    """(n_heads, T, T), boolean: as ``visible_keys`` of each query head, some of which (None: all) see keys ahead."""
+    seen = visible_keys(tokens, window, device).expand(n_heads, -1, -1).clone()
+    seen[slice(None) if heads is None else list(heads)] = visible_keys(tokens, window, device, ahead)
+    return seen
 
 
 def check_shapes(q_BHTD: Tensor, k_BGTD: Tensor, window: int | None) -> None:

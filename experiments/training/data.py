@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from foreshock.experiments.training.repetition import REPETITIONS, repeated
+from foreshock.faults.operation import Places
 
 HELD_OUT_SEED = 2606_28116
 """Fixes the held-out and probe batches for every run, whatever its seed."""
@@ -158,6 +159,19 @@ class Corpus:
                     f"too short for model.context_length={context_length}"
                 )
         self.digest = hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
+
+    @property
+    def places(self) -> Places:
+        """Where a training sequence can begin."""
+        return Places(len(self.train) - self.context_length, self.context_length)
+
+    def starts(self, seed: int, step: int, size: int) -> np.ndarray:
+        """Where the sequences of ``batch`` begin in the training part: (size,) int64."""
+        return self._starts(self.train, (seed, step), size)
+
+    def sequences(self, starts: np.ndarray) -> np.ndarray:
+        """The training sequences that begin there, (..., context_length + 1) int64 tokens from (...)."""
+        return self._sequences(self.train, starts)
 
     def _starts(self, part: np.ndarray, draw: tuple[int, int], count: int) -> np.ndarray:
         """Where the sequences of a draw begin; the generator is ``np.random.default_rng``'s, at half its overhead."""

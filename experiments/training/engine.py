@@ -1,6 +1,6 @@
 """An engine takes one training step: the only place where a fault enters and where a view of the step is made.
 
-    batch = corpus.batch(seed, step, sites.batch_size)        # INJECT: batch_size, batch
+    batch = corpus.batch(seed, step, sites.batch_size)        # INJECT: batch_size, data_step, sampling, batch
     for micro_batch in batch:
         loss, auxiliary, routings = model(micro_batch, sites.numerics, ...)  # INJECT: numerics, in both passes
         (loss + auxiliary).backward()                         # INJECT: modules, in both passes; TAP: activations
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from foreshock.faults.base import Sites
 from foreshock.faults.log import InjectionLog
+from foreshock.faults.operation import Moment, Places
+from foreshock.faults.points import corrupt_starts
 from foreshock.models.anatomy import Anatomy
 from foreshock.monitors.base import StepView
 
@@ -38,6 +40,21 @@ class Batches(Protocol):
     def batches(self, seeds: Sequence[int], step: int, batch_size: int) -> np.ndarray: ...
 
     def held_out_batch(self, sequences: int) -> np.ndarray: ...
+
+    @property
+    def places(self) -> Places: ...
+
+    def starts(self, seed: int, step: int, batch_size: int) -> np.ndarray: ...
+
+    def sequences(self, starts: np.ndarray) -> np.ndarray: ...
+
+
+def read_batch(corpus: Batches, moment: Moment, site: Sites, log: InjectionLog | None = None) -> np.ndarray:
+    """The token batch of a step with these sites, (B, T + 1). moment: of the step whose batch is read."""
+    if not site.sampling:
+        return corpus.batch(moment.seed, moment.step, site.batch_size)
+    starts_B = corpus.starts(moment.seed, moment.step, site.batch_size)
+    return corpus.sequences(corrupt_starts(starts_B, site.sampling, corpus.places, moment, log))
 
 
 class Engine(Protocol):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreshock.experiments.training.engine import NOTHING, Batches
+from foreshock.experiments.training.engine import NOTHING, Batches, read_batch
 from foreshock.experiments.training.gradients import Backward, backward, micro_batches
 from foreshock.experiments.training.optimizer import adamw, update
 from foreshock.experiments.training.train_config import TrainConfig
@@ -74,8 +74,9 @@ class SingleEngine:
 
     def micro_batches(self, step: int, site: Sites, log: InjectionLog | None = None) -> tuple[Tensor, ...]:
         """The batch of a step, on the device, in the pieces that go through the model one after the other."""
-        batch = torch.from_numpy(self._corpus.batch(self._seed, step, site.batch_size)).to(self._device)
-        batch = corrupt_batch(batch, site.batch, self._moment(step), log)
+        moment = self._moment(step if site.data_step is None else site.data_step)
+        batch = torch.from_numpy(read_batch(self._corpus, moment, site, log)).to(self._device)
+        batch = corrupt_batch(batch, site.batch, moment, log)
         return micro_batches(batch, self.config.micro_batch, self.config.watched_sequences)
 
     def backward(

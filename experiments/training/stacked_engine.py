@@ -10,10 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from foreshock.experiments.training.engine import NOTHING, Batches
+from foreshock.experiments.training.engine import NOTHING, Batches, read_batch
 from foreshock.experiments.training.stacked_optimizer import StackedAdamW
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import Sites
@@ -51,7 +52,7 @@ class StackedEngine:
         self._held_out = held_out
 
     def step(self, step: int, sites: Sequence[Sites], places: Collection[str] = NOTHING) -> StepView:
-        tokens_NBT1 = torch.from_numpy(self._corpus.batches(self._seeds, step, self._config.batch_size))
+        tokens_NBT1 = torch.from_numpy(self._batches(step, sites))
         if self._device.type == "cuda":  # so that the copy waits for no kernel, and the host goes on meanwhile
             tokens_NBT1 = tokens_NBT1.pin_memory()
         tokens_NBT1 = tokens_NBT1.to(self._device, non_blocking=True)
@@ -84,6 +85,15 @@ class StackedEngine:
             objective_at=partial(objective_at, self.model, tokens_NBT1, 1.0),
             batch=tokens_NBT1,
         )
+
+    def _batches(self, step: int, sites: Sequence[Sites]) -> np.ndarray:
+        """The runs' batches, (N, B, T + 1), gathered at once where all read them as a healthy run does."""
+        if not any(site.sampling or site.data_step is not None for site in sites):
+            return self._corpus.batches(self._seeds, step, self._config.batch_size)
+        moments = [
+            self._moment(run, step if site.data_step is None else site.data_step) for run, site in enumerate(sites)
+        ]
+        return np.stack([read_batch(self._corpus, *of_run) for of_run in zip(moments, sites, self.logs, strict=True)])
 
     def _moment(self, run: int, step: int) -> Moment:
         # a model that is built has a vocabulary

@@ -16,11 +16,35 @@ FAULTS = {
     "adam_constants": ["fault=adam_constants"],
     "weight_bitflip": ["fault=weight_bitflip"],
     "label_noise": ["fault=label_noise"],
+    "data_repeat": ["fault=data_repeat"],
+    "bad_batch": ["fault=bad_batch"],
+    "label_shift": ["fault=label_shift"],
+    "tokenizer_mismatch": ["fault=tokenizer_mismatch"],
+    "near_duplicates": ["fault=near_duplicates"],
+    "padding_counted": ["fault=padding_counted"],
+    "shuffle_off": ["fault=shuffle_off"],
+    "domain_shift": ["fault=domain_shift"],
+    "rounded_module": ["fault=rounded_module"],
+    "mask_shift": ["fault=mask_shift"],
+    "score_scale": ["fault=score_scale"],
+    "kv_group_swap": ["fault=kv_group_swap"],
 }
 CONTROLS = {
     "gradient_scale": ["fault=gradient_scale", "fault.factor=1.0"],
     "weight_bitflip": ["fault=weight_bitflip", "fault.bit=0"],
     "label_noise": ["fault=label_noise", "fault.share=0.0"],
+    "data_repeat": ["fault=data_repeat", "fault.back=0", "fault.onset=0"],
+    "bad_batch": ["fault=bad_batch", "fault.share=0.0"],
+    "label_shift": ["fault=label_shift", "fault.shift=0"],
+    "tokenizer_mismatch": ["fault=tokenizer_mismatch", "fault.share=0.0"],
+    "near_duplicates": ["fault=near_duplicates", "fault.share=0.0"],
+    "padding_counted": ["fault=padding_counted", "fault.share=0.0"],
+    "shuffle_off": ["fault=shuffle_off", "fault.share=0.0"],
+    "domain_shift": ["fault=domain_shift", "fault.share=0.0"],
+    "rounded_module": ["fault=rounded_module", "fault.format=fp32"],
+    "mask_shift": ["fault=mask_shift", "fault.shift=0"],
+    "score_scale": ["fault=score_scale", "fault.times=1"],
+    "kv_group_swap": ["fault=kv_group_swap", "fault.offset=0"],
     "bf16_shift": ["fault=bf16_shift", "fault.bits=0"],
     "module_shift": ["fault=module_shift", "fault.bits=0"],
     "lr_scale": ["fault=lr_scale", "fault.factor=1.0"],
@@ -123,7 +147,7 @@ def test_an_injection_that_changes_nothing_ends_the_run_by_name(make_run, tmp_pa
     assert trace.read_manifest(tmp_path / run.run_id)["end_reason"] == "failed"
 
 
-@pytest.mark.parametrize("name", ["gradient_scale", "weight_bitflip"])
+@pytest.mark.parametrize("name", ["gradient_scale", "weight_bitflip", "shuffle_off", "mask_shift", "kv_group_swap"])
 def test_in_a_stack_each_run_has_its_own_fault(make_run, tmp_path, name):
     steps = ["train.steps=6", "train.held_out_every_steps=6", "train.stack=3"]
     of_all = [[], FAULTS[name], ["fault=bf16_shift"]]

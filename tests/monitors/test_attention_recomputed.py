@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from foreshock.models.attention import flash_attention
+from foreshock.models.attention import attention, flash_attention
 from foreshock.models.numerics import AttentionNumerics, SiteFault, to_bf16_grid
+from foreshock.models.wiring import Wiring
 from foreshock.monitors import attention_laws, attention_recomputed
 from foreshock.monitors.attention_recomputed import PARTS, AttentionRecomputed, computed_again
 from foreshock.monitors.attention_twin import twin_of
@@ -70,6 +71,19 @@ def test_a_wrong_output_is_seen_and_not_blamed_on_the_gradients_of_a_kernel_that
     }
     assert max(laws.values()) < 1.3, laws
     assert min(ratio.min() for ratio in over_noise(t).values()) > 5
+
+
+@pytest.mark.parametrize("wiring", [Wiring(mask_shift=1), Wiring(scalings=0), Wiring(scalings=2), Wiring(kv_offset=1)])
+def test_attention_of_the_wrong_things_is_seen_for_it_is_computed_again_as_it_ought_to_be(wiring):
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, do = (to_bf16_grid(torch.randn(12, h, 40, 16, generator=generator)) for h in (4, 2, 2, 4))
+    leaves, none = [x.requires_grad_() for x in (q, k, v)], torch.zeros((), dtype=torch.int64)
+    numerics = AttentionNumerics(wirings=(wiring,)).layer(0)
+    o = attention(q, k, v, backend="reference", numerics=numerics, nonfinite=none)
+    o.backward(do)
+    t = DotProductStep(*(x.detach() for x in (q, k, v, o, *(x.grad for x in leaves), do)), None)
+    for part, ratio in over_noise(t).items():
+        assert ratio.min() > 10, part
 
 
 def test_an_exact_network_agrees_to_the_last_digits(trained_steps):
