@@ -141,14 +141,16 @@ class Fault(Protocol):
 class WindowedFault:
     """The fields that all faults with a window share.
 
-    onset: first faulty update; duration: updates, or None for no end; every: period in updates, of which the first is
-    faulty, 1 for every update; family: of ``faults.card.FAMILIES``. Raises ValueError on an impossible window, by
-    name.
+    onset: the window's first update; duration: updates, or None for no end; every: period in updates, 1 for every
+    update; window_phase: the faulty update of each period, from 0, so that the first is ``onset + window_phase`` (a
+    bare ``phase`` is attention's pass); family: of ``faults.card.FAMILIES``. Raises ValueError on an impossible window,
+    by name.
     """
 
     onset: int = 0
     duration: int | None = None
     every: int = 1
+    window_phase: int = 0
     family: str = field(default="other", compare=False)
 
     def __post_init__(self) -> None:
@@ -157,7 +159,7 @@ class WindowedFault:
 
     @cached_property
     def window(self) -> Window:
-        return Window(self.onset, self.duration, self.every)
+        return Window(self.onset, self.duration, self.every, self.window_phase)
 
     def injection(
         self, what: str, where: Mapping[str, Any], size: Mapping[str, Any], control: bool = False

@@ -19,6 +19,7 @@ def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:
         check_fits(member, model, train)
     if fault.onset >= train.steps:
         raise ValueError(f"fault.onset={fault.onset} is after the end: train.steps={train.steps}")
+    _check_windows(fault, train)
     healthy = Sites(batch_size=train.batch_size)
     checked = {healthy}
     for step in range(fault.onset, train.steps):
@@ -28,3 +29,15 @@ def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:
             checked.add(sites)
     if checked == {healthy} and not fault.describe().control:
         raise ValueError(f"fault: {fault} changes nothing in train.steps={train.steps}")
+
+
+def _check_windows(fault: Fault, train: Training) -> None:
+    """Raise ValueError for a period that the run does not hold once, or one whose faulty update is after its end."""
+    for window in {injection.window for injection in fault.describe().injections}:
+        if window.every > train.steps:
+            raise ValueError(f"fault.every={window.every} is longer than the run: train.steps={train.steps}")
+        if window.onset + window.phase >= train.steps:
+            raise ValueError(
+                f"fault.window_phase={window.phase} is not allowed: the first faulty update, {window.onset} + "
+                f"{window.phase}, is after the end: train.steps={train.steps}"
+            )

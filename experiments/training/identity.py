@@ -46,6 +46,8 @@ TOLD = ("faults.card", "faults.fit", "faults.log")
 """Modules of ``faults`` that say, check and measure what a fault does, and do nothing of it."""
 LABELS = ("family",)
 """Keys of a fault that change nothing of what it does."""
+ADDED = {"window_phase": 0}
+"""Keys that faults did not always have, and the value that is what a fault without the key does."""
 
 Config = Mapping[str, Any]
 
@@ -111,10 +113,11 @@ def _targets(node: Any) -> Iterator[str]:
 
 
 def without_labels(node: Any) -> Any:
-    """A fault's configuration node without what only tables say of it, at any depth."""
+    """A fault's configuration node without what only tables say of it, at any depth, nor keys as good as none."""
     if not isinstance(node, Mapping):
         return node
-    return {key: without_labels(value) for key, value in node.items() if key not in LABELS}
+    kept = {key: value for key, value in node.items() if key not in LABELS and ADDED.get(key, ...) != value}
+    return {key: without_labels(value) for key, value in kept.items()}
 
 
 def identifier(parts: Any) -> str:
