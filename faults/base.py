@@ -9,7 +9,10 @@ from itertools import combinations
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from foreshock.faults.card import Injection, InjectionCard, check_family
-from foreshock.faults.operation import Operation, OptimizerOperation, SiteValue, TensorOperation, Training
+from foreshock.faults.clip_operation import ClipOperation
+from foreshock.faults.operation import Operation, SiteValue, TensorOperation, Training
+from foreshock.faults.optimizer_update import OptimizerOperation
+from foreshock.faults.schedule import Schedule
 from foreshock.faults.window import Window
 from foreshock.models.arithmetic import ORDINARY
 from foreshock.models.backend import FAULT_SITES
@@ -59,9 +62,12 @@ class Sites:
     masks: which keys each query sees (shifted causal masks).
     formats: the number formats of modules (FP8, MX).
     balance_scale: factor on the load-balance loss's coefficient and on the balancing bias's step.
+    start: operations on the parameters before the step's forward.
+    accumulation: operations on the sum of the micro-batches' gradients, after each addition.
     gradients: operations on the parameters' gradients, after accumulation and before the clip.
     clip: the clip's norm and scope.
-    optimizer: operations on the optimizer's constants and state before its update.
+    optimizer: operations on the optimizer's constants and state, around its update.
+    schedule: where the learning-rate schedule stands, and its warm-up.
     lr_scale: factors on the scheduled learning rate.
     weights: operations on the parameters after the update.
     resume: what a resume forgets, of optimizer, schedule, data position and random state.
@@ -77,9 +83,12 @@ class Sites:
     masks: tuple[Operation, ...] = _declared(default=())
     formats: tuple[Operation, ...] = _declared(default=())
     balance_scale: float = 1.0
+    start: tuple[TensorOperation, ...] = ()
+    accumulation: tuple[TensorOperation, ...] = ()
     gradients: tuple[TensorOperation, ...] = ()
-    clip: tuple[Operation, ...] = _declared(default=())
+    clip: tuple[ClipOperation, ...] = ()
     optimizer: tuple[OptimizerOperation, ...] = ()
+    schedule: Schedule = field(default_factory=Schedule)
     lr_scale: LearningRateScale = field(default_factory=LearningRateScale)
     weights: tuple[TensorOperation, ...] = ()
     resume: tuple[str, ...] = _declared(default=())
@@ -89,10 +98,12 @@ class Sites:
     @property
     def values(self) -> tuple[SiteValue, ...]:
         """The values of all points that check themselves."""
-        return (self.numerics, self.lr_scale, *(operation for point in self._operations() for operation in point))
+        operations = (operation for point in self._operations() for operation in point)
+        return (self.numerics, self.schedule, self.lr_scale, *operations)
 
     def _operations(self) -> tuple[tuple[Operation, ...], ...]:
-        return self.batch, self.modules, self.gradients, self.optimizer, self.weights
+        of_the_forward = self.batch, self.modules, self.start
+        return *of_the_forward, self.accumulation, self.gradients, self.clip, self.optimizer, self.weights
 
     def check_fits(self, model: TransformerConfig, train: Training) -> None:
         """Raise ValueError that names the field where the model or the training cannot have a value of this step."""
@@ -102,9 +113,6 @@ class Sites:
         for value in self.values:
             value.check_fits(model, train)
         for point in self._operations():
-            for operation in point:
-                if operation.lookback_steps:
-                    raise ValueError(f"fault: {operation} reads the past, which the training loop does not keep yet")
             for operation, other in combinations(point, 2):
                 if operation.meets(other):
                     raise ValueError(f"fault: {operation} and {other} meet: only one of them may set a value")

@@ -27,8 +27,20 @@ def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:
         if sites is not healthy and sites not in checked:
             sites.check_fits(model, train)
             checked.add(sites)
+        _check_past(step, sites)
     if checked == {healthy} and not fault.describe().control:
         raise ValueError(f"fault: {fault} changes nothing in train.steps={train.steps}")
+
+
+def _check_past(step: int, sites: Sites) -> None:
+    """Raise ValueError for an operation that reads what was before the run."""
+    for value in sites.values:
+        lookback = getattr(value, "lookback_steps", 0)
+        if lookback > step:
+            raise ValueError(
+                f"fault.onset is too early: at step {step} {value} reads {lookback} steps back, before the run began; "
+                f"the first faulty update is allowed from {lookback}"
+            )
 
 
 def _check_windows(fault: Fault, train: Training) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from foreshock.experiments.training.source_code import ROOT, closure_of, digest_of, path_of
 from foreshock.monitors.cadence import JITTER_STEPS, Cadence
 
-ENGINE = ("engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
+ENGINE = ("clipping", "engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
 SINGLE, STACKED = ("single_engine",), ("stacked_engine", "stacked_optimizer")
 INSTRUMENTS = ("anatomy", "taps", "stacked_taps", "products", "objective")
 """Modules of ``models`` that look at a step and change nothing of it, as do those of ``models/anatomies``."""
