@@ -21,8 +21,8 @@ class WrongClip(OperationFault):
     part is the model and the factor 1. A part smaller than the model has a smaller norm, so that it is clipped less,
     and the gradient's direction changes. The parts here are parameter groups or tensors, not the shards of a rank.
 
-    factor: on the run's clip, above 0, None for no clip; scope: of ``clip_operation.SCOPES``. Factor 1 with scope ``model``
-    is the healthy control. A run whose norm never reaches the clip is an error at its end, as no gradient has
+    factor: on the run's clip, above 0, None for no clip; scope: of ``clip_operation.SCOPES``. Factor 1 and
+    ``model`` are the healthy control. A run whose norm never reaches the clip is an error at its end, as no gradient has
     changed. Raises ValueError on impossible values, by name.
     """
 

@@ -70,7 +70,7 @@ class Engine(Protocol):
         """Mean NLL on the held-out batch, in nats, through each run's faulty forward, if any."""
 
     def state_of(self, run: int) -> dict[str, Any]:
-        """What a checkpoint of one run needs: ``model``, ``optimizer``, ``tokens``, ``injections``, alone ``past`` too."""
+        """What a checkpoint of one run needs: ``model``, ``optimizer``, ``tokens``, ``injections``, and ``past``."""
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from these states, one a run."""

@@ -173,7 +173,7 @@ def test_a_clip_that_is_never_reached_is_an_error_at_the_end_alone(make_run):
 
 
 def test_a_run_without_a_clip_has_none_to_break(make_run):
-    with pytest.raises(ValueError, match="a wrong clip needs a clip, and the run has train.clip=null"):
+    with pytest.raises(ValueError, match=r"a wrong clip needs a clip, and the run has train\.clip=null"):
         make_run("fault=clip_off", "train.clip=null")
 
 
