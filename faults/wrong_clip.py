@@ -22,7 +22,7 @@ class WrongClip(OperationFault):
     and the gradient's direction changes. The parts here are parameter groups or tensors, not the shards of a rank.
 
     factor: on the run's clip, above 0, None for no clip; scope: of ``clip_operation.SCOPES``. Factor 1 and
-    ``model`` are the healthy control. A run whose norm never reaches the clip is an error at its end, as no gradient has
+    ``model`` are the healthy control. A run whose norm never reaches the clip is an error at its end, as nothing has
     changed. Raises ValueError on impossible values, by name.
     """
 
