@@ -44,8 +44,8 @@ class InitScale(OperationFault):
     reading at step 0, and weights that monitors recorded there, are of the matrices before. A later onset scales
     trained matrices, as a checkpoint does that is converted wrongly.
 
-    factor: above 0, finite; 1 is the healthy control; group: of ``models.transformer.PARAMETER_GROUPS`` but ``norm``, or
-    None for all. Raises ValueError on impossible values, by name.
+    factor: above 0, finite; 1 is the healthy control; group: of ``models.transformer.PARAMETER_GROUPS`` but ``norm``,
+    or None for all. Raises ValueError on impossible values, by name.
     """
 
     factor: float
