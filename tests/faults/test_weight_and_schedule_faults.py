@@ -52,7 +52,13 @@ def test_a_restarted_schedule_has_the_rates_of_its_beginning(make_run, back_step
 
 
 def test_a_wrong_start_scales_the_matrices_of_its_group_alone(make_run):
-    run = make_run("fault=init_scale", "fault.group=attention", "model.qk_norm=true", "train.learning_rate=1e-30")
+    run = make_run(
+        "fault=init_scale",
+        "fault.group=attention",
+        "model.qk_norm=true",
+        "model.norm=rmsnorm",
+        "train.learning_rate=1e-30",
+    )
     _, wrong, _ = stepped(run, 1)
     right = {name: x.detach() for name, x in run.new_model().named_parameters()}
     hit = {name for name in right if ".attention." in name and "norm" not in name}
