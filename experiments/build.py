@@ -35,6 +35,7 @@ from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.experiments.validation import called, check_arguments, check_mapping, check_seed, parameters_of
 from foreshock.faults.base import Fault, Sites
 from foreshock.faults.fit import check_fits
+from foreshock.faults.lookback import past_of
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.transformer import Transformer, TransformerConfig, skeleton
 from foreshock.monitors.base import Monitor, Signal, cadences, described_signals
@@ -205,7 +206,8 @@ class Run:
 
     def new_engine(self) -> SingleEngine:
         """The engine that trains this run by itself."""
-        return SingleEngine(self.new_model(), self.train, self.corpus, self.seed)
+        past = past_of(self.fault, self.model_config, self.train)
+        return SingleEngine(self.new_model(), self.train, self.corpus, self.seed, past=past)
 
 
 def _left_out(monitors: Mapping[str, Monitor], model: TransformerConfig) -> list[str]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
-
-import torch
+from typing import Any, ClassVar
 
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
 from foreshock.faults.operation import Operation, Training
+from foreshock.faults.optimizer_update import Update
 from foreshock.models.transformer import TransformerConfig
 
 EPSILON = 1e-8
@@ -41,16 +42,22 @@ class SetAdamConstants(Operation):
                 f"the run has {beta1}, {beta2} and {epsilon}"
             )
 
-    def meets(self, other: SetAdamConstants) -> bool:
-        return any(None not in pair for pair in zip(self._constants, other._constants, strict=True))
+    def meets(self, other: Any) -> bool:
+        return isinstance(other, SetAdamConstants) and any(
+            None not in pair for pair in zip(self._constants, other._constants, strict=True)
+        )
 
-    def apply(self, optimizer: torch.optim.Optimizer) -> None:
-        for group in optimizer.param_groups:
-            beta1, beta2, epsilon = (
-                old if new is None else new
-                for new, old in zip(self._constants, (*group["betas"], group["eps"]), strict=True)
-            )
-            group.update(betas=(beta1, beta2), eps=epsilon)
+    @contextmanager
+    def around(self, update: Update) -> Iterator[None]:
+        update.set_constants(self, self._changed)
+        yield
+
+    def _changed(self, group: dict[str, Any]) -> dict[str, Any]:
+        beta1, beta2, epsilon = (
+            old if new is None else new
+            for new, old in zip(self._constants, (*group["betas"], group["eps"]), strict=True)
+        )
+        return {"betas": (beta1, beta2), "eps": epsilon}
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,17 @@ from itertools import combinations
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from foreshock.faults.card import Injection, InjectionCard, check_family
+from foreshock.faults.clip_operation import ClipOperation
 from foreshock.faults.operation import (
     BatchOperation,
     Operation,
-    OptimizerOperation,
     SamplingOperation,
     SiteValue,
     TensorOperation,
     Training,
 )
+from foreshock.faults.optimizer_update import OptimizerOperation
+from foreshock.faults.schedule import Schedule
 from foreshock.faults.window import Window
 from foreshock.models.arithmetic import ORDINARY
 from foreshock.models.backend import FAULT_SITES
@@ -68,9 +70,12 @@ class Sites:
     masks: which keys each query sees (shifted causal masks).
     formats: the number formats of modules (FP8, MX).
     balance_scale: factor on the load-balance loss's coefficient and on the balancing bias's step.
+    start: operations on the parameters before the step's forward.
+    accumulation: operations on the sum of the micro-batches' gradients, after each addition.
     gradients: operations on the parameters' gradients, after accumulation and before the clip.
     clip: the clip's norm and scope.
-    optimizer: operations on the optimizer's constants and state before its update.
+    optimizer: operations on the optimizer's constants and state, around its update.
+    schedule: where the learning-rate schedule stands, and its warm-up.
     lr_scale: factors on the scheduled learning rate.
     weights: operations on the parameters after the update.
     resume: what a resume forgets, of optimizer, schedule, data position and random state.
@@ -87,9 +92,12 @@ class Sites:
     masks: tuple[Operation, ...] = _declared(default=())
     formats: tuple[Operation, ...] = _declared(default=())
     balance_scale: float = 1.0
+    start: tuple[TensorOperation, ...] = ()
+    accumulation: tuple[TensorOperation, ...] = ()
     gradients: tuple[TensorOperation, ...] = ()
-    clip: tuple[Operation, ...] = _declared(default=())
+    clip: tuple[ClipOperation, ...] = ()
     optimizer: tuple[OptimizerOperation, ...] = ()
+    schedule: Schedule = field(default_factory=Schedule)
     lr_scale: LearningRateScale = field(default_factory=LearningRateScale)
     weights: tuple[TensorOperation, ...] = ()
     resume: tuple[str, ...] = _declared(default=())
@@ -99,10 +107,12 @@ class Sites:
     @property
     def values(self) -> tuple[SiteValue, ...]:
         """The values of all points that check themselves."""
-        return (self.numerics, self.lr_scale, *(operation for point in self._operations() for operation in point))
+        operations = (operation for point in self._operations() for operation in point)
+        return (self.numerics, self.schedule, self.lr_scale, *operations)
 
     def _operations(self) -> tuple[tuple[Operation, ...], ...]:
-        return self.sampling, self.batch, self.modules, self.gradients, self.optimizer, self.weights
+        of_the_forward = self.start, self.sampling, self.batch, self.modules
+        return *of_the_forward, self.accumulation, self.gradients, self.clip, self.optimizer, self.weights
 
     def check_fits(self, model: TransformerConfig, train: Training) -> None:
         """Raise ValueError that names the field where the model or the training cannot have a value of this step."""
@@ -112,9 +122,6 @@ class Sites:
         for value in self.values:
             value.check_fits(model, train)
         for point in self._operations():
-            for operation in point:
-                if operation.lookback_steps:
-                    raise ValueError(f"fault: {operation} reads the past, which the training loop does not keep yet")
             for operation, other in combinations(point, 2):
                 if operation.meets(other):
                     raise ValueError(f"fault: {operation} and {other} meet: only one of them may set a value")
@@ -152,14 +159,16 @@ class Fault(Protocol):
 class WindowedFault:
     """The fields that all faults with a window share.
 
-    onset: first faulty update; duration: updates, or None for no end; every: period in updates, of which the first is
-    faulty, 1 for every update; family: of ``faults.card.FAMILIES``. Raises ValueError on an impossible window, by
-    name.
+    onset: the window's first update; duration: updates, or None for no end; every: period in updates, 1 for every
+    update; window_phase: the faulty update of each period, from 0, so that the first is ``onset + window_phase`` (a
+    bare ``phase`` is attention's pass); family: of ``faults.card.FAMILIES``. Raises ValueError on an impossible window,
+    by name.
     """
 
     onset: int = 0
     duration: int | None = None
     every: int = 1
+    window_phase: int = 0
     family: str = field(default="other", compare=False)
 
     def __post_init__(self) -> None:
@@ -168,7 +177,7 @@ class WindowedFault:
 
     @cached_property
     def window(self) -> Window:
-        return Window(self.onset, self.duration, self.every)
+        return Window(self.onset, self.duration, self.every, self.window_phase)
 
     def injection(
         self, what: str, where: Mapping[str, Any], size: Mapping[str, Any], control: bool = False

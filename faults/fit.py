@@ -19,6 +19,7 @@ def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:
         check_fits(member, model, train)
     if fault.onset >= train.steps:
         raise ValueError(f"fault.onset={fault.onset} is after the end: train.steps={train.steps}")
+    _check_windows(fault, train)
     healthy = Sites(batch_size=train.batch_size)
     checked = {healthy}
     for step in range(fault.onset, train.steps):
@@ -26,5 +27,29 @@ def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:
         if sites is not healthy and sites not in checked:
             sites.check_fits(model, train)
             checked.add(sites)
+        _check_past(step, sites)
     if checked == {healthy} and not fault.describe().control:
         raise ValueError(f"fault: {fault} changes nothing in train.steps={train.steps}")
+
+
+def _check_past(step: int, sites: Sites) -> None:
+    """Raise ValueError for an operation that reads what was before the run."""
+    for value in sites.values:
+        lookback = getattr(value, "lookback_steps", 0)
+        if lookback > step:
+            raise ValueError(
+                f"fault.onset is too early: at step {step} {value} reads {lookback} steps back, before the run began; "
+                f"the first faulty update is allowed from {lookback}"
+            )
+
+
+def _check_windows(fault: Fault, train: Training) -> None:
+    """Raise ValueError for a period that the run does not hold once, or one whose faulty update is after its end."""
+    for window in {injection.window for injection in fault.describe().injections}:
+        if window.every > train.steps:
+            raise ValueError(f"fault.every={window.every} is longer than the run: train.steps={train.steps}")
+        if window.onset + window.phase >= train.steps:
+            raise ValueError(
+                f"fault.window_phase={window.phase} is not allowed: the first faulty update, {window.onset} + "
+                f"{window.phase}, is after the end: train.steps={train.steps}"
+            )

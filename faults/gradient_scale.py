@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,27 +10,19 @@ from torch import Tensor
 
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.faults.operation import Moment, Operation, Training
-from foreshock.models.transformer import PARAMETER_GROUPS, TransformerConfig, parameter_group, skeleton
+from foreshock.faults.of_group import OfGroup, check_group
+from foreshock.faults.operation import Moment
 
 
 @dataclass(frozen=True)
-class ScaledGradients(Operation):
-    """g <- factor g for every parameter of a group of ``models.transformer.PARAMETER_GROUPS``, or of all for None."""
+class ScaledGradients(OfGroup):
+    """g <- factor g for every parameter of a group."""
 
-    group: str | None
     factor: float
 
     @property
     def idle(self) -> bool:
         return self.factor == 1
-
-    def check_fits(self, model: TransformerConfig, train: Training) -> None:
-        if not self.touches(name for name, _ in skeleton(model).named_parameters()):
-            raise ValueError(f"fault.group={self.group!r} has no effect: the model has no parameter of that group")
-
-    def touches(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if self.group is None or parameter_group(name) == self.group]
 
     def apply(self, x: Tensor, moment: Moment) -> Tensor:
         return x * self.factor
@@ -58,10 +49,7 @@ class GradientScale(OperationFault):
     def __post_init__(self) -> None:
         if not math.isfinite(self.factor):
             raise ValueError(f"fault.factor={self.factor} is not allowed: a finite number")
-        if self.group is not None and self.group not in PARAMETER_GROUPS:
-            raise ValueError(
-                f"fault.group={self.group!r} is not allowed: one of {', '.join(PARAMETER_GROUPS)}, or null for all"
-            )
+        check_group(self.group)
         super().__post_init__()
 
     @cached_property

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from foreshock.faults.past import Past
 from foreshock.models.transformer import TransformerConfig
 
 
@@ -23,7 +23,19 @@ class Training(Protocol):
     @property
     def betas(self) -> tuple[float, float]: ...
     @property
+    def clip(self) -> float | None: ...
+    @property
     def compile(self) -> bool: ...
+    @property
+    def micro_batch(self) -> int | None: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def watched_sequences(self) -> int | None: ...
+    @property
+    def weight_decay(self) -> float: ...
 
 
 class SiteValue(Protocol):
@@ -40,12 +52,12 @@ class SiteValue(Protocol):
 
 
 class Operation(SiteValue, Protocol):
-    """What is done at one point of the step, one of a tuple that is applied in order.
+    """What is done at one point of the step, one of a tuple that is applied in order."""
 
-    lookback_steps: how many steps of the past it reads, 0 for none.
-    """
-
-    lookback_steps: ClassVar[int] = 0
+    @property
+    def lookback_steps(self) -> int:
+        """How many steps ago its tensors are that it reads, 0 for none of the past (``faults.past``)."""
+        return 0
 
     @property
     def idle(self) -> bool:
@@ -59,11 +71,26 @@ class Operation(SiteValue, Protocol):
 
 @dataclass(frozen=True)
 class Moment:
-    """All that a random operation may depend on: the run's seed, the step (from 0) and the vocabulary's size."""
+    """All that an operation may depend on beside its tensor.
+
+    seed: of the run; step: from 0; vocab_size: tokens; past: what the run keeps of earlier steps; point, tensor: the
+    field of ``Sites`` and the tensor's name, where an operation is applied to one.
+    """
 
     seed: int
     step: int
     vocab_size: int
+    past: Past = field(default_factory=Past)
+    point: str = ""
+    tensor: str = ""
+
+    def at(self, point: str, tensor: str) -> Moment:
+        """The same for one tensor."""
+        return replace(self, point=point, tensor=tensor)
+
+    def earlier(self, steps: int) -> Tensor:
+        """The tensor as it was so many steps ago, which a lookback must have declared."""
+        return self.past.tensor(self.point, self.step - steps, self.tensor)
 
     def generator(self, purpose: str) -> np.random.Generator:
         """A generator that is a pure function of seed, step and purpose; no two purposes share their draws."""
@@ -112,9 +139,3 @@ class TensorOperation(Operation, Protocol):
 
     def apply(self, x: Tensor, moment: Moment) -> Tensor:
         """The changed tensor, of the shape and dtype of x, which stays as it is."""
-
-
-class OptimizerOperation(Operation, Protocol):
-    """An operation on an optimizer before its update; its constants are restored afterwards."""
-
-    def apply(self, optimizer: torch.optim.Optimizer) -> None: ...

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foreshock.faults.operation import (
-    BatchOperation,
-    Moment,
-    OptimizerOperation,
-    Places,
-    SamplingOperation,
-    TensorOperation,
-)
+from foreshock.faults.operation import BatchOperation, Moment, Places, SamplingOperation, TensorOperation
 from foreshock.models.batch import inputs_and_targets
 from foreshock.models.corruption import Log
 
@@ -33,7 +25,7 @@ def corrupt_tensors(
     for operation in operations:
         for name in [] if operation.idle else operation.touches(tensors):
             before = tensors[name]
-            after = operation.apply(before, moment)
+            after = operation.apply(before, moment.at(point, name))
             if log is not None:
                 log.add(point, operation, name, before, after)
             before.copy_(after)
@@ -70,30 +62,3 @@ def corrupt_batch(
                 if name in operation.changes:
                     log.add("batch", operation, name, before[:, index], pair_B2T[:, index])  # type: ignore[union-attr]  # there is one
     return pair_B2T
-
-
-@contextmanager
-def corrupted_optimizer(
-    optimizer: torch.optim.Optimizer, operations: Sequence[OptimizerOperation], log: Log | None = None
-) -> Iterator[None]:
-    """Apply the operations of an update to the optimizer; its constants are as before once the context is closed."""
-    healthy = [{key: group[key] for key in CONSTANTS} for group in optimizer.param_groups] if operations else []
-    for operation in operations:
-        before = _constants(optimizer)
-        operation.apply(optimizer)
-        if log is not None:
-            log.add("optimizer", operation, "constants", before, _constants(optimizer))
-    try:
-        yield
-    finally:
-        for group, constants in zip(optimizer.param_groups, healthy, strict=False):
-            group.update(constants)
-
-
-CONSTANTS = ("betas", "eps")
-"""The keys of a parameter group that an operation may change."""
-
-
-def _constants(optimizer: torch.optim.Optimizer) -> Tensor:
-    """beta_1, beta_2 and epsilon of every parameter group, (groups, 3) in FP64."""
-    return torch.tensor([[*group["betas"], group["eps"]] for group in optimizer.param_groups], dtype=torch.float64)

@@ -2,56 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-from torch import Tensor
-
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.faults.operation import Moment, Operation, Training
-from foreshock.models.transformer import TransformerConfig, skeleton
-
-SIGN_BIT = 32
-
-
-@dataclass(frozen=True)
-class FlippedWeights(Operation):
-    """Flip one bit of ``count`` neighbouring FP32 weights of a parameter, at a place drawn from seed and step."""
-
-    parameter: str
-    bit: int
-    count: int
-
-    @property
-    def idle(self) -> bool:
-        return self.bit == 0
-
-    def check_fits(self, model: TransformerConfig, train: Training) -> None:
-        sizes = {name: weight.numel() for name, weight in skeleton(model).named_parameters()}
-        if self.parameter not in sizes:
-            near = difflib.get_close_matches(self.parameter, sizes, n=4, cutoff=0.0)
-            raise ValueError(
-                f"fault.parameter={self.parameter!r} is not allowed: the model has no such parameter; "
-                f"the nearest are {', '.join(near)}"
-            )
-        if self.count > sizes[self.parameter]:
-            raise ValueError(
-                f"fault.count={self.count} is not allowed: {self.parameter} has {sizes[self.parameter]} weights"
-            )
-
-    def touches(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name == self.parameter]
-
-    def apply(self, x: Tensor, moment: Moment) -> Tensor:
-        first = int(moment.generator("weight_bitflip").integers(x.numel() - self.count + 1))
-        mask = -(2**31) if self.bit == SIGN_BIT else 1 << (self.bit - 1)  # the sign bit of an int32 is -2^31
-        flipped = x.clone(memory_format=torch.contiguous_format)
-        flipped.view(torch.int32).view(-1)[first : first + self.count] ^= mask
-        return flipped
+from foreshock.faults.flipped_bits import FlippedBits, check_flip
 
 
 @dataclass(frozen=True)
@@ -76,15 +32,12 @@ class WeightBitflip(OperationFault):
     count: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.bit <= SIGN_BIT:
-            raise ValueError(f"fault.bit={self.bit} is not allowed: 1 to {SIGN_BIT}, or 0 for the healthy control")
-        if self.count < 1:
-            raise ValueError(f"fault.count={self.count} is not allowed: at least 1 weight")
+        check_flip(self.bit, self.count)
         super().__post_init__()
 
     @cached_property
     def corrupt(self) -> Corrupt:
-        return Corrupt("weights", (FlippedWeights(self.parameter, self.bit, self.count),), self.window)
+        return Corrupt("weights", (FlippedBits(self.parameter, self.bit, self.count, "weight"),), self.window)
 
     def describe(self) -> InjectionCard:
         where, size = {"point": "weights", "parameter": self.parameter}, {"bit": self.bit, "count": self.count}

@@ -28,7 +28,7 @@ class Window:
             raise ValueError(f"fault.every={self.every} is not allowed: at least 1 step")
         last = self.every if self.duration is None else min(self.every, self.duration)
         if not 0 <= self.phase < last:
-            raise ValueError(f"fault.phase={self.phase} is not allowed: from 0 to {last - 1}")
+            raise ValueError(f"fault.window_phase={self.phase} is not allowed: from 0 to {last - 1}")
 
     def __contains__(self, step: int) -> bool:
         since = step - self.onset

@@ -1,11 +1,14 @@
 """An engine takes one training step: the only place where a fault enters and where a view of the step is made.
 
+    weights                                                   # INJECT: start
     batch = corpus.batch(seed, step, sites.batch_size)        # INJECT: batch_size, data_step, sampling, batch
     for micro_batch in batch:
         loss, auxiliary, routings = model(micro_batch, sites.numerics, ...)  # INJECT: numerics, in both passes
         (loss + auxiliary).backward()                         # INJECT: modules, in both passes; TAP: activations
-    gradients                                                 # INJECT: gradients, before the clip
-    grad_norm = update(learning_rate(step) * sites.lr_scale)  # INJECT: optimizer, lr_scale, of a clipped AdamW step
+        gradients                                             # INJECT: accumulation
+    gradients                                                 # INJECT: gradients
+    grad_norm = clip                                          # INJECT: clip
+    update(learning_rate(step) * sites.lr_scale)              # INJECT: schedule, lr_scale, optimizer, of an AdamW step
     weights                                                   # INJECT: weights
     model.update_balance(routings, sites.balance_scale)       # INJECT: balance_scale, of routers with a balancing bias
     view of the step                                          # OBSERVE: read-only
@@ -84,7 +87,7 @@ class Engine(Protocol):
         """Mean NLL on the held-out batch, in nats, through each run's faulty forward, if any."""
 
     def state_of(self, run: int) -> dict[str, Any]:
-        """What a checkpoint of one run needs: ``model``, ``optimizer``, ``tokens`` and ``injections``."""
+        """What a checkpoint of one run needs: ``model``, ``optimizer``, ``tokens``, ``injections``, and ``past``."""
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from these states, one a run."""

@@ -44,10 +44,12 @@ def backward(
     sites: Sites,
     places: Collection[str],
     unwatched: Callable[..., Any],
+    after_part: Callable[[], None] | None = None,
 ) -> Backward:
     """Backpropagate the objective of a batch, in ``micro_batches`` of tokens, through a model without gradients.
 
-    places: what is tapped in the last part; unwatched: the objective for all others. The last is backpropagated as a
+    places: what is tapped in the last part; unwatched: the objective for all others; after_part: called after each
+    addition to the sum of gradients. The last is backpropagated as a
     batch of its own, the others by their size relative to it, and the sum of gradients is divided afterwards, so that
     every law of a gradient holds in what the taps saw. A router's auxiliary losses and its capacity are of a
     micro-batch, as wherever gradients are accumulated.
@@ -59,9 +61,13 @@ def backward(
         weight = len(part) / len(last)
         (weight * (loss + auxiliary)).backward()
         losses.append(weight * loss.detach())
+        if after_part is not None:
+            after_part()
     with Taps(model, places) as taps:
         loss, auxiliary, routings = model(last, sites.numerics, sites.balance_scale)
         (loss + auxiliary).backward()
+    if after_part is not None:
+        after_part()
     if not others:
         return Backward(loss.detach(), routings, taps, last)
     of_the_last = sum(map(len, parts)) / len(last)

@@ -22,7 +22,7 @@ from typing import Any
 from foreshock.experiments.training.source_code import ROOT, closure_of, digest_of, path_of
 from foreshock.monitors.cadence import JITTER_STEPS, Cadence
 
-ENGINE = ("engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
+ENGINE = ("clipping", "engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
 SINGLE, STACKED = ("single_engine",), ("stacked_engine", "stacked_optimizer")
 INSTRUMENTS = ("anatomy", "taps", "stacked_taps", "products", "objective")
 """Modules of ``models`` that look at a step and change nothing of it, as do those of ``models/anatomies``."""
@@ -46,6 +46,8 @@ TOLD = ("faults.card", "faults.fit", "faults.log")
 """Modules of ``faults`` that say, check and measure what a fault does, and do nothing of it."""
 LABELS = ("family",)
 """Keys of a fault that change nothing of what it does."""
+ADDED = {"window_phase": 0}
+"""Keys that faults did not always have, and the value that is what a fault without the key does."""
 
 Config = Mapping[str, Any]
 
@@ -111,10 +113,11 @@ def _targets(node: Any) -> Iterator[str]:
 
 
 def without_labels(node: Any) -> Any:
-    """A fault's configuration node without what only tables say of it, at any depth."""
+    """A fault's configuration node without what only tables say of it, at any depth, nor keys as good as none."""
     if not isinstance(node, Mapping):
         return node
-    return {key: without_labels(value) for key, value in node.items() if key not in LABELS}
+    kept = {key: value for key, value in node.items() if key not in LABELS and ADDED.get(key, ...) != value}
+    return {key: without_labels(value) for key, value in kept.items()}
 
 
 def identifier(parts: Any) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import LearningRateScale
+from foreshock.faults.schedule import Schedule
+from foreshock.models.corruption import Log
 from foreshock.models.transformer import parameter_group
 
 
@@ -47,18 +48,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, scale: Lear
         group["lr"] = rate * getattr(scale, group["name"])
 
 
-def update(
-    parameters: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    step: int,
-    scale: LearningRateScale,
-) -> Tensor:
-    """Clip the gradients and take update ``step`` (from 0); the global gradient norm before the clip, 0-dim."""
-    gradients: list[Any] = [parameter.grad for parameter in parameters]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
-    if config.clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, grad_norm)
-    set_learning_rate(optimizer, learning_rate(config, step), scale)
-    optimizer.step()
-    return grad_norm
+def rate_of(config: TrainConfig, step: int, schedule: Schedule, log: Log | None = None) -> float:
+    """The learning rate of update ``step`` in a schedule that may be faulty."""
+    healthy = learning_rate(config, step)
+    if schedule == Schedule():
+        return healthy
+    own = replace(config, warmup_steps=schedule.warmup_of(config.warmup_steps))
+    rate = learning_rate(own, step - schedule.first_step)
+    if log is not None:
+        before, after = torch.tensor([healthy, rate], dtype=torch.float64)
+        log.add("schedule", schedule, "learning_rate", before, after)
+    return rate

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from foreshock.experiments.training.clipping import clip_gradients, clip_wrongly
 from foreshock.experiments.training.engine import NOTHING, Batches, read_batch
 from foreshock.experiments.training.gradients import Backward, backward, micro_batches
-from foreshock.experiments.training.optimizer import adamw, update
+from foreshock.experiments.training.optimizer import adamw, rate_of, set_learning_rate
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import Sites
 from foreshock.faults.log import InjectionLog
 from foreshock.faults.logged_numerics import logged
 from foreshock.faults.operation import Moment
-from foreshock.faults.points import corrupt_batch, corrupt_tensors, corrupted_optimizer, gradients_of
+from foreshock.faults.optimizer_update import Update, corrupted_optimizer
+from foreshock.faults.past import Past
+from foreshock.faults.points import corrupt_batch, corrupt_tensors, gradients_of
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.batch import inputs_and_targets
 from foreshock.models.compiled import CompiledObjective
@@ -33,17 +37,24 @@ from foreshock.monitors.base import StepView
 class SingleEngine:
     """One run: its model, on its device, and its AdamW.
 
-    compiler: the backend of ``torch.compile`` where ``train.compile`` asks for it. ``micro_batches``, ``backward`` and
+    compiler: the backend of ``torch.compile`` where ``train.compile`` asks for it; past: what the fault reads of
+    earlier steps (``faults.lookback``), None where it reads nothing. ``micro_batches``, ``backward`` and
     ``update`` are the parts of ``step``, for benches that time them; without a log, they do not measure what a fault
     changes.
     """
 
     def __init__(
-        self, model: Transformer, config: TrainConfig, corpus: Batches, seed: int, compiler: str = "inductor"
+        self,
+        model: Transformer,
+        config: TrainConfig,
+        corpus: Batches,
+        seed: int,
+        compiler: str = "inductor",
+        past: Past | None = None,
     ) -> None:
         accumulate_in_fp32()
         self.model, self.anatomy, self.config, self.tokens = model, Anatomy.of(model), config, 0
-        self.logs = (InjectionLog(),)
+        self.logs, self.past = (InjectionLog(),), past or Past()
         self.optimizer, self.parameters = adamw(model, config), list(model.parameters())
         self.unwatched = CompiledObjective(model, compiler) if config.compile else model
         self._corpus, self._seed, self._device = corpus, seed, model.tokens.weight.device
@@ -52,9 +63,11 @@ class SingleEngine:
     def step(self, step: int, sites: Sequence[Sites], places: Collection[str] = NOTHING) -> StepView:
         (site,), (log,) = sites, self.logs
         log.step = step
+        if site.start:
+            corrupt_tensors("start", self._weights(), site.start, self._moment(step), log)
         parts = self.micro_batches(step, site, log)
         self.tokens += sum(inputs_and_targets(part)[1].numel() for part in parts)
-        done = self.backward(parts, site, places, log)
+        done = self.backward(parts, site, places, log, step)
         grad_norm = self.update(step, site, done.routings, log)
         return StepView(
             step=step + 1,
@@ -70,7 +83,11 @@ class SingleEngine:
         )
 
     def _moment(self, step: int) -> Moment:
-        return Moment(self._seed, step, self.model.config.vocab_size)  # type: ignore[arg-type]  # a built model has one
+        # a built model has a vocabulary
+        return Moment(self._seed, step, self.model.config.vocab_size, self.past)  # type: ignore[arg-type]
+
+    def _weights(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
 
     def micro_batches(self, step: int, site: Sites, log: InjectionLog | None = None) -> tuple[Tensor, ...]:
         """The batch of a step, on the device, in the pieces that go through the model one after the other."""
@@ -85,28 +102,55 @@ class SingleEngine:
         site: Sites,
         places: Collection[str] = NOTHING,
         log: InjectionLog | None = None,
+        step: int = 0,
     ) -> Backward:
-        """The gradients of a batch, and nothing left of those before."""
+        """The gradients of a batch, and nothing left of those before. step: for an operation on their sum."""
         self.optimizer.zero_grad(set_to_none=True)
         if log is not None:
             # the model reads no more of them than ``layer``, which they all have
             site = replace(site, numerics=logged(site.numerics, (log,), self.model.config.backend))  # type: ignore[arg-type]
         with Corrupted(self.model, site.modules, log):
-            return backward(self.model, parts, site, places, self.unwatched)
+            return backward(self.model, parts, site, places, self.unwatched, self._after_part(step, site, log))
+
+    def _after_part(self, step: int, site: Sites, log: InjectionLog | None) -> Callable[[], None] | None:
+        """What is done to the sum of gradients after each micro-batch, None for nothing."""
+        if not site.accumulation:
+            return None
+        return lambda: corrupt_tensors(
+            "accumulation", gradients_of(self.model), site.accumulation, self._moment(step), log
+        )
 
     def update(
         self, step: int, site: Sites, routings: Sequence[Routing] = (), log: InjectionLog | None = None
     ) -> Tensor:
         """Clip the gradients and take update ``step``; the global gradient norm before the clip, 0-dim."""
-        if site.gradients:
-            corrupt_tensors("gradients", gradients_of(self.model), site.gradients, self._moment(step), log)
-        with corrupted_optimizer(self.optimizer, site.optimizer, log):
-            grad_norm = update(self.parameters, self.optimizer, self.config, step, site.lr_scale)
-        if site.weights:
-            weights = dict(self.model.named_parameters())
+        if site.gradients or self.past:
+            gradients = gradients_of(self.model)
+            self.past.keep("gradients", step, gradients)
+            corrupt_tensors("gradients", gradients, site.gradients, self._moment(step), log)
+        grad_norm = self._clip(site, log)
+        set_learning_rate(self.optimizer, rate_of(self.config, step, site.schedule, log), site.lr_scale)
+        with self._around_update(step, site, log):
+            self.optimizer.step()
+        if site.weights or self.past:
+            weights = self._weights()
             corrupt_tensors("weights", weights, site.weights, self._moment(step), log)
+            self.past.keep("weights", step, weights)
         self.model.update_balance(routings, site.balance_scale)
         return grad_norm
+
+    def _clip(self, site: Sites, log: InjectionLog | None) -> Tensor:
+        """Clip the gradients; the global norm before, 0-dim."""
+        for operation in site.clip:  # one at most, as any two of them meet
+            if not operation.idle and self.config.clip is not None:
+                return clip_wrongly(self._weights(), self.config.clip, operation, log)
+        return clip_gradients(self.parameters, self.config.clip)
+
+    def _around_update(self, step: int, site: Sites, log: InjectionLog | None) -> AbstractContextManager[None]:
+        if not site.optimizer:
+            return nullcontext()
+        update = Update(self.optimizer, self._weights(), self._moment(step), log)
+        return corrupted_optimizer(update, site.optimizer)
 
     @torch.no_grad()
     def held_out_loss(self, sites: Sequence[Sites]) -> Tensor:
@@ -123,6 +167,7 @@ class SingleEngine:
             "optimizer": optimizer,
             "tokens": self.tokens,
             "injections": injections,
+            "past": self.past.state_dict(),
         }
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -131,3 +176,4 @@ class SingleEngine:
         self.optimizer.load_state_dict(state["optimizer"])
         self.tokens = state["tokens"]
         self.logs[0].load_state_dict(state["injections"])
+        self.past.load_state_dict(state.get("past", {}))  # a stack's checkpoint has none: its faults read nothing of it

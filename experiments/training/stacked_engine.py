@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foreshock.experiments.training.engine import NOTHING, Batches, read_batch
+from foreshock.experiments.training.optimizer import rate_of
 from foreshock.experiments.training.stacked_optimizer import StackedAdamW
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import Sites
@@ -45,7 +46,7 @@ class StackedEngine:
         self.model, self.tokens = StackedTransformer(models), 0
         self.anatomy = Anatomy.of(self.model)
         self.optimizer = StackedAdamW(self.model, configs)
-        self._config, self._corpus, self._seeds = configs[0], corpus, list(seeds)
+        self._configs, self._config, self._corpus, self._seeds = configs, configs[0], corpus, list(seeds)
         self._device = models[0].tokens.weight.device
         self.logs = tuple(InjectionLog() for _ in models)
         held_out = torch.from_numpy(corpus.held_out_batch(self._config.held_out_sequences)).to(self._device)
@@ -69,7 +70,9 @@ class StackedEngine:
                 gradients = gradients_of(self.model.slices[run])
                 corrupt_tensors("gradients", gradients, site.gradients, self._moment(run, step), self.logs[run])
         grad_norms_N = self.optimizer.clip()
-        self.optimizer.step(step, [site.lr_scale for site in sites])
+        of_runs = zip(self._configs, sites, self.logs, strict=True)
+        scheduled = [rate_of(config, step, site.schedule, log) for config, site, log in of_runs]
+        self.optimizer.step(scheduled, [site.lr_scale for site in sites], step)
         for run, site in enumerate(sites):
             if site.weights:
                 weights = dict(self.model.slices[run].named_parameters())

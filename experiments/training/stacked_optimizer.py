@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_update
 
-from foreshock.experiments.training.optimizer import adamw, learning_rate, set_learning_rate
+from foreshock.experiments.training.optimizer import adamw, set_learning_rate
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import LearningRateScale
 from foreshock.models.stacked import StackedTransformer
@@ -91,11 +91,11 @@ class StackedAdamW:
         return norms_N
 
     @torch.no_grad()
-    def step(self, step: int, scales: Sequence[LearningRateScale]) -> None:
+    def step(self, scheduled: Sequence[float], scales: Sequence[LearningRateScale], step: int) -> None:
         """Update ``step`` (from 0) at each slice's scheduled learning rate times its own factors."""
         rates = [
-            (learning_rate(config, step), config.weight_decay, scale)
-            for config, scale in zip(self._configs, scales, strict=True)
+            (rate, config.weight_decay, scale)
+            for rate, config, scale in zip(scheduled, self._configs, scales, strict=True)
         ]
         for index, (optimizer, own) in enumerate(zip(self.slices, rates, strict=True)):
             if own != self._rates[index]:

@@ -15,6 +15,7 @@ from foreshock.experiments.training.identity import (
     monitor_sources,
     training_sources,
     trajectory_sources,
+    without_labels,
 )
 from foreshock.experiments.training.source_code import closure_of, meaning_of
 
@@ -78,6 +79,14 @@ def test_another_fault_or_monitor_is_no_source_of_a_run(make_run):
     sources = names(trajectory_sources(make_run("fault=bf16_shift").nodes))
     assert "faults.bf16_shift" in sources
     assert not {name for name in sources if name.startswith("monitors")} and "faults.lr_scale" not in sources
+
+
+def test_a_phase_of_zero_is_in_no_name_and_any_other_is(make_run):
+    runs = [make_run("fault=bf16_shift", "fault.every=4", *more) for more in ([], ["fault.window_phase=1"])]
+    fault = dict(runs[0].config["fault"])
+    assert fault.pop("window_phase") == 0
+    assert without_labels(runs[0].config["fault"]) == without_labels(fault)
+    assert runs[0].run_id != runs[1].run_id
 
 
 def test_faults_inside_a_fault_are_sources(make_run):

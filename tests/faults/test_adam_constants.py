@@ -6,7 +6,8 @@ import torch
 from foreshock.faults.adam_constants import AdamConstants
 from foreshock.faults.base import Sites
 from foreshock.faults.combined import Combined
-from foreshock.faults.points import corrupted_optimizer
+from foreshock.faults.operation import Moment
+from foreshock.faults.optimizer_update import Update, corrupted_optimizer
 
 HEALTHY = Sites(batch_size=8)
 
@@ -18,7 +19,7 @@ def trained(fault: AdamConstants | None, steps: int, **constants) -> torch.Tenso
     for step in range(steps):
         weight.grad = torch.sin(weight.detach() * (step + 1))
         sites = HEALTHY if fault is None else fault.sites(step, HEALTHY)
-        with corrupted_optimizer(optimizer, sites.optimizer):
+        with corrupted_optimizer(Update(optimizer, {"w": weight}, Moment(0, step, 11)), sites.optimizer):
             optimizer.step()
         assert optimizer.param_groups[0]["betas"] == constants.get("betas", (0.9, 0.999))
     return weight.detach()
@@ -46,7 +47,8 @@ def test_updates_before_the_window_keep_their_bits():
 
 def test_the_constants_are_restored_where_an_update_fails():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(RuntimeError), corrupted_optimizer(optimizer, AdamConstants(beta1=0.1).corrupt.operation):
+    update = Update(optimizer, {}, Moment(0, 0, 11))
+    with pytest.raises(RuntimeError), corrupted_optimizer(update, AdamConstants(beta1=0.1).corrupt.operation):
         raise RuntimeError
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 

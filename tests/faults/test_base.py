@@ -39,8 +39,8 @@ def test_a_window_without_an_end_has_none():
         ((0, 0), "fault.duration=0 .*null for no end"),
         ((5, -2), "fault.duration=-2 "),
         ((0, None, 0), "fault.every=0 is not allowed: at least 1 step"),
-        ((0, None, 3, 3), "fault.phase=3 is not allowed: from 0 to 2"),
-        ((0, 2, 3, 2), "fault.phase=2 is not allowed: from 0 to 1"),
+        ((0, None, 3, 3), "fault.window_phase=3 is not allowed: from 0 to 2"),
+        ((0, 2, 3, 2), "fault.window_phase=2 is not allowed: from 0 to 1"),
     ],
 )
 def test_an_impossible_window_is_refused_by_name(arguments, message):
@@ -91,6 +91,27 @@ def test_a_fault_whose_steps_are_all_healthy_is_refused(make_run):
 def test_an_intermittent_fault_acts_once_a_period(make_run):
     fault = make_run("fault=bf16_shift", "fault.every=7", "fault.onset=3").fault
     assert [step for step in range(20) if fault.sites(step, HEALTHY_SITES) is not HEALTHY_SITES] == [3, 10, 17]
+
+
+def test_the_faulty_update_of_a_period_is_its_phase(make_run):
+    fault = make_run("fault=bf16_shift", "fault.every=7", "fault.window_phase=2", "fault.onset=3").fault
+    assert [step for step in range(20) if fault.sites(step, HEALTHY_SITES) is not HEALTHY_SITES] == [5, 12, 19]
+    assert {injection.window.phase for injection in fault.describe().injections} == {2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["fault.every=41"], r"fault\.every=41 is longer than the run: train\.steps=40"),
+        (
+            ["fault.every=10", "fault.onset=35", "fault.window_phase=5"],
+            r"fault\.window_phase=5 is not allowed: the first faulty update, 35 \+ 5, is after the end",
+        ),
+    ],
+)
+def test_a_period_that_the_run_does_not_hold_is_refused_before_training(make_run, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make_run("fault=lr_scale", *overrides)
 
 
 def test_two_module_faults_on_one_tensor_meet(make_run):

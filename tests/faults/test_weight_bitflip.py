@@ -59,7 +59,7 @@ def test_bit_zero_is_the_healthy_control():
     ("arguments", "message"),
     [
         ((NAME, 33), "fault.bit=33 is not allowed: 1 to 32, or 0 for the healthy control"),
-        ((NAME, 3, 0), "fault.count=0 is not allowed: at least 1 weight"),
+        ((NAME, 3, 0), "fault.count=0 is not allowed: at least 1 element"),
     ],
 )
 def test_an_impossible_fault_is_refused_by_name(arguments, message):
@@ -74,7 +74,7 @@ def test_an_impossible_fault_is_refused_by_name(arguments, message):
             "fault.parameter=blocks.0.attention.qq.weight",
             "the model has no such parameter; .* blocks.0.attention.q.wei",
         ),
-        ("fault.count=257", "fault.count=257 is not allowed: blocks.0.attention.q.weight has 256 weights"),
+        ("fault.count=257", "fault.count=257 is not allowed: blocks.0.attention.q.weight has 256 elements"),
     ],
 )
 def test_what_the_model_lacks_is_refused_before_training(make_run, override, message):

@@ -1,0 +1,104 @@
+"""What may become of Adam's state: moments and step counters that are lost, kept too long or stored too coarsely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from foreshock.faults.flipped_bits import FlippedBits
+from foreshock.faults.of_group import OfGroup
+from foreshock.faults.optimizer_update import Update
+from foreshock.faults.rounding import nearest
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""PyTorch's names of Adam's first and second moment."""
+
+
+@dataclass(frozen=True)
+class StuckCounters(OfGroup):
+    """t stays as it is: the update's increment of the step counter is lost."""
+
+    stackable: ClassVar[bool] = False
+
+    @contextmanager
+    def around(self, update: Update) -> Iterator[None]:
+        yield
+        for name, state in update.states(self.touches(update.parameters)):
+            update.write(self, name, "step", state["step"] - 1)
+
+
+@dataclass(frozen=True)
+class LostMoments(OfGroup):
+    """m <- 0 and v <- 0 before the update; with ``counters``, t <- 0 too."""
+
+    stackable: ClassVar[bool] = False
+
+    counters: bool
+
+    @contextmanager
+    def around(self, update: Update) -> Iterator[None]:
+        for name, state in update.states(self.touches(update.parameters)):
+            for key in (*MOMENTS, "step") if self.counters else MOMENTS:
+                update.write(self, name, key, torch.zeros_like(state[key]))
+        yield
+
+
+@dataclass(frozen=True)
+class FrozenMoments(OfGroup):
+    """What the update writes to m and v is lost: they are as before it."""
+
+    stackable: ClassVar[bool] = False
+
+    @contextmanager
+    def around(self, update: Update) -> Iterator[None]:
+        names = self.touches(update.parameters)
+        # before an optimizer's first update its moments are 0
+        before = {name: {key: state[key].clone() for key in MOMENTS} for name, state in update.states(names)}
+        yield
+        for name, state in update.states(names):
+            for key in MOMENTS:
+                update.write(self, name, key, before[name][key] if name in before else torch.zeros_like(state[key]))
+
+
+@dataclass(frozen=True)
+class RoundedMoments(OfGroup):
+    """m and v rounded to a format after the update. moment: one of ``MOMENTS``, None for both."""
+
+    stackable: ClassVar[bool] = False
+
+    form: str
+    moment: str | None
+
+    @property
+    def idle(self) -> bool:
+        return self.form == "fp32"
+
+    @contextmanager
+    def around(self, update: Update) -> Iterator[None]:
+        yield
+        for name, state in update.states(self.touches(update.parameters)):
+            for key in MOMENTS if self.moment is None else (self.moment,):
+                update.write(self, name, key, nearest(state[key], self.form))
+
+
+@dataclass(frozen=True)
+class FlippedMoment(FlippedBits):
+    """One bit of neighbouring elements of a moment, before the update; ``what`` is one of ``MOMENTS``."""
+
+    stackable: ClassVar[bool] = False
+
+    @contextmanager
+    def around(self, update: Update) -> Iterator[None]:
+        for name, state in update.states(self.touches(update.parameters)):
+            update.write(self, name, self.what, self.apply(state[self.what], update.moment))
+        yield
+
+
+def check_moment(moment: str | None) -> None:
+    """Raise ValueError for what is no moment of Adam."""
+    if moment not in (*MOMENTS, None):
+        raise ValueError(f"fault.moment={moment!r} is not allowed: one of {', '.join(MOMENTS)}, or null for both")

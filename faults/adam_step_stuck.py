@@ -1,0 +1,40 @@
+"""Adam's step counter stands still."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from foreshock.faults.adam_state import StuckCounters
+from foreshock.faults.card import InjectionCard
+from foreshock.faults.corrupt import Corrupt, OperationFault
+from foreshock.faults.of_group import check_group
+
+
+@dataclass(frozen=True)
+class AdamStepStuck(OperationFault):
+    """The step counter, from which Adam corrects its moments' bias, does not advance at the steps of a window.
+
+    What breaks: an optimizer that never increments its counter. Report: allenai/OLMo-core #317, where the learning rate
+    was in effect 2.2 times too high.
+    Equation (arXiv:1412.6980): t stays t_0, the counter at the onset, so that each faulty update is corrected as number
+    t_0 + 1: w <- w - lr (m / (1 - beta1^(t_0 + 1))) / (sqrt(v / (1 - beta2^(t_0 + 1))) + epsilon). From step 0 on, in
+    the long run, the update is sqrt(1 - beta2) / (1 - beta1) times too long: 2.2 with (0.9, 0.95). A late onset changes
+    nothing once both powers are 0 in FP32. The increments of the window stay lost after it.
+
+    group: of ``models.transformer.PARAMETER_GROUPS``, or None for all. Raises ValueError for another group.
+    """
+
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        check_group(self.group)
+        super().__post_init__()
+
+    @cached_property
+    def corrupt(self) -> Corrupt:
+        return Corrupt("optimizer", (StuckCounters(self.group),), self.window)
+
+    def describe(self) -> InjectionCard:
+        where = {"point": "optimizer", "group": self.group, "tensors": ("step",)}
+        return InjectionCard(self.family, (self.injection("stuck", where, {}),))

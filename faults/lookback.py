@@ -1,0 +1,27 @@
+"""Which tensors of the past a fault will read, known before the run begins."""
+
+from __future__ import annotations
+
+from foreshock.faults.base import Fault, Sites
+from foreshock.faults.operation import Training
+from foreshock.faults.past import Past
+from foreshock.models.transformer import TransformerConfig, skeleton
+
+POINTS = ("gradients", "weights")
+"""The points whose operations may read the past."""
+
+
+def past_of(fault: Fault, model: TransformerConfig, train: Training) -> Past:
+    """An empty past that knows what to keep for this fault: nothing where no operation has a lookback."""
+    reads: dict[tuple[str, int], tuple[int, frozenset[str]]] = {}
+    healthy = Sites(batch_size=train.batch_size)
+    for step in range(train.steps if fault.onset is None else fault.onset, train.steps):
+        sites = fault.sites(step, healthy)
+        for point in POINTS if sites is not healthy else ():
+            for operation in getattr(sites, point):
+                if operation.lookback_steps and not operation.idle:
+                    key = point, step - operation.lookback_steps
+                    names = operation.touches(name for name, _ in skeleton(model).named_parameters())
+                    _, others = reads.get(key, (0, frozenset()))
+                    reads[key] = step, others | frozenset(names)
+    return Past(reads)

@@ -1,0 +1,31 @@
+"""Runs stepped by their engine, for tests of what a fault changes."""
+
+from __future__ import annotations
+
+import torch
+
+from foreshock.experiments.build import Run
+from foreshock.experiments.training.single_engine import SingleEngine
+
+
+def stepped(run: Run, steps: int) -> tuple[SingleEngine, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
+    """The engine after some updates; weights and clipped gradients after each."""
+    engine, healthy, weights, gradients = run.new_engine(), run.healthy_sites(), [], []
+    for step in range(steps):
+        engine.step(step, [run.fault.sites(step, healthy)])
+        named = dict(engine.model.named_parameters())
+        weights.append({name: weight.detach().clone() for name, weight in named.items()})
+        gradients.append({name: weight.grad.clone() for name, weight in named.items() if weight.grad is not None})
+    return engine, weights, gradients
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+def points_logged(engine: SingleEngine) -> dict[str, int]:
+    """By point, the elements that the injection log counted."""
+    counts: dict[str, int] = {}
+    for entry in engine.logs[0].entries():
+        counts[entry["point"]] = counts.get(entry["point"], 0) + entry["elements"]
+    return counts
