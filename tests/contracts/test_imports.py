@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("faults", "models", "monitors", "experiments", "analysis")
-ROOMS = ("runs", "detect", "scores", "locate", "figures", "reports")
+ROOMS = ("runs", "detect", "scores", "locate", "probes", "figures", "reports")
 """Folders of analysis, the lowest first: each may import itself and those before it. Its commands are above all."""
 
 

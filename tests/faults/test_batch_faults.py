@@ -140,4 +140,4 @@ def test_the_loss_leaves_out_targets_that_are_not_there(make_run):
     (clean,) = engine.micro_batches(0, healthy)
     loss = engine.step(0, [run.fault.sites(0, healthy)]).loss
     short = run.new_model().loss(clean[:, :9])  # 8 of 16 targets
-    assert float(loss) == pytest.approx(float(short), rel=16 * 2**-24 * 8 * 8)  # FP32 sums of 64 terms
+    assert float(loss) == pytest.approx(short.item(), rel=16 * 2**-24 * 8 * 8)  # FP32 sums of 64 terms
