@@ -21,6 +21,7 @@ COMMANDS = {
     "import": ("experiments.import_runs", "turn exports of runs trained elsewhere into traces"),
     "load": ("analysis.load", "readings of runs as a table, one CSV a run"),
     "external": ("analysis.external", "score detectors on public training logs with real failures"),
+    "faults": ("experiments.faults", "list the faults that a run can have"),
     "canary": ("experiments.canary", "a few short runs after a change, against a healthy band"),
     "calibrate": ("analysis.calibrate", "set thresholds of live alarms on healthy runs of your own"),
     "runs": ("experiments.runs", "list the runs in a folder, adopt or prune them"),

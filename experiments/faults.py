@@ -1,0 +1,221 @@
+"""The faults that a run can have: foreshock faults
+
+foreshock faults                        a line for each
+foreshock faults family=data            of a family; point=batch: at a point of the step; needs=experts
+foreshock faults clip_scope             one fault whole: what breaks, its equation, its report, its keys
+foreshock faults markdown=docs/faults.md
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from foreshock.experiments.build import construct
+from foreshock.experiments.cli import CONF, options
+from foreshock.experiments.files import write_whole
+from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.experiments.usage import fail, show_help
+from foreshock.experiments.validation import check_named
+from foreshock.faults.base import Fault, WindowedFault
+from foreshock.faults.fit import check_fits
+from foreshock.models.transformer import TransformerConfig
+
+NEEDS = {
+    "": [],
+    "experts": ["model=moe_nano"],
+    "RoPE": ["model.positions=rope"],
+    "micro-batches": ["train.micro_batch=4"],
+}
+"""By what a fault needs, the overrides of a run that has it; the first that a fault fits is what it needs."""
+STEPS = "train.steps=400"
+"""A run in which every fault begins: each of its steps is checked."""
+NOTHING = "none"
+FILTERS = ("family", "point", "needs")
+WINDOW = ("_target_", "family", *(field.name for field in fields(WindowedFault)))
+"""Keys of a fault that every fault has."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file of ``conf/fault``. what: its first comment; points: of the step, fields of ``faults.base.Sites``.
+
+    parameters: its own keys with their values; needs: of ``NEEDS``; report: the public report that its docstring names.
+    """
+
+    name: str
+    family: str
+    what: str
+    points: tuple[str, ...]
+    parameters: Mapping[str, Any]
+    needs: str
+    report: str
+    text: str
+
+    @property
+    def said_parameters(self) -> str:
+        return ", ".join(f"{key}={_said(value)}" for key, value in self.parameters.items())
+
+
+def rows() -> list[Row]:
+    """Every fault of ``conf/fault`` that does something, by family and name."""
+    with initialize_config_dir(CONF, version_base="1.3"):
+        found = [_row(name) for name in options("fault") if name != NOTHING]
+    return sorted(found, key=lambda row: (row.family, row.name))
+
+
+def _row(name: str) -> Row:
+    node = _node(name)
+    fault: Fault = construct(node, "fault")
+    card = fault.describe()
+    points = dict.fromkeys(str(injection.where.get("point", "numerics")) for injection in card.injections)
+    text = inspect.getdoc(type(fault)) or ""
+    return Row(
+        name=name,
+        family=card.family,
+        what=(Path(CONF) / "fault" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
+        points=tuple(points),
+        parameters={key: value for key, value in node.items() if key not in (*WINDOW, "faults")},
+        needs=_needed(fault),
+        report=_report(text),
+        text=text,
+    )
+
+
+def _node(name: str) -> dict[str, Any]:
+    """The configuration of a fault; Hydra composes those that are made of others, which takes it a while."""
+    node: Any = yaml.safe_load((Path(CONF) / "fault" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if "defaults" in node:
+        node = OmegaConf.to_container(compose("config", [f"fault={name}"]).fault, resolve=True)
+    return dict(node)
+
+
+def _needed(fault: Fault) -> str:
+    """The first of ``NEEDS`` whose run can have the fault. Raises ValueError where none can."""
+    for needs in NEEDS:
+        try:
+            check_fits(fault, *_run(needs))
+        except ValueError as error:
+            last = error
+        else:
+            return needs
+    raise ValueError(f"no run of this list can have the fault: {last}")
+
+
+@cache
+def _run(needs: str) -> tuple[TransformerConfig, TrainConfig]:
+    config: Any = OmegaConf.to_container(compose("config", [*NEEDS[needs], STEPS]), resolve=True)
+    model: TransformerConfig = construct(config["model"], "model").on(torch.device("cpu"))
+    train: TrainConfig = construct(config["train"], "train")
+    return model, train
+
+
+def _report(text: str) -> str:
+    """What follows ``Report:`` in a docstring, to the end of its sentence; empty where there is none."""
+    flat = " ".join(text.split())
+    found = re.search(r"Reports?(?: of [\w ]+)?: (.+?)(?:\.(?= [A-Z`])|\.$|$)", flat)
+    return found[1] if found else ""
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_said, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def markdown(found: Sequence[Row]) -> str:
+    """A page of all faults, a table for each family."""
+    lines = [
+        "# Faults",
+        "",
+        "What `fault=NAME` does. Made by `foreshock faults markdown=docs/faults.md`; a test compares it.",
+    ]
+    for family in dict.fromkeys(row.family for row in found):
+        members = [row for row in found if row.family == family]
+        lines += ["", f"## {family.replace('_', ' ').capitalize()}", ""]
+        lines += [
+            "| fault | what goes wrong | point of the step | keys and defaults | needs | report |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| `{row.name}` | {row.what} | {', '.join(row.points)} | {_code(row.said_parameters)} | {row.needs} | "
+            f"{row.report} |"
+            for row in members
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def show(found: Sequence[Row], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("family", "fault", "point", "needs", "what goes wrong"):
+        table.add_column(title, no_wrap=title != "what goes wrong")
+    for row in found:
+        table.add_row(row.family, row.name, ", ".join(row.points), row.needs, row.what)
+    console.print(table)
+    console.print(f"{len(found)} faults; foreshock faults NAME says more of one")
+
+
+def show_one(row: Row, console: Console) -> None:
+    console.print(f"fault={row.name}\n\n{row.text}\n", markup=False)
+    console.print((Path(CONF) / "fault" / f"{row.name}.yaml").read_text(encoding="utf-8"), markup=False)
+
+
+def chosen(found: Sequence[Row], filters: Mapping[str, str]) -> list[Row]:
+    """The faults that every filter lets through. Raises ValueError for a value that no fault has."""
+    known = {
+        "family": {row.family for row in found},
+        "point": {point for row in found for point in row.points},
+        "needs": {row.needs or NOTHING for row in found},
+    }
+    for key, value in filters.items():
+        check_named([value], sorted(known[key]), key)
+    return [
+        row
+        for row in found
+        if filters.get("family", row.family) == row.family
+        and filters.get("point", row.points[0]) in row.points
+        and filters.get("needs", row.needs or NOTHING) == (row.needs or NOTHING)
+    ]
+
+
+def main(arguments: Sequence[str]) -> None:
+    show_help(arguments, __doc__)
+    names = [argument for argument in arguments if "=" not in argument]
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        check_named(given, (*FILTERS, "markdown"), "option")
+        check_named(names, [name for name in options("fault") if name != NOTHING], "fault")
+        found = rows()
+        if "markdown" in given:
+            write_whole(Path(given["markdown"]), markdown(found).encode())
+            console.print(f"{given['markdown']}: {len(found)} faults")
+        elif names:
+            for row in found:
+                if row.name in names:
+                    show_one(row, console)
+        else:
+            show(chosen(found, given), console)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
