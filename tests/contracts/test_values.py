@@ -101,7 +101,6 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "adam_constants/fault.beta1": (NONE + ZERO, "the run's own; no momentum"),
     "adam_constants/fault.beta2": (ZERO, "no memory of squares"),
     "adam_constants/fault.epsilon": (NONE + ZERO, "the run's own; none"),
-    "gradient_scale/fault.group": (NONE, "every parameter"),
     "data_repeat/fault.back": (NONE + ZERO, "to the first batch; the healthy control"),
     "data_repeat/fault.cycle": (NONE, "no end"),
     "label_shift/fault.shift": ((-1, 0), "the input is the target; the healthy control"),
@@ -114,6 +113,14 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "mask_shift/fault.shift": (ZERO, "the healthy control"),
     "score_scale/fault.times": (ZERO, "missing"),
     "kv_group_swap/fault.offset": (ZERO, "the healthy control"),
+    "*fault*.window_phase": (ZERO, "the first of a period"),
+    "fault.group": (NONE, "every parameter"),
+    "adam_state_format/fault.moment": (NONE, "both"),
+    "clip_*/fault.factor": (NONE, "no clip"),
+    "decay_wrong/fault.factor": (ZERO, "no decay"),
+    "gradient_stale/fault.lag": (ZERO, "the healthy control"),
+    "schedule_restart/fault.back_steps": (NONE + ZERO, "to the first step; the healthy control"),
+    "weight_tile/fault.rows": (ZERO, "the healthy control"),
     "fault*.beta": (NONE, "goes with another row_max"),
     "natural_bf16/fault.offset": (NONE, "goes with another row_max"),
     "model.n_kv_heads": (NONE, "as many as n_heads"),
@@ -181,8 +188,13 @@ TAKEN: dict[str, tuple[tuple, str]] = {
 A pattern with a slash is of some options of its group alone.
 """
 
+LATER = ("adam_state_bitflip", "adam_state_reset", "gradient_stale", "schedule_restart")
+"""Faults that need something before them: they refuse an onset of 0."""
+
 
 def takes(option: str, path: str, value: object) -> bool:
+    if option in LATER and path == "fault.onset":
+        return False
     known = [
         values
         for pattern, (values, _) in TAKEN.items()
@@ -215,6 +227,10 @@ NEEDS = {
     "expert_dead": ("model=moe_nano",),
     "expert_capacity": ("model=moe_nano",),
     "rope_bf16": ("model.positions=rope",),
+    "gradient_bf16_accumulation": ("train.micro_batch=4",),
+    "adam_state_bitflip": ("fault.onset=3",),
+    "adam_state_reset": ("fault.onset=3",),
+    "schedule_restart": ("fault.onset=3",),
     "text": ("data.path=x",),
     "tokens": ("data.path=x",),
     "bpe_50k": ("model.vocab_size=50257",),
