@@ -23,6 +23,7 @@ COMMANDS = {
     "external": ("analysis.external", "score detectors on public training logs with real failures"),
     "faults": ("experiments.faults", "list the faults that a run can have"),
     "canary": ("experiments.canary", "a few short runs after a change, against a healthy band"),
+    "triage": ("analysis.triage", "a benchmark dips: evaluation, data, training, model or weights"),
     "calibrate": ("analysis.calibrate", "set thresholds of live alarms on healthy runs of your own"),
     "runs": ("experiments.runs", "list the runs in a folder, adopt or prune them"),
     "bench": ("experiments.bench", "measure what steps and monitors cost"),
