@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import permutation_test
+from scipy.stats import t as student
 
 from foreshock.analysis.probes.step import ALIKE, DIFFERS, NOT_COMPARED, Step
 
@@ -26,15 +27,18 @@ RESAMPLES = 9999
 @dataclass(frozen=True)
 class Dip:
     """Of scores against the old weights under the old harness. change: of their mean; p: of a change as low by chance,
-    sign-flip permutation over items, None for single numbers; dips: whether it is one.
+    sign-flip permutation over items; interval: of the change at 95 %, by Student's t over items, None where all change
+    alike; both None for single numbers; dips: whether it is a dip, None where nobody said what one is.
     """
 
     change: float
     p: float | None
     dips: bool | None
+    interval: tuple[float, float] | None = None
 
     def said(self) -> str:
-        return f"{self.change:+.4g}" + ("" if self.p is None else f" (p = {self.p:.2g})")
+        between = "" if self.interval is None else "{:+.4g} to {:+.4g}, ".format(*self.interval)
+        return f"{self.change:+.4g}" + ("" if self.p is None else f" ({between}p = {self.p:.2g})")
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,15 @@ def dip(scores: np.ndarray, before: np.ndarray, alpha: float, tolerance: float |
         rng=np.random.default_rng(0),
     )
     p = float(test.pvalue)
-    return Dip(change, p, p <= alpha and (tolerance is None or change < -tolerance))
+    return Dip(change, p, p <= alpha and (tolerance is None or change < -tolerance), _interval(scores - before))
+
+
+def _interval(changes: np.ndarray) -> tuple[float, float] | None:
+    spread = changes.std(ddof=1)
+    if spread <= 1e-12 * np.abs(changes).max():  # what rounding leaves of equal changes
+        return None
+    low, high = student.interval(0.95, len(changes) - 1, changes.mean(), spread / math.sqrt(len(changes)))
+    return float(low), float(high)
 
 
 def compare(

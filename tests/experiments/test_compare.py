@@ -63,7 +63,7 @@ def test_a_monitor_without_a_detector_enters_by_its_own_name(monkeypatch):
         ({0: "monitors=[delta_v]"}, r"monitors='delta_v' is not allowed: one of .*nearest are 'delta_w'"),
         ({0: "monitors=[]"}, r'monitors is missing: such as "monitors=\[delta_w,loss\]"'),
         ({0: "monitors=[loss,loss]"}, r"monitors=loss,loss is not allowed: loss stands there twice"),
-        ({1: "fault=bf16shift"}, r"fault='bf16shift' is not allowed: .*nearest is 'bf16_shift'"),
+        ({1: "fault=bf16shift"}, r"fault='bf16shift' is not allowed: .*nearest are 'bf16_shift'"),
         (
             {2: "bit=5,6"},
             r"bit=5,6 is not allowed: a key of fault=bf16_shift is one of sites, bits.*nearest are 'bits'",

@@ -177,7 +177,10 @@ def test_the_sign_flip_over_items_by_hand():
     before = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     found = dip(before - [0.1, 0.2, 0.1, 0.2, 0.1], before, 0.05, None)
     assert found.change == pytest.approx(-0.14) and found.p == pytest.approx(1 / 32) and found.dips
+    half = 2.7764451051977987 * np.std([0.1, 0.2, 0.1, 0.2, 0.1], ddof=1) / 5**0.5  # Student's t at 0.975, 4 degrees
+    assert found.interval == pytest.approx((-0.14 - half, -0.14 + half))
     assert dip(before, before, 0.05, None).p == 1.0
+    assert dip(before - 0.5, before, 0.05, None).interval is None
 
 
 @pytest.mark.parametrize(
