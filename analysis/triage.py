@@ -64,7 +64,10 @@ def options(arguments: Sequence[str]) -> dict[str, str]:
         if (old in given) != (new in given):
             lone, other = (old, new) if old in given else (new, old)
             raise ValueError(f"{lone}= has no {other}= beside it: triage compares two")
-    if not given.keys() - {"healthy", "alpha", "tolerance", "limit_s", "out"}:
+    for key, needed in (("healthy", "old"), ("tolerance", "old_harness"), ("limit_s", "old_harness")):
+        if key in given and needed not in given:
+            raise ValueError(f"{key}={given[key]} has no effect without {needed}=")
+    if not given.keys() - {"alpha", "out"}:
         raise ValueError("there is nothing to compare: give old= and new=, two run folders, and what else there is")
     return given
 
@@ -84,7 +87,7 @@ def triage(given: Mapping[str, str]) -> tuple[list[Step], Cross | None]:
         if "old_data" in given
         else lacking(data_drift.NAME, "old_data", "new_data"),
         _internal(given, runs, alpha),
-        architecture.compare(*runs, *(weights or (None, None))) if runs else lacking(architecture.NAME, "old", "new"),
+        architecture.compare(runs, weights) if runs or weights else lacking(architecture.NAME, "old", "new"),
     ]
     crossed = _cross(given, weights, alpha)
     return [*steps, lacking(cross.NAME, "old_harness", "new_harness") if crossed is None else crossed.step], crossed
@@ -101,10 +104,7 @@ def _paths(given: Mapping[str, str], what: str) -> tuple[Path, Path]:
 def _weights(given: Mapping[str, str], runs: tuple[Trace, Trace] | None) -> tuple[Path, Path] | None:
     """Those that are given, else those of the runs where both have them."""
     if "old_weights" in given:
-        found = _paths(given, "weights")
-        for key, path in zip(("old_weights", "new_weights"), found, strict=True):
-            architecture.tensors(path, key)
-        return found
+        return _paths(given, "weights")
     if runs is None:
         return None
     old, new = (run.folder / WEIGHTS for run in runs)

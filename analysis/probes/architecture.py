@@ -20,20 +20,22 @@ OF_THE_MODEL = ("config.model.", f"{ATTACHED}.", "sources.models.")
 Tensors = Mapping[str, tuple[tuple[int, ...], str]]
 
 
-def compare(old: Trace, new: Trace, old_weights: Path | None, new_weights: Path | None) -> Step:
-    """Names, shapes and dtypes of tensors where both files are there, and the manifests' keys of the model.
+def compare(runs: tuple[Trace, Trace] | None, weights: tuple[Path, Path] | None) -> Step:
+    """Names, shapes and dtypes of tensors, and the manifests' keys of the model, of what there is; old before new.
 
     Raises ValueError where a weight file is missing or no safetensors file.
     """
-    found = changes(old.manifest, new.manifest)
-    findings = [f"{c.key} {c.before} -> {c.after}" for c in found if c.key.startswith(OF_THE_MODEL)]
-    notes = [f"{c.key} {c.before} -> {c.after}" for c in found if not c.key.startswith(OF_THE_MODEL)]
-    compared = f"the manifests of {old.run_id} and {new.run_id}"
-    if old_weights is not None and new_weights is not None:
-        before, after = tensors(old_weights, "old_weights"), tensors(new_weights, "new_weights")
-        compared += f", {_count(before):,} parameters with {_count(after):,}"
+    compared, findings, notes = [], [], []
+    if runs is not None:
+        found = changes(*(run.manifest for run in runs))
+        findings += [f"{c.key} {c.before} -> {c.after}" for c in found if c.key.startswith(OF_THE_MODEL)]
+        notes += [f"{c.key} {c.before} -> {c.after}" for c in found if not c.key.startswith(OF_THE_MODEL)]
+        compared.append(f"the manifests of {runs[0].run_id} and {runs[1].run_id}")
+    if weights is not None:
+        before, after = (tensors(path, key) for path, key in zip(weights, ("old_weights", "new_weights"), strict=True))
+        compared.append(f"{_count(before):,} parameters with {_count(after):,}")
         findings += _tensor_changes(before, after)
-    return judged(NAME, compared, findings, tuple(notes))
+    return judged(NAME, ", ".join(compared), findings, tuple(notes))
 
 
 def tensors(path: Path, key: str) -> Tensors:

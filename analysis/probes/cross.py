@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ RESAMPLES = 9999
 class Dip:
     """Of scores against the old weights under the old harness. change: of their mean; p: of a change as low by chance,
     sign-flip permutation over items; interval: of the change at 95 %, by Student's t over items, None where all change
-    alike; both None for single numbers; dips: whether it is a dip, None where nobody said what one is.
+    alike; both None for a number or too few items; dips: whether it is a dip, None where nobody said what one is.
     """
 
     change: float
@@ -53,17 +55,11 @@ def score(command: str, weights: Path, key: str, limit_s: float) -> np.ndarray:
     """The items' scores (n,), or one number (1,). Raises ValueError, in one line, where the command gives none."""
     if WEIGHTS not in command:
         raise ValueError(f"{key}={command!r} is not allowed: it has no {WEIGHTS}, where the path of the weights goes")
-    parts = [part.replace(WEIGHTS, str(weights)) for part in shlex.split(command)]
-    try:
-        done = subprocess.run(parts, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"{key}={command!r} has not ended within limit_s={limit_s:g}") from None
-    except OSError as error:
-        raise ValueError(f"{key}={command!r} cannot be run: {error.strerror}") from None
-    if done.returncode != 0:
-        said = (done.stderr.strip().splitlines() or ["it printed no error"])[-1]
-        raise ValueError(f"{key}={command!r} ended with code {done.returncode}: {said}")
-    last = (done.stdout.strip().splitlines() or [""])[-1]
+    code, out, errors = _run(command, weights, key, limit_s)
+    if code != 0:
+        said = (errors.strip().splitlines() or ["it printed no error"])[-1]
+        raise ValueError(f"{key}={command!r} ended with code {code}: {said}")
+    last = (out.strip().splitlines() or [""])[-1]
     try:
         scores = np.atleast_1d(np.asarray(json.loads(last), float))
     except (ValueError, TypeError):
@@ -73,10 +69,38 @@ def score(command: str, weights: Path, key: str, limit_s: float) -> np.ndarray:
     return scores
 
 
+def _run(command: str, weights: Path, key: str, limit_s: float) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command in a session of its own, which ends with it at the time limit."""
+    try:
+        parts = [part.replace(WEIGHTS, str(weights)) for part in shlex.split(command)]
+        process = subprocess.Popen(
+            parts,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except ValueError as error:
+        raise ValueError(f"{key}={command!r} cannot be read: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{key}={command!r} cannot be run: {error.strerror}") from None
+    try:
+        out, errors = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{key}={command!r} has not ended within limit_s={limit_s:g}") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, out, errors
+
+
 def dip(scores: np.ndarray, before: np.ndarray, alpha: float, tolerance: float | None) -> Dip:
     """Whether scores are lower than before: by more than chance over items, or a number by more than tolerance."""
     change = float(scores.mean() - before.mean())
-    if len(scores) == 1:
+    if 2.0 ** -len(scores) > alpha:  # no change of so few items is seldom enough
         return Dip(change, None, None if tolerance is None else change < -tolerance)
     if (scores == before).all():
         return Dip(0.0, 1.0, False)
@@ -127,18 +151,20 @@ def compare(
     cause = _cause(dips[0, 1].dips, dips[1, 0].dips, dips[1, 1].dips)
     outcome = {UNKNOWN: NOT_COMPARED, NO_DIP: ALIKE}.get(cause, DIFFERS)
     if cause == UNKNOWN:
-        findings = (*findings, "give tolerance= to say which change of a single number is a dip")
+        findings = (*findings, f"give tolerance= to say what a dip is: {items} can show none by chance alone")
     return Cross(cause, Step(NAME, compared, outcome, findings))
 
 
 def _cause(harness: bool | None, weights: bool | None, together: bool | None) -> str:
     if harness is None or weights is None or together is None:
         return UNKNOWN
+    if not together:
+        return NO_DIP  # whatever a swap by itself does: what is run today scores as before
     if harness and weights:
         return BOTH
     if harness or weights:
         return HARNESS if harness else MODEL
-    return TOGETHER if together else NO_DIP
+    return TOGETHER
 
 
 def check_number(value: str, key: str) -> float:

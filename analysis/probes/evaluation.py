@@ -19,6 +19,8 @@ def compare(old: Path, new: Path) -> Step:
     Raises ValueError where a path does not exist or holds no file.
     """
     before, after = contents(old, "old_evaluation"), contents(new, "new_evaluation")
+    if old.is_file() != new.is_file():
+        raise ValueError(f"old_evaluation={old} and new_evaluation={new}: one is a file and the other a folder")
     findings = [f"{name} is gone" for name in sorted(before.keys() - after.keys())]
     findings += [f"{name} is new" for name in sorted(after.keys() - before.keys())]
     findings += [

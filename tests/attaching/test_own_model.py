@@ -9,7 +9,8 @@ import foreshock
 from foreshock.attaching.choice import configured, declined
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run
-from foreshock.experiments.training.optimizer import adamw, update
+from foreshock.experiments.training.clipping import clip_gradients
+from foreshock.experiments.training.optimizer import adamw, learning_rate, set_learning_rate
 from foreshock.monitors.base import Masked, Reading
 from foreshock.monitors.watch import Watch
 
@@ -54,7 +55,9 @@ def by_a_loop_of_ones_own(run: Run, folder) -> dict[tuple[int, str], torch.Tenso
             optimizer.zero_grad()
             loss, auxiliary, routings = model(batch)
             (loss + auxiliary).backward()
-            update(list(model.parameters()), optimizer, config, step, sites.lr_scale)
+            clip_gradients(list(model.parameters()), config.clip)
+            set_learning_rate(optimizer, learning_rate(config, step), sites.lr_scale)
+            optimizer.step()
             model.update_balance(routings, 1.0)
             watch.step(loss)
         assert watch.stopped is None and not watch.tracebacks

@@ -1,6 +1,7 @@
 """Triage names the one cause that there is: evaluation, data, training, architecture, harness or weights."""
 
 import sys
+import time
 from dataclasses import asdict
 
 import numpy as np
@@ -187,6 +188,7 @@ def test_the_sign_flip_over_items_by_hand():
     ("other", "message"),
     [
         ({"old_harness": "python eval.py"}, "it has no {weights}"),
+        ({"old_harness": "python 'x {weights}"}, "cannot be read: No closing quotation"),
         ({"old_harness": "false {weights}"}, "ended with code 1: it printed no error"),
         ({"old_harness": "true {weights}"}, "printed '' last: a number or a JSON list of numbers is needed"),
         ({"old_harness": "no_such_command {weights}"}, "cannot be run: No such file or directory"),
@@ -213,6 +215,63 @@ def test_a_mistake_is_one_line(other, message, inputs, capsys):
         triage.main(arguments(inputs, **filled))
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["old_data={folder}/data", "new_data={folder}/data", "healthy=x"], "healthy=x has no effect without old="),
+        (
+            ["old_data={folder}/data", "new_data={folder}/data", "limit_s=-3"],
+            "limit_s=-3 has no effect without old_harness=",
+        ),
+        (["old_evaluation={folder}/data", "new_evaluation={folder}"], "one is a file and the other a folder"),
+    ],
+)
+def test_what_has_no_effect_or_does_not_pair_is_said(arguments, message, tmp_path, capsys):
+    (tmp_path / "data").write_text(documents(0, WORDS))
+    with pytest.raises(SystemExit):
+        triage.main([argument.format(folder=tmp_path) for argument in arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_weights_alone_show_their_architecture(inputs, capsys):
+    write_run(inputs / "wide", width=8)
+    files = [f"old_weights={inputs}/old/run/{trace.WEIGHTS}", f"new_weights={inputs}/wide/{trace.WEIGHTS}"]
+    steps, _ = said(capsys, *files)
+    assert "tensor w F32 [4] -> F32 [8]" in steps["architecture"]
+
+
+@pytest.mark.parametrize(
+    ("dips", "cause"),
+    [
+        ((True, False, True), cross.HARNESS),
+        ((False, True, True), cross.MODEL),
+        ((True, True, True), cross.BOTH),
+        ((False, False, True), cross.TOGETHER),
+        ((True, False, False), cross.NO_DIP),  # the new weights make up for the new harness
+        ((None, False, True), cross.UNKNOWN),
+    ],
+)
+def test_whose_the_dip_is(dips, cause):
+    assert cross._cause(*dips) == cause
+
+
+def test_so_few_items_that_chance_can_do_it_need_a_tolerance():
+    """Of five items that all fall, chance does the same in 1 of 32: not below 0.05 / 3, whatever they fall by."""
+    before = np.arange(5.0)
+    assert dip(before - 1, before, 0.05 / 3, None).dips is None
+    assert dip(before - 1, before, 0.05 / 3, 0.5).dips and not dip(before - 1, before, 0.05 / 3, 2.0).dips
+    assert dip(np.arange(6.0) - 1, np.arange(6.0), 0.05 / 3, None).dips
+
+
+def test_a_harness_that_is_stopped_leaves_no_child(tmp_path):
+    mark = tmp_path / "child"
+    command = f"sh -c 'sleep 3 && touch {mark}; true {{weights}}'"
+    with pytest.raises(ValueError, match="has not ended within"):
+        cross.score(command, tmp_path, "old_harness", 0.3)
+    time.sleep(3.5)
+    assert not mark.exists()
 
 
 def test_other_numbers_of_items_and_half_a_pair_are_said(inputs, capsys):
