@@ -9,7 +9,7 @@ from foreshock.faults.adam_state import MOMENTS, RoundedMoments, check_moment
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
 from foreshock.faults.of_group import check_group
-from foreshock.faults.rounding import FORMATS
+from foreshock.faults.rounding import check_format
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class AdamStateFormat(OperationFault):
     With beta2 near 1 a change of v below half a unit in the last place is lost. No block has a scale of its own: in FP8
     a small v underflows to 0, which 8-bit optimizers with scales avoid.
 
-    format: of ``faults.rounding.FORMATS``, or ``fp32``, the healthy control; moment: of ``adam_state.MOMENTS``, or
+    format: of ``faults.rounding.FORMATS``, ``fp32`` the healthy control; moment: of ``adam_state.MOMENTS``, or
     None for both; group: of ``PARAMETER_GROUPS``, or None for all. Raises ValueError on impossible values, by name.
     """
 
@@ -30,8 +30,7 @@ class AdamStateFormat(OperationFault):
     group: str | None = None
 
     def __post_init__(self) -> None:
-        if self.format not in (*FORMATS, "fp32"):
-            raise ValueError(f"fault.format={self.format!r} is not allowed: one of {', '.join(FORMATS)}, fp32")
+        check_format(self.format)
         check_moment(self.moment)
         check_group(self.group)
         super().__post_init__()

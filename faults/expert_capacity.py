@@ -7,7 +7,7 @@ from functools import cached_property
 
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.models.expert_faults import CutCapacity
+from foreshock.faults.expert_operations import CutCapacity
 
 
 @dataclass(frozen=True)

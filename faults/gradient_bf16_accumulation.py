@@ -12,7 +12,7 @@ from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
 from foreshock.faults.of_group import OfGroup
 from foreshock.faults.operation import Moment, Training
-from foreshock.faults.rounding import FORMATS, nearest
+from foreshock.faults.rounding import check_format, nearest
 from foreshock.models.transformer import TransformerConfig
 
 
@@ -50,15 +50,14 @@ class GradientBF16Accumulation(OperationFault):
     ``experiments.training.gradients``; the quotient by the batch is FP32, as in health. The gradient of one micro-batch
     is not rounded by itself, which a backward pass in BF16 would do too.
 
-    format: of ``faults.rounding.FORMATS``, or ``fp32``, the healthy control. Raises ValueError on impossible values, by
+    format: of ``faults.rounding.FORMATS``, ``fp32`` the healthy control. Raises ValueError on impossible values, by
     name, and before training where a batch is one micro-batch.
     """
 
     format: str = "bf16"
 
     def __post_init__(self) -> None:
-        if self.format not in (*FORMATS, "fp32"):
-            raise ValueError(f"fault.format={self.format!r} is not allowed: one of {', '.join(FORMATS)}, fp32")
+        check_format(self.format)
         super().__post_init__()
 
     @cached_property

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.models.rotary_format import RotaryFormat
+from foreshock.faults.rotary_format import RotaryFormat
 
 
 @dataclass(frozen=True)

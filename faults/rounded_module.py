@@ -7,7 +7,7 @@ from functools import cached_property
 
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.models.rounded_tensor import RoundedTensor
+from foreshock.faults.rounded_tensor import RoundedTensor
 
 
 @dataclass(frozen=True)

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from foreshock.faults.operation import Moment
 
-FORMATS = {
+FORMATS: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp8_e5m2": torch.float8_e5m2,
     "fp8_e4m3": torch.float8_e4m3fn,
 }
-"""Number formats by name."""
+"""Number formats by name; ``fp32`` changes nothing."""
 
 
-def nearest(x: Tensor, form: str) -> Tensor:
+def check_format(number_format: str, known: Collection[str] = tuple(FORMATS)) -> None:
+    """Raise ValueError for a format that is not one of ``known``."""
+    if number_format not in known:
+        raise ValueError(f"fault.format={number_format!r} is not allowed: one of {', '.join(known)}")
+
+
+def nearest(x: Tensor, number_format: str) -> Tensor:
     """x rounded to the nearest number of a format, ties to even, in the dtype of x.
 
-    form: of ``FORMATS``, or ``fp32`` for x as it is. FP8 saturates at its largest number (as OCP's OFP8 allows), the
-    16-bit formats overflow to Inf. NaN stays NaN.
+    number_format: of ``FORMATS``; ``fp32`` gives x as it is. FP8 saturates at its largest number, without a scale (as
+    OCP's OFP8 allows), the 16-bit formats overflow to Inf. NaN stays NaN.
     """
-    if form == "fp32":
+    if number_format == "fp32":
         return x
-    dtype = FORMATS[form]
-    if form.startswith("fp8"):
+    dtype = FORMATS[number_format]
+    if number_format.startswith("fp8"):
         largest = torch.finfo(dtype).max
         x = x.clamp(-largest, largest)
     return x.to(dtype).to(x.dtype)

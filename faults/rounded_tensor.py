@@ -9,20 +9,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from foreshock.faults.rounding import check_format, nearest
 from foreshock.models.corruption import MODULE_SITES, TensorChange, has_weight
 from foreshock.models.mlp import MLP
 from foreshock.models.moe import MoE
 from foreshock.models.numerics import at_least_fp32
 from foreshock.models.transformer import Block, Rotary
-
-FORMATS: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
-"""Number formats by name; ``fp32`` changes nothing."""
 
 STATISTICS = "statistics"
 """Of a norm: the mean, if it has one, and the reciprocal of the standard deviation or root mean square."""
@@ -30,26 +22,13 @@ STATISTICS = "statistics"
 WITHOUT_WEIGHT = (Block, MLP, MoE, Rotary)
 
 
-def rounded_to(x: Tensor, number_format: str) -> Tensor:
-    """x rounded to the nearest number of a format, ties to even, in x's own dtype.
-
-    FP8 saturates at its largest number, without a scale, as its casts in hardware do; FP16 overflows to Inf. NaN stays.
-    """
-    dtype = FORMATS[number_format]
-    if number_format.startswith("fp8"):
-        largest = torch.finfo(dtype).max
-        x_in_range = x.clamp(-largest, largest)
-        return x_in_range.to(dtype).to(x.dtype)
-    return x.to(dtype).to(x.dtype)
-
-
 @dataclass(frozen=True)
 class RoundedTensor(TensorChange):
     """One tensor of one module, rounded whole.
 
     module: a name such as ``tokens``, ``head``, ``blocks.0.mlp.router``, ``blocks.0.attention.rotary``, or ``blocks.0``
-    for the residual stream after that block; site: one of ``SITES``; format: of ``FORMATS``. A rounded value takes the
-    gradient of the exact one. Raises ValueError on impossible values, by name.
+    for the residual stream after that block; site: one of ``SITES``; format: of ``faults.rounding.FORMATS``. A rounded
+    value takes the gradient of the exact one. Raises ValueError on impossible values, by name.
     """
 
     SITES: ClassVar[tuple[str, ...]] = (*MODULE_SITES, STATISTICS)
@@ -58,8 +37,7 @@ class RoundedTensor(TensorChange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format not in FORMATS:
-            raise ValueError(f"fault.format={self.format!r} is not allowed: one of {', '.join(FORMATS)}")
+        check_format(self.format)
 
     @property
     def idle(self) -> bool:
@@ -89,16 +67,16 @@ class RoundedTensor(TensorChange):
     def corrupt(self, x: Tensor, module: nn.Module, arguments: tuple[Any, ...]) -> Tensor:
         if self.site == STATISTICS:
             return self._normalised(module, arguments[0].detach()).to(x.dtype)
-        return rounded_to(x.detach(), self.format)
+        return nearest(x.detach(), self.format)
 
     def _normalised(self, norm: Any, x: Tensor) -> Tensor:
         """The output of a norm whose statistics are rounded, in FP32."""
         x, centre = at_least_fp32(x), torch.zeros(())
         if isinstance(norm, nn.LayerNorm):
             variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-            centre = rounded_to(mean, self.format)
+            centre = nearest(mean, self.format)
         else:
             variance = x.square().mean(-1, keepdim=True)
         epsilon = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-        y = (x - centre.to(x.device)) * rounded_to((variance + epsilon).rsqrt(), self.format) * norm.weight.detach()
+        y = (x - centre.to(x.device)) * nearest((variance + epsilon).rsqrt(), self.format) * norm.weight.detach()
         return y if getattr(norm, "bias", None) is None else y + norm.bias.detach()

@@ -6,25 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
+from foreshock.faults.rounding import FORMATS, check_format
 from foreshock.models.corruption import Log, ModuleChange, Removable
 from foreshock.models.transformer import Rotary, TransformerConfig
 
-FORMATS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ALLOWED = ("fp32", "bf16", "fp16")
+"""Formats that have products of their own; the 8-bit ones have none."""
 
 
 @dataclass(frozen=True)
 class RotaryFormat(ModuleChange):
-    """Position, frequency and their product in a format of ``FORMATS``, in every layer; ``fp32`` changes nothing."""
+    """Position, frequency and their product in a format of ``ALLOWED``, in every layer; ``fp32`` changes nothing."""
 
     format: str
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"fault.format={self.format!r} is not allowed: one of {', '.join(FORMATS)}")
+        check_format(self.format, ALLOWED)
 
     @property
     def idle(self) -> bool:

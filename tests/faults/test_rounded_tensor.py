@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from foreshock.faults.log import InjectionLog
+from foreshock.faults.rotary_format import RotaryFormat
+from foreshock.faults.rounded_tensor import RoundedTensor
+from foreshock.faults.rounding import FORMATS, nearest
 from foreshock.models.corruption import Corrupted, ModuleFault
 from foreshock.models.moe import MoEConfig
-from foreshock.models.rotary_format import RotaryFormat
-from foreshock.models.rounded_tensor import FORMATS, RoundedTensor, rounded_to
 from foreshock.models.taps import Taps
 from foreshock.models.transformer import Rotary, Transformer, TransformerConfig
 
@@ -37,18 +38,18 @@ def test_rounding_is_to_the_nearest_number(number_format):
     """At most half a unit in the last place away, in the range of normal numbers; twice is once."""
     digits = {"fp32": 24, "bf16": 8, "fp16": 11, "fp8_e4m3": 4, "fp8_e5m2": 3}[number_format]
     x = torch.linspace(-3.9, 3.9, 1001).exp()  # 0.02 to 49, normal in all of them
-    rounded = rounded_to(x, number_format)
+    rounded = nearest(x, number_format)
     assert ((rounded - x).abs() <= x * 2.0**-digits).all()
-    assert torch.equal(rounded_to(rounded, number_format), rounded)
+    assert torch.equal(nearest(rounded, number_format), rounded)
 
 
 def test_values_by_hand():
     x = torch.tensor([1 + 2**-9, 1 + 3 * 2**-9, 1e6, -1e6, float("nan")])
-    assert rounded_to(x, "bf16")[:2].tolist() == [1.0, 1 + 2**-7]
-    assert rounded_to(x, "fp16")[2] == float("inf")
-    assert rounded_to(x, "fp8_e4m3")[2:4].tolist() == [448.0, -448.0]
-    assert rounded_to(x, "fp8_e5m2")[2:4].tolist() == [57344.0, -57344.0]
-    assert all(rounded_to(x, name).isnan()[-1] for name in FORMATS)
+    assert nearest(x, "bf16")[:2].tolist() == [1.0, 1 + 2**-7]
+    assert nearest(x, "fp16")[2] == float("inf")
+    assert nearest(x, "fp8_e4m3")[2:4].tolist() == [448.0, -448.0]
+    assert nearest(x, "fp8_e5m2")[2:4].tolist() == [57344.0, -57344.0]
+    assert all(nearest(x, name).isnan()[-1] for name in FORMATS)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -79,7 +80,7 @@ def test_routers_and_what_gives_a_routing_beside_it_can_be_rounded(module):
     moe = {"moe": MoEConfig(4, 2)}
     y, _, _ = outputs_of(RoundedTensor(module, "y", "fp8_e5m2"), module=module, **moe)
     clean, _, _ = outputs_of(module=module, **moe)
-    assert torch.equal(y, rounded_to(clean, "fp8_e5m2"))
+    assert torch.equal(y, nearest(clean, "fp8_e5m2"))
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
