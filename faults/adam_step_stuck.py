@@ -20,7 +20,8 @@ class AdamStepStuck(OperationFault):
     Equation (arXiv:1412.6980): t stays t_0, the counter at the onset, so that each faulty update is corrected as number
     t_0 + 1: w <- w - lr (m / (1 - beta1^(t_0 + 1))) / (sqrt(v / (1 - beta2^(t_0 + 1))) + epsilon). From step 0 on, in
     the long run, the update is sqrt(1 - beta2) / (1 - beta1) times too long: 2.2 with (0.9, 0.95). A late onset changes
-    nothing once both powers are 0 in FP32. The increments of the window stay lost after it.
+    nothing once 1 - beta^t rounds to 1 in FP32, after some 340 steps with (0.9, 0.95). The increments of the window
+    stay lost after it.
 
     group: of ``models.transformer.PARAMETER_GROUPS``, or None for all. Raises ValueError for another group.
     """

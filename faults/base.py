@@ -67,7 +67,6 @@ class Sites:
     batch: operations on the batch's inputs and targets, token ids of shape (B, T) each.
     numerics: which operation is done to which attention tensor, and attention's arithmetic.
     modules: changes of what modules take and give, and of what they are made of.
-    masks: which keys each query sees (shifted causal masks).
     formats: the number formats of modules (FP8, MX).
     balance_scale: factor on the load-balance loss's coefficient and on the balancing bias's step.
     start: operations on the parameters before the step's forward.
@@ -89,7 +88,6 @@ class Sites:
     batch: tuple[BatchOperation, ...] = ()
     numerics: AttentionNumerics = HEALTHY
     modules: tuple[ModuleChange, ...] = ()
-    masks: tuple[Operation, ...] = _declared(default=())
     formats: tuple[Operation, ...] = _declared(default=())
     balance_scale: float = 1.0
     start: tuple[TensorOperation, ...] = ()

@@ -17,9 +17,9 @@ class DataRepeat(WindowedFault):
     What breaks: a resumed loader that does not skip what was read, so that the epoch begins again, or a loader that
     hands out one batch for ever. Report: huggingface/accelerate #2016.
     Equation: step s reads the batch of step (onset - back) + (s - onset) mod cycle, with the onset for ``back`` None
-    (the run's first batch) and without the modulus for ``cycle`` None. Operations that draw at random in the batch draw
-    as at the step that is read: what was corrupt is corrupt again. A loader of several workers that repeats one
-    worker's share is not modelled.
+    (the run's first batch) and without the modulus for ``cycle`` None. Operations on the batch act at the steps of
+    their own windows, and draw as at the step that is read. A loader of several workers that repeats one worker's share
+    is not modelled.
 
     back: steps, at most the onset; 0 is the healthy control, and goes with no cycle; cycle: batches that come again and
     again, at least 1. Raises ValueError on impossible values, by name.
@@ -49,6 +49,8 @@ class DataRepeat(WindowedFault):
             return healthy
         since = step - self.onset
         data_step = self.first + (since if self.cycle is None else since % self.cycle)
+        if healthy.data_step is not None:
+            raise ValueError(f"fault: at step {step} two faults say which step's batch is read")
         return healthy if data_step == step else replace(healthy, data_step=data_step)
 
     def describe(self) -> InjectionCard:

@@ -44,10 +44,16 @@ class WrongDecay(OfGroup):
                 f"fault.group={self.group!r} has no effect with fault.vectors=false: it does not decay in health"
             )
 
+    def meets(self, other: Any) -> bool:
+        return isinstance(other, WrongDecay) and self.overlaps(other)
+
     @contextmanager
     def around(self, update: Update) -> Iterator[None]:
-        run = max(group["weight_decay"] for group in update.optimizer.param_groups)
-        decays = [self._decay(group, run) for group in update.optimizer.param_groups]
+        run = max(group["weight_decay"] for group in update.healthy)
+        decays = [
+            self._decay(group["name"], healthy["weight_decay"] > 0, run)
+            for group, healthy in zip(update.optimizer.param_groups, update.healthy, strict=True)
+        ]
         gradients = [p.grad for group in update.optimizer.param_groups for p in group["params"]]
         kept = [None if gradient is None else gradient.clone() for gradient in gradients] if self.coupled else []
         if self.coupled:
@@ -66,10 +72,9 @@ class WrongDecay(OfGroup):
             if gradient is not None and own is not None:
                 gradient.copy_(own)
 
-    def _decay(self, group: dict[str, Any], run: float) -> float | None:
+    def _decay(self, group: str, matrices: bool, run: float) -> float | None:
         """The decay of one group of the optimizer, None where it keeps its own. run: the matrices' in health."""
-        matrices = group["weight_decay"] > 0
-        if self.group not in (None, group["name"]) or not (matrices or self.vectors):
+        if self.group not in (None, group) or not (matrices or self.vectors):
             return None
         return self.factor * run
 

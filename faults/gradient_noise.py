@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ class NoisyGradients(OfGroup):
     @property
     def idle(self) -> bool:
         return self.share == 0
+
+    def meets(self, other: Any) -> bool:
+        return isinstance(other, NoisyGradients) and self.overlaps(other)  # they would share their draws
 
     def apply(self, x: Tensor, moment: Moment) -> Tensor:
         draws = moment.generator(f"gradient_noise {moment.tensor}").standard_normal(x.numel(), dtype=np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -29,6 +29,9 @@ class StaleGradients(OfGroup):
     @property
     def lookback_steps(self) -> int:
         return self.lag
+
+    def meets(self, other: Any) -> bool:
+        return isinstance(other, StaleGradients) and self.overlaps(other)
 
     def apply(self, x: Tensor, moment: Moment) -> Tensor:
         return moment.earlier(self.lag)

@@ -14,7 +14,6 @@ from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt
 from foreshock.faults.operation import BatchOperation, Moment
 from foreshock.faults.share import ShareFault
-from foreshock.models.batch import IGNORED
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class RandomTargets(BatchOperation):
         shift = torch.zeros(count, dtype=torch.int64)
         shift[torch.from_numpy(places)] = torch.from_numpy(generator.integers(1, moment.vocab_size, size=len(places)))
         noisy = (targets + shift.view(targets.shape).to(targets.device)) % moment.vocab_size
-        return torch.stack((inputs, torch.where(targets == IGNORED, targets, noisy)), dim=1)
+        return torch.stack((inputs, noisy), dim=1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from foreshock.faults.base import Sites, WindowedFault
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.operation import BatchOperation, Moment, Places, SamplingOperation
 from foreshock.faults.share import check_share, chosen_rows
-from foreshock.models.batch import IGNORED
 
 PURPOSE = "near_duplicates"
 """Of the draw that both operations share: which sequences of a batch are copies."""
@@ -59,7 +58,7 @@ class EditedCopies(BatchOperation):
             edited = generator.permutation(T + 1)[: math.ceil(self.edits * (T + 1))]
             shift[row, edited] = generator.integers(1, moment.vocab_size, size=len(edited))
         shift_B2T = torch.from_numpy(np.stack((shift[:, :-1], shift[:, 1:]), axis=1)).to(pair_B2T.device)
-        return torch.where(pair_B2T == IGNORED, pair_B2T, (pair_B2T + shift_B2T) % moment.vocab_size)
+        return (pair_B2T + shift_B2T) % moment.vocab_size
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ class OfGroup(Operation):
         if not self.touches(name for name, _ in skeleton(model).named_parameters()):
             raise ValueError(f"fault.group={self.group!r} has no effect: the model has no parameter of that group")
 
+    def overlaps(self, other: OfGroup) -> bool:
+        """Whether both reach some parameter of a model."""
+        return None in (self.group, other.group) or self.group == other.group
+
     def touches(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if self.group is None or parameter_group(name) == self.group]
 

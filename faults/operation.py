@@ -127,7 +127,7 @@ class BatchOperation(Operation, Protocol):
     def apply(self, pair_B2T: Tensor, moment: Moment) -> Tensor:
         """The changed inputs and targets, int64, (B, 2, T), in that order; those given stay as they are.
 
-        A target can be ``models.batch.IGNORED`` and stays so.
+        A target that is ``models.batch.IGNORED`` stays so, whatever stands there (``faults.points.corrupt_batch``).
         """
 
 

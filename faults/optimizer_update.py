@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,13 +21,19 @@ CONSTANTS = ("betas", "eps", "weight_decay")
 class Update:
     """The optimizer between the clip and its update, with the means to change it so that the change is logged.
 
-    parameters: by name; log: where changes are counted, or None.
+    parameters: by name; log: where changes are counted, or None; healthy: the constants of every parameter group
+    before any operation.
     """
 
     optimizer: torch.optim.Optimizer
     parameters: Mapping[str, nn.Parameter]
     moment: Moment
     log: Log | None = None
+    healthy: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        constants = [{key: group[key] for key in CONSTANTS} for group in self.optimizer.param_groups]
+        object.__setattr__(self, "healthy", constants)
 
     def states(self, names: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Each parameter's state by its name; none before an optimizer's first update, which makes them."""
@@ -67,8 +73,6 @@ class OptimizerOperation(Operation, Protocol):
 @contextmanager
 def corrupted_optimizer(update: Update, operations: Sequence[OptimizerOperation]) -> Iterator[None]:
     """Apply the operations of an update around it; the constants are as before once the context is closed."""
-    groups = update.optimizer.param_groups
-    healthy = [{key: group[key] for key in CONSTANTS} for group in groups] if operations else []
     try:
         with torch.no_grad(), ExitStack() as around:
             for operation in operations:
@@ -76,5 +80,5 @@ def corrupted_optimizer(update: Update, operations: Sequence[OptimizerOperation]
                     around.enter_context(operation.around(update))
             yield
     finally:
-        for group, constants in zip(groups, healthy, strict=False):
+        for group, constants in zip(update.optimizer.param_groups, update.healthy, strict=True):
             group.update(constants)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foreshock.faults.operation import BatchOperation, Moment, Places, SamplingOperation, TensorOperation
-from foreshock.models.batch import inputs_and_targets
+from foreshock.models.batch import IGNORED, inputs_and_targets
 from foreshock.models.corruption import Log
 
 
@@ -57,7 +57,8 @@ def corrupt_batch(
     pair_B2T = torch.stack(inputs_and_targets(batch_BT1), dim=1)
     for operation in operations:
         if not operation.idle:
-            before, pair_B2T = pair_B2T, operation.apply(pair_B2T, moment)
+            before, after = pair_B2T, operation.apply(pair_B2T, moment)
+            pair_B2T = torch.where(before == IGNORED, before, after)
             for index, name in enumerate(("inputs", "targets") if log is not None else ()):
                 if name in operation.changes:
                     log.add("batch", operation, name, before[:, index], pair_B2T[:, index])  # type: ignore[union-attr]  # there is one

@@ -13,7 +13,7 @@ from foreshock.faults.rounding import FORMATS, check_format
 from foreshock.models.corruption import Log, ModuleChange, Removable
 from foreshock.models.transformer import Rotary, TransformerConfig
 
-ALLOWED = ("fp32", "bf16", "fp16")
+ALLOWED = ("bf16", "fp16", "fp32")
 """Formats that have products of their own; the 8-bit ones have none."""
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from foreshock.faults.operation import Moment
 
 FORMATS: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp8_e5m2": torch.float8_e5m2,
     "fp8_e4m3": torch.float8_e4m3fn,
+    "fp32": torch.float32,
 }
 """Number formats by name; ``fp32`` changes nothing."""
 

@@ -36,6 +36,8 @@ class ScheduleRestart(WindowedFault):
     def sites(self, step: int, healthy: Sites) -> Sites:
         if step not in self.window:
             return healthy
+        if healthy.schedule.first_step:
+            raise ValueError(f"fault: at step {step} two faults say where the learning-rate schedule stands")
         return replace(healthy, schedule=replace(healthy.schedule, first_step=self._first_step))
 
     def describe(self) -> InjectionCard:

@@ -12,7 +12,6 @@ from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt
 from foreshock.faults.operation import BatchOperation, Moment
 from foreshock.faults.share import ShareFault, chosen_rows
-from foreshock.models.batch import IGNORED
 
 
 def other_vocabulary(moment: Moment) -> Tensor:
@@ -39,7 +38,7 @@ class PermutedVocabulary(BatchOperation):
         hit = pair_B2T[rows_in_torch]
         ids = other_vocabulary(moment).to(pair_B2T.device)
         out = pair_B2T.clone()
-        out[rows_in_torch] = torch.where(hit == IGNORED, hit, ids[hit.clamp(min=0)])
+        out[rows_in_torch] = ids[hit.clamp(min=0)]  # an ignored target is no id
         return out
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from typing import ClassVar
 
-from foreshock.faults.card import InjectionCard
-from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.faults.flipped_bits import FlippedBits, check_flip
+from foreshock.faults.flipped_bits import BitflipFault
 
 
 @dataclass(frozen=True)
-class WeightBitflip(OperationFault):
+class WeightBitflip(BitflipFault):
     """One bit of one weight, or of a row of neighbouring weights, inverted at the steps of a window: by default once.
 
     What breaks: memory or a core that corrupts data without an error. Reports: Dixit et al., arXiv:2102.11245;
@@ -21,24 +19,8 @@ class WeightBitflip(OperationFault):
     optimizer's state stays right, and it trains on from the wrong weight. It does not model a bit that sticks (every
     later update writes over it) or replicas that disagree.
 
-    parameter: a name of ``named_parameters()``, such as ``blocks.0.attention.q.weight`` (a tied head's is
-    ``tokens.weight``); bit: from below, 1 to 23 of the significand, 24 to 31 of the exponent, 32 the sign, or 0 for the
-    healthy control; count: how many neighbours in row-major order. A flipped exponent may give Inf or NaN, with which
-    the run ends as non-finite data. Raises ValueError on impossible values, by name.
+    parameter, bit, count: as ``faults.flipped_bits.BitflipFault`` has them; bit 0 is the healthy control.
     """
 
-    parameter: str
-    bit: int
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        check_flip(self.bit, self.count)
-        super().__post_init__()
-
-    @cached_property
-    def corrupt(self) -> Corrupt:
-        return Corrupt("weights", (FlippedBits(self.parameter, self.bit, self.count, "weight"),), self.window)
-
-    def describe(self) -> InjectionCard:
-        where, size = {"point": "weights", "parameter": self.parameter}, {"bit": self.bit, "count": self.count}
-        return InjectionCard(self.family, (self.injection("flip", where, size, control=self.bit == 0),))
+    point: ClassVar[str] = "weights"
+    what: ClassVar[str] = "weight"

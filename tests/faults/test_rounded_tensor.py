@@ -114,7 +114,7 @@ def test_fp32_is_healthy_bit_for_bit(module):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("head", "y", "int8"), "fault.format='int8' is not allowed: one of fp32, bf16"),
+        (("head", "y", "int8"), "fault.format='int8' is not allowed: one of bf16, fp16"),
         (("head", "w", "bf16"), "site='w' is not allowed: one of y, dy, dx, dw, statistics"),
         (("head", "statistics", "bf16"), "fault.site='statistics' is not allowed for 'head': it is no norm"),
         (("blocks.0", "dw", "bf16"), "fault.site='dw' is not allowed for 'blocks.0': it has no weight of its own"),

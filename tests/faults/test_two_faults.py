@@ -1,0 +1,89 @@
+"""Two faults at one place and time: both act, or they are refused by name before training."""
+
+import pytest
+import torch
+
+from foreshock.faults.bad_batch import BadBatch
+from foreshock.faults.base import Sites
+from foreshock.faults.combined import Combined
+from foreshock.faults.data_repeat import DataRepeat
+from foreshock.faults.decay_wrong import DecayWrong
+from foreshock.faults.fit import check_fits
+from foreshock.faults.gradient_bitflip import GradientBitflip
+from foreshock.faults.gradient_noise import GradientNoise
+from foreshock.faults.gradient_stale import GradientStale
+from foreshock.faults.label_shift import LabelShift
+from foreshock.faults.operation import Moment
+from foreshock.faults.padding_counted import PaddingCounted
+from foreshock.faults.points import corrupt_batch
+from foreshock.faults.schedule_restart import ScheduleRestart
+from foreshock.faults.weight_bitflip import WeightBitflip
+from foreshock.models.batch import IGNORED
+
+QUERY, KEY = "blocks.0.attention.q.weight", "blocks.0.attention.k.weight"
+
+
+def check(make_run, *faults):
+    run = make_run("train.steps=20")
+    check_fits(Combined({f"f{i}": fault for i, fault in enumerate(faults)}), run.model_config, run.train)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        (GradientBitflip(QUERY, 5), GradientBitflip(QUERY, 5), "meet: only one of them may set a value"),
+        (WeightBitflip(QUERY, 5, duration=1), WeightBitflip(QUERY, 5, count=2, duration=1), "meet"),
+        (GradientNoise(0.5), GradientNoise(0.5, "mlp"), "meet"),
+        (GradientStale(1, onset=3), GradientStale(2, "mlp", onset=3), "meet"),
+        (DecayWrong(2.0), DecayWrong(3.0, "mlp"), "meet"),
+        (ScheduleRestart(onset=3), ScheduleRestart(2, onset=3), "two faults say where the learning-rate schedule"),
+        (DataRepeat(onset=5), DataRepeat(2, onset=5), "two faults say which step's batch is read"),
+    ],
+)
+def test_what_would_win_over_the_other_unsaid_is_refused(one, other, said, make_run):
+    with pytest.raises(ValueError, match=said):
+        check(make_run, one, other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (GradientBitflip(QUERY, 5), GradientBitflip(QUERY, 6)),
+        (GradientBitflip(QUERY, 5), GradientBitflip(KEY, 5)),
+        (GradientBitflip(QUERY, 5), WeightBitflip(QUERY, 5)),
+        (GradientNoise(0.5, "attention"), GradientNoise(0.5, "mlp")),
+        (DecayWrong(2.0, "attention"), DecayWrong(3.0, "mlp")),
+    ],
+)
+def test_what_acts_on_different_things_goes_together(one, other, make_run):
+    check(make_run, one, other)
+
+
+@pytest.mark.parametrize("order", [("mlp", "attention"), ("attention", "mlp")])
+def test_each_of_two_decays_is_a_factor_on_the_healthy_one(order, make_run):
+    """mlp x 3 and attention x 2, in either order: of the run's decay, not of what the other fault has made of it."""
+    run = make_run("train.steps=20")
+    factors, engine = {"mlp": 3.0, "attention": 2.0}, run.new_engine()
+    healthy = run.healthy_sites()
+    sites = Combined({name: DecayWrong(factors[name], name) for name in order}).sites(0, healthy)
+    seen, step = {}, engine.optimizer.step
+    engine.optimizer.step = lambda: (
+        seen.update({(g["name"], g["params"][0].ndim): g["weight_decay"] for g in engine.optimizer.param_groups}),
+        step(),
+    )
+    engine.step(0, [sites])
+    decay = run.train.weight_decay
+    expected = {name: factors.get(name, 1.0) * decay for name in ("embedding", "mlp", "attention")}
+    assert {name: value for (name, ndim), value in seen.items() if ndim == 2} == pytest.approx(expected)
+    assert all(group["weight_decay"] in (0.0, decay) for group in engine.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("fault", [BadBatch(1.0), PaddingCounted(0.5), LabelShift(-1)])
+def test_a_target_that_is_ignored_stays_so(fault):
+    tokens = torch.arange(20).view(4, 5) % 7
+    moment = Moment(0, 0, 7)
+    healthy = Sites(batch_size=4)
+    shifted = LabelShift(2).sites(0, healthy)
+    before = corrupt_batch(tokens, shifted.batch, moment)[:, 1] == IGNORED
+    after = corrupt_batch(tokens, fault.sites(0, shifted).batch, moment)[:, 1] == IGNORED
+    assert before.any() and (after | ~before).all()
