@@ -18,8 +18,8 @@ class RopeBF16(OperationFault):
     huggingface/transformers #29285. Equation: angle = fl(fl(t) fl(base^(-2i / d))) with fl the rounding to the format;
     cosine and sine are taken of it in FP32. BF16 has 8 significant bits: positions above 256 share their phases with
     neighbours, and below that every phase but the fastest, whose frequency is 1, errs by up to some t 2^-8. The
-    rotation itself stays in FP32, and the gradient is that of the rotation that was done. No law of linear layers or attention
-    sees it: queries and keys are wrong before they enter, so that a loss by position has to.
+    rotation itself stays in FP32, and the gradient is that of the rotation that was done. No law of linear layers or
+    attention sees it: queries and keys are wrong before they enter, so that a loss by position has to.
 
     format: ``bf16``, ``fp16``, or ``fp32``, the healthy control. Raises ValueError on impossible values, by name.
     """
