@@ -16,7 +16,7 @@ class GradientDivisor(OperationFault):
     """The gradient of the whole batch divided by another count than its own, at the steps of a window.
 
     What breaks: gradients of micro-batches that are added up and not divided by their number, or divided by a count of
-    sequences where that of tokens is right. Reports: axolotl #1100; huggingface/transformers #34191.
+    sequences where that of tokens is right. Reports: axolotl #2262; huggingface/transformers #34191.
     Equation: g <- factor g for every parameter, before the norm and the clip; factor = right count / used count, so
     that N micro-batches without a division are a factor of N. 1 is the healthy control. It does not model counts that
     differ between micro-batches, which would weight some sequences more than others; a clip that is reached hides it.
