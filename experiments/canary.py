@@ -20,13 +20,13 @@ Every other key is one of foreshock train; a canary has the settings of its band
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import initialize_config_dir
 
-from foreshock.analysis.calibrate import healthy_runs
+from foreshock.analysis.calibrate import healthy_runs, left_out
 from foreshock.analysis.detect.calibration import NO_READING
 from foreshock.analysis.figures.canary import draw
 from foreshock.analysis.probes import band as bands
@@ -44,6 +44,15 @@ from foreshock.experiments.usage import show_help
 from foreshock.experiments.validation import check_seed
 
 OWN = ("band", "store", "healthy", "alpha", "seeds", "runs", "at_once")
+_THERE = "runs that are there already"
+_OF_THE_BAND = "a canary: alpha is that of its band"
+WITHOUT_EFFECT: Mapping[str, Mapping[str, str]] = {
+    "a canary": {"alpha": _OF_THE_BAND},
+    "runs": {"alpha": _OF_THE_BAND, "seeds": _THERE, "at_once": _THERE},
+    "store": {"seeds": "a band, whose runs have the first seeds"},
+    "healthy": {"seeds": _THERE, "at_once": _THERE},
+}
+"""By what is done, the options that it has no use for, and why."""
 STEPS = "train.steps=200"
 CANARIES = 3
 """Runs after a change, unless they are chosen."""
@@ -75,6 +84,8 @@ class Command:
             key, equals, value = argument.partition("=")
             if not equals or not value or key.startswith("-"):
                 raise ValueError(f"{argument!r} is not allowed: key=value")
+            if key in given:
+                raise ValueError(f"{key}= is given twice: {given[key]} and {value}")
             if key in OWN:
                 given[key] = value
             elif key in ("seed", "out"):
@@ -90,7 +101,7 @@ class Command:
         if overrides and chosen and chosen[0] != "store":
             there = f"{chosen[0]}={given[chosen[0]]}"
             raise ValueError(f"{overrides[0]} has no effect on runs that are there already ({there})")
-        return cls(
+        command = cls(
             band=Path(given["band"]),
             store=_whole(given["store"], "store") if "store" in given else None,
             healthy=Path(given["healthy"]) if "healthy" in given else None,
@@ -100,6 +111,11 @@ class Command:
             at_once=_whole(given.get("at_once", "2"), "at_once"),
             overrides=tuple(overrides),
         )
+        what = chosen[0] if chosen else "a canary"
+        useless = next((key for key in given if key in WITHOUT_EFFECT[what]), None)
+        if useless is not None:
+            raise ValueError(f"{useless}={given[useless]} has no effect on {WITHOUT_EFFECT[what][useless]}")
+        return command
 
 
 def _whole(value: str, key: str) -> int:
@@ -145,7 +161,7 @@ def make_band(command: Command) -> None:
     bands.check_new(command.band)
     overrides = _with_steps(command.overrides)
     if command.healthy is not None:
-        runs, overrides = healthy_runs(command.healthy), ()
+        runs, overrides = _healthy(command.healthy), ()
     else:
         assert command.store is not None
         faulty = next((line for line in overrides if line.lstrip("+~").startswith("fault")), None)
@@ -166,6 +182,16 @@ def make_band(command: Command) -> None:
         print(f"  not compared: {made.declined[name]}")
 
 
+def _healthy(folder: Path) -> list[Trace]:
+    """The completed runs of a folder; what is left out is said."""
+    if not any(folder.glob("*/manifest.json")):
+        raise ValueError(f"healthy={folder} holds no finished healthy run: folders of foreshock.attach(out=...)")
+    unfinished = left_out(folder)
+    if unfinished:
+        print(f"  left out, since they did not complete: {', '.join(unfinished)}")
+    return healthy_runs(folder)
+
+
 def compare(command: Command) -> Verdict:
     """Hold runs after a change against the band, and write what came out beside it."""
     band = bands.read(command.band)
@@ -175,7 +201,7 @@ def compare(command: Command) -> Verdict:
     if command.runs is not None:
         runs = _finished(command.runs)
     else:
-        seeds = band.seeds[: command.seeds] if isinstance(command.seeds, int) else command.seeds
+        seeds = _seeds_of(band, command.seeds)
         runs = trained([*band.overrides, *command.overrides], seeds, folder / "runs", command.at_once)
     verdict = judge(band, runs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,8 +211,16 @@ def compare(command: Command) -> Verdict:
     return verdict
 
 
+def _seeds_of(band: bands.Band, seeds: int | tuple[int, ...]) -> Sequence[int]:
+    if not isinstance(seeds, int):
+        return seeds
+    if seeds > len(band.seeds):
+        raise ValueError(f"seeds={seeds} is not allowed: the band has {len(band.seeds)} to choose from, or name yours")
+    return band.seeds[:seeds]
+
+
 def _with_steps(overrides: tuple[str, ...]) -> tuple[str, ...]:
-    given = any(line.startswith("train.steps=") for line in overrides)
+    given = any(line.lstrip("+").startswith("train.steps=") for line in overrides)
     return overrides if given else (*overrides, STEPS)
 
 
@@ -199,7 +233,7 @@ def _next_folder(band: Path) -> Path:
 
 
 def _finished(folder: Path) -> list[Trace]:
-    """Every finished run in a folder. Raises TraceError where one is not, ValueError where there is none."""
+    """Every run in a folder, however it ended. Raises TraceError for one that cannot be read, ValueError for none."""
     runs = [trace.read(path.parent) for path in sorted(folder.glob("*/manifest.json"))]
     if not runs:
         raise ValueError(f"runs={folder} holds no run: folders of foreshock.attach(out=...) are needed")

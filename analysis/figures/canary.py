@@ -52,7 +52,7 @@ def drawn_signals(band: Band, verdict: Verdict) -> list[str]:
 
 
 def _panel(axis: plt.Axes, name: str, band: Band, verdict: Verdict) -> None:
-    signal = verdict.canaries[0].run.described[name]
+    signal = next(iter(band.runs.values())).described[name]
     first = next((breach for breach in verdict.breaches if breach.signal == name), None)
     for run in band.runs.values():
         axis.plot(*_curve(run, name, signal, first, band.steps), color=HEALTHY, alpha=0.35, linewidth=1)

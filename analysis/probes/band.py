@@ -12,7 +12,7 @@ from foreshock.analysis.detect.calibration import REFERENCE, SETS_SCALES, calibr
 from foreshock.analysis.detect.thresholds import Thresholds
 from foreshock.analysis.runs.conf import conf
 from foreshock.experiments import trace
-from foreshock.experiments.files import sealed, unsealed, write_whole
+from foreshock.experiments.files import damage, sealed, sha256, unsealed, write_whole
 from foreshock.experiments.trace import Trace, TraceError
 
 HEALTHY, THRESHOLDS, SETTINGS = "healthy", "thresholds.json", "canary.json"
@@ -58,6 +58,16 @@ def check_new(folder: Path) -> None:
         raise ValueError(f"band={folder} is not allowed here: it holds a band already; name another folder")
 
 
+def check_no_copies(runs: Sequence[Trace]) -> None:
+    """Raises ValueError where two runs have the same readings to the byte: they are one run, and count as one."""
+    seen: dict[tuple[str, ...], str] = {}
+    for run in runs:
+        parts = tuple(digest for name, digest in run.manifest.get("files", {}).items() if name.startswith(trace.TRACE))
+        if parts and parts in seen:
+            raise ValueError(f"runs {seen[parts]} and {run.run_id} are copies of one run: other seeds are needed")
+        seen[parts] = run.run_id
+
+
 def check_count(runs: int, alpha: float) -> None:
     """Raises ValueError for too few runs for alpha, before they are trained."""
     needed = SETS_SCALES + math.ceil(1 / alpha - 1 - 1e-9)
@@ -71,13 +81,19 @@ def store(folder: Path, runs: Sequence[Trace], alpha: float, overrides: Sequence
     alpha: the probability that a healthy run stands outside in any signal. Raises ValueError for too few runs for
     alpha, and TraceError for runs of different models or signals.
     """
+    check_no_copies(runs)
     thresholds = calibrated(runs, alpha=alpha, track=REFERENCE, chart=conf("rule", CHART), joint=True)
     for run in runs:
         kept = folder / HEALTHY / run.run_id
         if run.folder.resolve() != kept.resolve():
             shutil.copytree(run.folder, kept, ignore=shutil.ignore_patterns(*LEFT_BEHIND), dirs_exist_ok=True)
     thresholds.write(folder / THRESHOLDS)
-    write_whole(folder / SETTINGS, sealed({"overrides": list(overrides), "runs": sorted(run.run_id for run in runs)}))
+    settings = {
+        "overrides": list(overrides),
+        "runs": sorted(run.run_id for run in runs),
+        "thresholds": sha256((folder / THRESHOLDS).read_bytes()),
+    }
+    write_whole(folder / SETTINGS, sealed(settings))
     return Band(thresholds, {run.run_id: run for run in runs}, tuple(overrides))
 
 
@@ -89,5 +105,8 @@ def read(folder: Path) -> Band:
         raise ValueError(f"band={folder} holds no band: store one with store=19, or with healthy=DIR") from None
     except ValueError as error:
         raise TraceError(f"{folder / SETTINGS} is damaged ({error}): store the band again") from None
+    reason = damage(folder / THRESHOLDS, settings["thresholds"])
+    if reason is not None:
+        raise TraceError(f"{folder / THRESHOLDS} is damaged ({reason}): store the band again")
     runs = {run: trace.read(folder / HEALTHY / run) for run in settings["runs"]}
     return Band(Thresholds.read(folder / THRESHOLDS), runs, tuple(settings["overrides"]))

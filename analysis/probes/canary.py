@@ -3,7 +3,7 @@
 Each run is held against the joint thresholds of the band. With n calibration runs and the threshold at rank k of their
 path maxima, the number of K exchangeable healthy runs above it is beta-binomial with K, n + 1 - k and k. The verdict is
 ``outside`` where so many runs stand above as healthy ones would with probability at most alpha, and at once where a run
-ends early or an exact signal is not 0.
+breaks down or an exact signal is not 0.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from scipy.stats import t as student
 from foreshock.analysis.detect.against import on_band, statistic, z_scores
 from foreshock.analysis.detect.alarms import conformal_rank
 from foreshock.analysis.detect.thresholds import SignalThreshold, Thresholds
-from foreshock.analysis.probes.band import Band
+from foreshock.analysis.probes.band import Band, check_no_copies
 from foreshock.experiments.trace import Series, Trace
 from foreshock.monitors.signal import CLOCK, EXACT, Signal
 
 HELD_OUT = "held_out_loss"
+BROKEN_DOWN = ("diverged", "non_finite")
+"""End reasons of a training that broke down; ``stopped`` or ``running`` say of a watch or a process that it ended."""
 LEVEL = 0.95
 """Of the interval of held-out loss's change."""
 
@@ -63,10 +65,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Canary:
-    """One run after the change. ended: why it ended early, or None; twin: the healthy run of its seed, or None.
+    """One run after the change. ended: how it broke down, or None; twin: the healthy run of its seed, or None.
 
-    breaches: in the order of their steps; not_compared: signals of the band that the run does not have, and those of
-    another shape or cadence.
+    breaches: in the order of their steps; not_compared: signals of the band that the run does not have or describe, and
+    those of another shape or cadence; steps: of the band, which are those that are compared.
     """
 
     run: Trace
@@ -74,6 +76,7 @@ class Canary:
     twin: Trace | None
     breaches: tuple[Breach, ...]
     not_compared: tuple[str, ...]
+    steps: int
 
     @property
     def outside(self) -> bool:
@@ -81,13 +84,13 @@ class Canary:
 
     @property
     def certain(self) -> bool:
-        """Whether no healthy run is like it, whatever alpha: it ended early, or an exact signal is not 0."""
+        """Whether no healthy run is like it, whatever alpha: it broke down, or an exact signal is not 0."""
         return self.ended is not None or any(breach.statistic is None for breach in self.breaches)
 
     @cached_property
     def difference(self) -> Difference | None:
         """From the twin; None where every reading is the same, or there is no twin."""
-        return None if self.twin is None else first_difference(self.run, self.twin)
+        return None if self.twin is None else first_difference(self.run, self.twin, self.steps)
 
     @property
     def held_out_change(self) -> float | None:
@@ -150,9 +153,13 @@ class Verdict:
 
 
 def judge(band: Band, runs: Sequence[Trace]) -> Verdict:
-    """Hold runs after a change against a band. Raises ValueError for no run, and for one shorter than the band."""
+    """Hold runs after a change against a band.
+
+    Raises ValueError for no run, for one shorter than the band, for one that has none of its signals, and for copies.
+    """
     if not runs:
         raise ValueError("there is no run after the change to compare")
+    check_no_copies(runs)
     canaries = tuple(_canary(band, run) for run in runs)
     return Verdict(canaries, runs_needed(band.thresholds, len(runs)))
 
@@ -167,24 +174,29 @@ def runs_needed(thresholds: Thresholds, count: int) -> int:
 
 
 def _canary(band: Band, run: Trace) -> Canary:
-    steps = int(run.manifest["steps_done"])
-    ended = None if run.end_reason == "completed" else f"{run.end_reason} at step {steps:,}"
+    steps, known = int(run.manifest["steps_done"]), band.thresholds.signals
+    ended = f"{run.end_reason} at step {steps:,}" if run.end_reason in BROKEN_DOWN else None
     if ended is None and steps < band.steps:
-        raise ValueError(f"run {run.run_id} has {steps:,} steps, and the band {band.steps:,}: train it as long")
-    known = band.thresholds.signals
+        early = "" if run.end_reason == "completed" else f" ({run.end_reason})"
+        raise ValueError(f"run {run.run_id}{early} has {steps:,} steps, and the band {band.steps:,}: train it as long")
+    compared = {name for name, threshold in known.items() if _is_alike(run, name, threshold)}
+    if not compared:
+        raise ValueError(f"run {run.run_id} has none of the {len(known)} signals of the band as they were read there")
     breaches: list[Breach] = []
-    not_compared = sorted(known.keys() - run.signals.keys())
     for name, series in run.signals.items():
-        signal = run.described.get(name)
-        if signal is not None and signal.kind == EXACT:
-            breaches += _exact_breach(run.run_id, signal, series, band.steps)
-        elif signal is not None and name in known:
-            if known[name].unlike(signal, series.values.shape[1:]) is not None:
-                not_compared.append(name)
-                continue
-            breaches += _breach(run.run_id, signal, series, known[name], band.thresholds.chart)
+        if name in run.described and run.described[name].kind == EXACT:
+            breaches += _exact_breach(run.run_id, run.described[name], series, band.steps)
+        elif name in compared:
+            breaches += _breach(run.run_id, run.described[name], series, known[name], band.thresholds.chart)
     breaches.sort(key=lambda breach: (breach.step, -breach.over_limit))
-    return Canary(run, ended, band.twin(run), tuple(breaches), tuple(not_compared))
+    return Canary(run, ended, band.twin(run), tuple(breaches), tuple(sorted(known.keys() - compared)), band.steps)
+
+
+def _is_alike(run: Trace, name: str, threshold: SignalThreshold) -> bool:
+    """Whether a run has and describes a signal as the runs of the band do."""
+    if name not in run.signals or name not in run.described:
+        return False
+    return threshold.unlike(run.described[name], run.signals[name].values.shape[1:]) is None
 
 
 def _exact_breach(run: str, signal: Signal, series: Series, steps: int) -> list[Breach]:
@@ -224,13 +236,17 @@ def _text(run: Trace) -> tuple[object, object]:
     return run.manifest.get("data_sha256"), run.manifest["config"].get("data", {}).get("held_out")
 
 
-def first_difference(run: Trace, twin: Trace) -> Difference | None:
-    """Where two runs first read other numbers, clocks left out; None where they nowhere do."""
+def first_difference(run: Trace, twin: Trace, steps: int) -> Difference | None:
+    """Where a run first differs from its twin in the twin's signals, clocks left out; None where it nowhere does.
+
+    steps: how many are looked at. A reading that one of them lacks is a difference; signals of the run alone are none.
+    """
     first: dict[str, int] = {}
-    for name in run.signals.keys() & twin.signals.keys():
-        if name in run.described and run.described[name].kind == CLOCK:
+    for name, there in twin.signals.items():
+        if name in twin.described and twin.described[name].kind == CLOCK:
             continue
-        step = _first_other(run.signals[name], twin.signals[name])
+        here = run.signals.get(name)
+        step = int(there.steps[0]) if here is None else _first_other(here, there, steps)
         if step is not None:
             first[name] = step
     if not first:
@@ -239,12 +255,12 @@ def first_difference(run: Trace, twin: Trace) -> Difference | None:
     return Difference(step, tuple(sorted(name for name, at in first.items() if at == step)))
 
 
-def _first_other(here: Series, there: Series) -> int | None:
+def _first_other(here: Series, there: Series, steps: int) -> int | None:
     if here.values.shape[1:] != there.values.shape[1:]:
-        return int(min(here.steps.min(initial=0), there.steps.min(initial=0)))
-    _, at, other = np.intersect1d(here.steps, there.steps, return_indices=True)
+        return int(there.steps[0])
+    shared, at, other = np.intersect1d(here.steps, there.steps, return_indices=True)
     values, others = here.values[at], there.values[other]
-    alike = (values == others) | (np.isnan(values) & np.isnan(others))
+    alike = (values.view(np.int64) == others.view(np.int64)) | (np.isnan(values) & np.isnan(others))
     alike &= here.undefined[at] == there.undefined[other]
-    differs = ~alike.all(axis=(1, 2))
-    return int(here.steps[at][differs.argmax()]) if differs.any() else None
+    differs = np.union1d(shared[~alike.all(axis=(1, 2))], np.setxor1d(here.steps, there.steps))
+    return int(differs[0]) if len(differs) and differs[0] <= steps else None

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -25,6 +26,11 @@ from foreshock.experiments.canary import Command
         (["band=b", "seeds=[]"], "seeds=[] is not allowed"),
         (["band=b", "seeds=[1,x]"], "seeds=-1 is not allowed: an integer from 0"),
         (["band=b", "seed=3"], "seed=3 is not allowed: a canary's seeds are seeds="),
+        (["band=b", "alpha=0.2"], "alpha=0.2 has no effect on a canary: alpha is that of its band"),
+        (["band=b", "runs=r", "seeds=7"], "seeds=7 has no effect on runs that are there already"),
+        (["band=b", "healthy=h", "at_once=1"], "at_once=1 has no effect on runs that are there already"),
+        (["band=b", "store=19", "seeds=2"], "seeds=2 has no effect on a band"),
+        (["band=b", "seeds=2", "seeds=3"], "seeds= is given twice: 2 and 3"),
         (["band=b", "verbose"], "'verbose' is not allowed: key=value"),
         (["band=b", "--fast=1"], "'--fast=1' is not allowed: key=value"),
     ],
@@ -95,3 +101,16 @@ def test_the_cycle_stores_a_band_finds_nothing_and_finds_a_fault(text, tiny, tmp
     assert code == 0 and "IDENTICAL" in said
     code, said = run(monkeypatch, capfd, other, f"runs={tmp_path / 'band' / 'canary-2' / 'runs'}")
     assert code == 1 and "OUTSIDE" in said
+
+
+@pytest.mark.parametrize("line", ["train.steps=300", "+train.steps=300", "++train.steps=300"])
+def test_steps_that_are_given_stay(line):
+    assert canary._with_steps((line,)) == (line,)
+    assert canary._with_steps(("train.clip=2",)) == ("train.clip=2", canary.STEPS)
+
+
+def test_more_seeds_than_the_band_has_are_refused():
+    band = SimpleNamespace(seeds=[4, 7])
+    assert canary._seeds_of(band, 2) == [4, 7] and canary._seeds_of(band, (1, 2, 3)) == (1, 2, 3)
+    with pytest.raises(ValueError, match="seeds=3 is not allowed: the band has 2 to choose from"):
+        canary._seeds_of(band, 3)

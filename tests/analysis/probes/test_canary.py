@@ -128,6 +128,56 @@ def test_a_run_that_ends_early_is_outside_and_a_shorter_one_an_error(band, tmp_p
         judge(band, [])
 
 
+def test_a_run_that_was_killed_or_stopped_is_judged_where_it_is_long_enough(band, tmp_path):
+    """Attached runs alone are read then: how a process or a watch ended says nothing of the training."""
+    seed = band.seeds[0]
+    killed = replace(write_run(tmp_path, "killed", seed), manifest=None)
+    whole = trace.read(tmp_path / "killed").manifest
+    for reason in ("running", "stopped", "interrupted"):
+        assert not judge(band, [replace(killed, manifest={**whole, "end_reason": reason})]).outside
+        with pytest.raises(ValueError, match=rf"run killed \({reason}\) has 40 steps, and the band 60"):
+            judge(band, [replace(killed, manifest={**whole, "end_reason": reason, "steps_done": 40})])
+
+
+def test_less_than_the_twin_is_not_identical(band, tmp_path):
+    """A signal or a reading that is not there is no equal one; a signal that only the run has is no difference."""
+    seed = band.seeds[0]
+    fewer = judge(band, [write_run(tmp_path, "fewer", seed, signals=SIGNALS[:1])])
+    assert not fewer.identical and fewer.canaries[0].not_compared == ("attn_entropy",)
+    whole = write_run(tmp_path, "whole", seed)
+    cut = whole.signals["attn_entropy"]
+    whole.signals["attn_entropy"] = trace.Series(cut.steps[:-1], cut.tokens[:-1], cut.values[:-1], cut.undefined[:-1])
+    assert judge(band, [whole]).canaries[0].difference.step == STEPS
+    more = (*SIGNALS, Signal("a_new_signal", "1", "up"))  # read after the others, from the same draws
+    assert judge(band, [write_run(tmp_path, "more", seed, signals=more)]).identical
+
+
+def test_a_run_that_has_or_describes_nothing_of_the_band_is_an_error(band, tmp_path):
+    said = "has none of the 2 signals of the band as they were read there"
+    with pytest.raises(ValueError, match=f"run other {said}"):
+        judge(band, [write_run(tmp_path, "other", 5, signals=(Signal("train_loss_raw", "nats", "up"),))])
+    run = write_run(tmp_path, "silent", 5)
+    with pytest.raises(ValueError, match=f"run silent {said}"):
+        judge(band, [replace(run, manifest={**run.manifest, "signals": {}})])
+
+
+def test_copies_of_a_run_are_no_runs(band, tmp_path):
+    copies = [write_run(tmp_path, name, 5) for name in ("one", "two")]
+    with pytest.raises(ValueError, match="runs one and two are copies of one run: other seeds are needed"):
+        judge(band, copies)
+    with pytest.raises(ValueError, match="are copies of one run"):
+        bands.store(tmp_path / "band", [write_run(tmp_path, f"copy-{i:02d}", 5) for i in range(HEALTHY)], 0.1)
+
+
+def test_limits_that_were_changed_are_damage(tmp_path):
+    runs = [write_run(tmp_path / "before", f"run-{seed:02d}", seed) for seed in range(HEALTHY)]
+    bands.store(tmp_path / "band", runs, 0.1)
+    path = tmp_path / "band" / bands.THRESHOLDS
+    path.write_text(path.read_text().replace('"alpha": 0.1', '"alpha": 0.2'))
+    with pytest.raises(TraceError, match=r"thresholds.json is damaged .*: store the band again"):
+        bands.read(tmp_path / "band")
+
+
 def test_a_signal_that_is_missing_or_read_otherwise_is_named(band, tmp_path):
     fewer = write_run(tmp_path, "fewer", 200, signals=SIGNALS[:1] + SIGNALS[2:])
     assert judge(band, [fewer]).canaries[0].not_compared == ("attn_entropy",)
@@ -142,10 +192,11 @@ def test_what_changed_is_named_by_its_key(band, tmp_path):
 
 def test_a_difference_of_one_bit_is_a_difference(band, tmp_path):
     run, twin = write_run(tmp_path, "a", 1), write_run(tmp_path, "b", 1)
-    assert first_difference(run, twin) is None
+    assert first_difference(run, twin, STEPS) is None
     values = twin.signals["attn_entropy"].values
     values[3, 1, 0] = np.nextafter(values[3, 1, 0], np.inf)
-    assert first_difference(run, twin).step == 8
+    assert first_difference(run, twin, STEPS).step == 8
+    assert first_difference(run, twin, 7) is None
 
 
 def test_a_folder_without_a_band_or_with_a_damaged_one_is_said(band, tmp_path):
