@@ -7,12 +7,12 @@ from functools import cached_property
 
 from foreshock.faults.adam_state import MOMENTS, FrozenMoments
 from foreshock.faults.card import InjectionCard
-from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.faults.of_group import check_group
+from foreshock.faults.corrupt import Corrupt
+from foreshock.faults.of_group import GroupFault
 
 
 @dataclass(frozen=True)
-class AdamStateStale(OperationFault):
+class AdamStateStale(GroupFault):
     """What Adam writes to its moments is lost at the steps of a window.
 
     What breaks: optimizer state that is kept elsewhere, in host memory, and not written back. No report is known.
@@ -21,12 +21,6 @@ class AdamStateStale(OperationFault):
 
     group: of ``models.transformer.PARAMETER_GROUPS``, or None for all. Raises ValueError for another group.
     """
-
-    group: str | None = None
-
-    def __post_init__(self) -> None:
-        check_group(self.group)
-        super().__post_init__()
 
     @cached_property
     def corrupt(self) -> Corrupt:

@@ -7,12 +7,12 @@ from functools import cached_property
 
 from foreshock.faults.adam_state import StuckCounters
 from foreshock.faults.card import InjectionCard
-from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.faults.of_group import check_group
+from foreshock.faults.corrupt import Corrupt
+from foreshock.faults.of_group import GroupFault
 
 
 @dataclass(frozen=True)
-class AdamStepStuck(OperationFault):
+class AdamStepStuck(GroupFault):
     """The step counter, from which Adam corrects its moments' bias, does not advance at the steps of a window.
 
     What breaks: an optimizer that never increments its counter. Report: allenai/OLMo-core #317, where the learning rate
@@ -25,12 +25,6 @@ class AdamStepStuck(OperationFault):
 
     group: of ``models.transformer.PARAMETER_GROUPS``, or None for all. Raises ValueError for another group.
     """
-
-    group: str | None = None
-
-    def __post_init__(self) -> None:
-        check_group(self.group)
-        super().__post_init__()
 
     @cached_property
     def corrupt(self) -> Corrupt:

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import ClassVar
 
 from foreshock.faults.card import InjectionCard
-from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.faults.of_group import OfGroup, check_group
+from foreshock.faults.corrupt import Corrupt
+from foreshock.faults.of_group import GroupFault, OfGroup
 from foreshock.faults.optimizer_update import Update
 
 
@@ -36,7 +36,7 @@ class SecondUpdate(OfGroup):
 
 
 @dataclass(frozen=True)
-class DoubleUpdate(OperationFault):
+class DoubleUpdate(GroupFault):
     """The optimizer updates some parameters twice with one gradient, at the steps of a window.
 
     What breaks: a parameter that an optimizer lists twice, as a tied one under both of its names. No public report is
@@ -48,10 +48,6 @@ class DoubleUpdate(OperationFault):
     """
 
     group: str | None = "embedding"
-
-    def __post_init__(self) -> None:
-        check_group(self.group)
-        super().__post_init__()
 
     @cached_property
     def corrupt(self) -> Corrupt:

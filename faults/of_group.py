@@ -1,10 +1,11 @@
-"""Operations on the tensors of one parameter group."""
+"""Operations on the tensors of one parameter group, and faults of one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from foreshock.faults.corrupt import OperationFault
 from foreshock.faults.operation import Operation, Training
 from foreshock.models.transformer import PARAMETER_GROUPS, TransformerConfig, parameter_group, skeleton
 
@@ -25,6 +26,17 @@ class OfGroup(Operation):
 
     def touches(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if self.group is None or parameter_group(name) == self.group]
+
+
+@dataclass(frozen=True)
+class GroupFault(OperationFault):
+    """A fault of one operation whose only parameter is a group, None for all. Raises ValueError for another group."""
+
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        check_group(self.group)
+        super().__post_init__()
 
 
 def check_group(group: str | None) -> None:

@@ -19,6 +19,21 @@ def stepped(run: Run, steps: int) -> tuple[SingleEngine, list[dict[str, torch.Te
     return engine, weights, gradients
 
 
+def whole_and_resumed(run: Run, stop: int, steps: int) -> tuple[SingleEngine, SingleEngine]:
+    """Two engines after some updates; the second went on at ``stop`` from the state of another."""
+    healthy = run.healthy_sites()
+    whole, first, resumed = (run.new_engine() for _ in range(3))
+    for step in range(steps):
+        whole.step(step, [run.fault.sites(step, healthy)])
+        if step < stop:
+            first.step(step, [run.fault.sites(step, healthy)])
+    assert first.state_of(0)["past"]
+    resumed.load([first.state_of(0)])
+    for step in range(stop, steps):
+        resumed.step(step, [run.fault.sites(step, healthy)])
+    return whole, resumed
+
+
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
     return {name for name in one if not torch.equal(one[name], other[name])}
 

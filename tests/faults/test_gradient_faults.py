@@ -15,7 +15,7 @@ from foreshock.faults.operation import Moment
 from foreshock.faults.points import corrupt_tensors
 from foreshock.faults.wrong_clip import WrongClip
 from foreshock.models.transformer import parameter_group
-from tests.faults.engine_steps import differing, points_logged, stepped
+from tests.faults.engine_steps import differing, points_logged, stepped, whole_and_resumed
 
 HEALTHY = Sites(batch_size=8)
 NAME = "blocks.0.attention.q.weight"
@@ -107,15 +107,7 @@ def test_a_stale_gradient_is_the_one_of_an_earlier_backward_pass(make_run, lag):
 
 def test_a_stale_gradient_goes_on_after_a_resume_bit_for_bit(make_run):
     run = make_run("fault=gradient_stale", "fault.lag=3", "fault.onset=3", "fault.every=2")
-    healthy = run.healthy_sites()
-    whole, first, resumed = (run.new_engine() for _ in range(3))
-    for step in range(10):
-        whole.step(step, [run.fault.sites(step, healthy)])
-        if step < 5:
-            first.step(step, [run.fault.sites(step, healthy)])
-    resumed.load([first.state_of(0)])
-    for step in range(5, 10):
-        resumed.step(step, [run.fault.sites(step, healthy)])
+    whole, resumed = whole_and_resumed(run, 5, 10)
     states = [dict(engine.model.named_parameters()) for engine in (whole, resumed)]
     assert not differing(*states)
     assert len(whole.state_of(0)["past"]) <= 2  # of updates 7 and 9, for 10 and 12

@@ -8,7 +8,7 @@ from foreshock.faults.init_scale import InitScale
 from foreshock.faults.schedule_restart import ScheduleRestart
 from foreshock.faults.warmup_off import WarmupOff
 from foreshock.faults.weight_tile import WeightTile
-from tests.faults.engine_steps import differing, points_logged, stepped
+from tests.faults.engine_steps import differing, points_logged, stepped, whole_and_resumed
 
 NAME = "blocks.0.attention.q.weight"
 
@@ -87,17 +87,8 @@ def test_a_tile_is_its_rows_and_nothing_else(make_run, content):
 
 def test_a_stale_tile_goes_on_after_a_resume_bit_for_bit(make_run):
     run = make_run("fault=weight_tile", "fault.content=stale", "fault.onset=5", "fault.lag=3")
-    healthy = run.healthy_sites()
-    whole, first, resumed = (run.new_engine() for _ in range(3))
-    for step in range(7):
-        whole.step(step, [run.fault.sites(step, healthy)])
-        if step < 4:
-            first.step(step, [run.fault.sites(step, healthy)])
-    assert first.state_of(0)["past"]
-    resumed.load([first.state_of(0)])
-    for step in range(4, 7):
-        resumed.step(step, [run.fault.sites(step, healthy)])
-    assert not differing(*(dict(engine.model.named_parameters()) for engine in (whole, resumed)))
+    states = [dict(engine.model.named_parameters()) for engine in whole_and_resumed(run, 4, 7)]
+    assert not differing(*states)
 
 
 @pytest.mark.parametrize(
