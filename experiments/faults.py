@@ -53,7 +53,8 @@ WINDOW = ("_target_", "family", *(field.name for field in fields(WindowedFault))
 class Row:
     """One file of ``conf/fault``. what: its first comment; points: of the step, fields of ``faults.base.Sites``.
 
-    parameters: its own keys with their values; needs: of ``NEEDS``; report: the public report that its docstring names.
+    parameters: its own keys with their values; doses: of those keys, the weakest first; needs: of ``NEEDS``; report:
+    the public report that its docstring names.
     """
 
     name: str
@@ -61,13 +62,18 @@ class Row:
     what: str
     points: tuple[str, ...]
     parameters: Mapping[str, Any]
+    doses: Sequence[Mapping[str, Any]]
     needs: str
     report: str
     text: str
 
     @property
     def said_parameters(self) -> str:
-        return ", ".join(f"{key}={_said(value)}" for key, value in self.parameters.items())
+        return said_keys(self.parameters)
+
+    @property
+    def said_doses(self) -> str:
+        return "; ".join(said_keys(dose) for dose in self.doses)
 
 
 def rows() -> list[Row]:
@@ -89,6 +95,7 @@ def _row(name: str) -> Row:
         what=(Path(CONF) / "fault" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
         points=tuple(points),
         parameters={key: value for key, value in node.items() if key not in (*WINDOW, "faults")},
+        doses=node.get("doses", ()),
         needs=_needed(fault),
         report=_report(text),
         text=text,
@@ -130,6 +137,11 @@ def _report(text: str) -> str:
     return found[1] if found else ""
 
 
+def said_keys(keys: Mapping[str, Any]) -> str:
+    """Keys and values as a command line has them."""
+    return ", ".join(f"{key}={_said(value)}" for key, value in keys.items())
+
+
 def _said(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_said, value))}]"
@@ -147,12 +159,12 @@ def markdown(found: Sequence[Row]) -> str:
         members = [row for row in found if row.family == family]
         lines += ["", f"## {family.replace('_', ' ').capitalize()}", ""]
         lines += [
-            "| fault | what goes wrong | point of the step | keys and defaults | needs | report |",
-            "|---|---|---|---|---|---|",
+            "| fault | what goes wrong | point of the step | keys and defaults | doses | needs | report |",
+            "|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| `{row.name}` | {row.what} | {', '.join(row.points)} | {_code(row.said_parameters)} | {row.needs} | "
-            f"{row.report} |"
+            f"| `{row.name}` | {row.what} | {', '.join(row.points)} | {_code(row.said_parameters)} | "
+            f"{_code(row.said_doses)} | {row.needs} | {row.report} |"
             for row in members
         ]
     return "\n".join([*lines, ""])

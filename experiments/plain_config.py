@@ -33,7 +33,7 @@ def class_of(group: str, node: Mapping[str, Any]) -> type:
     return target_class(node["_target_"], "_target_")
 
 
-def construct(group: str, name: str, **changes: Any) -> Any:
+def construct(group: str, name: str, /, **changes: Any) -> Any:
     """The object that ``conf/<group>/<name>.yaml`` describes, ``changes`` in place of its values."""
     node = read(group, name) | changes
     cls = class_of(group, node)

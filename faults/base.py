@@ -153,14 +153,19 @@ class Fault(Protocol):
     def describe(self) -> InjectionCard: ...
 
 
+LABELS = frozenset({"family", "doses"})
+"""Keys of a fault that change nothing of what it does."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WindowedFault:
     """The fields that all faults with a window share.
 
     onset: the window's first update; duration: updates, or None for no end; every: period in updates, 1 for every
     update; window_phase: the faulty update of each period, from 0, so that the first is ``onset + window_phase`` (a
-    bare ``phase`` is attention's pass); family: of ``faults.card.FAMILIES``. Raises ValueError on an impossible window,
-    by name.
+    bare ``phase`` is attention's pass); family: of ``faults.card.FAMILIES``; doses: keys of the fault with their values,
+    the weakest dose first, for campaigns and tables. Family and doses change nothing of what the fault does. Raises
+    ValueError on an impossible window and on a dose of other keys, by name.
     """
 
     onset: int = 0
@@ -168,10 +173,15 @@ class WindowedFault:
     every: int = 1
     window_phase: int = 0
     family: str = field(default="other", compare=False)
+    doses: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         self.window  # noqa: B018  (building it checks its fields)
         check_family(self.family)
+        own = {one.name for one in fields(self)} - LABELS
+        for dose in self.doses:
+            if not own >= set(dose):
+                raise ValueError(f"fault.doses={dict(dose)} is not allowed: of the keys {', '.join(sorted(own))}")
 
     @cached_property
     def window(self) -> Window:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from foreshock.experiments.training.source_code import ROOT, closure_of, digest_of, path_of
+from foreshock.faults.base import LABELS
 from foreshock.monitors.cadence import JITTER_STEPS, Cadence
 
 ENGINE = ("clipping", "engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
@@ -44,8 +45,6 @@ WITHOUT_EFFECT = ("piece_s", "checkpoint_every_steps")
 
 TOLD = ("faults.card", "faults.fit", "faults.log")
 """Modules of ``faults`` that say, check and measure what a fault does, and do nothing of it."""
-LABELS = ("family",)
-"""Keys of a fault that change nothing of what it does."""
 ADDED = {"window_phase": 0}
 """Keys that faults did not always have, and the value that is what a fault without the key does."""
 

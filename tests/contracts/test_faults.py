@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 import pytest
 
 from foreshock.experiments.build import ROOT
+from foreshock.experiments.plain_config import construct
 from foreshock.experiments.training.loop import train
 from foreshock.faults.base import Fault, Sites
 
@@ -66,3 +67,16 @@ def test_its_card_names_its_family_and_every_point_that_it_changes(make_run, nam
 
 def test_it_trains(make_run, overrides, tmp_path):
     assert train(make_run(*overrides, "train.steps=12"), tmp_path)["steps_done"] == 12
+
+
+def test_its_doses_are_faults_that_differ(name):
+    doses = construct("fault", name).doses if name not in ("none", "combined", "lr_and_batch") else ()
+    faults = [construct("fault", name, onset=20, **dose) for dose in doses]
+    assert len(set(faults)) == len(faults)
+    assert not any(fault.describe().control for fault in faults)
+    assert doses or name in ("none", "combined", "lr_and_batch")
+
+
+def test_a_dose_of_another_key_is_refused():
+    with pytest.raises(ValueError, match=r"fault\.doses=\{'bit': 3\} is not allowed: of the keys bits, "):
+        construct("fault", "bf16_shift", doses=[{"bit": 3}])

@@ -87,6 +87,7 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "text/data.vocab_size": (NONE, "found out from the data"),
     "data.repeats": (NONE, "the corpus as it is"),
     "fault*.onset": (ZERO, "the first update"),
+    "*fault*.doses": (EMPTY, "none"),
     "fault*.duration": (NONE, "to the end"),
     "fault*.bits": (ZERO, "the healthy control on the same kernel"),
     "fault*.layers": (NONE + ONE, "every layer, or the second"),
