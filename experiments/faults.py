@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -78,13 +80,14 @@ class Row:
 
 def rows() -> list[Row]:
     """Every fault of ``conf/fault`` that does something, by family and name."""
-    with initialize_config_dir(CONF, version_base="1.3"):
+    within = nullcontext() if GlobalHydra.instance().is_initialized() else initialize_config_dir(CONF, version_base="1.3")
+    with within:
         found = [_row(name) for name in options("fault") if name != NOTHING]
     return sorted(found, key=lambda row: (row.family, row.name))
 
 
 def _row(name: str) -> Row:
-    node = _node(name)
+    node = fault_node(name)
     fault: Fault = construct(node, "fault")
     card = fault.describe()
     points = dict.fromkeys(str(injection.where.get("point", "numerics")) for injection in card.injections)
@@ -102,7 +105,7 @@ def _row(name: str) -> Row:
     )
 
 
-def _node(name: str) -> dict[str, Any]:
+def fault_node(name: str) -> dict[str, Any]:
     """The configuration of a fault; Hydra composes those that are made of others, which takes it a while."""
     node: Any = yaml.safe_load((Path(CONF) / "fault" / f"{name}.yaml").read_text(encoding="utf-8"))
     if "defaults" in node:
@@ -139,12 +142,13 @@ def _report(text: str) -> str:
 
 def said_keys(keys: Mapping[str, Any]) -> str:
     """Keys and values as a command line has them."""
-    return ", ".join(f"{key}={_said(value)}" for key, value in keys.items())
+    return ", ".join(f"{key}={said(value)}" for key, value in keys.items())
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
+    """A value as a command line has it."""
     if isinstance(value, list):
-        return f"[{','.join(map(_said, value))}]"
+        return f"[{','.join(map(said, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

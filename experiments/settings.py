@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from foreshock.experiments.validation import Distinct, Node, check_node, check_value, nearest
@@ -80,21 +80,32 @@ JUDGED_BY_SCORING = ("name", "alpha", "seeds", "moe_seeds")
 """Keys of a scale that ``analysis.runs.index`` judges."""
 
 
+def _some_run_at_a_time(count: int) -> int:
+    if count == 0:
+        raise PydanticCustomError("no_run", "at least 1, or -1 for a run on every core")
+    return count
+
+
+AtOnce = Annotated[int, AfterValidator(_some_run_at_a_time)]
+"""How many runs a machine trains at a time."""
+
+
 class ReproduceCommand(TrainCommand):
     """The keys of ``conf/reproduce.yaml`` beside its groups, and its scale."""
 
     report: str
     align: str | None
     score_only: bool
-    at_once: int
+    at_once: AtOnce
     scale: Scale
 
-    @field_validator("at_once")
-    @classmethod
-    def _some_run_at_a_time(cls, count: int) -> int:
-        if count == 0:
-            raise PydanticCustomError("no_run", "at least 1, or -1 for a run on every core")
-        return count
+
+class CampaignCommand(TrainCommand):
+    """The keys of ``conf/campaign.yaml`` beside its groups."""
+
+    report: str
+    at_once: AtOnce
+    n: Annotated[int, Field(ge=1, le=10_000)] | None
 
 
 def check_command(schema: type[TrainCommand], settings: Mapping[str, Any]) -> None:

@@ -178,7 +178,7 @@ class WindowedFault:
     def __post_init__(self) -> None:
         self.window  # noqa: B018  (building it checks its fields)
         check_family(self.family)
-        own = {one.name for one in fields(self)} - LABELS
+        own = {one.metadata.get("key", one.name) for one in fields(self)} - LABELS
         for dose in self.doses:
             if not own >= set(dose):
                 raise ValueError(f"fault.doses={dict(dose)} is not allowed: of the keys {', '.join(sorted(own))}")

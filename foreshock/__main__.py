@@ -22,6 +22,7 @@ COMMANDS = {
     "load": ("analysis.load", "readings of runs as a table, one CSV a run"),
     "external": ("analysis.external", "score detectors on public training logs with real failures"),
     "faults": ("experiments.faults", "list the faults that a run can have"),
+    "campaign": ("experiments.campaign", "many faults in one command, with what each really changed"),
     "canary": ("experiments.canary", "a few short runs after a change, against a healthy band"),
     "triage": ("analysis.triage", "a benchmark dips: evaluation, data, training, model or weights"),
     "calibrate": ("analysis.calibrate", "set thresholds of live alarms on healthy runs of your own"),
