@@ -1,9 +1,10 @@
 """The three products of a linear layer with operands of a narrow format, accumulated in FP32.
 
-y = Q(x) Q(W)^T, dx = Q(dy) Q(W), dW = Q(dy)^T Q(x). The hardware's product is emulated: the operands are the FP32 numbers
-that the narrow ones stand for, and what multiplies them is FP32's own product. Every product of two such elements is
-exact in FP32, so that only sums round, in the order of FP32's kernel and not of a tensor core; what a tensor core drops
-within its accumulator is not modelled. Q has the gradient of the identity.
+y = Q(x) Q(W)^T, dx = Q(dy) Q(W), dW = Q(dy)^T Q(x). The hardware's product is emulated: the operands are the FP32
+numbers that the narrow ones stand for, and FP32's own product multiplies them. Its sums are in the order of that
+kernel, not of a tensor core, whose loss within its accumulator is not modelled. A scale that is a power of 2 leaves
+every product of two numbers exact; another one is in the operands before they are summed, and rounds each of them once.
+Q has the gradient of the identity.
 
 Under BF16 autocast the operands are rounded to BF16 before they are quantised, as a cast layer takes them, and y and dx
 are rounded to BF16; the product itself is FP32's.
@@ -27,7 +28,7 @@ from foreshock.models.numerics import at_least_fp32
 from foreshock.models.precision import as_autocast, outside_autocast
 
 OneQuantiser = Callable[[str, Tensor], Tensor]
-"""From ``x``, ``w`` or ``dy`` and the operand of that name to what it is multiplied as, in both products that take it."""
+"""From ``x``, ``w`` or ``dy`` and the operand of that name to what both products that take it multiply."""
 
 AxisQuantiser = Callable[[str, str, Tensor, int], Tensor]
 """From the operand's name, what is summed over (``inputs``, ``outputs`` or ``tokens``), the operand and that axis."""
@@ -38,8 +39,8 @@ def one_quantised(module: nn.Linear | GroupedLinear, quantise: OneQuantiser) -> 
 
     PyTorch's own product stands in the forward, of operands that anyone can see, and dy is quantised where it arrives,
     before all who read it there: so x, W, dW, y and dy that taps see are what was multiplied, and every law of a linear
-    layer holds to FP32 rounding. Experts' grouped product is one whose operands PyTorch shows to nobody, and their laws
-    are left out.
+    layer holds to FP32 rounding. A module fault of dy changes the quantised one. Experts' grouped product is one whose
+    operands PyTorch shows to nobody, and their laws are left out.
     """
 
     def forward(x: Tensor, *ends: Tensor) -> Tensor:

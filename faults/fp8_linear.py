@@ -87,9 +87,7 @@ class FP8Fault(OperationFault):
         check_modules(self.modules)
         check_format(self.format, FP8)
         if self.gradient_format not in FP8:
-            raise ValueError(
-                f"fault.gradient_format={self.gradient_format!r} is not allowed: one of {', '.join(FP8)}"
-            )
+            raise ValueError(f"fault.gradient_format={self.gradient_format!r} is not allowed: one of {', '.join(FP8)}")
         if self.scaling not in SCALINGS:
             raise ValueError(f"fault.scaling={self.scaling!r} is not allowed: one of {', '.join(SCALINGS)}")
         if not 1 <= self.history <= MOST_UPDATES:

@@ -16,15 +16,15 @@ MOST_FACTOR = 1e9
 class FP8StaleScale(FP8Fault):
     """The recipe of ``fp8_linear`` with a scale that lags, or is wrong by a factor, at the steps of a window.
 
-    What breaks: scales that are not updated, or lost, so that large numbers saturate or small ones vanish. Reports:
-    NVIDIA/TransformerEngine #1047; Megatron-LM #442.
+    What breaks: scales that are not updated, or made of the wrong amaxes, so that large numbers saturate or small ones
+    vanish. Reports: NVIDIA/TransformerEngine #1047; Megatron-LM #442 (amaxes of a wrong group of ranks, divergence).
     Equation: s_t = factor x largest / amax, of update t - lag with current scaling, and with delayed scaling of the
     last ``history`` updates that are at least ``lag`` older than those of the recipe. While the window is younger
     than that, the oldest amax that is known; before any is, the recipe's own scale. All else, and what is not modelled,
     is as in ``fp8_linear``; every tensor's scale lags alike.
 
-    lag: updates; factor: above 0, above 1 saturates and below 1 underflows; with lag 0 and factor 1 it is ``fp8_linear``
-    of the same keys bit for bit, and that recipe's control. The other keys are as there. Raises ValueError on impossible
+    lag: updates; factor: above 1 numbers saturate, below 1 they vanish. With lag 0 and factor 1 it is ``fp8_linear`` of
+    the same keys bit for bit, and that recipe's control; the other keys are as there. Raises ValueError on impossible
     values, by name.
     """
 
@@ -35,9 +35,8 @@ class FP8StaleScale(FP8Fault):
         if not 0 <= self.lag <= MOST_UPDATES:
             raise ValueError(f"fault.lag={self.lag} is not allowed: 0 (the recipe itself) to {MOST_UPDATES} updates")
         if not 1 / MOST_FACTOR <= self.factor <= MOST_FACTOR:
-            raise ValueError(
-                f"fault.factor={self.factor} is not allowed: {1 / MOST_FACTOR:g} to {MOST_FACTOR:g}, 1 the recipe itself"
-            )
+            allowed = f"{1 / MOST_FACTOR:g} to {MOST_FACTOR:g}, 1 for the recipe itself"
+            raise ValueError(f"fault.factor={self.factor} is not allowed: {allowed}")
         super().__post_init__()
 
     @property

@@ -40,9 +40,9 @@ class SingleEngine:
     """One run: its model, on its device, and its AdamW.
 
     compiler: the backend of ``torch.compile`` where ``train.compile`` asks for it; past: what the fault reads of
-    earlier steps (``faults.lookback``), None where it reads nothing; amaxes: the state of delayed FP8 scales. ``micro_batches``, ``backward`` and
-    ``update`` are the parts of ``step``, for benches that time them; without a log, they do not measure what a fault
-    changes.
+    earlier steps (``faults.lookback``), None where it reads nothing; amaxes: the state of FP8 scales.
+    ``micro_batches``, ``backward`` and ``update`` are the parts of ``step``, for benches that time them; without a log,
+    they do not measure what a fault changes.
     """
 
     def __init__(
