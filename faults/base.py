@@ -19,6 +19,7 @@ from foreshock.faults.operation import (
     Training,
 )
 from foreshock.faults.optimizer_update import OptimizerOperation
+from foreshock.faults.product_format import ProductFormat
 from foreshock.faults.schedule import Schedule
 from foreshock.faults.window import Window
 from foreshock.models.arithmetic import ORDINARY
@@ -67,7 +68,7 @@ class Sites:
     batch: operations on the batch's inputs and targets, token ids of shape (B, T) each.
     numerics: which operation is done to which attention tensor, and attention's arithmetic.
     modules: changes of what modules take and give, and of what they are made of.
-    formats: the number formats of modules (FP8, MX).
+    formats: the number formats in which linear layers multiply (FP8, MX), in both passes.
     balance_scale: factor on the load-balance loss's coefficient and on the balancing bias's step.
     start: operations on the parameters before the step's forward.
     accumulation: operations on the sum of the micro-batches' gradients, after each addition.
@@ -88,7 +89,7 @@ class Sites:
     batch: tuple[BatchOperation, ...] = ()
     numerics: AttentionNumerics = HEALTHY
     modules: tuple[ModuleChange, ...] = ()
-    formats: tuple[Operation, ...] = _declared(default=())
+    formats: tuple[ProductFormat, ...] = ()
     balance_scale: float = 1.0
     start: tuple[TensorOperation, ...] = ()
     accumulation: tuple[TensorOperation, ...] = ()
@@ -109,7 +110,7 @@ class Sites:
         return (self.numerics, self.schedule, self.lr_scale, *operations)
 
     def _operations(self) -> tuple[tuple[Operation, ...], ...]:
-        of_the_forward = self.start, self.sampling, self.batch, self.modules
+        of_the_forward = self.start, self.sampling, self.batch, self.modules, self.formats
         return *of_the_forward, self.accumulation, self.gradients, self.clip, self.optimizer, self.weights
 
     def check_fits(self, model: TransformerConfig, train: Training) -> None:

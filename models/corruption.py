@@ -204,7 +204,7 @@ class _OwnWeight:
         _own_weight_again(self.module)
 
 
-class _Replaced(torch.autograd.Function):
+class Replaced(torch.autograd.Function):
     """A value in the place of another, whose gradient it takes: what a kernel that errs does."""
 
     @staticmethod
@@ -255,7 +255,7 @@ def _first(output: Any) -> Tensor:
 
 def _output(corrupt: Corruption) -> Callable[..., Any]:
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        replaced = _Replaced.apply(_first(output), lambda value: corrupt(value, module, arguments))
+        replaced = Replaced.apply(_first(output), lambda value: corrupt(value, module, arguments))
         return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
     return hook

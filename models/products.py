@@ -97,7 +97,9 @@ def product_of(module: nn.Linear | GroupedLinear, given: Tensor, seen: Watching)
     Gradients at operands arrive in the backward. ``unseen`` where the forward made no product that PyTorch shows, or
     several, one whose backward is the module's own, or one of operands that are padded, cut or the other way round.
     """
-    if type(module).forward is GroupedLinear.forward:  # a grouped product is shown to nobody; it casts as autocast does
+    own_forward = "forward" in vars(module)
+    if type(module).forward is GroupedLinear.forward and not own_forward:
+        # a grouped product is shown to nobody; it casts as autocast does
         return Product(multiplied_in(module.weight))
     if len(seen.calls) != 1:
         return Product(unseen=f"it makes {len(seen.calls) or 'no'} matrix products that can be seen, not one")

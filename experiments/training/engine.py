@@ -4,7 +4,7 @@
     batch = corpus.batch(seed, step, sites.batch_size)        # INJECT: batch_size, data_step, sampling, batch
     for micro_batch in batch:
         loss, auxiliary, routings = model(micro_batch, sites.numerics, ...)  # INJECT: numerics, in both passes
-        (loss + auxiliary).backward()                         # INJECT: modules, in both passes; TAP: activations
+        (loss + auxiliary).backward()                         # INJECT: modules, formats, both passes; TAP: activations
         gradients                                             # INJECT: accumulation
     gradients                                                 # INJECT: gradients
     grad_norm = clip                                          # INJECT: clip
@@ -87,7 +87,8 @@ class Engine(Protocol):
         """Mean NLL on the held-out batch, in nats, through each run's faulty forward, if any."""
 
     def state_of(self, run: int) -> dict[str, Any]:
-        """What a checkpoint of one run needs: ``model``, ``optimizer``, ``tokens``, ``injections``, and ``past``."""
+        """What a checkpoint of one run needs: ``model``, ``optimizer``, ``tokens``, ``injections``, and, of a single
+        run, ``past`` and ``amaxes``."""
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from these states, one a run."""

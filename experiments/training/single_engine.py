@@ -16,6 +16,7 @@ from foreshock.experiments.training.engine import NOTHING, Batches, read_batch
 from foreshock.experiments.training.gradients import Backward, backward, micro_batches
 from foreshock.experiments.training.optimizer import adamw, rate_of, set_learning_rate
 from foreshock.experiments.training.train_config import TrainConfig
+from foreshock.faults.amax_history import AmaxHistory
 from foreshock.faults.base import Sites
 from foreshock.faults.log import InjectionLog
 from foreshock.faults.logged_numerics import logged
@@ -23,6 +24,7 @@ from foreshock.faults.operation import Moment
 from foreshock.faults.optimizer_update import Update, corrupted_optimizer
 from foreshock.faults.past import Past
 from foreshock.faults.points import corrupt_batch, corrupt_tensors, gradients_of
+from foreshock.faults.product_format import Formatted
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.batch import inputs_and_targets
 from foreshock.models.compiled import CompiledObjective
@@ -38,9 +40,9 @@ class SingleEngine:
     """One run: its model, on its device, and its AdamW.
 
     compiler: the backend of ``torch.compile`` where ``train.compile`` asks for it; past: what the fault reads of
-    earlier steps (``faults.lookback``), None where it reads nothing. ``micro_batches``, ``backward`` and
-    ``update`` are the parts of ``step``, for benches that time them; without a log, they do not measure what a fault
-    changes.
+    earlier steps (``faults.lookback``), None where it reads nothing; amaxes: the state of FP8 scales.
+    ``micro_batches``, ``backward`` and ``update`` are the parts of ``step``, for benches that time them; without a log,
+    they do not measure what a fault changes.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class SingleEngine:
     ) -> None:
         accumulate_in_fp32()
         self.model, self.anatomy, self.config, self.tokens = model, Anatomy.of(model), config, 0
-        self.logs, self.past = (InjectionLog(),), past or Past()
+        self.logs, self.past, self.amaxes = (InjectionLog(),), past or Past(), AmaxHistory()
         self.optimizer, self.parameters = adamw(model, config), list(model.parameters())
         self.unwatched = CompiledObjective(model, compiler) if config.compile else model
         self._corpus, self._seed, self._device = corpus, seed, model.tokens.weight.device
@@ -109,7 +111,7 @@ class SingleEngine:
         if log is not None:
             # the model reads no more of them than ``layer``, which they all have
             site = replace(site, numerics=logged(site.numerics, (log,), self.model.config.backend))  # type: ignore[arg-type]
-        with Corrupted(self.model, site.modules, log):
+        with Corrupted(self.model, site.modules, log), Formatted(self.model, site.formats, self.amaxes, log):
             return backward(self.model, parts, site, places, self.unwatched, self._after_part(step, site, log))
 
     def _after_part(self, step: int, site: Sites, log: InjectionLog | None) -> Callable[[], None] | None:
@@ -156,7 +158,7 @@ class SingleEngine:
     def held_out_loss(self, sites: Sequence[Sites]) -> Tensor:
         (site,) = sites
         chunks = self._held_out.split(self.config.micro_batch or self.config.batch_size)
-        with Corrupted(self.model, site.modules):
+        with Corrupted(self.model, site.modules), Formatted(self.model, site.formats, self.amaxes):
             losses = [self.model.loss(chunk, site.numerics) * len(chunk) for chunk in chunks]
         return torch.stack(losses).sum() / len(self._held_out)
 
@@ -168,6 +170,7 @@ class SingleEngine:
             "tokens": self.tokens,
             "injections": injections,
             "past": self.past.state_dict(),
+            "amaxes": self.amaxes.state_dict(),
         }
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -176,4 +179,6 @@ class SingleEngine:
         self.optimizer.load_state_dict(state["optimizer"])
         self.tokens = state["tokens"]
         self.logs[0].load_state_dict(state["injections"])
-        self.past.load_state_dict(state.get("past", {}))  # a stack's checkpoint has none: its faults read nothing of it
+        # a stack's checkpoint has neither: its faults read nothing of them
+        self.past.load_state_dict(state.get("past", {}))
+        self.amaxes.load_state_dict(state.get("amaxes", {}))

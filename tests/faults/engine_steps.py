@@ -19,15 +19,18 @@ def stepped(run: Run, steps: int) -> tuple[SingleEngine, list[dict[str, torch.Te
     return engine, weights, gradients
 
 
-def whole_and_resumed(run: Run, stop: int, steps: int) -> tuple[SingleEngine, SingleEngine]:
-    """Two engines after some updates; the second went on at ``stop`` from the state of another."""
+def whole_and_resumed(run: Run, stop: int, steps: int, needs: str = "past") -> tuple[SingleEngine, SingleEngine]:
+    """Two engines after some updates; the second went on at ``stop`` from the state of another.
+
+    needs: the part of that state that the fault reads.
+    """
     healthy = run.healthy_sites()
     whole, first, resumed = (run.new_engine() for _ in range(3))
     for step in range(steps):
         whole.step(step, [run.fault.sites(step, healthy)])
         if step < stop:
             first.step(step, [run.fault.sites(step, healthy)])
-    assert first.state_of(0)["past"]
+    assert first.state_of(0)[needs]
     resumed.load([first.state_of(0)])
     for step in range(stop, steps):
         resumed.step(step, [run.fault.sites(step, healthy)])
