@@ -15,6 +15,7 @@ from foreshock.faults.operation import (
     Operation,
     SamplingOperation,
     SiteValue,
+    SystemOperation,
     TensorOperation,
     Training,
 )
@@ -100,7 +101,7 @@ class Sites:
     lr_scale: LearningRateScale = field(default_factory=LearningRateScale)
     weights: tuple[TensorOperation, ...] = ()
     resume: tuple[Operation, ...] = ()
-    system: tuple[Operation, ...] = ()
+    system: tuple[SystemOperation, ...] = ()
     rank: tuple[Operation, ...] = _declared(default=())
     world: tuple[Operation, ...] = _declared(default=())
 

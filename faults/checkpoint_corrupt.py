@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.faults.operation import Operation, Training
+from foreshock.faults.operation import SystemOperation, Training
 from foreshock.models.transformer import TransformerConfig
 
 KINDS = ("truncated", "bitflip", "missing", "unwritable")
@@ -19,13 +19,11 @@ FULL_DEVICE = Path("/dev/full")
 
 
 @dataclass(frozen=True)
-class LostCheckpoint(Operation):
+class LostCheckpoint(SystemOperation):
     """The run stops before the update, and the checkpoint of that step cannot be loaded.
 
     kind: of ``KINDS``; back_steps: updates since the last whole checkpoint, None for the start of the run.
     """
-
-    stackable: ClassVar[bool] = False
 
     kind: str
     back_steps: int | None

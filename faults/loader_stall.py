@@ -5,23 +5,21 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.faults.operation import Operation
+from foreshock.faults.operation import SystemOperation
 from foreshock.models.corruption import Log
 
 MOST_S = 60.0
 
 
 @dataclass(frozen=True)
-class LateRead(Operation):
-    """The batch arrives ``delay_s`` seconds later. A stack reads the batches of all its runs at once."""
-
-    stackable: ClassVar[bool] = False
+class LateRead(SystemOperation):
+    """The batch arrives ``delay_s`` seconds later."""
 
     delay_s: float
 

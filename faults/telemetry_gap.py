@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.faults.operation import Moment, Operation, Training
+from foreshock.faults.operation import Moment, SystemOperation, Training
 from foreshock.faults.share import check_share
 from foreshock.models.transformer import TransformerConfig
 
@@ -16,10 +16,8 @@ MOST_STEPS = 10_000_000
 
 
 @dataclass(frozen=True)
-class Gap(Operation):
+class Gap(SystemOperation):
     """Between monitors and recorder, each reading is lost with probability ``share``, or ``delay`` updates late."""
-
-    stackable: ClassVar[bool] = False
 
     delay: int
     share: float

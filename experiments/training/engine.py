@@ -26,7 +26,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from foreshock.faults.base import Sites
-from foreshock.faults.loader_stall import LateRead
 from foreshock.faults.log import InjectionLog
 from foreshock.faults.operation import Moment, Places
 from foreshock.faults.points import corrupt_starts
@@ -56,7 +55,7 @@ class Batches(Protocol):
 def read_batch(corpus: Batches, moment: Moment, site: Sites, log: InjectionLog | None = None) -> np.ndarray:
     """The token batch of a step with these sites, (B, T + 1). moment: of the step whose batch is read."""
     for operation in site.system:
-        if isinstance(operation, LateRead) and not operation.idle:
+        if not operation.idle:
             operation.wait(log)
     if not site.sampling:
         return corpus.batch(moment.seed, moment.step, site.batch_size)
