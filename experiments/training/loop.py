@@ -177,9 +177,7 @@ class _Together:
         self.healthy = self.runs[0].healthy_sites()
         torch.set_num_threads(self.config.threads)
         self.faults = _distinct([run.fault for run in self.runs])
-        self.stops = (
-            None if stacked else Stops(self.runs[0])
-        )  # ``experiments.training.stacking``: such faults do not stack
+        self.stops = None if stacked else Stops(self.runs[0])  # no run of a stack has such a fault
         self.limits = torch.tensor([drawup_limit(run.train) for run in self.runs], device=device)
         self.recording = list(range(len(members)))
         self.go_on()
@@ -261,7 +259,7 @@ class _Together:
         self.watch.record(now)
         loss, readings = view.loss, self.watch.observe(view, due, self.recording)
         if not self.stacked:
-            readings = dict(self.telemetry.arrived(step, readings, sites[0], self.engine.logs[0]))
+            readings = self.telemetry.arrived(step, readings, sites[0], self.engine.logs[0])
         del view  # its taps are as large as the step's activations: the next step is to find that memory free
         self.recorder.add(now, self.engine.tokens, readings)
         self.finite = self.finite & torch.isfinite(loss)

@@ -59,8 +59,7 @@ def go_back(folder: Path, step: int, loss: LostCheckpoint, log: InjectionLog, ev
     """
     back = loss.back_to(step)
     reason = _reason(folder, loss)
-    device = torch.device("cpu")
-    state = checkpoint.load(folder, device, checkpoint.kept(back))
+    state = checkpoint.load(folder, torch.device("cpu"), checkpoint.kept(back))
     if state is None:
         raise trace.damaged(folder / checkpoint.kept(back), "is missing", folder)
     log.step = step
@@ -81,6 +80,8 @@ def _reason(folder: Path, loss: LostCheckpoint) -> str:
     except ValueError as error:
         return str(error)
     except OSError as error:
+        if loss.kind != "unwritable":
+            raise
         return f"cannot be written: {error.strerror}"
     finally:
         path.unlink(missing_ok=True)

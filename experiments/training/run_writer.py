@@ -76,9 +76,7 @@ class RunWriter:
         state = self._engine.state_of(self._row or 0)["model"]
         self.manifest["weights_sha256"][str(step)] = weights_sha256(state)
 
-    def save(
-        self, step: int, end_reason: str, finite: Tensor, best_held_out: Tensor, late: Mapping[str, Any] | None = None
-    ) -> None:
+    def save(self, step: int, end_reason: str, finite: Tensor, best_held_out: Tensor, late: Mapping[str, Any]) -> None:
         """Part, then checkpoint or weights, then manifest: a resume cuts the trace back to the checkpoint it finds.
 
         finite: whether every training loss was; best_held_out: the lowest label loss so far; 0-dim; late: readings that

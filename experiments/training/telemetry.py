@@ -32,9 +32,7 @@ class Telemetry:
         self._seed = seed
         self._late: dict[str, list[_Late]] = {}
 
-    def arrived(
-        self, step: int, readings: Mapping[str, Reading], site: Sites, log: InjectionLog
-    ) -> Mapping[str, Reading]:
+    def arrived(self, step: int, readings: dict[str, Reading], site: Sites, log: InjectionLog) -> dict[str, Reading]:
         """What is recorded of the readings of update ``step``: those given, older ones, or missing samples."""
         gap = next((operation for operation in site.system if isinstance(operation, Gap)), None)
         if gap is None or gap.idle:
