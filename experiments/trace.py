@@ -10,6 +10,10 @@ Columns of a part: step, tokens (training tokens seen by then), signal, layer an
 signal has no such axis), value, and undefined: true marks a missing sample (a zero update has no entropy),
 while a NaN or Inf that is not undefined arose from a nonzero computation. At which steps a signal has readings, its
 entry in ``signals`` of the manifest says: ``every_steps``, and ``jittered`` (``monitors.cadence``).
+
+``events`` of the manifest are what has happened to the run beside its training, each with the updates applied by then
+(``step``): ``resume``, with what was ``forgotten``, and ``checkpoint_lost``, with the ``reason`` and the step that the
+run went back to. A run that was merely interrupted and resumed has none.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from foreshock.faults.operation import (
     Operation,
     SamplingOperation,
     SiteValue,
+    SystemOperation,
     TensorOperation,
     Training,
 )
@@ -78,7 +79,8 @@ class Sites:
     schedule: where the learning-rate schedule stands, and its warm-up.
     lr_scale: factors on the scheduled learning rate.
     weights: operations on the parameters after the update.
-    resume: what a resume forgets, of optimizer, schedule, data position and random state.
+    resume: a stop and a resume before the step's forward, and what it forgets (``faults.resume_lossy``).
+    system: what becomes of the batch's read, the run's checkpoint and its readings; no weight depends on it.
     rank: what one worker does differently.
     world: what becomes of the exchange between workers.
     """
@@ -99,7 +101,8 @@ class Sites:
     schedule: Schedule = field(default_factory=Schedule)
     lr_scale: LearningRateScale = field(default_factory=LearningRateScale)
     weights: tuple[TensorOperation, ...] = ()
-    resume: tuple[str, ...] = _declared(default=())
+    resume: tuple[Operation, ...] = ()
+    system: tuple[SystemOperation, ...] = ()
     rank: tuple[Operation, ...] = _declared(default=())
     world: tuple[Operation, ...] = _declared(default=())
 
@@ -111,7 +114,8 @@ class Sites:
 
     def _operations(self) -> tuple[tuple[Operation, ...], ...]:
         of_the_forward = self.start, self.sampling, self.batch, self.modules, self.formats
-        return *of_the_forward, self.accumulation, self.gradients, self.clip, self.optimizer, self.weights
+        of_the_update = self.accumulation, self.gradients, self.clip, self.optimizer, self.weights
+        return *of_the_forward, *of_the_update, self.resume, self.system
 
     def check_fits(self, model: TransformerConfig, train: Training) -> None:
         """Raise ValueError that names the field where the model or the training cannot have a value of this step."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 MEASURED_STEPS = 10
 """Faulty steps in which an operation's changes to a tensor are measured; later ones cost nothing."""
-EVERY_STEP = ("clip",)
-"""Points at which every faulty step is measured: a wrong clip changes few of them, and is one number a tensor."""
+EVERY_STEP = ("clip", "system")
+"""Points at which every faulty step is measured: such faults change few of them, and few numbers."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from foreshock.faults.past import Past
+from foreshock.models.corruption import Log
 from foreshock.models.transformer import TransformerConfig
 
 
@@ -106,6 +107,19 @@ class Places:
 
     count: int
     context_length: int
+
+
+class SystemOperation(Operation, Protocol):
+    """What becomes of the things around the step: the read of the batch, the checkpoint, the readings.
+
+    No weight depends on it. All runs of a stack share them, so that a run with such an operation trains by itself.
+    """
+
+    stackable: ClassVar[bool] = False
+
+    def wait(self, log: Log | None) -> None:
+        """Wait before the batch is read; by default not at all."""
+        return
 
 
 class SamplingOperation(Operation, Protocol):

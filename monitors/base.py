@@ -90,8 +90,9 @@ class StepView:
     objective, NLL plus auxiliary losses on its batch without rounding or faults, as a smooth function of all weights by
     name (``models.objective``); batch: the tokens that taps, routings and objective_at are of, (B, T + 1), or inputs
     and targets apart (``models.batch``); loss_scale: what the tapped gradients are times those of the mean over the
-    tapped tokens, None for 1. Of attached loops alone, None in ours: scaling: of the loop's GradScaler; update_tokens:
-    training tokens of this update, None where they are not known. ``Watch.seen`` adds history and optimizer to what an
+    tapped tokens, None for 1; read_s: seconds that the read of the batch took, None where nobody measured it. Of
+    attached loops alone, None in ours: scaling: of the loop's GradScaler; update_tokens: training tokens of this
+    update, None where they are not known. ``Watch.seen`` adds history and optimizer to what an
     engine gives.
     """
 
@@ -110,6 +111,7 @@ class StepView:
     loss_scale: float | None = None
     scaling: LossScaling | None = None
     update_tokens: int | None = None
+    read_s: float | None = None
 
     @property
     def model(self) -> nn.Module:

@@ -53,16 +53,44 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
     trace.write_whole(folder / CHECKPOINT, hashlib.sha256(payload).digest() + payload)
 
 
-def load(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The folder's checkpoint, or None where it has none. Raises TraceError where it is damaged."""
-    path = folder / CHECKPOINT
+def load(folder: Path, device: torch.device, name: str = CHECKPOINT) -> dict[str, Any] | None:
+    """A checkpoint of the folder, or None where it has none. Raises TraceError where it is damaged."""
+    path = folder / name
     if not path.exists():
         return None
-    data = path.read_bytes()
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
-        raise trace.damaged(path, "does not match its SHA-256", folder)
-    state: dict[str, Any] = torch.load(io.BytesIO(data[32:]), map_location=device, weights_only=True)
+    try:
+        payload = checked(path)
+    except ValueError as error:
+        raise trace.damaged(path, error, folder) from None
+    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
     return state
+
+
+def checked(path: Path) -> bytes:
+    """What a checkpoint holds. Raises ValueError where it is missing or does not match its SHA-256."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError("is missing") from None
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        raise ValueError("does not match its SHA-256")
+    return data[32:]
+
+
+def keep(folder: Path, step: int) -> None:
+    """Keep the folder's checkpoint, which is of this step, beside those that come after it."""
+    trace.write_whole(folder / kept(step), (folder / CHECKPOINT).read_bytes())
+
+
+def kept(step: int) -> str:
+    """The name of a checkpoint that is kept."""
+    return f"checkpoint-{step:09d}.pt"
+
+
+def discard(folder: Path) -> None:
+    """Delete all checkpoints of a run that has ended."""
+    for path in (folder / CHECKPOINT, *folder.glob("checkpoint-*.pt")):
+        path.unlink(missing_ok=True)
 
 
 def compact(state: Any) -> Any:

@@ -1,7 +1,7 @@
 """An engine takes one training step: the only place where a fault enters and where a view of the step is made.
 
-    weights                                                   # INJECT: start
-    batch = corpus.batch(seed, step, sites.batch_size)        # INJECT: batch_size, data_step, sampling, batch
+    weights                                                   # INJECT: resume (``experiments.training.loop``), start
+    batch = corpus.batch(seed, step, sites.batch_size)        # INJECT: batch_size, data_step, sampling, batch, system
     for micro_batch in batch:
         loss, auxiliary, routings = model(micro_batch, sites.numerics, ...)  # INJECT: numerics, in both passes
         (loss + auxiliary).backward()                         # INJECT: modules, formats, both passes; TAP: activations
@@ -54,6 +54,9 @@ class Batches(Protocol):
 
 def read_batch(corpus: Batches, moment: Moment, site: Sites, log: InjectionLog | None = None) -> np.ndarray:
     """The token batch of a step with these sites, (B, T + 1). moment: of the step whose batch is read."""
+    for operation in site.system:
+        if not operation.idle:
+            operation.wait(log)
     if not site.sampling:
         return corpus.batch(moment.seed, moment.step, site.batch_size)
     starts_B = corpus.starts(moment.seed, moment.step, site.batch_size)

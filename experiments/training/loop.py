@@ -1,10 +1,12 @@
 """The training loop, of one run or of a stack of runs.
 
     for step in range(steps):                        # updates applied so far
+        stop and resume                              # INJECT: resume, and checkpoints of system
         sites = [fault.sites(step, healthy) of each run]
         view = engine.step(step, sites, places)      # INJECT and TAP (``experiments.training.engine``)
         watch.record(step + 1)                       # weights that a monitor will ask for later
         watch.observe(view)                          # OBSERVE: read-only, when a signal is due
+        telemetry.arrived(readings)                  # INJECT: system, between monitors and recorder
         engine.held_out_loss(sites)                  # LABEL: the same batch for every run
         part, checkpoint                             # what a kill cannot take away
 
@@ -43,11 +45,14 @@ from foreshock.experiments.training.missing_readings import (
 )
 from foreshock.experiments.training.out_of_memory import out_of_memory_named
 from foreshock.experiments.training.recorder import Recorder
+from foreshock.experiments.training.restart import Stops, go_back, log_forgotten
 from foreshock.experiments.training.run_writer import HELD_OUT, RunWriter
 from foreshock.experiments.training.stacked_engine import StackedEngine
 from foreshock.experiments.training.stacked_watch import StackedWatch
 from foreshock.experiments.training.stopping import Stopped, asked, held
+from foreshock.experiments.training.telemetry import Telemetry
 from foreshock.faults.base import Fault, Sites
+from foreshock.faults.resume_lossy import Resume
 from foreshock.monitors.base import Reading
 from foreshock.monitors.cadence import is_due
 from foreshock.monitors.watch import Watch
@@ -166,38 +171,49 @@ class _Together:
     """Runs in training: one, or those of a stack; each goes on from its checkpoint."""
 
     def __init__(self, members: Sequence[Member], stacked: bool) -> None:
+        self.members, self.stacked = members, stacked
         self.runs, self.folders = [run for run, _, _ in members], [folder for _, folder, _ in members]
         self.config, device = self.runs[0].train, self.runs[0].device
         self.healthy = self.runs[0].healthy_sites()
         torch.set_num_threads(self.config.threads)
-        (self.engine, self.watch), self.recorder = _begin(self.runs, stacked), Recorder()
-        self.writers = [
-            RunWriter(*member, self.engine, self.watch, self.recorder, row if stacked else None, len(members))
-            for row, member in enumerate(members)
-        ]
         self.faults = _distinct([run.fault for run in self.runs])
+        self.stops = None if stacked else Stops(self.runs[0])  # no run of a stack has such a fault
         self.limits = torch.tensor([drawup_limit(run.train) for run in self.runs], device=device)
         self.recording = list(range(len(members)))
+        self.go_on()
+
+    def go_on(self, lossy: Resume | None = None) -> None:
+        """Begin, or go on from the checkpoints, with engine and watch built anew. lossy: what the resume forgets."""
+        (self.engine, self.watch), self.recorder = _begin(self.runs, self.stacked), Recorder()
+        self.telemetry = Telemetry(self.runs[0].seed)
+        self.writers = [
+            RunWriter(*member, self.engine, self.watch, self.recorder, row if self.stacked else None, len(self.members))
+            for row, member in enumerate(self.members)
+        ]
         states = [state for state in (writer.resume() for writer in self.writers) if state is not None]
         if not states:  # which all have, or none
             self.first = 0
-            self.finite = torch.ones(len(members), dtype=torch.bool, device=device)
-            self.best_held_out = self.label(0, [self.healthy] * len(members))
+            self.finite = torch.ones(len(self.runs), dtype=torch.bool, device=self.limits.device)
+            self.best_held_out = self.label(0, [self.healthy] * len(self.runs))
         else:
             self.first = states[0]["step"]
-            self.engine.load(states)
+            self.engine.load(states if lossy is None else [lossy.remembered(states[0], self.engine.state_of(0))])
             self.watch.load(states)
+            self.telemetry.load_state_dict(states[0].get("late", {}))
             self.finite, self.best_held_out = (
                 torch.stack([state[key] for state in states]) for key in ("finite", "best_held_out")
             )
+            if lossy is not None:
+                log_forgotten(self.engine, lossy, states[0], self.first)
         self.watch.record(self.first)  # again, for monitors that now look back to other steps than at the checkpoint
 
     def train(self, until: float | None, progress: Progress | None) -> None:
         """To the end, or to ``until``, on the monotonic clock, or until others ask for an end."""
         steps, now = self.config.steps, self.first
-        for step in range(self.first, steps):
-            self.step(step, progress)
-            now = step + 1
+        while now < steps:
+            now = self.stop(now)
+            self.step(now, progress)
+            now += 1
             if not self.recording:
                 return
             over = until is not None and time.monotonic() >= until
@@ -209,6 +225,32 @@ class _Together:
         for row in self.recording:  # a loss may have broken after the last evaluation
             self.write(row, now, "completed" if bool(self.finite[row]) else "non_finite")
 
+    def stop(self, step: int) -> int:
+        """Stop and resume the run before an update where its fault does; the update that it goes on with."""
+        if self.stops is None:
+            return step
+        (folder,), events = self.folders, self.writers[0].events
+        if self.stops.keeps(step, events):
+            self.save(step, "running")
+            checkpoint.keep(folder, step)
+        loss, resume = self.stops.loss(step, events), self.stops.resumes.get(step)
+        if loss is not None:
+            self.save(step, "running")
+            go_back(folder, step, loss, self.engine.logs[0], events)
+            self.end()
+            self.go_on()
+            return self.stop(self.first)
+        if resume is not None:
+            self.save(step, "running")
+            self.end()
+            self.go_on(resume)
+            self.writers[0].note(step, "resume", forgotten=list(resume.forget))
+        return step
+
+    def end(self) -> None:
+        """Throw away all that a stopped process takes with it."""
+        del self.engine, self.watch, self.recorder, self.telemetry, self.writers
+
     def step(self, step: int, progress: Progress | None) -> None:
         """Take a step, observe it and, where it is due, evaluate; runs that end then record no more."""
         now, sites = step + 1, _sites(self.faults, step, self.healthy)
@@ -216,6 +258,8 @@ class _Together:
         view = self.engine.step(step, sites, self.watch.places(due))
         self.watch.record(now)
         loss, readings = view.loss, self.watch.observe(view, due, self.recording)
+        if not self.stacked:
+            readings = self.telemetry.arrived(step, readings, sites[0], self.engine.logs[0])
         del view  # its taps are as large as the step's activations: the next step is to find that memory free
         self.recorder.add(now, self.engine.tokens, readings)
         self.finite = self.finite & torch.isfinite(loss)
@@ -246,7 +290,8 @@ class _Together:
         self.recorder.clear()
 
     def write(self, row: int, step: int, end_reason: str) -> None:
-        self.writers[row].save(step, end_reason, self.finite[row], self.best_held_out[row])
+        late = self.telemetry.state_dict()
+        self.writers[row].save(step, end_reason, self.finite[row], self.best_held_out[row], late)
 
 
 def _distinct(faults: Sequence[Fault]) -> list[tuple[Fault, list[int]]]:

@@ -70,6 +70,7 @@ def new_manifest(run: Run) -> dict[str, Any]:
         "onset_step": None if onset is None else onset + 1,
         "injection": asdict(run.fault.describe()),
         "injected": [],
+        "events": [],
         "left_out_monitors": list(run.left_out_monitors),
         "signals": {signal.name: asdict(signal) for signal in signals},
         "git_commit": _git("rev-parse", "HEAD"),

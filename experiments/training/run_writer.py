@@ -47,6 +47,12 @@ class RunWriter:
         self._started, self._cpu_started = time.monotonic(), time.process_time()
         self._spent = {key: manifest[key] for key in ("wall_s", "cpu_s")}
 
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What has happened to the run beside its training, in order: see ``experiments.trace``."""
+        events: list[dict[str, Any]] = self.manifest["events"]
+        return events
+
     def resume(self) -> dict[str, Any] | None:
         """The checkpoint, None for a new run; the trace is cut back to it.
 
@@ -57,18 +63,24 @@ class RunWriter:
             raise trace.damaged(self._folder / checkpoint.CHECKPOINT, "is missing", self._folder)
         self.manifest["files"] = {} if state is None else state["files"]
         self.manifest["weights_sha256"] = {} if state is None else state["weights_sha256"]
+        self.manifest["events"] = [] if state is None else state.get("events", [])
         trace.cut_back(self._folder, self.manifest["files"])
         return state
+
+    def note(self, step: int, event: str, **said: Any) -> None:
+        """Add to the ``events`` of the manifest, which the next part brings to the disk."""
+        self.manifest["events"] = [*self.events, {"step": step, "event": event, **said}]
 
     def checksum(self, step: int) -> None:
         """Note what the weights are, by which another run is known to be the same."""
         state = self._engine.state_of(self._row or 0)["model"]
         self.manifest["weights_sha256"][str(step)] = weights_sha256(state)
 
-    def save(self, step: int, end_reason: str, finite: Tensor, best_held_out: Tensor) -> None:
+    def save(self, step: int, end_reason: str, finite: Tensor, best_held_out: Tensor, late: Mapping[str, Any]) -> None:
         """Part, then checkpoint or weights, then manifest: a resume cuts the trace back to the checkpoint it finds.
 
-        finite: whether every training loss was; best_held_out: the lowest label loss so far; 0-dim.
+        finite: whether every training loss was; best_held_out: the lowest label loss so far; 0-dim; late: readings that
+        have not arrived yet.
         Raises ValueError that names an injection which has changed nothing.
         """
         log = self._engine.logs[self._row or 0]
@@ -82,6 +94,7 @@ class RunWriter:
         if end_reason not in trace.FINAL_REASONS:
             state |= self._watch.state_of(self._row or 0)
             state |= {"step": step, "files": files, "weights_sha256": self.manifest["weights_sha256"]}
+            state |= {"events": self.manifest["events"], "late": late}
             state |= {"finite": finite, "best_held_out": best_held_out}
             checkpoint.save(self._folder, state)
         else:
@@ -102,7 +115,7 @@ class RunWriter:
         trace.write_manifest(self._folder, self.manifest | news)
         self.manifest.update(news)  # after the write: where the disk is full, the run has not come this far
         if end_reason in trace.FINAL_REASONS:
-            (self._folder / checkpoint.CHECKPOINT).unlink(missing_ok=True)
+            checkpoint.discard(self._folder)
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:

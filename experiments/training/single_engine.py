@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -58,6 +59,7 @@ class SingleEngine:
         self.model, self.anatomy, self.config, self.tokens = model, Anatomy.of(model), config, 0
         self.logs, self.past, self.amaxes = (InjectionLog(),), past or Past(), AmaxHistory()
         self.optimizer, self.parameters = adamw(model, config), list(model.parameters())
+        self._read_s: float | None = None
         self.unwatched = CompiledObjective(model, compiler) if config.compile else model
         self._corpus, self._seed, self._device = corpus, seed, model.tokens.weight.device
         self._held_out = torch.from_numpy(corpus.held_out_batch(config.held_out_sequences)).to(self._device)
@@ -82,6 +84,7 @@ class SingleEngine:
             numerics=site.numerics,
             objective_at=partial(objective_at, self.model, done.watched, site.balance_scale),
             batch=done.watched,
+            read_s=self._read_s,
         )
 
     def _moment(self, step: int) -> Moment:
@@ -94,8 +97,10 @@ class SingleEngine:
     def micro_batches(self, step: int, site: Sites, log: InjectionLog | None = None) -> tuple[Tensor, ...]:
         """The batch of a step, on the device, in the pieces that go through the model one after the other."""
         moment = self._moment(step if site.data_step is None else site.data_step)
-        batch = torch.from_numpy(read_batch(self._corpus, moment, site, log)).to(self._device)
-        batch = corrupt_batch(batch, site.batch, moment, log)
+        begun = time.perf_counter()
+        tokens = read_batch(self._corpus, moment, site, log)
+        self._read_s = time.perf_counter() - begun
+        batch = corrupt_batch(torch.from_numpy(tokens).to(self._device), site.batch, moment, log)
         return micro_batches(batch, self.config.micro_batch, self.config.watched_sequences)
 
     def backward(

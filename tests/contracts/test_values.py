@@ -126,6 +126,10 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "mx_linear/fault.gradient_format": (NONE, "as format"),
     "mx_linear/fault.block": (NONE, "the format's own"),
     "schedule_restart/fault.back_steps": (NONE + ZERO, "to the first step; the healthy control"),
+    "resume_lossy/fault.forget": (EMPTY, "the healthy control"),
+    "checkpoint_corrupt/fault.back_steps": (NONE + ZERO, "to the start; the healthy control"),
+    "loader_stall/fault.delay_s": (ZERO, "the healthy control"),
+    "telemetry_gap/fault.delay": (ZERO, "at once"),
     "weight_tile/fault.rows": (ZERO, "the healthy control"),
     "fault*.beta": (NONE, "goes with another row_max"),
     "natural_bf16/fault.offset": (NONE, "goes with another row_max"),
@@ -194,7 +198,14 @@ TAKEN: dict[str, tuple[tuple, str]] = {
 A pattern with a slash is of some options of its group alone.
 """
 
-LATER = ("adam_state_bitflip", "adam_state_reset", "gradient_stale", "schedule_restart")
+LATER = (
+    "adam_state_bitflip",
+    "adam_state_reset",
+    "checkpoint_corrupt",
+    "gradient_stale",
+    "resume_lossy",
+    "schedule_restart",
+)
 """Faults that need something before them: they refuse an onset of 0."""
 
 
@@ -237,6 +248,8 @@ NEEDS = {
     "adam_state_bitflip": ("fault.onset=3",),
     "adam_state_reset": ("fault.onset=3",),
     "schedule_restart": ("fault.onset=3",),
+    "checkpoint_corrupt": ("fault.onset=3",),
+    "resume_lossy": ("fault.onset=3",),
     "text": ("data.path=x",),
     "tokens": ("data.path=x",),
     "bpe_50k": ("model.vocab_size=50257",),

@@ -76,8 +76,8 @@ def test_factors_multiply_group_by_group():
 
 def test_a_point_that_the_training_loop_does_not_serve_yet_is_refused_by_name(make_run):
     run = make_run()
-    sites = dataclasses.replace(HEALTHY_SITES, resume=("optimizer",))
-    with pytest.raises(ValueError, match="the training loop applies nothing at 'resume' yet"):
+    sites = dataclasses.replace(HEALTHY_SITES, rank=(object(),))
+    with pytest.raises(ValueError, match="the training loop applies nothing at 'rank' yet"):
         sites.check_fits(run.model_config, run.train)
 
 
