@@ -108,6 +108,11 @@ class Sites:
         operations = (operation for point in self._operations() for operation in point)
         return (self.numerics, self.schedule, self.lr_scale, *operations)
 
+    @property
+    def changes_forward(self) -> bool:
+        """Whether an evaluation gives another loss than through healthy sites, with the same weights."""
+        return any(value.changes_forward for value in (self.numerics, *self.modules, *self.formats))
+
     def _operations(self) -> tuple[tuple[Operation, ...], ...]:
         of_the_forward = self.start, self.sampling, self.batch, self.modules
         return *of_the_forward, self.accumulation, self.gradients, self.clip, self.optimizer, self.weights
