@@ -106,11 +106,8 @@ def _rows(run: Trace, signals: Mapping[str, tuple[np.ndarray, np.ndarray]], ever
 
 def write(index: Mapping[str, Any], runs: Sequence[Trace], labels: Mapping[str, Mapping], out: Path) -> None:
     """Write a reduced folder. labels: by run id, divergence by every other label, kept in the manifests."""
-    wanted = [
-        LABEL_SIGNAL,
-        CLEAN_SIGNAL,
-        *dict.fromkeys(s for names in index["experiment"]["detectors"].values() for s in names),
-    ]
+    detected = (signal for names in index["experiment"]["detectors"].values() for signal in names)
+    wanted = list(dict.fromkeys((LABEL_SIGNAL, CLEAN_SIGNAL, *detected)))
     every = index["experiment"].get("score_every", 1)
     roles = {cell["run_id"]: cell["role"] for cell in index["runs"]}
     reference = [run for run in runs if roles[run.run_id] == "reference"]

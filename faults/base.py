@@ -111,7 +111,8 @@ class Sites:
     @property
     def changes_forward(self) -> bool:
         """Whether an evaluation gives another loss than through healthy sites, with the same weights."""
-        return any(value.changes_forward for value in (self.numerics, *self.modules, *self.formats))
+        modules = any(change.changes_forward for change in self.modules)
+        return self.numerics.changes_forward or modules or any(change.changes_forward for change in self.formats)
 
     def _operations(self) -> tuple[tuple[Operation, ...], ...]:
         of_the_forward = self.start, self.sampling, self.batch, self.modules

@@ -119,6 +119,8 @@ def label_runs(
         judged = role not in losses
         result = _outcome(loss, own, losses, rule, run.end_reason) if judged else None
         scored.append(ScoredRun(role, cell["fault"], cell["seed"], run, onset, divergence, degraded, reached, result))
+    if not any(run.role == "faulty" for run in scored):
+        raise ValueError("experiment.faults: all of them are benign controls; scoring needs at least one fault")
     return Experiment(index, model, axis, tuple(scored), horizon, threshold, mixed)
 
 

@@ -1,4 +1,4 @@
-"""The held-out loss is taken a second time, through healthy kernels, where and only where a fault changes the forward."""
+"""The held-out loss is taken again, through healthy kernels, where and only where a fault changes the forward."""
 
 from pathlib import Path
 
