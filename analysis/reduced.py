@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from foreshock.analysis.detect.bands import DeclinedSignal, ReferenceBand
 from foreshock.analysis.runs.align import hold, thin
+from foreshock.analysis.runs.labels import CLEAN_SIGNAL, LABEL_SIGNAL
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.runs.reduced import CHECKSUMS, INDEX, RUNS, SIGNALS, read
 from foreshock.analysis.scores.sensitivity import other_labels
@@ -105,7 +106,8 @@ def _rows(run: Trace, signals: Mapping[str, tuple[np.ndarray, np.ndarray]], ever
 
 def write(index: Mapping[str, Any], runs: Sequence[Trace], labels: Mapping[str, Mapping], out: Path) -> None:
     """Write a reduced folder. labels: by run id, divergence by every other label, kept in the manifests."""
-    wanted = ["held_out_loss", *dict.fromkeys(s for names in index["experiment"]["detectors"].values() for s in names)]
+    detected = (signal for names in index["experiment"]["detectors"].values() for signal in names)
+    wanted = list(dict.fromkeys((LABEL_SIGNAL, CLEAN_SIGNAL, *detected)))
     every = index["experiment"].get("score_every", 1)
     roles = {cell["run_id"]: cell["role"] for cell in index["runs"]}
     reference = [run for run in runs if roles[run.run_id] == "reference"]
@@ -114,6 +116,8 @@ def write(index: Mapping[str, Any], runs: Sequence[Trace], labels: Mapping[str, 
         for name in wanted
         if all(name in run.signals for run in reference)
     }
+    if any(CLEAN_SIGNAL in run.signals for run in runs):  # of faulty runs alone: as fine as their own label
+        signals[CLEAN_SIGNAL] = signals[LABEL_SIGNAL]
     table = pa.concat_tables(_rows(run, signals, every) for run in runs)
     # Rows that follow one another are then alike in all but the value.
     table = table.sort_by([(name, "ascending") for name in ("signal", "layer", "head", "run", "step")])

@@ -27,6 +27,7 @@ from foreshock.analysis.runs.load import has_cases, load, views
 from foreshock.analysis.runs.readings import end_table
 from foreshock.analysis.scores.claims import check_claims
 from foreshock.analysis.scores.contest import Contest, contest
+from foreshock.analysis.scores.outcomes import benign_table, outcome_table
 from foreshock.analysis.scores.receipts import write_receipts
 from foreshock.analysis.scores.table import in_unit, lead_table, run_table
 from foreshock.experiments.trace import TraceError
@@ -51,9 +52,9 @@ def _draw(kind: Kind, contests: Sequence[Contest], report: Path) -> list[tuple[s
 
 
 def _write_tables(kind: Kind, contests: Sequence[Contest], leads: Sequence[pd.DataFrame], report: Path) -> None:
-    """``leadtime.csv``, ``runs.csv`` and ``ends.csv`` with all models, once an axis: in tokens ``leadtime-tokens.csv``
+    """``leadtime.csv``, ``runs.csv``, ``ends.csv`` and ``outcomes.csv`` with all models, once an axis: in tokens
 
-    and so on; then the tables of the experiment's kind.
+    ``leadtime-tokens.csv`` and so on; ``benign.csv`` where there are benign controls; then those of the kind.
     """
     for axis in dict.fromkeys(view.experiment.axis for view in contests):
         suffix = "" if axis == "steps" else f"-{axis}"
@@ -64,6 +65,11 @@ def _write_tables(kind: Kind, contests: Sequence[Contest], leads: Sequence[pd.Da
         runs.to_csv(report / f"runs{suffix}.csv", index=False)
         ends = pd.concat([end_table(view.experiment) for view, _ in chosen])
         ends.to_csv(report / f"ends{suffix}.csv", index=False, float_format="%.6g")
+        outcomes = pd.concat([outcome_table(view.experiment) for view, _ in chosen])
+        outcomes.to_csv(report / f"outcomes{suffix}.csv", index=False, float_format="%.6g")
+        if any(view.experiment.benign_controls for view, _ in chosen):
+            benign = pd.concat([benign_table(view) for view, _ in chosen])
+            benign.to_csv(report / f"benign{suffix}.csv", index=False, float_format="%.6g")
     parts: dict[str, list[pd.DataFrame]] = {}
     for _, view in one_of_each_model(contests):
         for name, table in kind.model_tables(view).items():

@@ -112,6 +112,12 @@ class Sites:
         operations = (operation for point in self._operations() for operation in point)
         return (self.numerics, self.schedule, self.lr_scale, *operations)
 
+    @property
+    def changes_forward(self) -> bool:
+        """Whether an evaluation gives another loss than through healthy sites, with the same weights."""
+        modules = any(change.changes_forward for change in self.modules)
+        return self.numerics.changes_forward or modules or any(change.changes_forward for change in self.formats)
+
     def _operations(self) -> tuple[tuple[Operation, ...], ...]:
         of_the_forward = self.start, self.sampling, self.batch, self.modules, self.formats
         of_the_update = self.accumulation, self.gradients, self.clip, self.optimizer, self.weights

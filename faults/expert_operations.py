@@ -41,6 +41,10 @@ class DeadExpert(ModuleChange):
         return self.expert is None
 
     @property
+    def changes_forward(self) -> bool:
+        return not self.idle and self.kind == "output"
+
+    @property
     def target(self) -> tuple[str, str]:
         return f"blocks.{self.layer}.mlp, expert {self.expert}", self.kind
 

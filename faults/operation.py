@@ -65,6 +65,11 @@ class Operation(SiteValue, Protocol):
         """Whether it changes nothing by its own parameters; whoever applies operations leaves it out."""
         return False
 
+    @property
+    def changes_forward(self) -> bool:
+        """Whether the same weights give another loss than without it, as of a number format."""
+        return False
+
     def meets(self, other: Any) -> bool:
         """Whether both would set one value, which no order of the two makes right."""
         return False

@@ -80,6 +80,11 @@ class Arithmetic:
         if self.delta == "p" and self.stored_o == "fp32":
             raise ValueError("stored_o='fp32' has no effect with delta='p', which reads no O")
 
+    @property
+    def changes_forward(self) -> bool:
+        """Whether the O that the forward returns is rounded otherwise than by an ordinary kernel."""
+        return (self.pv_accumulation, self.row_max) != (ORDINARY.pv_accumulation, ORDINARY.row_max)
+
 
 ORDINARY = Arithmetic()
 

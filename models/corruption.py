@@ -53,6 +53,11 @@ class ModuleChange(Protocol):
     def idle(self) -> bool: ...
 
     @property
+    def changes_forward(self) -> bool:
+        """Whether the same weights give another loss than without it; of a kind that says nothing, where not idle."""
+        return not self.idle
+
+    @property
     def target(self) -> tuple[str, str]:
         """Module and tensor (``MODULE_SITES`` where hooks do it), of which no two changes may be done to one."""
 
@@ -72,9 +77,13 @@ class ModuleChange(Protocol):
 
 @dataclass(frozen=True)
 class TensorChange(ModuleChange):
-    """A change of one tensor of one module, done by hooks. module: its name; site: one of ``SITES``."""
+    """A change of one tensor of one module, done by hooks. module: its name; site: one of ``SITES``.
+
+    Those of ``GRADIENTS`` leave the forward as it is.
+    """
 
     SITES: ClassVar[tuple[str, ...]] = MODULE_SITES
+    GRADIENTS: ClassVar[tuple[str, ...]] = ("dy", "dx", "dw")
 
     module: str
     site: str
@@ -82,6 +91,10 @@ class TensorChange(ModuleChange):
     def __post_init__(self) -> None:
         if self.site not in self.SITES:
             raise ValueError(f"site={self.site!r} is not allowed: one of {', '.join(self.SITES)}")
+
+    @property
+    def changes_forward(self) -> bool:
+        return not self.idle and self.site not in self.GRADIENTS
 
     @property
     def target(self) -> tuple[str, str]:

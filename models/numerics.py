@@ -102,6 +102,11 @@ class SiteFault:
             if chosen is not None and (len(set(chosen)) != len(chosen) or not chosen or min(chosen) < 0):
                 raise ValueError(f"{field}={list(chosen)} is not allowed: distinct indices from 0, or null for all")
 
+    @property
+    def changes_forward(self) -> bool:
+        """Whether it changes what the forward computes."""
+        return self.bits > 0 and self.phase != "backward"
+
     def overlaps(self, other: SiteFault) -> bool:
         """Whether both would corrupt the same value: same site, a common phase, layer and head."""
 
@@ -149,6 +154,12 @@ class AttentionNumerics:
             raise ValueError("two faults both change the arithmetic of attention: give each steps of its own")
         arithmetic = other.arithmetic if self.arithmetic == ORDINARY else self.arithmetic
         return AttentionNumerics(self.faults + other.faults, arithmetic, self.wirings + other.wirings)
+
+    @property
+    def changes_forward(self) -> bool:
+        """Whether the same weights give another loss than with a healthy kernel."""
+        miswired = any(wiring.wrong for wiring in self.wirings)
+        return miswired or self.arithmetic.changes_forward or any(fault.changes_forward for fault in self.faults)
 
     def check_fits(self, model: Heads, train: Any) -> None:
         """Raise ValueError if a fault names a layer or head that the model does not have."""

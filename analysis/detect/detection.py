@@ -16,7 +16,7 @@ from foreshock.analysis.detect.joint import Scale, member_scales
 from foreshock.analysis.detect.tracks.base import Band, Charted, Raw, Track
 from foreshock.analysis.detect.tracks.by_name import TRACKS
 from foreshock.analysis.runs.align import Aligned, hold, positions, thin
-from foreshock.analysis.runs.experiment import Experiment, ScoredRun
+from foreshock.analysis.runs.experiment import BENIGN, Experiment, ScoredRun
 from foreshock.experiments.trace import Series, TraceError
 from foreshock.monitors.cadence import Cadence
 from foreshock.monitors.signal import EXACT, Signal
@@ -176,7 +176,7 @@ class Detection:
             if not np.isfinite(maxima[run]):
                 return Detector(name, tuple(signals), declined=f"{name}: not finite in calibration run {run}")
         threshold = conformal_threshold(list(maxima.values()), alpha)
-        scored = {run: charts[run] for run in self._runs("test", "faulty")}
+        scored = {run: charts[run] for run in self._runs("test", "faulty", BENIGN)}
         detector = Detector(name, tuple(signals), threshold, charts=scored, maxima=maxima, scales=scales)
         if isinstance(rule, FromFile):
             try:
@@ -189,7 +189,7 @@ class Detection:
         """Looks for a statistic that knows the future in every run, above all where it decides something."""
         for (signal, of_sides), limit in zip(rules.items(), limits, strict=True):
             sides = self.sides(signal)
-            for run in self._runs("calibration", "test", "faulty"):
+            for run in self._runs("calibration", "test", "faulty", BENIGN):
                 for rule, x in zip(of_sides, sides[run].series, strict=True):
                     statistic = rule.statistic(x)
                     alarm = np.flatnonzero(statistic > limit)[:1]
@@ -211,7 +211,7 @@ class Detection:
 
     def _charts(self, rules: Mapping[str, Sequence[AlarmRule]]) -> dict[str, list[Chart]]:
         """By run id, one chart a signal; ``both`` is the larger of two one-sided ones."""
-        charts: dict[str, list[Chart]] = {run: [] for run in self._runs("calibration", "test", "faulty")}
+        charts: dict[str, list[Chart]] = {run: [] for run in self._runs("calibration", "test", "faulty", BENIGN)}
         for signal, of_sides in rules.items():
             sides = self.sides(signal)
             charted = chart_statistics([sides[run].series for run in charts], of_sides)
@@ -250,7 +250,7 @@ class Detection:
             run: [
                 (runs[run].positions, track.statistic(described[signal], runs[run])) for signal, runs in aligned.items()
             ]
-            for run in self._runs("faulty", *track.healthy_roles)
+            for run in self._runs("faulty", BENIGN, *track.healthy_roles)
         }
         threshold = limit if track.thresholds_are_scales else float("nan")
         detector = Detector(name, tuple(signals), threshold, charts=charts)

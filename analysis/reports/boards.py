@@ -21,7 +21,8 @@ from foreshock.analysis.locate.attribution import alarm_probabilities, cross_tal
 from foreshock.analysis.locate.selectivity import any_alarm, designed_for
 from foreshock.analysis.runs.conf import Conf, conf
 from foreshock.analysis.runs.discover import find
-from foreshock.analysis.runs.experiment import HEALTHY, LABEL_SIGNAL, Experiment
+from foreshock.analysis.runs.experiment import HEALTHY, Experiment
+from foreshock.analysis.runs.labels import LABEL_SIGNAL
 from foreshock.analysis.scores.contest import Contest, contest, run_scores
 from foreshock.analysis.scores.costs import monitor_costs
 from foreshock.analysis.scores.leaderboard import RANKED, board

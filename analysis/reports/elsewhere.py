@@ -12,7 +12,7 @@ from rich.table import Table
 
 from foreshock.analysis.detect.fixed_rules import SPIKE_RULES, FixedRule, PublishedLimit, SelfBound
 from foreshock.analysis.runs.elsewhere import Cell, cells_of
-from foreshock.analysis.runs.experiment import LABEL_SIGNAL
+from foreshock.analysis.runs.labels import LABEL_SIGNAL
 from foreshock.analysis.scores.elsewhere import (
     Judged,
     calibrated_scores,

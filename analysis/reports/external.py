@@ -12,8 +12,9 @@ import pandas as pd
 from foreshock.analysis.detect.fixed_rules import SPIKE_RULES
 from foreshock.analysis.reports.elsewhere import ALPHA_POOLED, Findings, findings
 from foreshock.analysis.runs.elsewhere import LABELS, TRAIN_LOSS, cells_of
-from foreshock.analysis.runs.experiment import HEALTHY, LABEL_SIGNAL
+from foreshock.analysis.runs.experiment import HEALTHY
 from foreshock.analysis.runs.external_logs import algoperf_runs, checksums, fp6_runs
+from foreshock.analysis.runs.labels import LABEL_SIGNAL
 from foreshock.analysis.scores.elsewhere import Judged, calibrated_scores, fixed_scores, summary
 from foreshock.analysis.scores.outcome import restricted_mean_lead, score
 from foreshock.experiments.trace import Trace

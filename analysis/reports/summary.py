@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 
 import pandas as pd
@@ -13,8 +14,10 @@ from foreshock.analysis.figures.drawing import pretty
 from foreshock.analysis.reports.headline import headline
 from foreshock.analysis.reports.kinds.base import Kind
 from foreshock.analysis.reports.terminal import print_whole
-from foreshock.analysis.runs.experiment import HEALTHY_ROLES
+from foreshock.analysis.runs.experiment import HEALTHY_ROLES, Experiment
+from foreshock.analysis.runs.outcomes import BETTER
 from foreshock.analysis.scores.contest import Contest
+from foreshock.analysis.scores.outcomes import benign_table
 
 COLUMNS = {
     "detector": "detector",
@@ -49,12 +52,34 @@ def summary(contest: Contest, kind: Kind) -> str:
         f"{experiment.alpha:.0%} false alarms per run; {counts['test']} healthy test runs. Reference track, "
         f"{experiment.index['rule']['chart'].upper()} chart, seeds of all roles disjoint."
     ]
+    sentences += [outcome_sentence(experiment), benign_sentence(contest)]
     if experiment.mixed:
         sentences.append(f"Mixed on request: {'; '.join(experiment.mixed)}.")
     if len(faulty) < 10 * len(experiment.faults):
         sentences.append("Fewer than 10 faulty seeds: points without intervals.")
     sentences.append(kind.sentences(contest))
     return " ".join(filter(None, sentences))
+
+
+def outcome_sentence(experiment: Experiment) -> str:
+    """How many faulty runs came to which outcome (``analysis.runs.outcomes``), the most frequent first."""
+    judged = [run.outcome for run in experiment.of("faulty") if run.outcome is not None]
+    counts = Counter(outcome.outcome for outcome in judged).most_common()
+    better = sum(outcome.note == BETTER for outcome in judged)
+    said = ", ".join(f"{count} {name}" for name, count in counts)
+    return f"Outcomes of faulty runs on the clean label: {said}{f'; {better} end {BETTER}' if better else ''}."
+
+
+def benign_sentence(contest: Contest) -> str:
+    """Which detectors alarm in benign runs; empty without any."""
+    table = benign_table(contest)
+    if table.empty:
+        return ""
+    of_detector = table.groupby("detector", sort=False)[["runs", "alarms"]].sum().sort_values("alarms", ascending=False)
+    sirens = of_detector[of_detector["alarms"] > 0]
+    said = ", ".join(f"{pretty(str(row.Index))} {row.alarms}" for row in sirens.itertuples()) or "none"
+    runs = int(of_detector["runs"].max())
+    return f"Alarms in {runs} benign runs, none of which is a fault: {said}."
 
 
 def shown_rows(contest: Contest, table: pd.DataFrame, fault: str, kind: str) -> pd.DataFrame:

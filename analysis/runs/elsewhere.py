@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from foreshock.analysis.runs.experiment import LABEL_SIGNAL, Experiment, ScoredRun
-from foreshock.analysis.runs.labels import DrawupLabel, divergence_step
+from foreshock.analysis.runs.experiment import Experiment, ScoredRun
+from foreshock.analysis.runs.labels import LABEL_SIGNAL, DrawupLabel, divergence_step
 from foreshock.experiments import trace
 from foreshock.experiments.elsewhere.traces import ELSEWHERE
 from foreshock.experiments.trace import Series, Trace

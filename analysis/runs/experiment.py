@@ -9,20 +9,25 @@ from typing import Any
 
 import numpy as np
 
+from foreshock.analysis.runs.labels import CLEAN_SIGNAL, LABEL_SIGNAL
+from foreshock.analysis.runs.outcomes import Outcome
 from foreshock.experiments.trace import Series, Trace, TraceError
 from foreshock.monitors.signal import Signal
 
-LABEL_SIGNAL = "held_out_loss"
 HEALTHY = "healthy"
 """What tables call a run without a fault."""
 HEALTHY_ROLES = ("reference", "calibration", "test")
+BENIGN = "benign"
+"""The family of a planned change that is no fault, and the role of its runs."""
 
 
 @dataclass(frozen=True)
 class ScoredRun:
     """A run with its role, fault name (None = healthy) and label, on the axis of its experiment.
 
-    onset, divergence: positions, or None; horizon: where its scoring ends, the experiment's or its own end.
+    role: of ``HEALTHY_ROLES``, ``faulty``, or ``BENIGN``, of a planned change that is no fault; onset, divergence:
+    positions, or None; horizon: where its scoring ends, the experiment's or its own end; outcome: what became of it
+    against the calibration runs, None of those and of reference runs.
     """
 
     role: str
@@ -33,6 +38,7 @@ class ScoredRun:
     divergence: int | None
     degraded: bool
     horizon: int
+    outcome: Outcome | None = None
 
     def signal(self, name: str) -> Series:
         """One signal of the run; empty where the run ended before its first sample. Raises TraceError if unknown."""
@@ -75,7 +81,12 @@ class Experiment:
 
     @property
     def faults(self) -> list[str]:
-        return list(self.index["experiment"]["faults"])
+        """Without benign controls."""
+        return [name for name in self.index["experiment"]["faults"] if name not in self.benign_controls]
+
+    @cached_property
+    def benign_controls(self) -> list[str]:
+        return list(dict.fromkeys(str(run.fault) for run in self.of(BENIGN)))
 
     def label(self, fault: str | None) -> str:
         """A fault's name for people."""
@@ -128,5 +139,5 @@ class Experiment:
 
     @cached_property
     def single_signals(self) -> dict[str, tuple[str, ...]]:
-        """Every signal but the label's, as a detector by itself."""
-        return {name: (name,) for name in sorted(self.signals) if name != LABEL_SIGNAL}
+        """Every signal but the labels, as a detector by itself."""
+        return {name: (name,) for name in sorted(self.signals) if name not in (LABEL_SIGNAL, CLEAN_SIGNAL)}

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from foreshock.analysis.runs.csv_table import read_table
 from foreshock.analysis.runs.elsewhere import MIN_READINGS, TRAIN_LOSS
-from foreshock.analysis.runs.experiment import LABEL_SIGNAL
+from foreshock.analysis.runs.labels import LABEL_SIGNAL
 from foreshock.analysis.runs.reduced import ReducedTrace
 from foreshock.experiments.elsewhere.known_signals import KNOWN
 from foreshock.experiments.elsewhere.readings import Readings

@@ -1,8 +1,9 @@
 """When a run diverged, judged from its losses alone.
 
 The label is the same for every fault: the loss on a fixed held-out batch, since the training loss of a
-shrunk batch rises by noise alone. Other rules that are in use, on the training loss, are here to see whether a
-ranking depends on the label; none of them is ever shown to a detector.
+shrunk batch rises by noise alone; through healthy kernels, since a mask that leaks makes its own loss look good.
+Other rules that are in use, on the training loss, are here to see whether a ranking depends on the label; none of them
+is ever shown to a detector.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
+
+from foreshock.experiments.trace import Series, Trace
+
+LABEL_SIGNAL, CLEAN_SIGNAL = "held_out_loss", "held_out_loss.clean"
+"""The held-out loss through a run's own kernels and, where its fault changes the forward, through healthy ones."""
 
 OTHER_LABELS = ("delta x0.5", "delta x2", "training loss", "OLMo", "LLM-Foundry")
 
@@ -26,6 +32,18 @@ def drawup(loss: np.ndarray, ema_span: int = 5) -> np.ndarray:
     """D(t) = l(t) - min_(s <= t) l(s) of the smoothed loss l, in its unit. (N,) -> (N,), zero or more."""
     smooth = smoothed(loss, ema_span)
     return smooth - np.fmin.accumulate(smooth)
+
+
+def clean_label(run: Trace) -> Series:
+    """The loss that a run is judged by: through healthy kernels where there is one, else its own.
+
+    Where the own loss is not finite, that stands in its place: the run is broken, whatever its weights are worth.
+    """
+    own = run.signals[LABEL_SIGNAL]
+    if CLEAN_SIGNAL not in run.signals:
+        return own
+    clean = run.signals[CLEAN_SIGNAL]
+    return replace(clean, values=np.where(np.isfinite(own.values), clean.values, own.values))
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,7 @@ def divergence_step(
     broken = np.flatnonzero(~np.isfinite(loss))
     end = broken[0] if len(broken) else len(loss)
     above = drawup(loss[:end], label.ema_span) >= delta_scale * drawup_threshold(healthy_losses, label)
-    start = _first_streak(above, label.consecutive, cut_short=stopped and not len(broken))
+    start = first_streak(above, label.consecutive, cut_short=stopped and not len(broken))
     if start is not None:
         return int(steps[start])
     return int(steps[end]) if len(broken) else None
@@ -102,7 +120,7 @@ def _checked(loss: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return loss, steps
 
 
-def _first_streak(above: np.ndarray, length: int, cut_short: bool = False) -> int | None:
+def first_streak(above: np.ndarray, length: int, cut_short: bool = False) -> int | None:
     """Where the first streak of at least ``length`` begins; ``cut_short``: a shorter one at the very end counts too."""
     edges = np.diff(np.concatenate(([False], above, [False])).astype(int))
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
@@ -135,7 +153,7 @@ def running_mean_step(
     """
     loss, steps = _checked(loss, steps)
     mean = pd.Series(loss).shift(1).rolling(window, min_periods=window).mean().to_numpy()
-    start = _first_streak(loss >= factor * mean, consecutive)
+    start = first_streak(loss >= factor * mean, consecutive)
     broken = _first(steps, ~np.isfinite(loss))
     candidates = [step for step in (None if start is None else int(steps[start]), broken) if step is not None]
     return min(candidates, default=None)

@@ -11,9 +11,17 @@ import numpy as np
 from foreshock.analysis.runs import reduced
 from foreshock.analysis.runs.align import AXES, hold, positions
 from foreshock.analysis.runs.checks import check_alike, check_cells, check_roles, differences
-from foreshock.analysis.runs.experiment import LABEL_SIGNAL, Experiment, ScoredRun
+from foreshock.analysis.runs.experiment import BENIGN, Experiment, ScoredRun
 from foreshock.analysis.runs.index import read_index
-from foreshock.analysis.runs.labels import DrawupLabel, divergence_step, drawup_threshold, is_degraded
+from foreshock.analysis.runs.labels import (
+    LABEL_SIGNAL,
+    DrawupLabel,
+    clean_label,
+    divergence_step,
+    drawup_threshold,
+    is_degraded,
+)
+from foreshock.analysis.runs.outcomes import Outcome, outcome
 from foreshock.experiments import trace
 from foreshock.experiments.names import check_index_names
 from foreshock.experiments.trace import Trace
@@ -81,7 +89,7 @@ def label_runs(
     rule = DrawupLabel(**index["label"])
     if unlabelled:
         raise trace.TraceError(f"run {unlabelled} has no {LABEL_SIGNAL}, which tells whether it diverged")
-    raw = [t.signals[LABEL_SIGNAL] for t in traces]
+    raw = [clean_label(t) for t in traces]
     healthy = [i for i, cell in enumerate(cells) if cell["fault"] is None]
     longest = max(healthy, key=lambda i: len(raw[i].steps))  # a healthy run that broke off must not cut the others
     grid = positions(raw[longest], axis)
@@ -94,7 +102,7 @@ def label_runs(
     threshold = drawup_threshold(losses["reference"], rule)
     scored = []
     for cell, run, label in zip(cells, traces, held_out, strict=True):
-        loss = label.values.ravel()
+        loss, role = label.values.ravel(), _role(cell, run)
         divergence = divergence_step(
             loss,
             healthy_losses=losses["reference"],
@@ -107,8 +115,34 @@ def label_runs(
         finals = [healthy[: len(loss)] for healthy in losses["calibration"]]
         degraded = divergence is None and is_degraded(loss, finals, rule.ema_span)
         onset = None if run.onset is None else _position_of_step(run, axis, run.onset)
-        scored.append(ScoredRun(cell["role"], cell["fault"], cell["seed"], run, onset, divergence, degraded, reached))
+        own = hold(run.signals[LABEL_SIGNAL], axis, grid).values.ravel()
+        judged = role not in losses
+        result = _outcome(loss, own, losses, rule, run.end_reason) if judged else None
+        scored.append(ScoredRun(role, cell["fault"], cell["seed"], run, onset, divergence, degraded, reached, result))
+    if not any(run.role == "faulty" for run in scored):
+        raise ValueError("experiment.faults: all of them are benign controls; scoring needs at least one fault")
     return Experiment(index, model, axis, tuple(scored), horizon, threshold, mixed)
+
+
+def _role(cell: Mapping[str, Any], run: Trace) -> str:
+    """That of the index, but for a planned change that is no fault."""
+    benign = cell["fault"] is not None and run.manifest.get("injection", {}).get("family") == BENIGN
+    return BENIGN if benign else cell["role"]
+
+
+def _outcome(
+    clean: np.ndarray, own: np.ndarray, healthy: Mapping[str, Sequence[np.ndarray]], rule: DrawupLabel, end_reason: str
+) -> Outcome:
+    """Of one run, against the calibration runs; the reference runs set Delta."""
+    return outcome(
+        clean,
+        healthy["calibration"],
+        own=own,
+        reference=healthy["reference"],
+        label=rule,
+        stopped=end_reason == "diverged",
+        broken=end_reason == "non_finite",
+    )
 
 
 def _position_of_step(run: Trace, axis: str, step: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from foreshock.analysis.detect.alarms import conformal_threshold
-from foreshock.analysis.runs.experiment import LABEL_SIGNAL, Experiment
-from foreshock.analysis.runs.labels import OTHER_LABELS, DrawupLabel, sensitivity_labels
+from foreshock.analysis.runs.experiment import Experiment
+from foreshock.analysis.runs.labels import OTHER_LABELS, DrawupLabel, clean_label, sensitivity_labels
 from foreshock.analysis.scores.contest import Contest, mean_leads, mean_shares, run_scores
 from foreshock.analysis.scores.inference import rank_agreement
 from foreshock.analysis.scores.leaderboard import RANKED
@@ -46,11 +46,11 @@ def other_labels(experiment: Experiment) -> dict[str, dict[str, int | None]]:
             continue
         if "train_loss_raw" not in run.trace.signals:
             raise TraceError(f"run {run.trace.run_id} has no train_loss_raw, which the other labels need")
-        held_out, training = run.trace.signals[LABEL_SIGNAL], run.trace.signals["train_loss_raw"]
+        held_out, training = clean_label(run.trace), run.trace.signals["train_loss_raw"]
         labels[run.trace.run_id] = sensitivity_labels(
             (held_out.steps, held_out.values.ravel()),
             (training.steps, training.values.ravel()),
-            healthy_held_out=[run.signals[LABEL_SIGNAL].values.ravel() for run in reference],
+            healthy_held_out=[clean_label(run).values.ravel() for run in reference],
             healthy_training=[run.signals["train_loss_raw"].values.ravel() for run in reference],
             label=DrawupLabel(**experiment.index["label"]),
             stopped=run.trace.end_reason == "diverged",

@@ -7,12 +7,14 @@
         watch.record(step + 1)                       # weights that a monitor will ask for later
         watch.observe(view)                          # OBSERVE: read-only, when a signal is due
         telemetry.arrived(readings)                  # INJECT: system, between monitors and recorder
-        engine.held_out_loss(sites)                  # LABEL: the same batch for every run
+        engine.held_out_loss(sites)                  # LABEL: the same batch for every run, and clean
         part, checkpoint                             # what a kill cannot take away
 
 A reading at step s was taken after s updates; the label also has a reading at step 0. The held-out
-batch runs through the faulty kernel, if any: it is the loss that the trainer would see. Taps, routings and the
-objective at other weights are those of an update's last micro-batch; loss and gradients are the whole batch's.
+batch runs through the faulty kernel, if any: it is the loss that the trainer would see. Where the fault changes the
+forward, the label is also taken clean, through healthy sites with the same weights, and a run ends as diverged by that
+one: a mask that leaks would lower the other, and raise it again as it ends. Taps, routings and the objective at other
+weights are those of an update's last micro-batch; loss and gradients are the whole batch's.
 
 A run of a stack that ends early writes its last files and records no more; its rows are still computed, and reach no
 other's.
@@ -46,7 +48,7 @@ from foreshock.experiments.training.missing_readings import (
 from foreshock.experiments.training.out_of_memory import out_of_memory_named
 from foreshock.experiments.training.recorder import Recorder
 from foreshock.experiments.training.restart import Stops, go_back, log_forgotten
-from foreshock.experiments.training.run_writer import HELD_OUT, RunWriter
+from foreshock.experiments.training.run_writer import CLEAN, HELD_OUT, RunWriter
 from foreshock.experiments.training.stacked_engine import StackedEngine
 from foreshock.experiments.training.stacked_watch import StackedWatch
 from foreshock.experiments.training.stopping import Stopped, asked, held
@@ -180,6 +182,7 @@ class _Together:
         self.stops = None if stacked else Stops(self.runs[0])  # no run of a stack has such a fault
         self.limits = torch.tensor([drawup_limit(run.train) for run in self.runs], device=device)
         self.recording = list(range(len(members)))
+        self.some_clean = any(CLEAN.name in manifest["signals"] for _, _, manifest in members)
         self.go_on()
 
     def go_on(self, lossy: Resume | None = None) -> None:
@@ -194,7 +197,7 @@ class _Together:
         if not states:  # which all have, or none
             self.first = 0
             self.finite = torch.ones(len(self.runs), dtype=torch.bool, device=self.limits.device)
-            self.best_held_out = self.label(0, [self.healthy] * len(self.runs))
+            _, self.best_held_out = self.label(0, [self.healthy] * len(self.runs))
         else:
             self.first = states[0]["step"]
             self.engine.load(states if lossy is None else [lossy.remembered(states[0], self.engine.state_of(0))])
@@ -269,19 +272,25 @@ class _Together:
             for row in self.recording:
                 self.writers[row].checksum(now)
         if is_due(now, self.config.held_out_every_steps):
-            held_out = self.label(now, sites)
-            self.best_held_out = torch.minimum(self.best_held_out, held_out)
-            ends = early_ends(self.limits, self.finite, held_out, self.best_held_out)
+            own, clean = self.label(now, sites)
+            self.best_held_out = torch.minimum(self.best_held_out, clean)
+            ends = early_ends(self.limits, self.finite & torch.isfinite(own), clean, self.best_held_out)
             for row in list(self.recording):
                 if (reason := ends[row]) is not None:
                     self.write(row, now, reason)
                     self.recording.remove(row)
 
-    def label(self, step: int, sites: Sequence[Sites]) -> Tensor:
-        """The held-out loss of each run, (N,), which is recorded."""
-        loss = self.engine.held_out_loss(sites)
-        self.recorder.add(step, self.engine.tokens, {HELD_OUT.name: loss})
-        return loss.view(-1)
+    def label(self, step: int, sites: Sequence[Sites]) -> tuple[Tensor, Tensor]:
+        """The held-out loss of each run, own and clean, (N,) each, recorded; one and the same without a faulty forward."""
+        own = clean = self.engine.held_out_loss(sites)
+        changed = [site.changes_forward for site in sites]
+        if any(changed):
+            healthy = self.engine.held_out_loss([self.healthy] * len(sites))
+            clean = torch.where(torch.tensor(changed, device=own.device).view(own.shape), healthy, own)
+        self.recorder.add(step, self.engine.tokens, {HELD_OUT.name: own})
+        if self.some_clean:
+            self.recorder.add(step, self.engine.tokens, {CLEAN.name: clean})
+        return own.view(-1), clean.view(-1)
 
     def save(self, step: int, end_reason: str) -> None:
         """Write what a kill cannot take away, of all runs that still record."""

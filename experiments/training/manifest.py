@@ -14,9 +14,10 @@ import torch
 from foreshock.experiments import trace
 from foreshock.experiments.build import ROOT, Run
 from foreshock.experiments.training.identity import trajectory_sources
-from foreshock.experiments.training.run_writer import HELD_OUT
+from foreshock.experiments.training.run_writer import CLEAN, HELD_OUT
 from foreshock.experiments.training.source_code import digest_of
 from foreshock.monitors.base import described_signals
+from foreshock.monitors.cadence import is_due
 
 
 def _git(*arguments: str) -> str | None:
@@ -51,11 +52,19 @@ def manifest_in(folder: Path, run: Run) -> dict[str, Any]:
     return manifest
 
 
+def changes_an_evaluation(run: Run) -> bool:
+    """Whether the fault changes the forward at a step after which the held-out loss is taken."""
+    healthy, every_steps = run.healthy_sites(), run.train.held_out_every_steps
+    evaluated = (step for step in range(run.train.steps) if is_due(step + 1, every_steps))
+    return any(run.fault.sites(step, healthy).changes_forward for step in evaluated)
+
+
 def new_manifest(run: Run) -> dict[str, Any]:
     """Provenance of a run: identity, versions, machine, and what each signal means."""
     dirty = _git("status", "--porcelain", "--untracked-files=no")
     onset = run.fault.onset
     signals = [*(signal for monitor in run.monitors.values() for signal in described_signals(monitor)), HELD_OUT]
+    signals += [CLEAN] if changes_an_evaluation(run) else []
     return {
         "schema": trace.SCHEMA_VERSION,
         "run_id": run.run_id,

@@ -19,7 +19,10 @@ import pyarrow.parquet as pq
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run
 from foreshock.experiments.training.manifest import manifest_in, new_manifest
-from foreshock.experiments.training.run_writer import HELD_OUT
+from foreshock.experiments.training.run_writer import CLEAN, HELD_OUT
+
+LABELS = {HELD_OUT.name, CLEAN.name}
+"""What a run has without monitors."""
 
 AGAIN = "again"
 """The folder in a run's own where it is trained again."""
@@ -78,7 +81,7 @@ def take_over(run: Run, folder: Path, manifest: dict[str, Any]) -> bool:
     number = 1 + max((_number(name) for name in manifest["files"]), default=0)
     files = {trace.WEIGHTS: manifest["files"][trace.WEIGHTS]}
     for offset, (source, known, drop) in enumerate(
-        ((folder, manifest["files"], outdated), (folder / AGAIN, again["files"], {HELD_OUT.name}))
+        ((folder, manifest["files"], outdated), (folder / AGAIN, again["files"], LABELS))
     ):
         for name in (name for name in known if name.startswith(f"{trace.TRACE}/")):
             table = pq.ParquetFile(source / name).read()
@@ -93,7 +96,7 @@ def take_over(run: Run, folder: Path, manifest: dict[str, Any]) -> bool:
     gone = set(manifest["files"]) - set(files)
     kept = {name: signal for name, signal in manifest["signals"].items() if name not in outdated}
     manifest["files"] = files
-    manifest["signals"] = kept | {n: s for n, s in again["signals"].items() if n != HELD_OUT.name}
+    manifest["signals"] = kept | {n: s for n, s in again["signals"].items() if n not in LABELS}
     for key in ("observations", "emitted"):
         manifest[key] |= again[key]
     manifest["config"]["monitor"] |= again["config"]["monitor"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,11 +83,11 @@ class Recorder:
         if not self._readings:
             self.clear()
 
-    def columns(self, run: int | None = None) -> dict[str, Any]:
-        """The columns of a part, of one run of a stack or, without ``run``, of the only one."""
+    def columns(self, run: int | None = None, without: Collection[str] = ()) -> dict[str, Any]:
+        """The columns of a part, of one run of a stack or, without ``run``, of the only one; without some signals."""
         for name, readings in self._readings.items():
             if name not in self._on_host:  # copied to the host once, for all runs
                 self._on_host[name] = Samples.of(readings)
-        samples = self._on_host.items()
+        samples = [(name, of_all) for name, of_all in self._on_host.items() if name not in without]
         blocks = [(of_all if run is None else of_all.of_run(run)).columns(name) for name, of_all in samples]
         return {column: np.concatenate([block[column] for block in blocks]) for column in trace.SCHEMA.names}

@@ -20,7 +20,10 @@ from foreshock.monitors.base import Signal
 from foreshock.monitors.watch import Watch
 
 HELD_OUT = Signal("held_out_loss", "nats/token", "up", family="evaluation", reference="val_loss")
-"""The label signal: mean NLL on the fixed held-out batch."""
+"""Mean NLL on the fixed held-out batch, through the run's own kernels: what the trainer sees."""
+
+CLEAN = Signal("held_out_loss.clean", "nats/token", "up", family="evaluation")
+"""The same through healthy kernels, with the same weights; of runs whose fault changes the forward at an evaluation."""
 
 
 class RunWriter:
@@ -79,8 +82,8 @@ class RunWriter:
     def save(self, step: int, end_reason: str, finite: Tensor, best_held_out: Tensor, late: Mapping[str, Any]) -> None:
         """Part, then checkpoint or weights, then manifest: a resume cuts the trace back to the checkpoint it finds.
 
-        finite: whether every training loss was; best_held_out: the lowest label loss so far; 0-dim; late: readings that
-        have not arrived yet.
+        finite: whether every training loss was; best_held_out: the lowest clean label loss so far; 0-dim; late: readings
+        that have not arrived yet.
         Raises ValueError that names an injection which has changed nothing.
         """
         log = self._engine.logs[self._row or 0]
@@ -88,7 +91,8 @@ class RunWriter:
             log.check(ended=end_reason in trace.FINAL_REASONS)
         files = self.manifest["files"]
         if self._recorder.first_step is not None:
-            columns = self._recorder.columns(self._row)
+            without = () if CLEAN.name in self.manifest["signals"] else (CLEAN.name,)  # another run's of the stack
+            columns = self._recorder.columns(self._row, without)
             files |= trace.write_part(self._folder, self._recorder.first_step, step, columns)
         state = self._engine.state_of(self._row or 0)
         if end_reason not in trace.FINAL_REASONS:
