@@ -35,7 +35,8 @@ from foreshock.faults.fit import check_fits
 from foreshock.models.transformer import TransformerConfig
 
 NEEDS = {
-    "": [],
+    "": ["model.tie_embeddings=false"],
+    "ties": ["model.tie_embeddings=true"],
     "experts": ["model=moe_nano"],
     "RoPE": ["model.positions=rope"],
     "micro-batches": ["train.micro_batch=4"],

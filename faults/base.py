@@ -48,7 +48,9 @@ class LearningRateScale:
     def check_fits(self, model: TransformerConfig, train: Training) -> None:
         """Raise ValueError where only the router's rate changes and the model has no router."""
         if not model.moe and self != LearningRateScale() == replace(self, router=1.0):
-            raise ValueError("fault.groups=['router'] has no effect on a dense model: choose model=moe_nano")
+            raise ValueError(
+                "fault: the learning rate of routers has no effect on a dense model, which has none: choose model=moe_nano"
+            )
 
 
 _declared = partial(field, metadata={"declared": True})

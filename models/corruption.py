@@ -39,6 +39,12 @@ class Removable(Protocol):
     def remove(self) -> None: ...
 
 
+class Remembered(Protocol):
+    """What a run keeps of its past (``faults.past.Past``)."""
+
+    def tensor(self, point: str, step: int, name: str) -> Tensor: ...
+
+
 class ModuleChange(Protocol):
     """What is done to modules while the forward and the backward of a step run: a frozen value.
 
@@ -64,6 +70,15 @@ class ModuleChange(Protocol):
         self.find(skeleton(model))
         if train.compile:
             raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")
+
+    @property
+    def reads(self) -> tuple[int, str] | None:
+        """The step at whose begin it needs a parameter as that was, and the parameter's name; None for none."""
+        return None
+
+    def remembering(self, past: Remembered) -> ModuleChange:
+        """The same with what it ``reads``."""
+        return self
 
     def find(self, model: nn.Module) -> Any: ...
 
@@ -201,7 +216,7 @@ class _OwnWeight:
     module: nn.Module
 
     def remove(self) -> None:
-        _own_weight_again(self.module)
+        own_weight_again(self.module)
 
 
 class _Replaced(torch.autograd.Function):
@@ -241,10 +256,10 @@ def _alias_weight(corrupt: Corruption) -> Callable[..., None]:
 
 
 def _own_weight(_: Corruption) -> Callable[..., None]:
-    return lambda module, arguments, output: _own_weight_again(module)
+    return lambda module, arguments, output: own_weight_again(module)
 
 
-def _own_weight_again(module: nn.Module) -> None:
+def own_weight_again(module: nn.Module) -> None:
     module.__dict__.pop("weight", None)
 
 

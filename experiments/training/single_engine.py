@@ -65,6 +65,8 @@ class SingleEngine:
         log.step = step
         if site.start:
             corrupt_tensors("start", self._weights(), site.start, self._moment(step), log)
+        if self.past:
+            self.past.keep("start", step, self._weights())
         parts = self.micro_batches(step, site, log)
         self.tokens += sum(inputs_and_targets(part)[1].numel() for part in parts)
         done = self.backward(parts, site, places, log, step)
@@ -109,8 +111,12 @@ class SingleEngine:
         if log is not None:
             # the model reads no more of them than ``layer``, which they all have
             site = replace(site, numerics=logged(site.numerics, (log,), self.model.config.backend))  # type: ignore[arg-type]
-        with Corrupted(self.model, site.modules, log):
+        with self._corrupted(site, log):
             return backward(self.model, parts, site, places, self.unwatched, self._after_part(step, site, log))
+
+    def _corrupted(self, site: Sites, log: InjectionLog | None = None) -> Corrupted:
+        """The context of the step's changes of modules, each with what it reads of the past."""
+        return Corrupted(self.model, [change.remembering(self.past) for change in site.modules], log)
 
     def _after_part(self, step: int, site: Sites, log: InjectionLog | None) -> Callable[[], None] | None:
         """What is done to the sum of gradients after each micro-batch, None for nothing."""
@@ -156,7 +162,7 @@ class SingleEngine:
     def held_out_loss(self, sites: Sequence[Sites]) -> Tensor:
         (site,) = sites
         chunks = self._held_out.split(self.config.micro_batch or self.config.batch_size)
-        with Corrupted(self.model, site.modules):
+        with self._corrupted(site):
             losses = [self.model.loss(chunk, site.numerics) * len(chunk) for chunk in chunks]
         return torch.stack(losses).sum() / len(self._held_out)
 

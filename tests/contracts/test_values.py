@@ -120,6 +120,8 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "decay_wrong/fault.factor": (ZERO, "no decay"),
     "gradient_stale/fault.lag": (ZERO, "the healthy control"),
     "schedule_restart/fault.back_steps": (NONE + ZERO, "to the first step; the healthy control"),
+    "tied_gradient_double/fault.factor": (ZERO, "dropped"),
+    "untied/fault.stale_copy": (NONE, "the healthy control"),
     "weight_tile/fault.rows": (ZERO, "the healthy control"),
     "fault*.beta": (NONE, "goes with another row_max"),
     "natural_bf16/fault.offset": (NONE, "goes with another row_max"),
