@@ -37,6 +37,7 @@ from foreshock.models.transformer import TransformerConfig
 NEEDS = {
     "": ["model.tie_embeddings=false"],
     "ties": ["model.tie_embeddings=true"],
+    "dropout": ["model.dropout=0.1"],
     "experts": ["model=moe_nano"],
     "RoPE": ["model.positions=rope"],
     "micro-batches": ["train.micro_batch=4"],

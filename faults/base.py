@@ -49,7 +49,7 @@ class LearningRateScale:
         """Raise ValueError where only the router's rate changes and the model has no router."""
         if not model.moe and self != LearningRateScale() == replace(self, router=1.0):
             raise ValueError(
-                "fault: the learning rate of routers has no effect on a dense model, which has none: choose model=moe_nano"
+                "fault: the learning rate of routers has no effect on a dense model: it needs model=moe_nano"
             )
 
 

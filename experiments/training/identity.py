@@ -48,6 +48,8 @@ LABELS = ("family",)
 """Keys of a fault that change nothing of what it does."""
 ADDED = {"window_phase": 0}
 """Keys that faults did not always have, and the value that is what a fault without the key does."""
+ADDED_TO_MODELS = {"dropout": 0.0}
+"""Likewise of models."""
 
 Config = Mapping[str, Any]
 
@@ -118,6 +120,11 @@ def without_labels(node: Any) -> Any:
         return node
     kept = {key: value for key, value in node.items() if key not in LABELS and ADDED.get(key, ...) != value}
     return {key: without_labels(value) for key, value in kept.items()}
+
+
+def without_added(model: Config) -> Config:
+    """A model's configuration node without keys that are as good as none."""
+    return {key: value for key, value in model.items() if ADDED_TO_MODELS.get(key, ...) != value}
 
 
 def identifier(parts: Any) -> str:

@@ -27,6 +27,7 @@ from foreshock.models.anatomy import Anatomy
 from foreshock.models.batch import inputs_and_targets
 from foreshock.models.compiled import CompiledObjective
 from foreshock.models.corruption import Corrupted
+from foreshock.models.dropout import Draw, dropping
 from foreshock.models.moe import Routing
 from foreshock.models.objective import objective_at
 from foreshock.models.precision import accumulate_in_fp32
@@ -80,7 +81,7 @@ class SingleEngine:
             routings=done.routings,
             taps=done.taps,
             numerics=site.numerics,
-            objective_at=partial(objective_at, self.model, done.watched, site.balance_scale),
+            objective_at=partial(self._objective_at, step, len(parts) - 1, done.watched, site.balance_scale),
             batch=done.watched,
         )
 
@@ -112,7 +113,21 @@ class SingleEngine:
             # the model reads no more of them than ``layer``, which they all have
             site = replace(site, numerics=logged(site.numerics, (log,), self.model.config.backend))  # type: ignore[arg-type]
         with self._corrupted(site, log):
-            return backward(self.model, parts, site, places, self.unwatched, self._after_part(step, site, log))
+            after_part, in_part = self._after_part(step, site, log), partial(self._dropping, step)
+            return backward(self.model, parts, site, places, self.unwatched, after_part, in_part)
+
+    def _dropping(self, step: int, part: int) -> AbstractContextManager[None]:
+        """The context in which a micro-batch draws its own masks of dropout."""
+        if not self.model.config.dropout:
+            return nullcontext()
+        return dropping(self.model, Draw(self._seed, step, part))
+
+    def _objective_at(
+        self, step: int, part: int, tokens_BT1: Tensor, balance_scale: float, weights: Mapping[str, Tensor]
+    ) -> Tensor:
+        """``objective_at`` with the masks that the micro-batch was trained with."""
+        with self._dropping(step, part):
+            return objective_at(self.model, tokens_BT1, balance_scale, weights)
 
     def _corrupted(self, site: Sites, log: InjectionLog | None = None) -> Corrupted:
         """The context of the step's changes of modules, each with what it reads of the past."""

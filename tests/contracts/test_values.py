@@ -129,6 +129,7 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "model.window": (NONE, "every earlier key"),
     "model.vocab_size": (NONE, "the data's"),
     "model.query_init_std": (NONE + ZERO, "as init_std; uniform attention"),
+    "model.dropout": (ZERO, "none"),
     "model.tiles": (NONE, "pinned to the head dim"),
     "model.moe": (NONE, "dense"),
     "model.moe.capacity_factor": (NONE, "drops nothing"),
@@ -192,10 +193,12 @@ A pattern with a slash is of some options of its group alone.
 
 LATER = ("adam_state_bitflip", "adam_state_reset", "gradient_stale", "schedule_restart")
 """Faults that need something before them: they refuse an onset of 0."""
+NAMED = ("tied_gradient_double/fault.share",)
+"""Leaves that are names where others of their key are numbers."""
 
 
 def takes(option: str, path: str, value: object) -> bool:
-    if option in LATER and path == "fault.onset":
+    if (option in LATER and path == "fault.onset") or f"{option}/{path}" in NAMED:
         return False
     known = [
         values
