@@ -39,6 +39,6 @@ class TiedGradientDouble(OperationFault):
         return Corrupt("modules", (ScaledShare(USERS[self.share], "dw", self.factor),), self.window)
 
     def describe(self) -> InjectionCard:
-        where = {"point": "modules", "modules": (USERS[self.share],), "tensor": "dw"}
+        where = {"point": "modules", "modules": (USERS[self.share],), "tensor": "share of dw"}
         injection = self.injection("scale", where, {"factor": self.factor}, control=self.factor == 1)
         return InjectionCard(self.family, (injection,))

@@ -30,6 +30,8 @@ gradient that it hands to its input; its weight's gradient, of a shared weight w
 class Log(Protocol):
     """Where a change is counted (``faults.log.InjectionLog``)."""
 
+    def wants(self, point: str, operation: Any, tensor: str) -> bool: ...
+
     def add(self, point: str, operation: Any, tensor: str, before: Tensor, after: Tensor) -> None: ...
 
 

@@ -24,7 +24,7 @@ from foreshock.monitors.cadence import JITTER_STEPS, Cadence
 
 ENGINE = ("clipping", "engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
 SINGLE, STACKED = ("single_engine",), ("stacked_engine", "stacked_optimizer")
-INSTRUMENTS = ("anatomy", "taps", "stacked_taps", "products", "objective")
+INSTRUMENTS = ("anatomy", "taps", "stacked_taps", "recomputing", "products", "objective")
 """Modules of ``models`` that look at a step and change nothing of it, as do those of ``models/anatomies``."""
 TRITON = ("flash*", "tiles")
 """Modules of ``models`` that a run on another backend does not use."""

@@ -226,6 +226,7 @@ def build(node: Mapping) -> None:
 
 SMALL = ("monitor=[loss]", "train.device=cpu")
 NEEDS = {
+    "dropout_mismatch": ("model.dropout=0.1",),
     "aux_loss_off": ("model=moe_nano",),
     "aux_loss_scale": ("model=moe_nano",),
     "router_frozen": ("model=moe_nano",),

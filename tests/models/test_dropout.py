@@ -14,7 +14,7 @@ from foreshock.models.transformer import Transformer, TransformerConfig
 from tests.faults.engine_steps import differing, stepped
 
 RATE = 0.25
-SHAPE = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32, "context_length": 8, "vocab_size": 11, "backend": "sdpa"}
+SHAPE = {
     "backend": "sdpa",
     "d_model": 16,
     "n_layers": 2,
