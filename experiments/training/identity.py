@@ -48,6 +48,8 @@ LABELS = ("family",)
 """Keys of a fault that change nothing of what it does."""
 ADDED = {"window_phase": 0}
 """Keys that faults did not always have, and the value that is what a fault without the key does."""
+ADDED_TO = {"faults.router_frozen.RouterFrozen": {"layers": None}}
+"""Likewise of one class of them."""
 ADDED_TO_MODELS = {"dropout": 0.0}
 """Likewise of models."""
 
@@ -118,7 +120,8 @@ def without_labels(node: Any) -> Any:
     """A fault's configuration node without what only tables say of it, at any depth, nor keys as good as none."""
     if not isinstance(node, Mapping):
         return node
-    kept = {key: value for key, value in node.items() if key not in LABELS and ADDED.get(key, ...) != value}
+    added: Config = ADDED | ADDED_TO.get(str(node.get("_target_")), {})
+    kept = {key: value for key, value in node.items() if key not in LABELS and added.get(key, ...) != value}
     return {key: without_labels(value) for key, value in kept.items()}
 
 
