@@ -123,7 +123,7 @@ class Sites:
             value.check_fits(model, train)
         for point in self._operations():
             for operation, other in combinations(point, 2):
-                if operation.meets(other):
+                if operation.meets(other) or other.meets(operation):
                     raise ValueError(f"fault: {operation} and {other} meet: only one of them may set a value")
         if model.backend == "triton" and model.tiles is not None:
             for layer in range(model.n_layers):

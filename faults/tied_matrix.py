@@ -79,6 +79,11 @@ class StaleCopy(ModuleChange):
     def target(self) -> tuple[str, str]:
         return USERS.get(self.copy or "", "no module"), "weight"
 
+    def meets(self, other: ModuleChange) -> bool:
+        """What is done to a gradient that is lost has no effect."""
+        module, site = other.target
+        return module == self.target[0] and site in ("weight", "dw")
+
     @property
     def reads(self) -> tuple[int, str]:
         return self.since, MATRIX
@@ -111,6 +116,9 @@ class _Remembered(ModuleChange):
     @property
     def target(self) -> tuple[str, str]:
         return self.of.target
+
+    def meets(self, other: ModuleChange) -> bool:
+        return self.of.meets(other)
 
     def find(self, model: nn.Module) -> nn.Module:
         return self.of.find(model)

@@ -170,7 +170,7 @@ class Corrupted:
 
     def __init__(self, model: nn.Module, changes: Collection[ModuleChange], log: Log | None = None) -> None:
         for change, other in combinations(changes, 2):
-            if change.meets(other):
+            if change.meets(other) or other.meets(change):
                 module, site = change.target
                 raise ValueError(f"2 faults on {site!r} of {module} meet: one operation a tensor is allowed")
         places = [(change, change.find(model)) for change in changes]
