@@ -27,6 +27,7 @@ from foreshock.experiments.training.identity import (
     identifier,
     observation_id,
     training_sources,
+    without_added,
     without_labels,
 )
 from foreshock.experiments.training.single_engine import SingleEngine
@@ -169,7 +170,8 @@ class Run:
         """All that determines the weights at every step: two runs with one identity are one run."""
         return {
             "config": {
-                **{node: self.nodes[node] for node in ("seed", "model")},
+                "seed": self.nodes["seed"],
+                "model": without_added(self.nodes["model"]),
                 "fault": without_labels(self.nodes["fault"]),
                 "train": {key: value for key, value in self.nodes["train"].items() if key not in WITHOUT_EFFECT},
                 "data": {
@@ -256,6 +258,8 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     check_fits(fault, model, train)
     if train.compile and model.moe and train.precision != "bf16":
         raise ValueError("train.compile=True is not allowed with experts in FP32: set train.precision=bf16")
+    if train.compile and model.dropout:
+        raise ValueError(f"train.compile=True is not allowed with model.dropout={model.dropout}: set one of them off")
     for field in ("micro_batch", "watched_sequences"):
         if getattr(train, field) is not None and model.moe and model.moe.bias_update_speed is not None:
             raise ValueError(

@@ -37,7 +37,9 @@ from foreshock.faults.fit import check_fits
 from foreshock.models.transformer import TransformerConfig
 
 NEEDS = {
-    "": [],
+    "": ["model.tie_embeddings=false"],
+    "ties": ["model.tie_embeddings=true"],
+    "dropout": ["model.dropout=0.1"],
     "experts": ["model=moe_nano"],
     "RoPE": ["model.positions=rope"],
     "micro-batches": ["train.micro_batch=4"],

@@ -50,7 +50,9 @@ class LearningRateScale:
     def check_fits(self, model: TransformerConfig, train: Training) -> None:
         """Raise ValueError where only the router's rate changes and the model has no router."""
         if not model.moe and self != LearningRateScale() == replace(self, router=1.0):
-            raise ValueError("fault.groups=['router'] has no effect on a dense model: choose model=moe_nano")
+            raise ValueError(
+                "fault: the learning rate of routers has no effect on a dense model: it needs model=moe_nano"
+            )
 
 
 _declared = partial(field, metadata={"declared": True})
@@ -132,7 +134,7 @@ class Sites:
             value.check_fits(model, train)
         for point in self._operations():
             for operation, other in combinations(point, 2):
-                if operation.meets(other):
+                if operation.meets(other) or other.meets(operation):
                     raise ValueError(f"fault: {operation} and {other} meet: only one of them may set a value")
         if model.backend == "triton" and model.tiles is not None:
             for layer in range(model.n_layers):

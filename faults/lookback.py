@@ -8,7 +8,9 @@ from foreshock.faults.past import Past
 from foreshock.models.transformer import TransformerConfig, skeleton
 
 POINTS = ("gradients", "weights")
-"""The points whose operations may read the past."""
+"""The points whose operations may read the past of that point."""
+BEGIN = "start"
+"""The point whose past changes of modules may read: the weights with which a step begins."""
 
 
 def past_of(fault: Fault, model: TransformerConfig, train: Training) -> Past:
@@ -24,4 +26,9 @@ def past_of(fault: Fault, model: TransformerConfig, train: Training) -> Past:
                     names = operation.touches(name for name, _ in skeleton(model).named_parameters())
                     _, others = reads.get(key, (0, frozenset()))
                     reads[key] = step, others | frozenset(names)
+        for change in sites.modules if sites is not healthy else ():
+            if change.reads is not None and not change.idle:
+                begin, name = change.reads
+                _, others = reads.get((BEGIN, begin), (0, frozenset()))
+                reads[BEGIN, begin] = step, others | {name}
     return Past(reads)

@@ -14,7 +14,8 @@ Reads = Mapping[tuple[str, int], tuple[int, frozenset[str]]]
 class Past:
     """Copies of earlier tensors, each from the step that made it to the last step that reads it.
 
-    At ``gradients`` it keeps what the backward pass computed, at ``weights`` what the update and its faults left.
+    At ``start`` it keeps the weights with which a step begins, at ``gradients`` what the backward pass computed, at
+    ``weights`` what the update and its faults left.
     A run whose fault reads nothing of the past has an empty one, which is false.
     """
 

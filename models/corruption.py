@@ -30,6 +30,8 @@ gradient that it hands to its input; its weight's gradient, of a shared weight w
 class Log(Protocol):
     """Where a change is counted (``faults.log.InjectionLog``)."""
 
+    def wants(self, point: str, operation: Any, tensor: str) -> bool: ...
+
     def add(self, point: str, operation: Any, tensor: str, before: Tensor, after: Tensor) -> None: ...
 
 
@@ -37,6 +39,12 @@ class Removable(Protocol):
     """A change of a module that can be taken back."""
 
     def remove(self) -> None: ...
+
+
+class Remembered(Protocol):
+    """What a run keeps of its past (``faults.past.Past``)."""
+
+    def tensor(self, point: str, step: int, name: str) -> Tensor: ...
 
 
 class ModuleChange(Protocol):
@@ -69,6 +77,15 @@ class ModuleChange(Protocol):
         self.find(skeleton(model))
         if train.compile:
             raise ValueError("train.compile=True has no fault sites outside attention: set train.compile=false")
+
+    @property
+    def reads(self) -> tuple[int, str] | None:
+        """The step at whose begin it needs a parameter as that was, and the parameter's name; None for none."""
+        return None
+
+    def remembering(self, past: Remembered) -> ModuleChange:
+        """The same with what it ``reads``."""
+        return self
 
     def find(self, model: nn.Module) -> Any: ...
 
@@ -166,7 +183,7 @@ class Corrupted:
 
     def __init__(self, model: nn.Module, changes: Collection[ModuleChange], log: Log | None = None) -> None:
         for change, other in combinations(changes, 2):
-            if change.meets(other):
+            if change.meets(other) or other.meets(change):
                 module, site = change.target
                 raise ValueError(f"2 faults on {site!r} of {module} meet: one operation a tensor is allowed")
         places = [(change, change.find(model)) for change in changes]
@@ -214,7 +231,7 @@ class _OwnWeight:
     module: nn.Module
 
     def remove(self) -> None:
-        _own_weight_again(self.module)
+        own_weight_again(self.module)
 
 
 class Replaced(torch.autograd.Function):
@@ -254,10 +271,10 @@ def _alias_weight(corrupt: Corruption) -> Callable[..., None]:
 
 
 def _own_weight(_: Corruption) -> Callable[..., None]:
-    return lambda module, arguments, output: _own_weight_again(module)
+    return lambda module, arguments, output: own_weight_again(module)
 
 
-def _own_weight_again(module: nn.Module) -> None:
+def own_weight_again(module: nn.Module) -> None:
     module.__dict__.pop("weight", None)
 
 

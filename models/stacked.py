@@ -127,6 +127,8 @@ class StackedTransformer(Transformer):
             raise ValueError("model: models that are stacked must have one configuration")
         if config.moe is not None:
             raise ValueError("model.moe is not allowed in a stack: experts are trained one run at a time")
+        if config.dropout:
+            raise ValueError(f"model.dropout={config.dropout} is not allowed in a stack: masks are of single runs")
         super().__init__(config)
         alike: dict[tuple[str, bool], dict[str, torch.Size]] = {}
         for name, parameter in self.named_parameters():

@@ -24,6 +24,7 @@ from foreshock.models.attention import DotProduct
 from foreshock.models.moe import GroupedLinear
 from foreshock.models.numerics import at_least_fp32
 from foreshock.models.products import Product, Watching, product_of
+from foreshock.models.recomputing import recomputing
 
 PLACES: Mapping[str, tuple[type[nn.Module], ...]] = {
     "dot_product": (DotProduct,),
@@ -248,8 +249,8 @@ def _alias_inputs(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _watch(tap: Tap) -> Callable[..., None]:
     def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-        if not output.requires_grad:
-            return  # an evaluation
+        if not output.requires_grad or recomputing():
+            return  # an evaluation, or what the network does not see
         watched = [a for a in (*arguments, *named.values()) if isinstance(a, Tensor) and a.requires_grad]
         tap.inputs, tap.output = tuple(a.detach() for a in watched), output.detach()
         for index, value in enumerate(watched if tap.weight is None else ()):
@@ -264,9 +265,13 @@ def _watch_product(tap: Tap) -> list[RemovableHandle]:
     open_now: list[Watching] = []
 
     def begin(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if recomputing():
+            return
         open_now.append(Watching().__enter__())
 
     def end(module: LinearModule, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor | None) -> None:
+        if recomputing():
+            return
         seen = open_now.pop()
         seen.__exit__(None, None, None)
         if output is not None and output.requires_grad:

@@ -18,6 +18,7 @@ from torch import Tensor
 from foreshock.models.attention import DotProduct
 from foreshock.models.backend import BACKENDS, resolve_backend
 from foreshock.models.batch import inputs_and_targets
+from foreshock.models.dropout import dropout_at, dropped
 from foreshock.models.mlp import KINDS, MLP
 from foreshock.models.moe import MoE, MoEConfig, Routing, auxiliary_loss
 from foreshock.models.numerics import HEALTHY, AttentionNumerics, LayerNumerics, at_least_fp32
@@ -60,7 +61,8 @@ class TransformerConfig:
     init_std: of every matrix; residual outputs are scaled by 1/sqrt(2 n_layers) (GPT-2);
     query_init_std: of W_Q, or None for init_std; 0 gives every key the same weight at the start;
     backend: see ``models.backend``; tiles: of the Triton kernels, or None for those pinned to the head dim;
-    deterministic: False lets those kernels add dQ up with atomics, which is faster and never twice the same.
+    deterministic: False lets those kernels add dQ up with atomics, which is faster and never twice the same;
+    dropout: the share of elements that training drops (``models.dropout``), 0 for none.
     """
 
     d_model: int
@@ -83,6 +85,7 @@ class TransformerConfig:
     tiles: Tiles | None = None
     deterministic: bool = True
     moe: MoEConfig | None = None
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("d_model", "n_layers", "n_heads", "d_ff", "context_length"):
@@ -102,6 +105,8 @@ class TransformerConfig:
                 raise ValueError(f"model.{field}={getattr(self, field)} is not allowed: at most {most}")
         if not 0 < self.init_std < math.inf:
             raise ValueError(f"model.init_std={self.init_std} is not allowed: above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout} is not allowed: 0 to below 1")
         if not 1 < self.rope_base < math.inf:
             raise ValueError(f"model.rope_base={self.rope_base} is not allowed: above 1")
         for field, allowed in CHOICES.items():
@@ -233,22 +238,26 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
+    """layer: its index."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm, self.attention = _norm(config, config.d_model), Attention(config)
         widths = config.d_model, config.d_ff, config.mlp
         self.mlp_norm = _norm(config, config.d_model)
         self.mlp = MLP(*widths) if config.moe is None else MoE(*widths, config.moe)
+        self.attention_dropout = dropout_at(config.dropout, 2 * layer + 1)
+        self.mlp_dropout = dropout_at(config.dropout, 2 * layer + 2)
 
     def before_attention(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention.project(self.attention_norm(x_BTE))
 
     def after_attention(self, x_BTE: Tensor, o_BHTD: Tensor) -> tuple[Tensor, Routing | None]:
-        x_BTE = x_BTE + self.attention.merge(o_BHTD)
+        x_BTE = x_BTE + dropped(self.attention.merge(o_BHTD), self.attention_dropout)
         y_BTE, routing = self.mlp(self.mlp_norm(x_BTE)), None
         if isinstance(self.mlp, MoE):
             y_BTE, routing = y_BTE
-        return x_BTE + y_BTE, routing
+        return x_BTE + dropped(y_BTE, self.mlp_dropout), routing
 
     def forward(self, x_BTE: Tensor, numerics: LayerNumerics) -> tuple[Tensor, Routing | None]:
         q, k, v = self.before_attention(x_BTE)
@@ -272,8 +281,9 @@ class Transformer(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.context_length, config.d_model) if learned else None
+        self.dropout = dropout_at(config.dropout, 0)
         # PyTorch's stub forgets what a ModuleList holds
-        self.blocks: Sequence[Block] = nn.ModuleList(Block(config) for _ in range(config.n_layers))  # type: ignore[assignment]
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))  # type: ignore[assignment]
         self.final_norm = _norm(config, config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -300,7 +310,7 @@ class Transformer(nn.Module):
         x_BTE = self.tokens(tokens_BT)
         if self.positions is not None:
             x_BTE = x_BTE + self.positions.weight[..., : tokens_BT.shape[-1], :].unsqueeze(-3)
-        routings = []
+        x_BTE, routings = dropped(x_BTE, self.dropout), []
         for index, block in enumerate(self.blocks):
             x_BTE, routing = block(x_BTE, numerics.layer(index))
             routings.append(routing)

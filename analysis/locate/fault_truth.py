@@ -82,10 +82,10 @@ def _of_attention(where: Mapping[str, Any], shared: int) -> Truth:
 
 
 def _of_modules(where: Mapping[str, Any], experts: bool) -> Truth:
-    """Modules of one class and part, in one or more layers; of others together no verdict is derived."""
-    names = where["modules"]
+    """Modules of one class and part, in one or more layers; of others together, or unnamed, no verdict is derived."""
+    names = where["modules"] or ()
     places = {_of_module(name, where["tensor"], experts) for name in names}
-    if len(places) > 1:
+    if len(places) != 1:
         return Truth(None)
     site_class, part = places.pop()
     if site_class is None:

@@ -25,7 +25,7 @@ from foreshock.monitors.cadence import JITTER_STEPS, Cadence
 
 ENGINE = ("clipping", "engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
 SINGLE, STACKED = ("single_engine",), ("stacked_engine", "stacked_optimizer")
-INSTRUMENTS = ("anatomy", "taps", "stacked_taps", "products", "objective")
+INSTRUMENTS = ("anatomy", "taps", "stacked_taps", "recomputing", "products", "objective")
 """Modules of ``models`` that look at a step and change nothing of it, as do those of ``models/anatomies``."""
 TRITON = ("flash*", "tiles")
 """Modules of ``models`` that a run on another backend does not use."""
@@ -47,6 +47,10 @@ TOLD = ("faults.card", "faults.fit", "faults.log")
 """Modules of ``faults`` that say, check and measure what a fault does, and do nothing of it."""
 ADDED = {"window_phase": 0}
 """Keys that faults did not always have, and the value that is what a fault without the key does."""
+ADDED_TO = {"faults.router_frozen.RouterFrozen": {"layers": None}}
+"""Likewise of one class of them."""
+ADDED_TO_MODELS = {"dropout": 0.0}
+"""Likewise of models."""
 
 Config = Mapping[str, Any]
 
@@ -115,8 +119,14 @@ def without_labels(node: Any) -> Any:
     """A fault's configuration node without what only tables say of it, at any depth, nor keys as good as none."""
     if not isinstance(node, Mapping):
         return node
-    kept = {key: value for key, value in node.items() if key not in LABELS and ADDED.get(key, ...) != value}
+    added: Config = ADDED | ADDED_TO.get(str(node.get("_target_")), {})
+    kept = {key: value for key, value in node.items() if key not in LABELS and added.get(key, ...) != value}
     return {key: without_labels(value) for key, value in kept.items()}
+
+
+def without_added(model: Config) -> Config:
+    """A model's configuration node without keys that are as good as none."""
+    return {key: value for key, value in model.items() if ADDED_TO_MODELS.get(key, ...) != value}
 
 
 def identifier(parts: Any) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from foreshock.models.anatomy import Anatomy
 from foreshock.models.batch import inputs_and_targets
 from foreshock.models.compiled import CompiledObjective
 from foreshock.models.corruption import Corrupted
+from foreshock.models.dropout import Draw, dropping
 from foreshock.models.moe import Routing
 from foreshock.models.objective import objective_at
 from foreshock.models.precision import accumulate_in_fp32
@@ -69,6 +70,8 @@ class SingleEngine:
         log.step = step
         if site.start:
             corrupt_tensors("start", self._weights(), site.start, self._moment(step), log)
+        if self.past:
+            self.past.keep("start", step, self._weights())
         parts = self.micro_batches(step, site, log)
         self.tokens += sum(inputs_and_targets(part)[1].numel() for part in parts)
         done = self.backward(parts, site, places, log, step)
@@ -82,7 +85,7 @@ class SingleEngine:
             routings=done.routings,
             taps=done.taps,
             numerics=site.numerics,
-            objective_at=partial(objective_at, self.model, done.watched, site.balance_scale),
+            objective_at=partial(self._objective_at, step, len(parts) - 1, done.watched, site.balance_scale),
             batch=done.watched,
             read_s=self._read_s,
         )
@@ -116,8 +119,29 @@ class SingleEngine:
         if log is not None:
             # the model reads no more of them than ``layer``, which they all have
             site = replace(site, numerics=logged(site.numerics, (log,), self.model.config.backend))  # type: ignore[arg-type]
-        with Corrupted(self.model, site.modules, log), Formatted(self.model, site.formats, self.amaxes, log):
-            return backward(self.model, parts, site, places, self.unwatched, self._after_part(step, site, log))
+        with self._corrupted(site, log):
+            after_part, in_part = self._after_part(step, site, log), partial(self._dropping, step)
+            return backward(self.model, parts, site, places, self.unwatched, after_part, in_part)
+
+    def _dropping(self, step: int, part: int) -> AbstractContextManager[None]:
+        """The context in which a micro-batch draws its own masks of dropout."""
+        if not self.model.config.dropout:
+            return nullcontext()
+        return dropping(self.model, Draw(self._seed, step, part))
+
+    def _objective_at(
+        self, step: int, part: int, tokens_BT1: Tensor, balance_scale: float, weights: Mapping[str, Tensor]
+    ) -> Tensor:
+        """``objective_at`` with the masks that the micro-batch was trained with."""
+        with self._dropping(step, part):
+            return objective_at(self.model, tokens_BT1, balance_scale, weights)
+
+    @contextmanager
+    def _corrupted(self, site: Sites, log: InjectionLog | None = None) -> Iterator[None]:
+        """The context of the step's changes and formats of modules, each change with what it reads of the past."""
+        changes = [change.remembering(self.past) for change in site.modules]
+        with Corrupted(self.model, changes, log), Formatted(self.model, site.formats, self.amaxes, log):
+            yield
 
     def _after_part(self, step: int, site: Sites, log: InjectionLog | None) -> Callable[[], None] | None:
         """What is done to the sum of gradients after each micro-batch, None for nothing."""
@@ -163,7 +187,7 @@ class SingleEngine:
     def held_out_loss(self, sites: Sequence[Sites]) -> Tensor:
         (site,) = sites
         chunks = self._held_out.split(self.config.micro_batch or self.config.batch_size)
-        with Corrupted(self.model, site.modules), Formatted(self.model, site.formats, self.amaxes):
+        with self._corrupted(site):
             losses = [self.model.loss(chunk, site.numerics) * len(chunk) for chunk in chunks]
         return torch.stack(losses).sum() / len(self._held_out)
 

@@ -24,6 +24,8 @@ def why_single(run: Run) -> str | None:
     """Why a run trains by itself, in one line that names the field, or None where it can be stacked."""
     if run.model_config.moe is not None:
         return "model.moe is not allowed with train.stack: experts do not stack"
+    if run.model_config.dropout:
+        return f"model.dropout={run.model_config.dropout} is not allowed with train.stack: masks are of single runs"
     required = {"precision": "fp32", "micro_batch": None, "watched_sequences": None, "compile": False}
     for field, alone in required.items():
         if getattr(run.train, field) != alone:

@@ -130,6 +130,8 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "checkpoint_corrupt/fault.back_steps": (NONE + ZERO, "to the start; the healthy control"),
     "loader_stall/fault.delay_s": (ZERO, "the healthy control"),
     "telemetry_gap/fault.delay": (ZERO, "at once"),
+    "tied_gradient_double/fault.factor": (ZERO, "dropped"),
+    "untied/fault.stale_copy": (NONE, "the healthy control"),
     "weight_tile/fault.rows": (ZERO, "the healthy control"),
     "fault*.beta": (NONE, "goes with another row_max"),
     "natural_bf16/fault.offset": (NONE, "goes with another row_max"),
@@ -137,6 +139,7 @@ TAKEN: dict[str, tuple[tuple, str]] = {
     "model.window": (NONE, "every earlier key"),
     "model.vocab_size": (NONE, "the data's"),
     "model.query_init_std": (NONE + ZERO, "as init_std; uniform attention"),
+    "model.dropout": (ZERO, "none"),
     "model.tiles": (NONE, "pinned to the head dim"),
     "model.moe": (NONE, "dense"),
     "model.moe.capacity_factor": (NONE, "drops nothing"),
@@ -207,10 +210,12 @@ LATER = (
     "schedule_restart",
 )
 """Faults that need something before them: they refuse an onset of 0."""
+NAMED = ("tied_gradient_double/fault.share",)
+"""Leaves that are names where others of their key are numbers."""
 
 
 def takes(option: str, path: str, value: object) -> bool:
-    if option in LATER and path == "fault.onset":
+    if (option in LATER and path == "fault.onset") or f"{option}/{path}" in NAMED:
         return False
     known = [
         values
@@ -238,6 +243,7 @@ def build(node: Mapping) -> None:
 
 SMALL = ("monitor=[loss]", "train.device=cpu")
 NEEDS = {
+    "dropout_mismatch": ("model.dropout=0.1",),
     "aux_loss_off": ("model=moe_nano",),
     "aux_loss_scale": ("model=moe_nano",),
     "router_frozen": ("model=moe_nano",),

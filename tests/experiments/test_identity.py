@@ -89,6 +89,16 @@ def test_a_phase_of_zero_is_in_no_name_and_any_other_is(make_run):
     assert runs[0].run_id != runs[1].run_id
 
 
+def test_all_layers_of_a_frozen_router_are_in_no_name_and_a_layer_is(make_run):
+    runs = [make_run("model=moe_nano", "fault=router_frozen", *more) for more in ([], ["fault.layers=[0]"])]
+    fault = dict(runs[0].config["fault"])
+    assert fault.pop("layers", 0) is None
+    assert without_labels(runs[0].config["fault"]) == without_labels(fault)
+    assert runs[0].run_id != runs[1].run_id
+    other = {"_target_": "faults.bf16_shift.BF16Shift", "layers": None}
+    assert without_labels(other) == other
+
+
 def test_faults_inside_a_fault_are_sources(make_run):
     assert {"faults.combined", "faults.bf16_shift", "faults.lr_scale"} <= names(
         fault_sources(make_run("fault=combined").nodes["fault"])

@@ -16,6 +16,7 @@ from foreshock.models.corruption import Corrupted
 from foreshock.models.moe import MoEConfig
 from foreshock.models.taps import Taps
 from foreshock.models.transformer import Transformer, TransformerConfig
+from tests.faults.engine_steps import differing, stepped
 
 HEALTHY = Sites(batch_size=3)
 MOE = MoEConfig(4, 2, capacity_factor=2.0, aux_coef=0.01)
@@ -118,6 +119,48 @@ def test_a_frozen_router_keeps_its_bits_while_everything_else_learns(make_run):
     }
 
 
+def test_a_layer_s_router_is_frozen_alone(make_run):
+    moe = ["model=moe_nano", "train.weight_decay=0.1"]
+    run = make_run(*moe, "fault=router_frozen", "fault.layers=[1]", "fault.onset=2")
+    engine, weights, _ = stepped(run, 5)
+    still = {name for name in weights[1] if torch.equal(weights[1][name], weights[4][name])}
+    assert still == {"blocks.1.mlp.router.weight"}
+    (entry,) = engine.logs[0].entries()
+    assert (entry["point"], entry["tensor"]) == ("optimizer", "blocks.1.mlp.router.weight learning rate")
+    healthy, healthy_weights, _ = stepped(make_run(*moe), 5)
+    assert not any(differing(*pair) for pair in zip(weights[:2], healthy_weights[:2], strict=True))
+    assert differing(weights[2], healthy_weights[2]) == still
+    states = [engine.optimizer.state_dict()["param_groups"] for engine in (engine, healthy)]
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3])
+def test_every_layer_by_index_is_every_layer(make_run, factor):
+    run = ["model=moe_nano", "fault=router_frozen", f"fault.factor={factor}"]
+    (_, named, _), (_, whole, _) = (
+        stepped(make_run(*run, f"fault.layers={layers}"), 3) for layers in ("[0,1]", "null")
+    )
+    assert not any(differing(*pair) for pair in zip(named, whole, strict=True))
+
+
+def test_a_factor_of_1_on_a_layer_is_healthy_bit_for_bit(make_run):
+    run = make_run("model=moe_nano", "fault=router_frozen", "fault.layers=[0]", "fault.factor=1.0")
+    assert run.fault.describe().control
+    (engine, control, _), (_, healthy, _) = stepped(run, 3), stepped(make_run("model=moe_nano"), 3)
+    assert not any(differing(*pair) for pair in zip(control, healthy, strict=True))
+    assert engine.logs[0].entries() == []
+
+
+def test_a_router_frozen_in_a_layer_goes_on_after_a_resume_bit_for_bit(make_run):
+    run = make_run("model=moe_nano", "fault=router_frozen", "fault.layers=[0]", "fault.onset=1", "fault.every=2")
+    (whole, _, _), (first, _, _) = stepped(run, 6), stepped(run, 4)
+    resumed, healthy = run.new_engine(), run.healthy_sites()
+    resumed.load([first.state_of(0)])
+    for index in range(4, 6):
+        resumed.step(index, [run.fault.sites(index, healthy)])
+    assert not differing(*(dict(engine.model.named_parameters()) for engine in (whole, resumed)))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -128,7 +171,9 @@ def test_a_frozen_router_keeps_its_bits_while_everything_else_learns(make_run):
         (["fault=expert_capacity"], "fault.factor=0.25 has no effect: the model has no experts with a capacity"),
         (["fault=expert_capacity", "model=moe_nano", "model.moe.capacity_factor=null"], "no experts with a capacity"),
         (["fault=expert_capacity", "model=moe_nano", "fault.factor=0.0"], "fault.factor=0.0 is not allowed: above 0"),
-        (["fault=router_frozen"], "has no effect on a dense model"),
+        (["fault=router_frozen"], "fault: the learning rate of routers has no effect on a dense .* needs model=moe_na"),
+        (["fault=router_frozen", "fault.layers=[0]"], "fault: routers that are frozen .* it needs model=moe_nano"),
+        (["fault=router_frozen", "model=moe_nano", "fault.layers=[2]"], "does not fit the model: it has 2 layers"),
         (["fault=router_frozen", "model=moe_nano", "fault.factor=2.0"], "fault.factor=2.0 is not allowed: 0 "),
         (["fault=aux_loss_scale"], "changes load balancing, but the model has none"),
         (["fault=aux_loss_scale", "model=moe_nano", "fault.factor=-1.0"], "fault.factor=-1.0 is not allowed: 0 or"),

@@ -17,6 +17,8 @@ from foreshock.faults.operation import Moment
 from foreshock.faults.padding_counted import PaddingCounted
 from foreshock.faults.points import corrupt_batch
 from foreshock.faults.schedule_restart import ScheduleRestart
+from foreshock.faults.tied_gradient_double import TiedGradientDouble
+from foreshock.faults.untied import Untied
 from foreshock.faults.weight_bitflip import WeightBitflip
 from foreshock.models.batch import IGNORED
 
@@ -36,6 +38,8 @@ def check(make_run, *faults):
         (GradientNoise(0.5), GradientNoise(0.5, "mlp"), "meet"),
         (GradientStale(1, onset=3), GradientStale(2, "mlp", onset=3), "meet"),
         (DecayWrong(2.0), DecayWrong(3.0, "mlp"), "meet"),
+        (TiedGradientDouble("head"), Untied("head"), "meet"),
+        (Untied("head", onset=3), Untied("head", onset=4), "meet"),
         (ScheduleRestart(onset=3), ScheduleRestart(2, onset=3), "two faults say where the learning-rate schedule"),
         (DataRepeat(onset=5), DataRepeat(2, onset=5), "two faults say which step's batch is read"),
     ],
@@ -53,6 +57,7 @@ def test_what_would_win_over_the_other_unsaid_is_refused(one, other, said, make_
         (GradientBitflip(QUERY, 5), WeightBitflip(QUERY, 5)),
         (GradientNoise(0.5, "attention"), GradientNoise(0.5, "mlp")),
         (DecayWrong(2.0, "attention"), DecayWrong(3.0, "mlp")),
+        (TiedGradientDouble("head"), Untied("embedding")),
     ],
 )
 def test_what_acts_on_different_things_goes_together(one, other, make_run):

@@ -8,7 +8,11 @@ from foreshock.analysis.locate import fault_truth
 from foreshock.analysis.locate.fault_truth import HEALTHY, OTHER, Truth, truth, truth_of
 from foreshock.experiments.trace import Trace
 from foreshock.faults.card import InjectionCard
+from foreshock.faults.dropout_mismatch import DropoutMismatch
 from foreshock.faults.natural_bf16 import NaturalBF16
+from foreshock.faults.rope_bf16 import RopeBF16
+from foreshock.faults.tied_gradient_double import TiedGradientDouble
+from foreshock.faults.untied import Untied
 from foreshock.models import numerics
 from tests.injections import card, of_attention, of_learning_rate, of_modules
 
@@ -47,6 +51,11 @@ ROUTERS = ["blocks.1.mlp.router", "blocks.0.mlp.router"]
         ([of_attention(["dq"], 2), of_attention(["o"], 2)], Truth(None)),
         ([], Truth(OTHER)),
         (NaturalBF16(pv_block=1).describe().injections, Truth(None)),
+        (RopeBF16().describe().injections, Truth(None)),
+        (DropoutMismatch().describe().injections, Truth(None)),
+        (DropoutMismatch((0, 1)).describe().injections, Truth(None)),
+        (TiedGradientDouble("head").describe().injections, Truth(None)),
+        (Untied("embedding").describe().injections, Truth(None)),
     ],
 )  # fmt: skip
 def test_the_truth_of_a_fault(injections, expected):
