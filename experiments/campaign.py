@@ -54,7 +54,9 @@ def of_training(given: Sequence[str]) -> list[str]:
     return [line for line in given if line.lstrip("+~").split("=")[0].split(".")[0] not in own]
 
 
-def healthy_runs(shared: Sequence[str], needs: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> dict[str, list[Run]]:
+def healthy_runs(
+    shared: Sequence[str], needs: Mapping[str, Sequence[str]], seeds: Sequence[int]
+) -> dict[str, list[Run]]:
     """By need, the healthy twins of these seeds."""
     return {
         need: build_all([[*shared, *overrides, "fault=none", f"seed={seed}"] for seed in seeds])
@@ -114,7 +116,8 @@ def main(config: DictConfig) -> None:
     if error is not None:
         raise error
     if refused:
-        raise ValueError(f"{len(refused)} of {len(built)} faults are refused; the first, {refused[0][0].fault}: {refused[0][1]}")
+        cell, reason = refused[0]
+        raise ValueError(f"{len(refused)} of {len(built)} faults are refused; the first, {cell.fault}: {reason}")
 
 
 if __name__ == "__main__":

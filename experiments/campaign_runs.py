@@ -73,7 +73,8 @@ def cells(campaign: Campaign, known: Sequence[Row], healthy: Mapping[str, Run], 
     steps = min(run.train.steps for run in healthy.values())
     late = next((onset for onset in campaign.onsets if onset >= steps), None)
     if late is not None:
-        raise ValueError(f"campaign.onsets={campaign.onsets} is not allowed: {late} is after the end, train.steps={steps}")
+        said_onsets = f"campaign.onsets={said(campaign.onsets)} is not allowed"
+        raise ValueError(f"{said_onsets}: {late} is after the end, train.steps={steps}")
     rows = [row for row in known if campaign.faults is None or row.name in campaign.faults]
     return list(_listed(campaign, rows) if campaign.draw is None else _drawn(campaign, rows, healthy, seed))
 

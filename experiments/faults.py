@@ -82,8 +82,8 @@ class Row:
 
 def rows() -> list[Row]:
     """Every fault of ``conf/fault`` that does something, by family and name."""
-    within = nullcontext() if GlobalHydra.instance().is_initialized() else initialize_config_dir(CONF, version_base="1.3")
-    with within:
+    initialised = GlobalHydra.instance().is_initialized()
+    with nullcontext() if initialised else initialize_config_dir(CONF, version_base="1.3"):
         found = [_row(name) for name in options("fault") if name != NOTHING]
     return sorted(found, key=lambda row: (row.family, row.name))
 

@@ -176,9 +176,9 @@ class WindowedFault:
 
     onset: the window's first update; duration: updates, or None for no end; every: period in updates, 1 for every
     update; window_phase: the faulty update of each period, from 0, so that the first is ``onset + window_phase`` (a
-    bare ``phase`` is attention's pass); family: of ``faults.card.FAMILIES``; doses: keys of the fault with their values,
-    the weakest dose first, for campaigns and tables. Family and doses change nothing of what the fault does. Raises
-    ValueError on an impossible window and on a dose of other keys, by name.
+    bare ``phase`` is attention's pass); family: of ``faults.card.FAMILIES``; doses: keys of the fault with their
+    values, the weakest dose first, for campaigns and tables. Family and doses change nothing of what the fault does.
+    Raises ValueError on an impossible window and on a dose of other keys, by name.
     """
 
     onset: int = 0

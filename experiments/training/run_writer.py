@@ -82,8 +82,8 @@ class RunWriter:
     def save(self, step: int, end_reason: str, finite: Tensor, best_held_out: Tensor, late: Mapping[str, Any]) -> None:
         """Part, then checkpoint or weights, then manifest: a resume cuts the trace back to the checkpoint it finds.
 
-        finite: whether every training loss was; best_held_out: the lowest clean label loss so far; 0-dim; late: readings
-        that have not arrived yet.
+        finite: whether every training loss was; best_held_out: the lowest clean label loss so far; 0-dim; late:
+        readings that have not arrived yet.
         Raises ValueError that names an injection which has changed nothing.
         """
         log = self._engine.logs[self._row or 0]
