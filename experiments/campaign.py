@@ -12,7 +12,9 @@ foreshock train; ``dry_run=true`` lists the runs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,18 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from foreshock.analysis.runs.labels import DrawupLabel
 from foreshock.experiments.build import Run
 from foreshock.experiments.campaign_runs import Campaign, Cell, cells, check_campaign, needed
-from foreshock.experiments.campaign_table import Outcome, write_tables
+from foreshock.experiments.campaign_table import RUNS, Result, write_tables
 from foreshock.experiments.cli import CONF, guarded, one_line_errors
+from foreshock.experiments.executors import Executor
 from foreshock.experiments.faults import NEEDS, rows, said_keys
 from foreshock.experiments.names import check_name
 from foreshock.experiments.plan import PlannedRun
 from foreshock.experiments.reproduce import build_all, executor_for
 from foreshock.experiments.settings import CampaignCommand, check_command
 from foreshock.experiments.sweep import sweep
-from foreshock.experiments.training.checkpoint import RunError
 from foreshock.experiments.validation import check_node, check_seed
 
 CONFIG_NAME = "campaign"
@@ -73,9 +76,57 @@ def faulty_run(shared: Sequence[str], cell: Cell) -> Run | ValueError:
     return run
 
 
-def planned(run: Run, name: str | None) -> PlannedRun:
-    """A run as a sweep takes it. name: of the fault, None for a healthy twin."""
-    return PlannedRun("", "twin" if name is None else "faulty", name, run.seed, ())
+@dataclass(frozen=True)
+class Runs:
+    """The runs of a campaign.
+
+    built: by cell its run, or why its fault is refused; twins: by need, the healthy runs of the same seeds.
+    """
+
+    built: Sequence[tuple[Cell, Run | ValueError]]
+    twins: Mapping[str, Sequence[Run]]
+
+    @property
+    def faulty(self) -> list[tuple[Cell, Run]]:
+        return [(cell, run) for cell, run in self.built if isinstance(run, Run)]
+
+    @property
+    def healthy(self) -> list[Run]:
+        return [run for of_need in self.twins.values() for run in of_need]
+
+    @property
+    def refused(self) -> list[tuple[Cell, ValueError]]:
+        return [(cell, run) for cell, run in self.built if isinstance(run, ValueError)]
+
+    @property
+    def results(self) -> list[Result]:
+        return [Result(cell, run, self.twins.get(cell.needs, ())) for cell, run in self.built]
+
+
+def runs_of(campaign: Campaign, given: Sequence[str], seed: int) -> Runs:
+    """Choose and check the runs of a campaign. seed: of its draw. Raises ValueError in one line."""
+    known, shared = rows(), [*of_training(given), *campaign.overrides]
+    check_campaign(campaign, known)
+    examples = {need: twins[0] for need, twins in healthy_runs(shared, NEEDS, [0]).items()}
+    chosen = cells(campaign, known, examples, seed)
+    seeds = sorted({cell.seed for cell in chosen})
+    twins = healthy_runs(shared, needed(chosen), seeds)
+    return Runs([(cell, faulty_run(shared, cell)) for cell in chosen], twins)
+
+
+def train(runs: Runs, out: Path, report: Path, label: DrawupLabel, executor: Executor) -> None:
+    """Train what is not there yet and write the tables, also where a run failed. Raises RunError that names one."""
+    names = [PlannedRun("", "faulty", cell.fault, run.seed, ()) for cell, run in runs.faulty]
+    names += [PlannedRun("", "twin", None, run.seed, ()) for run in runs.healthy]
+    report.mkdir(parents=True, exist_ok=True)
+    try:
+        sweep(names, [*(run for _, run in runs.faulty), *runs.healthy], out, executor)
+    finally:
+        table = write_tables(report, runs.results, out, label)
+        counts = f"{len(runs.faulty)} faulty runs, {len(runs.healthy)} healthy twins, {len(runs.refused)} refused"
+        print(f"{report / RUNS}: {counts}")
+        for name, count in Counter(filter(None, table.get("outcome", ()))).most_common():
+            print(f"  {count:>4} {name}")
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name=CONFIG_NAME)
@@ -88,36 +139,19 @@ def main(config: DictConfig) -> None:
     campaign = check_node(Campaign, settings["campaign"], "campaign")
     _check_given(given, campaign)
     check_name(campaign.name, "campaign.name")
-    known, shared = rows(), [*of_training(given), *campaign.overrides]
-    check_campaign(campaign, known)
-    examples = {need: twins[0] for need, twins in healthy_runs(shared, NEEDS, [0]).items()}
-    chosen = cells(campaign, known, examples, settings["seed"])
-    built = [(cell, faulty_run(shared, cell)) for cell in chosen]
-    refused = [(cell, run) for cell, run in built if isinstance(run, ValueError)]
-    for cell, error in refused:
-        print(f"refused: {cell.fault} {said_keys(cell.keys)}: {error}")
-    faulty = [(cell, run) for cell, run in built if isinstance(run, Run)]
+    runs = runs_of(campaign, given, settings["seed"])
+    for cell, reason in runs.refused:
+        print(f"refused: {cell.fault} {said_keys(cell.keys)}: {reason}")
     if config.dry_run:
-        for cell, run in faulty:
+        for cell, run in runs.faulty:
             print(f"{run.run_id}  seed {cell.seed}  {cell.fault} {said_keys(cell.keys)}")
-        return
-    twins = healthy_runs(shared, needed([cell for cell, _ in faulty]), sorted({cell.seed for cell in chosen}))
-    healthy = [run for of_need in twins.values() for run in of_need]
-    out, report, error = Path(config.out), Path(config.report), None
-    report.mkdir(parents=True, exist_ok=True)
-    runs = [*(run for _, run in faulty), *healthy]
-    names = [*(planned(run, cell.fault) for cell, run in faulty), *(planned(run, None) for run in healthy)]
-    try:
-        sweep(names, runs, out, executor_for(given))
-    except RunError as failure:  # the others are done: their table comes first
-        error = failure
-    write_tables(report, [Outcome(cell, run, twins.get(cell.needs, [])) for cell, run in built], out)
-    print(f"{report / 'runs.csv'}: {len(faulty)} faulty runs, {len(healthy)} healthy twins, {len(refused)} refused")
-    if error is not None:
-        raise error
-    if refused:
-        cell, reason = refused[0]
-        raise ValueError(f"{len(refused)} of {len(built)} faults are refused; the first, {cell.fault}: {reason}")
+    else:
+        train(runs, Path(config.out), Path(config.report), DrawupLabel(**settings["label"]), executor_for(given))
+    if runs.refused:
+        cell, reason = runs.refused[0]
+        raise ValueError(
+            f"{len(runs.refused)} of {len(runs.built)} faults are refused; the first, {cell.fault}: {reason}"
+        )
 
 
 if __name__ == "__main__":

@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from foreshock.analysis.runs.labels import DrawupLabel
+from foreshock.analysis.runs.outcomes import outcome_of_folders
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run
 from foreshock.experiments.campaign_runs import Cell
 from foreshock.experiments.faults import said_keys
 from foreshock.experiments.files import write_whole
-from foreshock.experiments.training.run_writer import HELD_OUT
 
 RUNS, INJECTIONS = "runs.csv", "injections.csv"
 REFUSED = "refused"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Result:
     """A cell, its run or why it is refused, and the healthy runs of the same training."""
 
     cell: Cell
@@ -31,29 +32,32 @@ class Outcome:
     twins: Sequence[Run]
 
 
-def write_tables(report: Path, outcomes: Sequence[Outcome], out: Path) -> None:
-    """Write ``runs.csv`` and ``injections.csv``. out: the folder of run folders."""
-    manifests = [_manifest(outcome, out) for outcome in outcomes]
-    rows = [_row(*pair, out) for pair in zip(outcomes, manifests, strict=True)]
+def write_tables(report: Path, results: Sequence[Result], out: Path, label: DrawupLabel) -> pd.DataFrame:
+    """Write ``runs.csv``, which is returned, and ``injections.csv``. out: the folder of run folders."""
+    manifests = [_manifest(result, out) for result in results]
+    rows = [
+        _row(result, manifest) | _end(result, out, label) for result, manifest in zip(results, manifests, strict=True)
+    ]
     changes = [
-        {"run_id": manifest["run_id"], "fault": outcome.cell.fault, **entry}
-        for outcome, manifest in zip(outcomes, manifests, strict=True)
+        {"run_id": manifest["run_id"], "fault": result.cell.fault, **entry}
+        for result, manifest in zip(results, manifests, strict=True)
         for entry in manifest.get("injected", ())
     ]
     for name, table in ((RUNS, rows), (INJECTIONS, changes)):
         write_whole(report / name, pd.DataFrame(table).to_csv(index=False).encode())
+    return pd.DataFrame(rows)
 
 
-def _manifest(outcome: Outcome, out: Path) -> dict[str, Any]:
+def _manifest(result: Result, out: Path) -> dict[str, Any]:
     """Of the run; empty where there is none yet."""
-    if isinstance(outcome.run, ValueError):
+    if isinstance(result.run, ValueError):
         return {}
-    return trace.read_manifest(out / outcome.run.run_id) or {}
+    return trace.read_manifest(out / result.run.run_id) or {}
 
 
-def _row(outcome: Outcome, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
-    """What was meant, what was changed, and how the run ended; a column is empty where there is nothing to say."""
-    cell, run = outcome.cell, outcome.run
+def _row(result: Result, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What was meant and what was changed; a column is empty where there is nothing to say."""
+    cell, run = result.cell, result.run
     row: dict[str, Any] = {
         "run_id": "" if isinstance(run, ValueError) else run.run_id,
         "fault": cell.fault,
@@ -66,7 +70,6 @@ def _row(outcome: Outcome, manifest: dict[str, Any], out: Path) -> dict[str, Any
         return {**row, "end_reason": REFUSED, "reason": str(run)}
     card = run.fault.describe()
     changed = manifest.get("injected", ())
-    twin = next((twin for twin in outcome.twins if twin.seed == run.seed), None)
     return {
         **row,
         "family": card.family,
@@ -78,15 +81,24 @@ def _row(outcome: Outcome, manifest: dict[str, Any], out: Path) -> dict[str, Any
         "norm": float(np.sqrt(sum(entry["norm"] ** 2 for entry in changed))),
         "end_reason": manifest.get("end_reason", "not trained"),
         "steps": manifest.get("steps_done", 0),
-        "held_out_loss": _final_loss(out / run.run_id),
-        "healthy_loss": float("nan") if twin is None else _final_loss(out / twin.run_id),
     }
 
 
-def _final_loss(folder: Path) -> float:
-    """The last held-out loss of a run, in nats a token; NaN where it has not ended."""
+def _end(result: Result, out: Path, label: DrawupLabel) -> dict[str, Any]:
+    """What became of a run against its healthy twins, where they have ended; final losses in nats a token.
+
+    One twin alone tells no outcome, as it has no range.
+    """
+    if isinstance(result.run, ValueError):
+        return {}
     try:
-        values = trace.read(folder, [HELD_OUT.name]).signals[HELD_OUT.name].values
+        end = outcome_of_folders(out / result.run.run_id, [out / twin.run_id for twin in result.twins], label)
     except (trace.TraceError, OSError):
-        return float("nan")
-    return float(values.ravel()[-1])
+        return {}
+    return {
+        "outcome": end.outcome if len(result.twins) > 1 else "",
+        "note": end.note if len(result.twins) > 1 else "",
+        "final_loss": end.final_loss,
+        "healthy_final_loss": float(np.median(end.healthy_final_losses)),
+        "twins": len(result.twins),
+    }
