@@ -112,7 +112,7 @@ class RunProgress:
         self._ask.live.add(readings)
         self._step, now = step, time.monotonic()
         left_s = self._pace.left_s(now, step, self._steps - step)
-        if self._last is None:
+        if self._last is None or step < self._last[1]:  # a run may go back to an earlier checkpoint
             self._last = (now, step)
         elapsed = now - self._last[0]
         if elapsed < REFRESH_S:
