@@ -237,7 +237,7 @@ class _Together:
                     self.recording.remove(row)
 
     def label(self, step: int, sites: Sequence[Sites]) -> tuple[Tensor, Tensor]:
-        """The held-out loss of each run, own and clean, (N,) each, recorded; one and the same without a faulty forward."""
+        """The held-out loss of each run, own and clean, (N,) each, recorded; the same without a faulty forward."""
         own = clean = self.engine.held_out_loss(sites)
         changed = [site.changes_forward for site in sites]
         if any(changed):
