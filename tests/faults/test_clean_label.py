@@ -1,17 +1,20 @@
 """The held-out loss is taken again, through healthy kernels, where and only where a fault changes the forward."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from foreshock.analysis.runs.outcomes import BETTER, outcome, outcome_of_folders
 from foreshock.experiments import trace
-from foreshock.experiments.build import ROOT
+from foreshock.experiments.build import ROOT, build_run
 from foreshock.experiments.training.loop import train, train_stack
 from foreshock.experiments.training.run_writer import CLEAN, HELD_OUT
 from foreshock.experiments.training.single_engine import SingleEngine
 from foreshock.experiments.training.stacked_engine import StackedEngine
+from tests.conftest import composed
 
 FAULTS = sorted(path.stem for path in (ROOT / "conf" / "fault").glob("*.yaml"))
 EVERYTHING = [
@@ -144,3 +147,20 @@ def test_a_run_is_ended_by_its_clean_label(make_run, tmp_path):
     own, clean = curves(tmp_path / run.run_id)
     assert own[3] - own[2] > 0.5 > np.max(clean - np.minimum.accumulate(clean))
     assert manifest["end_reason"] == "completed"
+
+
+@pytest.mark.slow
+def test_a_mask_off_by_one_comes_out_as_what_it_is(tmp_path):
+    """Through its own kernels it ends below every healthy run; through healthy ones it has long diverged."""
+
+    def trained(*overrides: str) -> Path:
+        brief = ["data=stdlib", "model=mha_nano", "train.steps=200", "train.warmup_steps=50", "train.device=cpu"]
+        run = replace(build_run(composed(*brief, *overrides)), monitors={})
+        return tmp_path / train(run, tmp_path)["run_id"]
+
+    healthy, leaking = [trained(f"seed={seed}") for seed in range(3)], trained("fault=mask_shift", "seed=3")
+    own = outcome(curves(leaking)[0], [curves(twin)[0] for twin in healthy])
+    assert (own.outcome, own.note) == ("no effect", BETTER)
+    clean = outcome_of_folders(leaking, healthy)
+    assert (clean.outcome in ("compromised", "divergence"), clean.note) == (True, "")
+    assert clean.final_loss > max(clean.healthy_final_losses) > own.final_loss + 0.2
