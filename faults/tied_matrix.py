@@ -13,6 +13,7 @@ from torch import Tensor
 from foreshock.models.corruption import (
     Log,
     ModuleChange,
+    OwnWeight,
     Remembered,
     Removable,
     TensorChange,
@@ -65,7 +66,7 @@ class ScaledShare(TensorChange):
 class StaleCopy(ModuleChange):
     """One of ``USERS`` has the tied matrix as it was when step ``since`` began, and hands no gradient on to it.
 
-    copy: of ``USERS``, or None for none. matrix: that copy, once it is remembered.
+    copy: of ``USERS``, or None for none.
     """
 
     copy: str | None
@@ -126,7 +127,7 @@ class _Remembered(ModuleChange):
     def change(self, place: nn.Module, log: Log | None) -> Sequence[Removable]:
         before = place.register_forward_pre_hook(lambda module, _: self._lay_over(module, log))
         after = place.register_forward_hook(lambda module, *_: own_weight_again(module))
-        return [before, after, _Own(place)]
+        return [before, after, OwnWeight(place)]
 
     def _lay_over(self, module: nn.Module, log: Log | None) -> None:
         """Let this forward find the copy in the place of the parameter; its gradient stays with it."""
@@ -136,13 +137,3 @@ class _Remembered(ModuleChange):
             log.add("modules", self.of, f"{name} weight", module.weight.detach(), copy.detach())  # type: ignore[operator]  # a tensor
             copy.register_hook(lambda dw: log.add("modules", self.of, f"{name} dw", dw, torch.zeros_like(dw)))
         module.__dict__["weight"] = copy
-
-
-@dataclass(frozen=True)
-class _Own:
-    """Takes the copy back, which a forward that raised has left."""
-
-    module: nn.Module
-
-    def remove(self) -> None:
-        own_weight_again(self.module)

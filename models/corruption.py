@@ -221,11 +221,11 @@ def hooks(module: nn.Module, site: str, corrupt: Corruption) -> list[Removable]:
     if site in _BEFORE:
         handles.append(module.register_forward_pre_hook(_BEFORE[site](corrupt)))
     handles.append(module.register_forward_hook(_AFTER[site](corrupt)))
-    return [*handles, _OwnWeight(module)] if site == "dw" else handles
+    return [*handles, OwnWeight(module)] if site == "dw" else handles
 
 
 @dataclass(frozen=True)
-class _OwnWeight:
+class OwnWeight:
     """Takes an alias of the weight back, which a forward that raised has left."""
 
     module: nn.Module

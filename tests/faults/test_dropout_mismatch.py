@@ -120,6 +120,26 @@ def test_taps_show_the_first_forward():
             assert all(torch.equal(*pair) for pair in zip(tap.inputs, healthy.at(place)[name].inputs, strict=True))
 
 
+def worst_of_a_law(run) -> dict[str, float]:
+    """By signal, the largest ratio to what rounding predicts, in the first step."""
+    engine, monitor = run.new_engine(), run.monitors["linear_laws"]
+    view = engine.step(0, [run.fault.sites(0, run.healthy_sites())], monitor.needs.taps)
+    readings = monitor.observe(view)
+    return {name: float(value.max()) for name, value in readings.items() if name.endswith(".over_noise")}
+
+
+@pytest.mark.numeric
+def test_laws_of_linear_layers_hold_under_dropout_and_break_behind_a_mask_that_differs(make_run):
+    """A law in W is broken by one normal number of the predicted size; 6 of its deviations are a chance of 2e-9."""
+    assert max(worst_of_a_law(make_run(DROPOUT)).values()) < 6
+    assert max(worst_of_a_law(make_run(*FAULT, "fault.same=true")).values()) < 6
+    wrong = worst_of_a_law(make_run(*FAULT))
+    seen = {"linear_euler_residual.input.over_noise", "linear_euler_residual.output.over_noise"}
+    assert all(wrong[name] > 100 for name in seen)
+    # what stands before every mask of its block; in the second block its input is the first forward's
+    assert all(wrong[f"linear_euler_residual.{part}.over_noise"] < 6 for part in "qkvo")
+
+
 def test_the_log_counts_where_masks_differ():
     model, log = built(), InjectionLog()
     gradients(model, DropoutMismatch((0,)), log=log)
