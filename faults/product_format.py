@@ -102,13 +102,13 @@ class Formatted:
         amaxes: AmaxHistory,
         log: Log | None = None,
     ) -> None:
-        self._formats, self._model = [form for form in formats if not form.idle], model
+        self._places = [(form, form.find(model)) for form in formats if not form.idle]
         self._scope = Scope(amaxes, log)
         self._changed: list[Linear] = []
 
     def __enter__(self) -> Formatted:
-        for form in self._formats:
-            for name, module in form.find(self._model).items():
+        for form, layers in self._places:
+            for name, module in layers.items():
                 module.forward = form.forward_of(name, module, self._scope)  # type: ignore[method-assign]  # of this one
                 self._changed.append(module)
         return self
