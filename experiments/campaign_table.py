@@ -73,7 +73,7 @@ def _row(result: Result, manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         **row,
         "family": card.family,
-        "onset": run.fault.onset,
+        "onset": card.first_step,
         "meant": json.dumps([asdict(injection) for injection in card.injections]),
         "points": " ".join(dict.fromkeys(entry["point"] for entry in changed)),
         "tensors": len({entry["tensor"] for entry in changed}),

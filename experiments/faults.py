@@ -41,6 +41,7 @@ NEEDS = {
     "ties": ["model.tie_embeddings=true"],
     "dropout": ["model.dropout=0.1"],
     "experts": ["model=moe_nano"],
+    "grouped heads": ["model=gqa_nano"],
     "RoPE": ["model.positions=rope"],
     "micro-batches": ["train.micro_batch=4"],
 }

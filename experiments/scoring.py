@@ -205,7 +205,7 @@ def _check_faults(planned: Sequence[PlannedRun], runs: Sequence[Run]) -> None:
 
 def _to_be(run: Run) -> Trace:
     """What is known of a run's trace before it is trained."""
-    return Trace(run.run_id, Path(), {"config": run.nodes, "onset_step": run.fault.onset})
+    return Trace(run.run_id, Path(), {"config": run.nodes, "onset_step": run.fault.describe().first_step})
 
 
 def _check_evaluations(consecutive: int, runs: Sequence[Run]) -> None:

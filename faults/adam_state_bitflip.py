@@ -34,7 +34,7 @@ class AdamStateBitflip(OperationFault):
         check_flip(self.bit, self.count)
         check_moment(self.moment)
         super().__post_init__()
-        if self.onset + self.window_phase == 0:
+        if self.window.first == 0:
             raise ValueError("fault.onset=0 is not allowed: the run's first update has no moments yet; at least 1")
 
     @cached_property

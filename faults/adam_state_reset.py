@@ -30,7 +30,7 @@ class AdamStateReset(OperationFault):
     def __post_init__(self) -> None:
         check_group(self.group)
         super().__post_init__()
-        if self.onset + self.window_phase == 0:
+        if self.window.first == 0:
             raise ValueError("fault.onset=0 is not allowed: the run's first update has no state to lose; at least 1")
 
     @cached_property

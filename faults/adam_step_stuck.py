@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+
+import torch
 
 from foreshock.faults.adam_state import StuckCounters
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt
 from foreshock.faults.of_group import GroupFault
+from foreshock.faults.operation import Training
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,9 @@ class AdamStepStuck(GroupFault):
     was in effect 2.2 times too high.
     Equation (arXiv:1412.6980): t stays t_0, the counter at the onset, so that each faulty update is corrected as number
     t_0 + 1: w <- w - lr (m / (1 - beta1^(t_0 + 1))) / (sqrt(v / (1 - beta2^(t_0 + 1))) + epsilon). From step 0 on, in
-    the long run, the update is sqrt(1 - beta2) / (1 - beta1) times too long: 2.2 with (0.9, 0.95). A late onset changes
-    nothing once 1 - beta^t rounds to 1 in FP32, after some 340 steps with (0.9, 0.95). The increments of the window
-    stay lost after it.
+    the long run, the update is sqrt(1 - beta2) / (1 - beta1) times too long: 2.2 with (0.9, 0.95). An onset
+    after 1 - beta^t has rounded to 1 in FP32, some 330 steps with (0.9, 0.95), would change nothing and is refused. The
+    increments of the window stay lost after it.
 
     group: of ``models.transformer.PARAMETER_GROUPS``, or None for all. Raises ValueError for another group.
     """
@@ -29,6 +33,15 @@ class AdamStepStuck(GroupFault):
     @cached_property
     def corrupt(self) -> Corrupt:
         return Corrupt("optimizer", (StuckCounters(self.group),), self.window)
+
+    def check_begins(self, train: Training) -> None:
+        slowest = max(train.betas)
+        last = 0 if slowest == 0 else math.ceil(math.log(torch.finfo(torch.float32).eps / 2) / math.log(slowest))
+        if self.window.first > last:
+            raise ValueError(
+                f"fault.onset={self.onset} is too late: after update {last} the bias correction is 1 in FP32 with "
+                f"train.betas={list(train.betas)}, and the counter changes nothing"
+            )
 
     def describe(self) -> InjectionCard:
         where = {"point": "optimizer", "group": self.group, "tensors": ("step",)}

@@ -200,6 +200,9 @@ class WindowedFault:
     def window(self) -> Window:
         return Window(self.onset, self.duration, self.every, self.window_phase)
 
+    def check_begins(self, train: Training) -> None:
+        """Raise ValueError, by name, where the fault begins too late, or too early, to change anything."""
+
     def injection(
         self, what: str, where: Mapping[str, Any], size: Mapping[str, Any], control: bool = False
     ) -> Injection:

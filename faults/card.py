@@ -61,6 +61,11 @@ class InjectionCard:
     injections: tuple[Injection, ...] = ()
 
     @property
+    def first_step(self) -> int | None:
+        """The first update that an injection touches, from 0; None for a healthy run."""
+        return min((injection.window.first for injection in self.injections), default=None)
+
+    @property
     def control(self) -> bool:
         """Whether no injection changes anything."""
         return all(injection.control for injection in self.injections)

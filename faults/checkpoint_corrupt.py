@@ -83,7 +83,7 @@ class CheckpointCorrupt(OperationFault):
         if self.kind not in KINDS:
             raise ValueError(f"fault.kind={self.kind!r} is not allowed: one of {', '.join(KINDS)}")
         super().__post_init__()
-        first = self.onset + self.window_phase
+        first = self.window.first
         if first == 0:
             raise ValueError("fault.onset=0 is not allowed: before the run's first update there is nothing to lose")
         if self.back_steps is not None and not 0 <= self.back_steps <= first:

@@ -38,6 +38,10 @@ class DataRepeat(WindowedFault):
             )
         if self.cycle is not None and self.back == 0:
             raise ValueError(f"fault.cycle={self.cycle} with fault.back=0 is no control: set fault.cycle=null")
+        if self.onset == 0 and self.back is None and self.cycle is None:
+            raise ValueError(
+                "fault.onset=0 is not allowed: the data begin there anyway; at least 1, or set fault.cycle"
+            )
 
     @property
     def first(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
+from foreshock.faults.double_update import SecondUpdate
 from foreshock.faults.of_group import OfGroup, check_group
 from foreshock.faults.operation import Training
 from foreshock.faults.optimizer_update import Update
@@ -39,13 +40,21 @@ class WrongDecay(OfGroup):
             raise ValueError("fault: a wrong decay needs a decay, and the run has train.weight_decay=0")
         parameters = dict(skeleton(model).named_parameters())
         touched = [parameters[name] for name in self.touches(parameters)]
-        if not self.vectors and all(parameter.ndim < 2 for parameter in touched):
+        matrices, vectors = (any((p.ndim >= 2) == of_matrices for p in touched) for of_matrices in (True, False))
+        if not matrices and not self.vectors:
             raise ValueError(
                 f"fault.group={self.group!r} has no effect with fault.vectors=false: it does not decay in health"
             )
+        if not vectors and self.factor == 1 and not self.coupled:
+            raise ValueError(
+                f"fault.group={self.group!r} has no effect with fault.factor=1: it has no vectors, which alone would "
+                "decay otherwise than in health"
+            )
 
     def meets(self, other: Any) -> bool:
-        return isinstance(other, WrongDecay) and self.overlaps(other)
+        # a second update would take a coupled decay or not, by the order of the two
+        second = isinstance(other, SecondUpdate) and self.coupled and not self.idle
+        return (isinstance(other, WrongDecay) or second) and self.overlaps(other)
 
     @contextmanager
     def around(self, update: Update) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foreshock.faults.base import Fault, Sites
+from foreshock.faults.base import Fault, Sites, WindowedFault
 from foreshock.faults.combined import Combined
 from foreshock.faults.operation import Training
 from foreshock.models.transformer import TransformerConfig
@@ -20,6 +20,8 @@ def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:
     if fault.onset >= train.steps:
         raise ValueError(f"fault.onset={fault.onset} is after the end: train.steps={train.steps}")
     _check_windows(fault, train)
+    if isinstance(fault, WindowedFault) and not fault.describe().control:
+        fault.check_begins(train)
     healthy = Sites(batch_size=train.batch_size)
     checked = {healthy}
     for step in range(fault.onset, train.steps):
@@ -35,8 +37,8 @@ def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:
 def _check_past(step: int, sites: Sites) -> None:
     """Raise ValueError for an operation that reads what was before the run."""
     for value in sites.values:
-        lookback = getattr(value, "lookback_steps", 0)
-        if lookback > step:
+        lookback = getattr(value, "lookback_steps", 0)  # of an operation
+        if lookback > step and not value.idle:
             raise ValueError(
                 f"fault.onset is too early: at step {step} {value} reads {lookback} steps back, before the run began; "
                 f"the first faulty update is allowed from {lookback}"
@@ -48,7 +50,7 @@ def _check_windows(fault: Fault, train: Training) -> None:
     for window in {injection.window for injection in fault.describe().injections}:
         if window.every > train.steps:
             raise ValueError(f"fault.every={window.every} is longer than the run: train.steps={train.steps}")
-        if window.onset + window.phase >= train.steps:
+        if window.first >= train.steps:
             raise ValueError(
                 f"fault.window_phase={window.phase} is not allowed: the first faulty update, {window.onset} + "
                 f"{window.phase}, is after the end: train.steps={train.steps}"

@@ -9,6 +9,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from foreshock.faults.log import InjectionLog
+from foreshock.models.arithmetic import ORDINARY
 from foreshock.models.numerics import AttentionNumerics, LayerNumerics
 from foreshock.models.stacked import StackedNumerics
 
@@ -30,17 +31,18 @@ class _LoggedLayer(LayerNumerics):
                 log.add(*change, before, after)
         return out
 
-    def note(self, change: str, before: Tensor, after: Tensor) -> None:
-        for log in self._logs:
-            log.add("numerics", f"{change} both", change, before, after)
+    def note(self, change: str, before: Tensor, after: Tensor, batched: bool = False) -> None:
+        runs = len(self._logs)
+        befores, afters = (x.chunk(runs) if batched else [x] * runs for x in (before, after))
+        for log, *of_run in zip(self._logs, befores, afters, strict=True):
+            log.add("numerics", f"{change} both", change, *of_run)
 
 
 @dataclass(frozen=True)
 class LoggedNumerics:
     """The numerics of a run, or of a stack, with a log for each run, where attention is plain PyTorch (``reference``).
 
-    What a kernel of another backend changes is not measured, nor what ``arithmetic`` does: no tensor stands before and
-    after.
+    What a kernel of another backend changes is not measured; of what ``arithmetic`` does, the product P V alone.
     """
 
     numerics: AttentionNumerics | StackedNumerics
@@ -59,7 +61,7 @@ def logged(
 ) -> AttentionNumerics | StackedNumerics | LoggedNumerics:
     """The numerics with a log where they are faulty and the backend lets it see, else as they are."""
     runs = numerics.slices if isinstance(numerics, StackedNumerics) else (numerics,)
-    watched = backend == "reference" and any(run.faults or run.wirings for run in runs)
+    watched = backend == "reference" and any(run.faults or run.wirings or run.arithmetic != ORDINARY for run in runs)
     return LoggedNumerics(numerics, logs) if watched else numerics
 
 

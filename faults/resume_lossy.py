@@ -79,7 +79,7 @@ class ResumeLossy(WindowedFault):
 
     @property
     def _first(self) -> int:
-        return self.onset + self.window_phase
+        return self.window.first
 
     def last_resume(self, step: int) -> int | None:
         """The last step up to this one before whose update the run is resumed, None where there is none."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from foreshock.faults.base import Sites, WindowedFault
 from foreshock.faults.card import InjectionCard
+from foreshock.faults.operation import Training
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class ScheduleRestart(WindowedFault):
         if healthy.schedule.first_step:
             raise ValueError(f"fault: at step {step} two faults say where the learning-rate schedule stands")
         return replace(healthy, schedule=replace(healthy.schedule, first_step=self._first_step))
+
+    def check_begins(self, train: Training) -> None:
+        if train.schedule == "constant" and self.window.first - self._first_step >= train.warmup_steps > 0:
+            raise ValueError(
+                f"fault.back_steps={self.back_steps} is too few: from update {self.window.first} it falls back to "
+                f"where the schedule is constant, after train.warmup_steps={train.warmup_steps}"
+            )
 
     def describe(self) -> InjectionCard:
         where, size = {"point": "schedule"}, {"back_steps": self.back_steps}

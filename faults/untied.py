@@ -34,7 +34,7 @@ class Untied(OperationFault):
 
     @cached_property
     def corrupt(self) -> Corrupt:
-        return Corrupt("modules", (StaleCopy(self.stale_copy, self.onset + self.window_phase),), self.window)
+        return Corrupt("modules", (StaleCopy(self.stale_copy, self.window.first),), self.window)
 
     def describe(self) -> InjectionCard:
         where = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from foreshock.faults.base import Sites, WindowedFault
 from foreshock.faults.card import InjectionCard
+from foreshock.faults.operation import Training
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class WarmupOff(WindowedFault):
             return healthy
         share = healthy.schedule.warmup_share * self.share
         return replace(healthy, schedule=replace(healthy.schedule, warmup_share=share))
+
+    def check_begins(self, train: Training) -> None:
+        if train.schedule == "constant" and self.window.first >= train.warmup_steps > 0:
+            raise ValueError(
+                f"fault.onset={self.onset} is too late: the warm-up ends at train.warmup_steps={train.warmup_steps}, "
+                "and after it the schedule is constant"
+            )
 
     def describe(self) -> InjectionCard:
         where, size = {"point": "schedule"}, {"share": self.share}

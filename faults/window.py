@@ -30,6 +30,11 @@ class Window:
         if not 0 <= self.phase < last:
             raise ValueError(f"fault.window_phase={self.phase} is not allowed: from 0 to {last - 1}")
 
+    @property
+    def first(self) -> int:
+        """The first step in it."""
+        return self.onset + self.phase
+
     def __contains__(self, step: int) -> bool:
         since = step - self.onset
         return since >= 0 and (self.duration is None or since < self.duration) and since % self.every == self.phase

@@ -113,6 +113,7 @@ class _FlashAttention(torch.autograd.Function):
         pv = pv_fp32 = (_by_group(p_read, G) @ v_read).view(q.shape)
         if arithmetic.pv_accumulation == "bf16":
             pv = product_in_bf16(p_read, v_read, arithmetic.pv_block, window)
+            numerics.note("pv", pv_fp32, pv, batched=True)
         o = to_bf16_grid(pv / row_sum)
         stored_o = o if arithmetic.stored_o == "bf16" else pv_fp32 / row_sum
         lse = row_max + row_sum.log()

@@ -209,8 +209,11 @@ class LayerNumerics:
     def __bool__(self) -> bool:
         return bool(self._table) or self.arithmetic != ORDINARY or self.wiring != RIGHT
 
-    def note(self, change: str, before: Tensor, after: Tensor) -> None:
-        """Hear what a wrong wiring has changed, for those who keep a log (``faults.logged_numerics``)."""
+    def note(self, change: str, before: Tensor, after: Tensor, batched: bool = False) -> None:
+        """Hear what a wrong wiring or arithmetic has changed, for those who keep a log (``faults.logged_numerics``).
+
+        batched: whether the tensors lead with an axis of sequences, which runs of a stack share out.
+        """
 
     def touches(self, site: str, phase: str) -> bool:
         return (site, phase) in self._table

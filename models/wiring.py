@@ -85,6 +85,10 @@ class Wiring:
                 f"fault.offset={self.kv_offset} does not fit the model: it has {kv_heads} key-value heads, "
                 f"so that offsets are 0 to {kv_heads - 1}"
             )
+        if self.kv_offset and kv_heads == n_heads:
+            raise ValueError(
+                "fault.offset needs query heads in groups: model.n_kv_heads below model.n_heads, as model=gqa_nano has"
+            )
 
 
 CHANGES = tuple(field.name for field in fields(Wiring) if field.name not in ("heads", "layers"))

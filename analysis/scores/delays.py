@@ -55,7 +55,7 @@ def size(card: InjectionCard) -> Size | None:
     layers, heads = (
         "all" if where.get(key) is None else "+".join(str(i) for i in where[key]) for key in ("layers", "heads")
     )
-    return Size(sites, where.get("phase", ""), injection.what, bits, share, layers, heads, injection.window.onset)
+    return Size(sites, where.get("phase", ""), injection.what, bits, share, layers, heads, injection.window.first)
 
 
 def sizes(experiment: Experiment) -> dict[str, Size]:

@@ -62,7 +62,7 @@ def changes_an_evaluation(run: Run) -> bool:
 def new_manifest(run: Run) -> dict[str, Any]:
     """Provenance of a run: identity, versions, machine, and what each signal means."""
     dirty = _git("status", "--porcelain", "--untracked-files=no")
-    onset = run.fault.onset
+    first = run.fault.describe().first_step
     signals = [*(signal for monitor in run.monitors.values() for signal in described_signals(monitor)), HELD_OUT]
     signals += [CLEAN] if changes_an_evaluation(run) else []
     return {
@@ -76,7 +76,7 @@ def new_manifest(run: Run) -> dict[str, Any]:
         "emitted": {name: [signal.name for signal in monitor.signals] for name, monitor in run.monitors.items()},
         "weights_sha256": {},
         "seed": run.seed,
-        "onset_step": None if onset is None else onset + 1,
+        "onset_step": None if first is None else first + 1,
         "injection": asdict(run.fault.describe()),
         "injected": [],
         "events": [],

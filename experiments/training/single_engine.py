@@ -24,10 +24,10 @@ from foreshock.faults.logged_numerics import logged
 from foreshock.faults.operation import Moment
 from foreshock.faults.optimizer_update import Update, corrupted_optimizer
 from foreshock.faults.past import Past
-from foreshock.faults.points import corrupt_batch, corrupt_tensors, gradients_of
+from foreshock.faults.points import corrupt_batch, corrupt_tensors, gradients_of, log_numbers
 from foreshock.faults.product_format import Formatted
 from foreshock.models.anatomy import Anatomy
-from foreshock.models.batch import inputs_and_targets
+from foreshock.models.batch import IGNORED, inputs_and_targets
 from foreshock.models.compiled import CompiledObjective
 from foreshock.models.corruption import Corrupted
 from foreshock.models.dropout import Draw, dropping
@@ -62,6 +62,7 @@ class SingleEngine:
         self.optimizer, self.parameters = adamw(model, config), list(model.parameters())
         self._read_s: float | None = None
         self.unwatched = CompiledObjective(model, compiler) if config.compile else model
+        self._healthy = Sites(batch_size=config.batch_size)
         self._corpus, self._seed, self._device = corpus, seed, model.tokens.weight.device
         self._held_out = torch.from_numpy(corpus.held_out_batch(config.held_out_sequences)).to(self._device)
 
@@ -73,7 +74,7 @@ class SingleEngine:
         if self.past:
             self.past.keep("start", step, self._weights())
         parts = self.micro_batches(step, site, log)
-        self.tokens += sum(inputs_and_targets(part)[1].numel() for part in parts)
+        self.tokens += sum(_trained_tokens(part, site) for part in parts)
         done = self.backward(parts, site, places, log, step)
         grad_norm = self.update(step, site, done.routings, log)
         return StepView(
@@ -160,7 +161,10 @@ class SingleEngine:
             self.past.keep("gradients", step, gradients)
             corrupt_tensors("gradients", gradients, site.gradients, self._moment(step), log)
         grad_norm = self._clip(site, log)
-        set_learning_rate(self.optimizer, rate_of(self.config, step, site.schedule, log), site.lr_scale)
+        rate = rate_of(self.config, step, site.schedule, log)
+        if log is not None:
+            log_numbers(site, self._healthy, step, rate, log)
+        set_learning_rate(self.optimizer, rate, site.lr_scale)
         with self._around_update(step, site, log):
             self.optimizer.step()
         if site.weights or self.past:
@@ -211,3 +215,9 @@ class SingleEngine:
         # a stack's checkpoint has neither: its faults read nothing of them
         self.past.load_state_dict(state.get("past", {}))
         self.amaxes.load_state_dict(state.get("amaxes", {}))
+
+
+def _trained_tokens(part: Tensor, site: Sites) -> int:
+    """The targets of a micro-batch that the loss counts; only an operation on the batch leaves any out."""
+    targets = inputs_and_targets(part)[1]
+    return int((targets != IGNORED).sum()) if site.batch else targets.numel()

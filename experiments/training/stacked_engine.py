@@ -22,7 +22,7 @@ from foreshock.faults.base import Sites
 from foreshock.faults.log import InjectionLog
 from foreshock.faults.logged_numerics import logged
 from foreshock.faults.operation import Moment
-from foreshock.faults.points import corrupt_tensors, gradients_of
+from foreshock.faults.points import corrupt_tensors, gradients_of, log_numbers
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.objective import objective_at
 from foreshock.models.precision import accumulate_in_fp32
@@ -47,6 +47,7 @@ class StackedEngine:
         self.anatomy = Anatomy.of(self.model)
         self.optimizer = StackedAdamW(self.model, configs)
         self._configs, self._config, self._corpus, self._seeds = configs, configs[0], corpus, list(seeds)
+        self._healthy = Sites(batch_size=self._config.batch_size)
         self._device = models[0].tokens.weight.device
         self.logs = tuple(InjectionLog() for _ in models)
         held_out = torch.from_numpy(corpus.held_out_batch(self._config.held_out_sequences)).to(self._device)
@@ -72,6 +73,8 @@ class StackedEngine:
         grad_norms_N = self.optimizer.clip()
         of_runs = zip(self._configs, sites, self.logs, strict=True)
         scheduled = [rate_of(config, step, site.schedule, log) for config, site, log in of_runs]
+        for site, rate, log in zip(sites, scheduled, self.logs, strict=True):
+            log_numbers(site, self._healthy, step, rate, log)
         self.optimizer.step(scheduled, [site.lr_scale for site in sites], step)
         for run, site in enumerate(sites):
             if site.weights:

@@ -33,6 +33,7 @@ def _onsets(node, where="fault") -> list[str]:
 def overrides(name, make_config) -> list[str]:
     """The fault from step 11 on, whatever onset its YAML has, on a model that has all there is to break."""
     model = ["model=moe_nano", "model.moe.n_experts=4", "model.positions=rope", "model.dropout=0.1"]
+    model += ["model.n_heads=4", "model.n_kv_heads=2"] if name == "kv_group_swap" else []
     chosen = [f"fault={name}", *model, "train.micro_batch=4", "train.clip=0.1", "train.warmup_steps=20"]
     return chosen + [f"{key}=11" for key in _onsets(make_config(*chosen).fault)]
 
@@ -65,8 +66,12 @@ def test_its_card_names_its_family_and_every_point_that_it_changes(make_run, nam
     assert card.control == (name == "none")
 
 
-def test_it_trains(make_run, overrides, tmp_path):
-    assert train(make_run(*overrides, "train.steps=12"), tmp_path)["steps_done"] == 12
+def test_it_trains_and_logs_every_injection_of_its_card(make_run, overrides, tmp_path):
+    run = make_run(*overrides, "train.steps=12")
+    manifest = train(run, tmp_path)
+    assert manifest["steps_done"] == 12
+    meant = {injection.where["point"] for injection in run.fault.describe().injections}
+    assert {entry["point"] for entry in manifest["injected"] if entry["elements"]} == meant
 
 
 def test_its_doses_are_faults_that_differ(name):

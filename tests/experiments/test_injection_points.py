@@ -27,7 +27,7 @@ FAULTS = {
     "rounded_module": ["fault=rounded_module"],
     "mask_shift": ["fault=mask_shift"],
     "score_scale": ["fault=score_scale"],
-    "kv_group_swap": ["fault=kv_group_swap"],
+    "kv_group_swap": ["fault=kv_group_swap", "model.n_heads=4", "model.n_kv_heads=2"],
 }
 CONTROLS = {
     "gradient_scale": ["fault=gradient_scale", "fault.factor=1.0"],
@@ -44,7 +44,7 @@ CONTROLS = {
     "rounded_module": ["fault=rounded_module", "fault.format=fp32"],
     "mask_shift": ["fault=mask_shift", "fault.shift=0"],
     "score_scale": ["fault=score_scale", "fault.times=1"],
-    "kv_group_swap": ["fault=kv_group_swap", "fault.offset=0"],
+    "kv_group_swap": ["fault=kv_group_swap", "model.n_heads=4", "model.n_kv_heads=2", "fault.offset=0"],
     "bf16_shift": ["fault=bf16_shift", "fault.bits=0"],
     "module_shift": ["fault=module_shift", "fault.bits=0"],
     "lr_scale": ["fault=lr_scale", "fault.factor=1.0"],
@@ -60,6 +60,11 @@ def weights_after(run, steps: int) -> list[dict[str, torch.Tensor]]:
     return weights
 
 
+def of_the_model(overrides: list[str]) -> list[str]:
+    """Those that a healthy twin has too."""
+    return [line for line in overrides if line.startswith("model.")]
+
+
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
     return {name for name in one if not torch.equal(one[name], other[name])}
 
@@ -67,13 +72,14 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> s
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_weights_differ_from_the_onset_on_and_in_no_bit_before(make_run, name):
     faulty = weights_after(make_run(*FAULTS[name], f"fault.onset={ONSET}"), ONSET + 1)
-    healthy = weights_after(make_run(), ONSET + 1)
+    healthy = weights_after(make_run(*of_the_model(FAULTS[name])), ONSET + 1)
     assert [bool(differing(*pair)) for pair in zip(faulty, healthy, strict=True)] == [False] * ONSET + [True]
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_control_is_healthy_bit_for_bit(make_run, name):
-    control, healthy = weights_after(make_run(*CONTROLS[name]), 3), weights_after(make_run(), 3)
+    control = weights_after(make_run(*CONTROLS[name]), 3)
+    healthy = weights_after(make_run(*of_the_model(CONTROLS[name])), 3)
     assert not any(differing(*pair) for pair in zip(control, healthy, strict=True))
 
 
@@ -149,7 +155,7 @@ def test_an_injection_that_changes_nothing_ends_the_run_by_name(make_run, tmp_pa
 
 @pytest.mark.parametrize("name", ["gradient_scale", "weight_bitflip", "shuffle_off", "mask_shift", "kv_group_swap"])
 def test_in_a_stack_each_run_has_its_own_fault(make_run, tmp_path, name):
-    steps = ["train.steps=6", "train.held_out_every_steps=6", "train.stack=3"]
+    steps = ["train.steps=6", "train.held_out_every_steps=6", "train.stack=3", *of_the_model(FAULTS[name])]
     of_all = [[], FAULTS[name], ["fault=bf16_shift"]]
     runs = [make_run(*steps, *overrides, f"seed={seed}") for seed, overrides in enumerate(of_all)]
     alone = [make_run(*steps, f"seed={seed}") for seed in range(3)]

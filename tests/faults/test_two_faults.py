@@ -8,6 +8,7 @@ from foreshock.faults.base import Sites
 from foreshock.faults.combined import Combined
 from foreshock.faults.data_repeat import DataRepeat
 from foreshock.faults.decay_wrong import DecayWrong
+from foreshock.faults.double_update import DoubleUpdate
 from foreshock.faults.fit import check_fits
 from foreshock.faults.gradient_bitflip import GradientBitflip
 from foreshock.faults.gradient_noise import GradientNoise
@@ -38,6 +39,7 @@ def check(make_run, *faults):
         (GradientNoise(0.5), GradientNoise(0.5, "mlp"), "meet"),
         (GradientStale(1, onset=3), GradientStale(2, "mlp", onset=3), "meet"),
         (DecayWrong(2.0), DecayWrong(3.0, "mlp"), "meet"),
+        (DecayWrong(2.0, coupled=True), DoubleUpdate("mlp"), "meet"),
         (TiedGradientDouble("head"), Untied("head"), "meet"),
         (Untied("head", onset=3), Untied("head", onset=4), "meet"),
         (ScheduleRestart(onset=3), ScheduleRestart(2, onset=3), "two faults say where the learning-rate schedule"),

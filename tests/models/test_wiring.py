@@ -161,6 +161,7 @@ def test_a_running_sum_in_bf16_has_no_shifted_mask():
         (["fault=score_scale", "fault.times=5"], "fault.times=5 is not allowed: 0 to 4"),
         (["fault=score_scale", "fault.layers=[2]"], r"fault.layers=\[2\] does not fit the model: it has 2 layers"),
         (["fault=kv_group_swap", "fault.offset=2"], "fault.offset=2 does not fit the model: it has 2 key-value heads"),
+        (["fault=kv_group_swap"], "fault.offset needs query heads in groups: model.n_kv_heads below model.n_heads"),
         (["fault=mask_shift", "model.backend=sdpa"], "model.backend='sdpa' has no fault sites"),
     ],
 )
