@@ -37,8 +37,8 @@ def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:
 def _check_past(step: int, sites: Sites) -> None:
     """Raise ValueError for an operation that reads what was before the run."""
     for value in sites.values:
-        lookback = getattr(value, "lookback_steps", 0)  # of an operation
-        if lookback > step and not value.idle:
+        lookback = 0 if getattr(value, "idle", True) else getattr(value, "lookback_steps", 0)  # of an operation
+        if lookback > step:
             raise ValueError(
                 f"fault.onset is too early: at step {step} {value} reads {lookback} steps back, before the run began; "
                 f"the first faulty update is allowed from {lookback}"
