@@ -12,14 +12,23 @@ from torch import Tensor
 from foreshock.faults.rounding import check_format, nearest
 from foreshock.models.corruption import MODULE_SITES, TensorChange, has_weight
 from foreshock.models.mlp import MLP
-from foreshock.models.moe import MoE
+from foreshock.models.moe import GroupedLinear, MoE
 from foreshock.models.numerics import at_least_fp32
-from foreshock.models.transformer import Block, Rotary
+from foreshock.models.transformer import Block, Rotary, TransformerConfig, skeleton
 
 STATISTICS = "statistics"
 """Of a norm: the mean, if it has one, and the reciprocal of the standard deviation or root mean square."""
 
 WITHOUT_WEIGHT = (Block, MLP, MoE, Rotary)
+
+_OF_PRODUCTS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: MODULE_SITES,
+    GroupedLinear: MODULE_SITES,
+    MLP: ("y", "dy"),
+    Rotary: ("dy", "dx"),
+}
+"""Tensors that a matrix product alone gives or takes, and that hold BF16 numbers under its autocast
+(``models.precision``). A router's product is none of these: it stays FP32."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,16 @@ class RoundedTensor(TensorChange):
     @property
     def idle(self) -> bool:
         return self.format == "fp32"
+
+    def check_fits(self, model: TransformerConfig, train: Any) -> None:
+        super().check_fits(model, train)
+        of_products = _OF_PRODUCTS.get(type(self.find(skeleton(model))), ())
+        is_router = self.module.rpartition(".")[2] == "router"
+        if train.precision == self.format == "bf16" and self.site in of_products and not is_router:
+            raise ValueError(
+                f"fault.format='bf16' has no effect on {self.site!r} of {self.module}: it is BF16 already with "
+                "train.precision=bf16; choose fp8_e4m3 or fp8_e5m2"
+            )
 
     @property
     def target(self) -> tuple[str, str]:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from foreshock.experiments.training.stacked_engine import StackedEngine
 from foreshock.faults.bad_batch import BadBatch
 from foreshock.faults.base import Sites
 from foreshock.faults.label_noise import LabelNoise
@@ -141,3 +142,22 @@ def test_the_loss_leaves_out_targets_that_are_not_there(make_run):
     loss = engine.step(0, [run.fault.sites(0, healthy)]).loss
     short = run.new_model().loss(clean[:, :9])  # 8 of 16 targets
     assert float(loss) == pytest.approx(short.item(), rel=16 * 2**-24 * 8 * 8)  # FP32 sums of 64 terms
+
+
+@pytest.mark.parametrize("micro_batch", ["null", "3"])
+@pytest.mark.parametrize(("counted", "share"), [("true", 1.0), ("false", 0.5)])
+def test_a_target_that_the_loss_leaves_out_is_no_training_token(make_run, micro_batch, counted, share):
+    padding = ["fault=padding_counted", f"fault.counted={counted}", "fault.share=0.5", "fault.onset=1"]
+    run = make_run(*padding, f"train.micro_batch={micro_batch}")
+    engine, healthy = run.new_engine(), run.healthy_sites()
+    targets = run.train.batch_size * run.model_config.context_length
+    views = [engine.step(step, [run.fault.sites(step, healthy)]) for step in range(2)]
+    assert [view.tokens for view in views] == [targets, targets * (1 + share)]
+    assert engine.state_of(0)["tokens"] == engine.tokens == targets * (1 + share)
+
+
+def test_a_stack_counts_the_tokens_of_one_of_its_runs(make_run):
+    run = make_run()
+    models = [run.new_model() for _ in range(2)]
+    stack = StackedEngine(models, [run.train] * 2, run.corpus, [0, 1])
+    assert stack.step(0, [run.healthy_sites()] * 2).tokens == run.train.batch_size * run.model_config.context_length

@@ -8,6 +8,7 @@ from foreshock.faults.rotary_format import RotaryFormat
 from foreshock.faults.rounded_tensor import RoundedTensor
 from foreshock.faults.rounding import FORMATS, nearest
 from foreshock.models.corruption import Corrupted, ModuleFault
+from foreshock.models.mlp import MLP
 from foreshock.models.moe import MoEConfig
 from foreshock.models.taps import Taps
 from foreshock.models.transformer import Rotary, Transformer, TransformerConfig
@@ -170,3 +171,46 @@ def test_beyond_256_positions_alias_in_bf16():
 def test_an_impossible_fault_is_refused_before_training(make_run, overrides, message):
     with pytest.raises(ValueError, match=message):
         make_run(*overrides)
+
+
+def elements_changed(model_config, change) -> int:
+    log, model = InjectionLog(), Transformer(model_config, "bf16").initialise(torch.Generator().manual_seed(0))
+    tokens = torch.randint(model_config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
+    with Corrupted(model, [change], log):
+        model.loss(tokens).backward()
+    return sum(entry["elements"] for entry in log.entries())
+
+
+@pytest.mark.parametrize("model", ["mha_nano", "moe_nano"])
+@pytest.mark.parametrize("site", ["y", "dy", "dx", "dw"])
+def test_what_is_bf16_already_is_refused_and_nothing_else(make_run, model, site):
+    """Every module of a model under BF16 autocast: a refused change is none, and all that are not norms' are changes.
+
+    The gradient at a norm's output is that of whatever reads it, one product or several: the log tells.
+    """
+    run = make_run(f"model={model}", "model.positions=rope", "train.precision=bf16")
+    refused = set()
+    for name, module in Transformer(run.model_config).named_modules():
+        change = RoundedTensor(name, site, "bf16")
+        try:
+            change.find(Transformer(run.model_config))
+        except ValueError:
+            continue
+        try:
+            change.check_fits(run.model_config, run.train)
+        except ValueError as error:
+            assert f"fault.format='bf16' has no effect on {site!r} of {name}: it is BF16 already" in str(error)
+            assert elements_changed(run.model_config, change) == 0
+            refused.add(name)
+        else:
+            if not isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm, MLP)):
+                assert elements_changed(run.model_config, change) > 0
+    assert "head" in refused and "blocks.0.mlp.input" in refused
+
+
+def test_the_same_rounding_is_allowed_in_fp32_and_a_lower_format_in_bf16(make_run):
+    rounded = ["fault=rounded_module", "fault.modules=[head]"]
+    make_run(*rounded, "fault.format=bf16")
+    make_run(*rounded, "fault.format=fp8_e4m3", "train.precision=bf16")
+    with pytest.raises(ValueError, match=r"fault.format='bf16' has no effect on 'y' of head"):
+        make_run(*rounded, "fault.format=bf16", "train.precision=bf16")
