@@ -92,7 +92,8 @@ class Runs:
 
     @property
     def healthy(self) -> list[Run]:
-        return [run for of_need in self.twins.values() for run in of_need]
+        """Each once: of two needs, twins may be the same runs."""
+        return list({run.run_id: run for of_need in self.twins.values() for run in of_need}.values())
 
     @property
     def refused(self) -> list[tuple[Cell, ValueError]]:
@@ -105,7 +106,7 @@ class Runs:
 
 def runs_of(campaign: Campaign, given: Sequence[str], seed: int) -> Runs:
     """Choose and check the runs of a campaign. seed: of its draw. Raises ValueError in one line."""
-    known, shared = rows(), [*of_training(given), *campaign.overrides]
+    known, shared = rows(), [*campaign.overrides, *of_training(given)]
     check_campaign(campaign, known)
     examples = {need: twins[0] for need, twins in healthy_runs(shared, NEEDS, [0]).items()}
     chosen = cells(campaign, known, examples, seed)
@@ -146,7 +147,13 @@ def main(config: DictConfig) -> None:
         for cell, run in runs.faulty:
             print(f"{run.run_id}  seed {cell.seed}  {cell.fault} {said_keys(cell.keys)}")
     else:
-        train(runs, Path(config.out), Path(config.report), DrawupLabel(**settings["label"]), executor_for(given))
+        train(
+            runs,
+            Path(config.out),
+            Path(config.report),
+            DrawupLabel(**settings["label"]),
+            executor_for(given, CONFIG_NAME),
+        )
     if runs.refused:
         cell, reason = runs.refused[0]
         raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from foreshock.experiments.build import Run, construct
-from foreshock.experiments.faults import NEEDS, Row, fault_node, said
+from foreshock.experiments.faults import NEEDS, Row, said
 from foreshock.experiments.plan import FIRST_SEED
 from foreshock.experiments.validation import Distinct, Node, check_named
 from foreshock.faults.fit import check_fits
@@ -90,7 +90,7 @@ def _listed(campaign: Campaign, rows: Sequence[Row]) -> Iterator[Cell]:
 
 def _keeps_onset(campaign: Campaign, row: Row) -> bool:
     """Whether a fault has the onset of its file; one that is made of others has one for each."""
-    return row.name in campaign.own_onset or "onset" not in fault_node(row.name)
+    return row.name in campaign.own_onset or "onset" not in row.node
 
 
 def _doses(campaign: Campaign, row: Row) -> Sequence[Mapping[str, Any]]:
@@ -131,7 +131,7 @@ def _draw(
     site = {key: value for key, value in _site(run.model_config, generator).items() if key in free}
     cell = Cell(row.name, row.needs, seed, dose, site, None if _keeps_onset(campaign, row) else onset)
     try:
-        fault = construct({**fault_node(cell.fault), **cell.keys}, "fault")
+        fault = construct({**row.node, **cell.keys}, "fault")
         check_fits(fault, run.model_config, run.train)
     except ValueError:
         return None

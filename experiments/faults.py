@@ -37,15 +37,17 @@ from foreshock.faults.fit import check_fits
 from foreshock.models.transformer import TransformerConfig
 
 NEEDS = {
-    "": ["model.tie_embeddings=false"],
+    "": [],
     "ties": ["model.tie_embeddings=true"],
     "dropout": ["model.dropout=0.1"],
     "experts": ["model=moe_nano"],
-    "grouped heads": ["model=gqa_nano"],
     "RoPE": ["model.positions=rope"],
+    "grouped heads": ["model=gqa_nano"],
     "micro-batches": ["train.micro_batch=4"],
 }
 """By what a fault needs, the overrides of a run that has it; the first that a fault fits is what it needs."""
+WITHOUT_ANY = ["model.tie_embeddings=false"]
+"""The overrides of a run that has none of these: a default model has ties."""
 STEPS = "train.steps=400"
 """A run in which every fault begins: each of its steps is checked."""
 NOTHING = "none"
@@ -58,14 +60,15 @@ WINDOW = ("_target_", "family", *(field.name for field in fields(WindowedFault))
 class Row:
     """One file of ``conf/fault``. what: its first comment; points: of the step, fields of ``faults.base.Sites``.
 
-    parameters: its own keys with their values; doses: of those keys, the weakest first; needs: of ``NEEDS``; report:
-    the public report that its docstring names.
+    node: its configuration; parameters: its own keys with their values; doses: of those keys, the weakest first; needs:
+    of ``NEEDS``; report: the public report that its docstring names.
     """
 
     name: str
     family: str
     what: str
     points: tuple[str, ...]
+    node: Mapping[str, Any]
     parameters: Mapping[str, Any]
     doses: Sequence[Mapping[str, Any]]
     needs: str
@@ -90,7 +93,7 @@ def rows() -> list[Row]:
 
 
 def _row(name: str) -> Row:
-    node = fault_node(name)
+    node = _node(name)
     fault: Fault = construct(node, "fault")
     card = fault.describe()
     points = dict.fromkeys(str(injection.where.get("point", "numerics")) for injection in card.injections)
@@ -100,6 +103,7 @@ def _row(name: str) -> Row:
         family=card.family,
         what=(Path(CONF) / "fault" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
         points=tuple(points),
+        node=node,
         parameters={key: value for key, value in node.items() if key not in (*WINDOW, "faults")},
         doses=node.get("doses", ()),
         needs=_needed(fault),
@@ -108,7 +112,7 @@ def _row(name: str) -> Row:
     )
 
 
-def fault_node(name: str) -> dict[str, Any]:
+def _node(name: str) -> dict[str, Any]:
     """The configuration of a fault; Hydra composes those that are made of others, which takes it a while."""
     node: Any = yaml.safe_load((Path(CONF) / "fault" / f"{name}.yaml").read_text(encoding="utf-8"))
     if "defaults" in node:
@@ -130,7 +134,7 @@ def _needed(fault: Fault) -> str:
 
 @cache
 def _run(needs: str) -> tuple[TransformerConfig, TrainConfig]:
-    config: Any = OmegaConf.to_container(compose("config", [*NEEDS[needs], STEPS]), resolve=True)
+    config: Any = OmegaConf.to_container(compose("config", [*(NEEDS[needs] or WITHOUT_ANY), STEPS]), resolve=True)
     model: TransformerConfig = construct(config["model"], "model").on(torch.device("cpu"))
     train: TrainConfig = construct(config["train"], "train")
     return model, train

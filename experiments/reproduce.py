@@ -70,10 +70,10 @@ def build_all(members: Sequence[Sequence[str]]) -> list[Run]:
     return runs
 
 
-def executor_for(given: Sequence[str]) -> Executor:
-    """The executor that the command's ``hydra/launcher`` asks for."""
+def executor_for(given: Sequence[str], config_name: str = CONFIG_NAME) -> Executor:
+    """The executor that the command's ``hydra/launcher`` asks for. config_name: of the command's configuration."""
     overrides = [*HydraConfig.get().overrides.hydra, *given]
-    launcher = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True).hydra.launcher
+    launcher = compose(config_name, overrides=overrides, return_hydra_config=True).hydra.launcher
     settings: Any = OmegaConf.to_container(launcher, resolve=True)
     return executor_of(settings)
 

@@ -105,7 +105,7 @@ class CampaignCommand(TrainCommand):
 
     report: str
     at_once: AtOnce
-    n: Annotated[int, Field(ge=1, le=10_000)] | None
+    n: Annotated[int, Field(ge=1, le=10_000)]
 
 
 def check_command(schema: type[TrainCommand], settings: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ def test_filters_choose(rows):
     assert {row.name for row in faults.chosen(rows, {"point": "clip"})} == {"clip_off", "clip_scope"}
     assert {row.family for row in faults.chosen(rows, {"family": "data", "needs": "none"})} == {"data"}
     with pytest.raises(
-        ValueError, match=re.escape("family='date' is not allowed: one of attention_numerics, combined, data")
+        ValueError, match=re.escape("family='date' is not allowed: one of attention_numerics, benign, combined, data")
     ):
         faults.chosen(rows, {"family": "date"})
 
