@@ -23,8 +23,8 @@ class AdamStepStuck(GroupFault):
     was in effect 2.2 times too high.
     Equation (arXiv:1412.6980): t stays t_0, the counter at the onset, so that each faulty update is corrected as number
     t_0 + 1: w <- w - lr (m / (1 - beta1^(t_0 + 1))) / (sqrt(v / (1 - beta2^(t_0 + 1))) + epsilon). From step 0 on, in
-    the long run, the update is sqrt(1 - beta2) / (1 - beta1) times too long: 2.2 with (0.9, 0.95). An onset
-    after 1 - beta^t has rounded to 1 in FP32, some 330 steps with (0.9, 0.95), would change nothing and is refused. The
+    the long run, the update is sqrt(1 - beta2) / (1 - beta1) times too long: 2.2 with (0.9, 0.95). An onset from where
+    1 - beta^(onset + 1) rounds to 1 in FP32, 324 updates with (0.9, 0.95), would change nothing and is refused. The
     increments of the window stay lost after it.
 
     group: of ``models.transformer.PARAMETER_GROUPS``, or None for all. Raises ValueError for another group.
@@ -35,11 +35,12 @@ class AdamStepStuck(GroupFault):
         return Corrupt("optimizer", (StuckCounters(self.group),), self.window)
 
     def check_begins(self, train: Training) -> None:
-        slowest = max(train.betas)
-        last = 0 if slowest == 0 else math.ceil(math.log(torch.finfo(torch.float32).eps / 2) / math.log(slowest))
-        if self.window.first > last:
+        slowest, half_unit = max(train.betas), torch.finfo(torch.float32).eps / 2
+        # update ``first`` corrects by beta^(first + 1), and the next one shows that the counter stands still
+        first = 0 if slowest == 0 else math.ceil(math.log(half_unit) / math.log(slowest)) - 1
+        if self.window.first >= first:
             raise ValueError(
-                f"fault.onset={self.onset} is too late: after update {last} the bias correction is 1 in FP32 with "
+                f"fault.onset={self.onset} is too late: from update {first} on the bias correction is 1 in FP32 with "
                 f"train.betas={list(train.betas)}, and the counter changes nothing"
             )
 

@@ -14,15 +14,15 @@ from foreshock.models.batch import IGNORED, inputs_and_targets
 from foreshock.models.corruption import Log
 
 
-def log_numbers(sites: Sites, healthy: Sites, step: int, rate: float, log: Log) -> None:
-    """Count what a fault does to the numbers of update ``step``. rate: the scheduled learning rate."""
+def log_numbers(sites: Sites, healthy: Sites, step: int, rates: Mapping[str, float], log: Log) -> None:
+    """Count what a fault does to the numbers of update ``step``. rates: scheduled, of every parameter group."""
     changes = {
         ("batch_size", "sequences"): (healthy.batch_size, sites.batch_size),
         ("data_step", "step"): (step, step if sites.data_step is None else sites.data_step),
         ("balance_scale", "factor"): (healthy.balance_scale, sites.balance_scale),
     }
-    for group, factor in vars(sites.lr_scale).items():
-        changes["lr_scale", f"learning rate of {group}"] = (rate, rate * factor)
+    for group, rate in rates.items():
+        changes["lr_scale", f"learning rate of {group}"] = (rate, rate * getattr(sites.lr_scale, group))
     for (point, name), (before, after) in changes.items():
         if before != after:
             log.add(point, "set", name, *torch.tensor([[before], [after]], dtype=torch.float64))

@@ -42,10 +42,10 @@ class ScheduleRestart(WindowedFault):
         return replace(healthy, schedule=replace(healthy.schedule, first_step=self._first_step))
 
     def check_begins(self, train: Training) -> None:
-        if train.schedule == "constant" and self.window.first - self._first_step >= train.warmup_steps > 0:
+        if train.schedule == "constant" and self.window.first - self._first_step >= train.warmup_steps - 1 >= 0:
             raise ValueError(
                 f"fault.back_steps={self.back_steps} is too few: from update {self.window.first} it falls back to "
-                f"where the schedule is constant, after train.warmup_steps={train.warmup_steps}"
+                f"where the schedule is constant, from the last of train.warmup_steps={train.warmup_steps} on"
             )
 
     def describe(self) -> InjectionCard:

@@ -35,10 +35,10 @@ class WarmupOff(WindowedFault):
         return replace(healthy, schedule=replace(healthy.schedule, warmup_share=share))
 
     def check_begins(self, train: Training) -> None:
-        if train.schedule == "constant" and self.window.first >= train.warmup_steps > 0:
+        if train.schedule == "constant" and self.window.first >= train.warmup_steps - 1 >= 0:
             raise ValueError(
-                f"fault.onset={self.onset} is too late: the warm-up ends at train.warmup_steps={train.warmup_steps}, "
-                "and after it the schedule is constant"
+                f"fault.onset={self.onset} is too late: the last of train.warmup_steps={train.warmup_steps} has the "
+                "whole rate, and after it the schedule is constant"
             )
 
     def describe(self) -> InjectionCard:

@@ -48,6 +48,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, scale: Lear
         group["lr"] = rate * getattr(scale, group["name"])
 
 
+def rates_of(optimizer: torch.optim.Optimizer, rate: float) -> dict[str, float]:
+    """One scheduled rate for each parameter group that the model has, by name."""
+    return {group["name"]: rate for group in optimizer.param_groups}
+
+
 def rate_of(config: TrainConfig, step: int, schedule: Schedule, log: Log | None = None) -> float:
     """The learning rate of update ``step`` in a schedule that may be faulty."""
     healthy = learning_rate(config, step)

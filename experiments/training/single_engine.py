@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from foreshock.experiments.training.clipping import clip_gradients, clip_wrongly
 from foreshock.experiments.training.engine import NOTHING, Batches, read_batch
 from foreshock.experiments.training.gradients import Backward, backward, micro_batches
-from foreshock.experiments.training.optimizer import adamw, rate_of, set_learning_rate
+from foreshock.experiments.training.optimizer import adamw, rate_of, rates_of, set_learning_rate
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.amax_history import AmaxHistory
 from foreshock.faults.base import Sites
@@ -163,7 +163,7 @@ class SingleEngine:
         grad_norm = self._clip(site, log)
         rate = rate_of(self.config, step, site.schedule, log)
         if log is not None:
-            log_numbers(site, self._healthy, step, rate, log)
+            log_numbers(site, self._healthy, step, rates_of(self.optimizer, rate), log)
         set_learning_rate(self.optimizer, rate, site.lr_scale)
         with self._around_update(step, site, log):
             self.optimizer.step()

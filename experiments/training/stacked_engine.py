@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foreshock.experiments.training.engine import NOTHING, Batches, read_batch
-from foreshock.experiments.training.optimizer import rate_of
+from foreshock.experiments.training.optimizer import rate_of, rates_of
 from foreshock.experiments.training.stacked_optimizer import StackedAdamW
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.base import Sites
@@ -73,8 +73,8 @@ class StackedEngine:
         grad_norms_N = self.optimizer.clip()
         of_runs = zip(self._configs, sites, self.logs, strict=True)
         scheduled = [rate_of(config, step, site.schedule, log) for config, site, log in of_runs]
-        for site, rate, log in zip(sites, scheduled, self.logs, strict=True):
-            log_numbers(site, self._healthy, step, rate, log)
+        for optimizer, site, rate, log in zip(self.optimizer.slices, sites, scheduled, self.logs, strict=True):
+            log_numbers(site, self._healthy, step, rates_of(optimizer, rate), log)
         self.optimizer.step(scheduled, [site.lr_scale for site in sites], step)
         for run, site in enumerate(sites):
             if site.weights:

@@ -144,18 +144,6 @@ def test_the_loss_leaves_out_targets_that_are_not_there(make_run):
     assert float(loss) == pytest.approx(short.item(), rel=16 * 2**-24 * 8 * 8)  # FP32 sums of 64 terms
 
 
-@pytest.mark.parametrize("micro_batch", ["null", "3"])
-@pytest.mark.parametrize(("counted", "share"), [("true", 1.0), ("false", 0.5)])
-def test_a_target_that_the_loss_leaves_out_is_no_training_token(make_run, micro_batch, counted, share):
-    padding = ["fault=padding_counted", f"fault.counted={counted}", "fault.share=0.5", "fault.onset=1"]
-    run = make_run(*padding, f"train.micro_batch={micro_batch}")
-    engine, healthy = run.new_engine(), run.healthy_sites()
-    targets = run.train.batch_size * run.model_config.context_length
-    views = [engine.step(step, [run.fault.sites(step, healthy)]) for step in range(2)]
-    assert [view.tokens for view in views] == [targets, targets * (1 + share)]
-    assert engine.state_of(0)["tokens"] == engine.tokens == targets * (1 + share)
-
-
 def test_a_stack_counts_the_tokens_of_one_of_its_runs(make_run):
     run = make_run()
     models = [run.new_model() for _ in range(2)]

@@ -2,10 +2,12 @@
 
 import pytest
 
+from foreshock.experiments.training.optimizer import learning_rate
 from foreshock.faults.aux_loss_off import AuxLossOff
 from foreshock.faults.base import LearningRateScale, Sites
 from foreshock.faults.batch_shrink import BatchShrink
 from foreshock.faults.lr_scale import LRScale
+from foreshock.models.transformer import parameter_group
 
 HEALTHY = Sites(batch_size=16)
 
@@ -79,3 +81,15 @@ def test_the_load_balance_is_off_in_its_window():
 def test_what_is_impossible_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("model", ["mha_nano", "moe_nano"])
+def test_the_log_has_the_rate_of_every_parameter_group_that_the_model_has(make_run, model):
+    run = make_run("fault=lr_scale", "fault.factor=3.0", f"model={model}")
+    engine = run.new_engine()
+    engine.step(0, [run.fault.sites(run.fault.onset, run.healthy_sites())])
+    groups = {parameter_group(name) for name, _ in engine.model.named_parameters()}
+    entries = engine.logs[0].entries()
+    assert {entry["tensor"] for entry in entries} == {f"learning rate of {group}" for group in groups}
+    rate = learning_rate(run.train, 0)
+    assert all(entry["elements"] == 1 and entry["norm"] == pytest.approx(2 * rate) for entry in entries)
