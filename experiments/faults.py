@@ -43,6 +43,7 @@ NEEDS = {
     "experts": ["model=moe_nano"],
     "RoPE": ["model.positions=rope"],
     "micro-batches": ["train.micro_batch=4"],
+    "FP16": ["train.precision=fp16"],
 }
 """By what a fault needs, the overrides of a run that has it; the first that a fault fits is what it needs."""
 STEPS = "train.steps=400"

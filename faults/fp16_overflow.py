@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
 from foreshock.faults.loss_scale import ScaleOperation
+
+MOST = 2.0**64
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,15 @@ class Fp16Overflow(OperationFault):
     update that is not skipped gradients are unscaled: they differ by FP16's rounding alone. It does not model a scaler
     that never backs off, nor an overflow that no check meets and that reaches the weights.
 
-    factor: above 0, best a power of two; 1 is the healthy control. It needs train.precision=fp16. Raises ValueError on
+    factor: 2^-64 to 2^64, best a power of two; 1 is the healthy control. It needs train.precision=fp16. Raises ValueError on
     impossible values, by name.
     """
 
     factor: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.factor < math.inf:
-            raise ValueError(f"fault.factor={self.factor} is not allowed: above 0, finite; 1 is the healthy control")
+        if not 1 / MOST <= self.factor <= MOST:
+            raise ValueError(f"fault.factor={self.factor} is not allowed: 2^-64 to 2^64; 1 is the healthy control")
         super().__post_init__()
 
     @cached_property

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from foreshock.faults.operation import Operation, Training
 from foreshock.models.transformer import TransformerConfig
 
-LARGEST = (2 - 2**-23) * 2.0**127
-"""Of FP32, in which the scale is stored."""
+SMALLEST, LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127
+"""Of the normal FP32 numbers, in which the scale is stored."""
 
 
 @dataclass(frozen=True)
@@ -35,4 +34,4 @@ class ScaleOperation(Operation):
     def apply(self, scale: float) -> float:
         """The new scale; the old one where that would be no FP32 number, as PyTorch's own growth has it."""
         changed = scale * self.factor
-        return changed if 0 < changed <= LARGEST and math.isfinite(changed) else scale
+        return changed if SMALLEST <= changed <= LARGEST else scale

@@ -34,6 +34,7 @@ def overrides(name, make_config) -> list[str]:
     """The fault from step 11 on, whatever onset its YAML has, on a model that has all there is to break."""
     model = ["model=moe_nano", "model.moe.n_experts=4", "model.positions=rope", "model.dropout=0.1"]
     chosen = [f"fault={name}", *model, "train.micro_batch=4", "train.clip=0.1", "train.warmup_steps=20"]
+    chosen += ["train.precision=fp16"] if name == "fp16_overflow" else []
     return chosen + [f"{key}=11" for key in _onsets(make_config(*chosen).fault)]
 
 
