@@ -17,17 +17,17 @@ class Fp16Overflow(OperationFault):
     """The loss scale is multiplied by a factor before the faulty updates; the scaler goes on from there.
 
     What breaks: a scale that is too large for the gradients of FP16, so that they overflow and updates are skipped one
-    after the other. Report: arXiv:1710.03740, where a scale whose gradients pass FP16's 65,504 overflows, and an update
-    that does is skipped.
-    Equation: S <- factor S once before each faulty update, as long as S stays an FP32 number. From there it is PyTorch's
-    own scaler: an update whose gradients are NaN or Inf is skipped and halves S, 2,000 in a row without overflow double
-    it. So one jump skips about log2(factor S / S_max) updates, S_max the largest scale without overflow, and a factor
-    that stays below S_max / S skips none. A scale that is far too small loses gradients to underflow instead. In every
-    update that is not skipped gradients are unscaled: they differ by FP16's rounding alone. It does not model a scaler
-    that never backs off, nor an overflow that no check meets and that reaches the weights.
+    after the other. Report: arXiv:1710.03740, where gradients under too large a scale overflow FP16, and such updates
+    are skipped.
+    Equation: S <- factor S once before each faulty update, as long as S stays an FP32 number. From there it is the
+    scaler of PyTorch: an update whose gradients are NaN or Inf is skipped and halves S, 2,000 in a row without overflow
+    double it. So a jump skips about log2(factor S / S_max) updates, S_max the largest scale without overflow, and a
+    factor that stays below S_max / S skips none. A scale that is far too small loses gradients to underflow instead.
+    Gradients of all other updates are unscaled and differ by FP16's rounding alone. It does not model a scaler that
+    never backs off, nor an overflow that no check meets and that reaches the weights.
 
-    factor: 2^-64 to 2^64, best a power of two; 1 is the healthy control. It needs train.precision=fp16. Raises ValueError on
-    impossible values, by name.
+    factor: 2^-64 to 2^64, best a power of two; 1 is the healthy control. It needs train.precision=fp16. Raises
+    ValueError on impossible values, by name.
     """
 
     factor: float

@@ -45,7 +45,7 @@ def outside_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def accumulate_in_fp32() -> None:
-    """Of this process: let no GPU add up the parts of a split BF16 or FP16 product in BF16 or FP16, which PyTorch allows.
+    """Of this process: let no GPU add up the parts of a split BF16 or FP16 product in that format, as PyTorch does.
 
     Every product is then rounded once, as ``monitors.autocast_rounding`` predicts.
     """

@@ -1,7 +1,9 @@
 """What BF16 or FP16 autocast alone does to the laws of linear layers and logits, from the tensors at hand.
 
-It is told for BF16; of FP16, with its own u, the same holds where a loss scale keeps gradients out of the subnormal
-numbers, as it is there to. ``torch.autocast`` rounds x and W to BF16, multiplies these, accumulates in FP32 and rounds the result: y in the
+It is told for BF16. For FP16, with its own u, the same holds while a loss scale keeps gradients above the subnormal
+numbers, as it is there to do.
+
+``torch.autocast`` rounds x and W to BF16, multiplies these, accumulates in FP32 and rounds the result: y in the
 forward, dx and dW in the backward, where dy is BF16 already. As attention's laws hold for the rounded Q, K and V, these
 hold exactly for the rounded x and W (``LinearStep`` has them), which the forward and both products of the backward
 share. Left are the roundings of results, each an independent error of mean square u^2 x^2 (``monitors.rounding``):
@@ -58,7 +60,9 @@ def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
         x_dxs = [x_dx]
     else:
         x_dxs = [t.x * (t.dy @ torch.cat([w.to(t.dy.dtype) for w in t.w])) for t in readers]
-    return U2[readers[0].stored] * (reduce(add, map(squared_norm_fp64, x_dxs)) + reduce(add, (t.y_dy2 for t in readers)))
+    return U2[readers[0].stored] * (
+        reduce(add, map(squared_norm_fp64, x_dxs)) + reduce(add, (t.y_dy2 for t in readers))
+    )
 
 
 def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: float, stored: torch.dtype) -> Tensor:
@@ -67,7 +71,8 @@ def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: float, stored: to
     u^2 sum over v != y of dlogit_v^2 + e_y^2, e_y: the error of the target's. That one is no random number: near -1/N
     for an unlikely y, it rounds to the same BF16 number in every token that has one. So it is computed from p_y.
 
-    logits, dlogits: (..., V), numbers of ``stored``, BF16 or FP16; tokens: N. y is where dlogit is least: it alone is negative.
+    logits, dlogits: (..., V), numbers of ``stored``, BF16 or FP16; tokens: N, over the loss scale where there is one. y
+    is where dlogit is least: it alone is negative.
     """
     least, target = dlogits.min(-1, keepdim=True)
     p = (logits.gather(-1, target) - logits.logsumexp(-1, keepdim=True)).double().exp()

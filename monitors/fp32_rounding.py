@@ -187,7 +187,7 @@ def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:
     return t.weight_of_sample * per_token.sum(-1) + FP32_U2 * c * own
 
 
-def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:
+def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: float) -> Tensor:
     """E|sum_v dlogits_v|^2 per token, (n,), of a mean over N = ``tokens``.
 
     With m the largest logit and S = sum exp(z - m), log-softmax stores l = (z - m) - log S, and its backward is

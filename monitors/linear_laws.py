@@ -36,11 +36,11 @@ class LinearLaws:
     about 1 in a healthy run at any step, so that it needs no healthy twin. The law in W holds for a whole batch: one
     number, whose ratio is as lucky as a normal one; the law in x for each token: the root mean square over tokens.
 
-    x, W and dW are what was multiplied and the gradient there (``models.products``): BF16 or FP16 under autocast, quantised
-    numbers where a layer quantises. Left out: parts that the model does not have, and parts whose product cannot be
-    seen, with a warning; ``linear_euler_residual.head`` of a head tied to the embedding, whose
-    gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts;
-    the law in x of an input that some of its readers multiply as it is and others quantise.
+    x, W and dW are what was multiplied and the gradient there (``models.products``): BF16 or FP16 under autocast,
+    quantised numbers where a layer quantises. Left out: parts that the model does not have, and parts whose product
+    cannot be seen, with a warning; ``linear_euler_residual.head`` of a head tied to the embedding, whose gradient has
+    two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts; the law in x
+    of an input that some of its readers multiply as it is and others quantise.
     token_stride: the law in x and both predictions take one token in so many, in turn, 1 for all; the law in W always
     takes all. every_steps: cadence.
     """

@@ -105,9 +105,9 @@ class RouterLaws:
         step = LinearStep.of(taps)
         counts_LE = torch.stack([routing.counts_E for routing in view.routings]).double()
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
-        scale = view.loss_scale or 1
-        z_coef = config.z_coef * scale
-        aux_LE = config.aux_coef * scale * config.n_experts / step.tokens * share_LE
+        loss_scale = view.loss_scale or 1
+        z_coef = config.z_coef * loss_scale
+        aux_LE = config.aux_coef * loss_scale * config.n_experts / step.tokens * share_LE
         per_token = fp32_rounding.router_logit_noise(step.y, step.dy, aux_LE[:, None], z_coef)
         noise = fp32_rounding.weight_sum_noise(step, per_token)
         layers = zip([tap.dw for tap in taps], step.x, step.y, strict=True)

@@ -53,9 +53,10 @@ def backward(
 
     places: what is tapped in the last part; unwatched: the objective for all others; after_part: called after each
     addition to the sum of gradients; in_part: the context of a part's two passes, by its index; scaled: what is
-    backpropagated in place of a loss, whose gradients are then so many times the mean's. The last is backpropagated as a batch of its own, the others by their size relative to it, and the sum of gradients is divided
-    afterwards, so that every law of a gradient holds in what the taps saw. A router's auxiliary losses and its capacity
-    are of a micro-batch, as wherever gradients are accumulated.
+    backpropagated in place of a loss, so many times it, as are then all gradients. The last is backpropagated as a
+    batch of its own, the others by their size relative to it, and the sum of gradients is divided afterwards, so that
+    every law of a gradient holds in what the taps saw. A router's auxiliary losses and its capacity are of a
+    micro-batch, as wherever gradients are accumulated.
     """
     *others, last = parts
     losses = []

@@ -27,7 +27,7 @@ from foreshock.monitors.watch import Watch
 
 EVERY = {path.stem: construct("monitor", path.stem) for path in sorted((ROOT / "conf" / "monitor").glob("*.yaml"))}
 ATTACHED = sorted(name for name, monitor in EVERY.items() if monitor.needs.attached or monitor.needs.scaled)
-"""Those that no loop of ours fills in FP32; ``tests/attaching`` and ``tests/experiments/test_fp16.py`` have them read."""
+"""Those that no loop of ours fills in FP32; ``tests/attaching`` and ``test_fp16`` have them read."""
 MONITORS = sorted(EVERY.keys() - set(ATTACHED))
 CATALOGUE = pd.read_csv(ROOT / "monitors" / "catalogue.csv").set_index("id")
 AXES = {(): (1, 1), ("layer",): (2, 1), ("layer", "head"): (2, 2)}

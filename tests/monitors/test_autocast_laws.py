@@ -1,4 +1,4 @@
-"""Under BF16 and FP16 autocast every law is broken by what is predicted for its products, and by more where one is wrong."""
+"""Under autocast every law is broken by what is predicted for its products, and by more where one is wrong."""
 
 import pytest
 import torch
