@@ -38,6 +38,7 @@ from foreshock.faults.base import Fault, Sites
 from foreshock.faults.fit import check_fits
 from foreshock.faults.lookback import past_of
 from foreshock.models.anatomy import Anatomy
+from foreshock.models.precision import DTYPES
 from foreshock.models.transformer import Transformer, TransformerConfig, skeleton
 from foreshock.monitors.base import Monitor, Signal, cadences, described_signals
 
@@ -178,7 +179,7 @@ class Run:
                     "held_out": self.corpus.config.held_out
                 },  # where it lies and how it is read has made data_sha256
             },
-            "dtype": {"fp32": "float32", "bf16": "bfloat16"}[self.train.precision],
+            "dtype": str(DTYPES[self.train.precision]).removeprefix("torch."),
             "data_sha256": self.corpus.digest,
             "torch": torch.__version__.split("+")[0],
             "source_sha256": canonical(digest_of(training_sources(self.nodes))),
@@ -212,8 +213,9 @@ class Run:
         return SingleEngine(self.new_model(), self.train, self.corpus, self.seed, past=past)
 
 
-def _left_out(monitors: Mapping[str, Monitor], model: TransformerConfig) -> list[str]:
-    """The names of the configured monitors that need what the run lacks: those of routers, on a dense model.
+def _left_out(monitors: Mapping[str, Monitor], model: TransformerConfig, precision: str) -> list[str]:
+    """The names of the configured monitors that need what the run lacks: those of routers, on a dense model,
+    and of the loss scale, without FP16.
 
     A configuration with most files of conf/monitor asks for whatever fits. One with fewer chooses among them, and
     choosing one that does not fit is an error.
@@ -227,6 +229,12 @@ def _left_out(monitors: Mapping[str, Monitor], model: TransformerConfig) -> list
     unfit |= {
         name: "reads the loop of foreshock.attach alone" for name, monitor in monitors.items() if monitor.needs.attached
     }
+    if precision != "fp16":
+        unfit |= {
+            name: "reads the loss scale of train.precision=fp16 alone"
+            for name, monitor in monitors.items()
+            if monitor.needs.scaled
+        }
     every = {path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml")}
     if unfit and len(every & set(monitors)) <= len(every) / 2:
         name, reason = next(iter(unfit.items()))
@@ -256,8 +264,8 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
         _check_kind(node, found, kind)
     model = model.on(resolve_device(train.device))
     check_fits(fault, model, train)
-    if train.compile and model.moe and train.precision != "bf16":
-        raise ValueError("train.compile=True is not allowed with experts in FP32: set train.precision=bf16")
+    if train.compile and model.moe and train.precision == "fp32":
+        raise ValueError("train.compile=True is not allowed with experts in FP32: set train.precision=bf16 or fp16")
     if train.compile and model.dropout:
         raise ValueError(f"train.compile=True is not allowed with model.dropout={model.dropout}: set one of them off")
     for field in ("micro_batch", "watched_sequences"):
@@ -269,7 +277,7 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     every = {name: construct(node, f"monitor.{name}") for name, node in sorted(plain["monitor"].items())}
     for name, monitor in every.items():
         _check_kind(f"monitor.{name}", monitor, Monitor)
-    left_out = _left_out(every, model)
+    left_out = _left_out(every, model, train.precision)
     plain["monitor"] = {name: node for name, node in plain["monitor"].items() if name not in left_out}
     monitors = {name: monitor for name, monitor in every.items() if name not in left_out}
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]

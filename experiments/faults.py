@@ -44,6 +44,7 @@ NEEDS = {
     "RoPE": ["model.positions=rope"],
     "grouped heads": ["model=gqa_nano"],
     "micro-batches": ["train.micro_batch=4"],
+    "FP16": ["train.precision=fp16"],
 }
 """By what a fault needs, the overrides of a run that has it; the first that a fault fits is what it needs."""
 WITHOUT_ANY = ["model.tie_embeddings=false"]

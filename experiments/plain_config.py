@@ -44,8 +44,8 @@ def construct(group: str, name: str, /, **changes: Any) -> Any:
 
 
 def monitors_of(experts: bool) -> dict[str, Any]:
-    """Every monitor of ``conf/monitor`` that our loop can fill; those of experts only for a model that has them."""
+    """Every monitor of ``conf/monitor`` that our loop fills in FP32; those of experts only for a model with them."""
     names = sorted(path.stem for path in (CONF / "monitor").glob("*.yaml"))
     monitors = {name: construct("monitor", name) for name in names}
-    ours = {name: monitor for name, monitor in monitors.items() if not monitor.needs.attached}
+    ours = {name: one for name, one in monitors.items() if not (one.needs.attached or one.needs.scaled)}
     return {name: monitor for name, monitor in ours.items() if experts or "router" not in monitor.needs.roles}

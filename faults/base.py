@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from foreshock.faults.card import Injection, InjectionCard, check_family
 from foreshock.faults.clip_operation import ClipOperation
+from foreshock.faults.loss_scale import ScaleOperation
 from foreshock.faults.operation import (
     BatchOperation,
     Operation,
@@ -74,7 +75,8 @@ class Sites:
     formats: the number formats in which linear layers multiply (FP8, MX), in both passes.
     balance_scale: factor on the load-balance loss's coefficient and on the balancing bias's step.
     start: operations on the parameters before the step's forward.
-    accumulation: operations on the sum of the micro-batches' gradients, after each addition.
+    scaling: operations on the loss scale of FP16, before the forward.
+    accumulation: operations on the sum of the micro-batches' gradients, still scaled, after each addition.
     gradients: operations on the parameters' gradients, after accumulation and before the clip.
     clip: the clip's norm and scope.
     optimizer: operations on the optimizer's constants and state, around its update.
@@ -96,6 +98,7 @@ class Sites:
     formats: tuple[ProductFormat, ...] = ()
     balance_scale: float = 1.0
     start: tuple[TensorOperation, ...] = ()
+    scaling: tuple[ScaleOperation, ...] = ()
     accumulation: tuple[TensorOperation, ...] = ()
     gradients: tuple[TensorOperation, ...] = ()
     clip: tuple[ClipOperation, ...] = ()
@@ -122,7 +125,7 @@ class Sites:
 
     def _operations(self) -> tuple[tuple[Operation, ...], ...]:
         of_the_forward = self.start, self.sampling, self.batch, self.modules, self.formats
-        of_the_update = self.accumulation, self.gradients, self.clip, self.optimizer, self.weights
+        of_the_update = self.scaling, self.accumulation, self.gradients, self.clip, self.optimizer, self.weights
         return *of_the_forward, *of_the_update, self.resume, self.system
 
     def check_fits(self, model: TransformerConfig, train: Training) -> None:

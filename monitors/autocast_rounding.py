@@ -1,4 +1,7 @@
-"""What BF16 autocast alone does to the laws of linear layers and logits, from the tensors at hand.
+"""What BF16 or FP16 autocast alone does to the laws of linear layers and logits, from the tensors at hand.
+
+It is told for BF16. For FP16, with its own u, the same holds while a loss scale keeps gradients above the subnormal
+numbers, as it is there to do.
 
 ``torch.autocast`` rounds x and W to BF16, multiplies these, accumulates in FP32 and rounds the result: y in the
 forward, dx and dW in the backward, where dy is BF16 already. As attention's laws hold for the rounded Q, K and V, these
@@ -37,14 +40,14 @@ from torch import Tensor
 from foreshock.monitors.conservation import squared_norm, squared_norm_fp64
 from foreshock.monitors.fp32_rounding import LinearStep
 
-BF16_U2 = 2.0**-14 / 24
-"""Mean square of the relative error of one rounding to BF16, over a uniform mantissa."""
+U2 = {torch.bfloat16: 2.0**-14 / 24, torch.float16: 2.0**-20 / 24}
+"""Mean square of the relative error of one rounding to BF16 or FP16, over a uniform mantissa."""
 
 
 def linear_euler_noise(t: LinearStep) -> Tensor:
     """E|<W, dW> - <y, dy>|^2 = u^2 [sum (W dW)^2 + sum over tokens (y dy)^2], (L,), FP64."""
     weights = torch.stack([squared_norm((w * dw).flatten()) for w, dw in zip(t.w, t.dw, strict=True)])
-    return BF16_U2 * (weights.double() + t.total(t.y_dy2).sum(-1))
+    return U2[t.stored] * (weights.double() + t.total(t.y_dy2).sum(-1))
 
 
 def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
@@ -57,25 +60,28 @@ def linear_input_noise(x_dx: Tensor, readers: Sequence[LinearStep]) -> Tensor:
         x_dxs = [x_dx]
     else:
         x_dxs = [t.x * (t.dy @ torch.cat([w.to(t.dy.dtype) for w in t.w])) for t in readers]
-    return BF16_U2 * (reduce(add, map(squared_norm_fp64, x_dxs)) + reduce(add, (t.y_dy2 for t in readers)))
+    return U2[readers[0].stored] * (
+        reduce(add, map(squared_norm_fp64, x_dxs)) + reduce(add, (t.y_dy2 for t in readers))
+    )
 
 
-def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:
+def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: float, stored: torch.dtype) -> Tensor:
     """E|sum_v dlogit_v|^2 per token, (...,), FP64, where dlogit_v = (p_v - [v = y]) / N in FP32, rounded to BF16.
 
     u^2 sum over v != y of dlogit_v^2 + e_y^2, e_y: the error of the target's. That one is no random number: near -1/N
     for an unlikely y, it rounds to the same BF16 number in every token that has one. So it is computed from p_y.
 
-    logits, dlogits: (..., V), BF16 numbers; tokens: N. y is where dlogit is least: it alone is negative.
+    logits, dlogits: (..., V), numbers of ``stored``, BF16 or FP16; tokens: N, over the loss scale where there is one. y
+    is where dlogit is least: it alone is negative.
     """
     least, target = dlogits.min(-1, keepdim=True)
     p = (logits.gather(-1, target) - logits.logsumexp(-1, keepdim=True)).double().exp()
     exact = (p - 1) / tokens
-    error = exact.to(torch.bfloat16).double() - exact
+    error = exact.to(stored).double() - exact
     others = squared_norm(dlogits).double() - least[..., 0].double().square()
-    return BF16_U2 * others + error[..., 0].square()
+    return U2[stored] * others + error[..., 0].square()
 
 
-def weight_sum_noise(dw: Tensor) -> Tensor:
+def weight_sum_noise(dw: Tensor, stored: torch.dtype) -> Tensor:
     """E||sum_v dW_v - sum_t (sum_v dlogit_tv) x_t||^2 = u^2 ||dW||^2, 0-dim, FP64; dw: (V, M)."""
-    return BF16_U2 * squared_norm(dw.flatten()).double()
+    return U2[stored] * squared_norm(dw.flatten()).double()

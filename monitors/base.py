@@ -90,10 +90,10 @@ class StepView:
     objective, NLL plus auxiliary losses on its batch without rounding or faults, as a smooth function of all weights by
     name (``models.objective``); batch: the tokens that taps, routings and objective_at are of, (B, T + 1), or inputs
     and targets apart (``models.batch``); loss_scale: what the tapped gradients are times those of the mean over the
-    tapped tokens, None for 1; read_s: seconds that the read of the batch took, None where nobody measured it. Of
-    attached loops alone, None in ours: scaling: of the loop's GradScaler; update_tokens: training tokens of this
-    update, None where they are not known. ``Watch.seen`` adds history and optimizer to what an
-    engine gives.
+    tapped tokens, None for 1; scaling: of the loop's GradScaler, None where nothing scales the loss; skipped: whether
+    the GradScaler has thrown this step's gradients away, so that there was no update; read_s: seconds that the read of
+    the batch took, None where nobody measured it; update_tokens: training tokens of this update, of attached loops
+    alone, None where they are not known. ``Watch.seen`` adds history and optimizer to what an engine gives.
     """
 
     step: int
@@ -110,6 +110,7 @@ class StepView:
     batch: Tensor | None = None
     loss_scale: float | None = None
     scaling: LossScaling | None = None
+    skipped: bool = False
     update_tokens: int | None = None
     read_s: float | None = None
 

@@ -51,4 +51,4 @@ class DeltaBiasOracle:
             read_do = numerics.apply("do", "backward", tap.known_call.stored(do), reached)
             delta = numerics.apply("delta", "backward", (read_do * read_o).sum(-1, keepdim=True), reached)
             bias.append((delta.squeeze(-1) - (do * clean_o).sum(-1)).sum(-1).mean(0) * batch)
-        return {"delta_bias_oracle": torch.stack(bias)}
+        return {"delta_bias_oracle": torch.stack(bias) / (view.loss_scale or 1)}

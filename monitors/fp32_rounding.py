@@ -20,7 +20,7 @@ that these two are left out of the universal track (``analysis.detect.tracks``).
 Sums of squared terms, T summed over a product's outputs with weights, would cost another matrix product. They are taken
 mean-field: sum_j W_ij^2 x_j^2 = |W_i|^2 |x|^2 / n_in.
 
-They are predictions for FP32. Under BF16 autocast (``LinearStep.in_bf16``) a linear layer stores y, dy and dW in BF16,
+They are predictions for FP32. Under autocast (``LinearStep.stored``) a linear layer stores y, dy and dW in BF16,
 which breaks its laws far more; ``monitors.autocast_rounding`` has the predictions there. Norms and routers compute and
 store in FP32 under autocast too, and keep these.
 
@@ -78,7 +78,8 @@ class LinearStep:
     one is, (L, n); None for ordinary layers. x and w are what was multiplied (``models.products``), dw the gradient
     there. dx: that of each layer's own x, (L, n, in), where a layer multiplied something else than its input; None
     where all readers of an input multiplied that. with_bias: y as it was stored, where a bias had been added to it, y
-    itself is then without; None without a bias. in_bf16: whether the product returned BF16, as under autocast.
+    itself is then without; None without a bias. stored: what the product returned, BF16 or FP16 under
+    autocast.
     """
 
     x: Tensor
@@ -87,7 +88,7 @@ class LinearStep:
     w: Sequence[Tensor]
     dw: Sequence[Tensor]
     tokens: int
-    in_bf16: bool = False
+    stored: torch.dtype = torch.float32
     dx: Tensor | None = None
     slots: Tensor | None = None
     expert: Tensor | None = None
@@ -105,14 +106,14 @@ class LinearStep:
         w, dw = [tap.w for tap in taps], [tap.dw for tap in taps]
         dxs = [dx for tap in taps if (dx := known(tap.product, "the product of a tapped layer").dx) is not None]
         dx = together(dxs) if len(dxs) == len(taps) else None
-        in_bf16 = taps[0].out.dtype == torch.bfloat16
+        stored = taps[0].out.dtype
         if slots is None:
             biased = None if taps[0].bias is None else together(tap.out for tap in taps)
             ones = ([one[None] for one in w], [one[None] for one in dw])
-            return cls(x, y, dy, *ones, tokens, in_bf16, dx, with_bias=biased)
+            return cls(x, y, dy, *ones, tokens, stored, dx, with_bias=biased)
         numbers = torch.arange(slots.shape[-1], device=x.device)
         expert = torch.stack([numbers.repeat_interleave(own, output_size=tokens)[sample] for own in slots])
-        return cls(x, y, dy, [one.mT for one in w], [one.mT for one in dw], tokens, in_bf16, dx, slots, expert)
+        return cls(x, y, dy, [one.mT for one in w], [one.mT for one in dw], tokens, stored, dx, slots, expert)
 
     @property
     def weight_of_sample(self) -> float:
@@ -186,7 +187,7 @@ def weight_sum_noise(t: LinearStep, shift_noise: Tensor) -> Tensor:
     return t.weight_of_sample * per_token.sum(-1) + FP32_U2 * c * own
 
 
-def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: int) -> Tensor:
+def logit_shift_noise(logits: Tensor, dlogits: Tensor, tokens: float) -> Tensor:
     """E|sum_v dlogits_v|^2 per token, (n,), of a mean over N = ``tokens``.
 
     With m the largest logit and S = sum exp(z - m), log-softmax stores l = (z - m) - log S, and its backward is

@@ -32,15 +32,15 @@ class LinearLaws:
     """``linear_euler_residual.<part>`` and ``linear_input_residual.<qkv|o|mlp|head>`` of ``monitors.conservation``.
 
     Signals, per layer, ``head`` one for the model; bad: up: the residual, and ``.over_noise``, what is broken over what
-    rounding alone predicts (``monitors.fp32_rounding``, under BF16 autocast ``monitors.autocast_rounding``), which is
+    rounding alone predicts (``monitors.fp32_rounding``, under autocast ``monitors.autocast_rounding``), which is
     about 1 in a healthy run at any step, so that it needs no healthy twin. The law in W holds for a whole batch: one
     number, whose ratio is as lucky as a normal one; the law in x for each token: the root mean square over tokens.
 
-    x, W and dW are what was multiplied and the gradient there (``models.products``): BF16 under autocast, quantised
-    numbers where a layer quantises. Left out: parts that the model does not have, and parts whose product cannot be
-    seen, with a warning; ``linear_euler_residual.head`` of a head tied to the embedding, whose
-    gradient has two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts;
-    the law in x of an input that some of its readers multiply as it is and others quantise.
+    x, W and dW are what was multiplied and the gradient there (``models.products``): BF16 or FP16 under autocast,
+    quantised numbers where a layer quantises. Left out: parts that the model does not have, and parts whose product
+    cannot be seen, with a warning; ``linear_euler_residual.head`` of a head tied to the embedding, whose gradient has
+    two sources; ``linear_input_residual.mlp`` with experts, whose input also feeds the choice of experts; the law in x
+    of an input that some of its readers multiply as it is and others quantise.
     token_stride: the law in x and both predictions take one token in so many, in turn, 1 for all; the law in W always
     takes all. every_steps: cadence.
     """
@@ -136,7 +136,7 @@ def all_seen(taps: Sequence[Tap], part: str) -> bool:
 
 def _rounding(step: LinearStep) -> ModuleType:
     """The predictions for the arithmetic of these layers."""
-    return autocast_rounding if step.in_bf16 else fp32_rounding
+    return autocast_rounding if step.stored in autocast_rounding.U2 else fp32_rounding
 
 
 def _readings(law: str, found: Mapping[str, BrokenLaw]) -> dict[str, Reading]:

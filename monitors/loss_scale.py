@@ -18,7 +18,8 @@ class LossScale:
     skipped so far, since their gradients overflowed. Bad: up. ``overflow_rate``: skipped updates among the last
     ``window`` steps, in %; among all steps where there are fewer. Bad: up.
 
-    A skipped update has no reading of its own: the next reading counts it. All are finite; the rate is in [0, 100].
+    Of our own loop a skipped update has a reading, when no other monitor has; of an attached loop it has none of its
+    own, and the next reading counts it. All are finite; the rate is in [0, 100].
     """
 
     needs = Needs(view=("scaling",))

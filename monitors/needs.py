@@ -9,10 +9,10 @@ from foreshock.models.taps import PLACES
 from foreshock.monitors.cadence import Cadence
 from foreshock.monitors.choices import check_choice
 
-ATTACHED_VIEW = ("scaling", "update_tokens")
-"""Fields of ``StepView`` that an attached loop alone can fill: ours has no GradScaler, and updates of one size."""
+ATTACHED_VIEW = ("update_tokens",)
+"""Fields of ``StepView`` that an attached loop alone can fill: ours has updates of one size."""
 
-VIEW = ("batch", "routings", "optimizer", "numerics", "objective_at", *ATTACHED_VIEW)
+VIEW = ("batch", "routings", "optimizer", "numerics", "objective_at", "scaling", *ATTACHED_VIEW)
 """Fields of ``StepView`` that not every loop can fill."""
 
 
@@ -91,6 +91,11 @@ class Needs:
     def attached(self) -> bool:
         """Whether the monitor reads what an attached loop alone has."""
         return any(field in ATTACHED_VIEW for field in self.view)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the monitor reads the loss scale, which FP16 alone has."""
+        return "scaling" in self.view
 
     def lacking(self, anatomy: Anatomy) -> str | None:
         """The first role that it needs and a model lacks, or None."""

@@ -28,7 +28,7 @@ class LogitLaws:
     """``logit_shift_residual`` of the logits' gradient, and its ``.head`` of an untied head's weight gradient. Bad: up.
 
     Each also as ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``, under
-    BF16 autocast ``monitors.autocast_rounding``), about 1 in a healthy run at any step. Under autocast the head's law
+    autocast ``monitors.autocast_rounding``), about 1 in a healthy run at any step. Under autocast the head's law
     is that of the rounded logits' gradient, whose own shift is taken off. Left out: a tied head, whose gradient is also
     the embedding's.
     token_stride: the logits and both predictions are looked at for one token in so many, in turn, 1 for all.
@@ -49,17 +49,20 @@ class LogitLaws:
     def observe(self, view: StepView) -> dict[str, Reading]:
         (tap,) = view.tapped("linear", "head")
         sample = every(self.token_stride, view.step // self.every_steps, tap.out.shape[:-1].numel())
-        in_bf16 = tap.out.dtype == torch.bfloat16
-        rounding = autocast_rounding if in_bf16 else fp32_rounding
+        stored = tap.out.dtype
         logits, dlogits = (at_least_fp32(part.flatten(0, -2)[sample]) for part in (tap.out, tap.dout))
         tokens = tap.out.shape[:-1].numel() / (view.loss_scale or 1)
-        noise = rounding.logit_shift_noise(logits, dlogits, tokens) * (dlogits != 0).any(-1)
+        if stored in autocast_rounding.U2:
+            noise = autocast_rounding.logit_shift_noise(logits, dlogits, tokens, stored)
+        else:
+            noise = fp32_rounding.logit_shift_noise(logits, dlogits, tokens)
+        noise = noise * (dlogits != 0).any(-1)
         readings = _both("logit_shift_residual", conservation.logit_shift(dlogits), noise.sum())
         if view.anatomy.tied or not all_seen([tap], "head"):
             return readings
-        if in_bf16:
+        if stored in autocast_rounding.U2:
             broken = conservation.head_shift(tap.dw, tap.x, tap.dout)
-            of_weight = autocast_rounding.weight_sum_noise(tap.dw)
+            of_weight = autocast_rounding.weight_sum_noise(tap.dw, stored)
         else:
             broken = conservation.logit_shift(tap.dw.T)
             of_weight = fp32_rounding.weight_sum_noise(LinearStep.of([tap], sample), noise[None])[0]
@@ -67,10 +70,10 @@ class LogitLaws:
 
 
 def _of_rounded_logits(taps: Sequence[Tap]) -> dict[str, Reading]:
-    """Of routers that return BF16: what the rounded gradients of their logits hand on is taken off exactly."""
+    """Of routers that return BF16 or FP16: what the rounded gradients of their logits hand on is taken off exactly."""
     laws = [conservation.head_shift(tap.dw, tap.x, tap.dout) for tap in taps]
     broken, scale = (torch.stack(parts) for parts in zip(*laws, strict=True))
-    noise = torch.stack([autocast_rounding.weight_sum_noise(tap.dw) for tap in taps])
+    noise = torch.stack([autocast_rounding.weight_sum_noise(tap.dw, tap.out.dtype) for tap in taps])
     return _both("router_shift_residual", (broken, scale), noise)
 
 
@@ -78,7 +81,7 @@ class RouterLaws:
     """``router_shift_residual`` per layer, the z-loss taken off exactly. Bad: up.
 
     Also as ``.over_noise``, what is broken over what rounding alone predicts (``monitors.fp32_rounding``), about 1 in a
-    healthy run at any step; a router whose logits autocast has rounded to BF16 obeys the law of an untied head instead
+    healthy run at any step; a router whose logits autocast has rounded obeys the law of an untied head instead
     (``LogitLaws``), with that prediction. With the balance loss switched off the prediction still counts it, and is a
     little too large. Routers here are softmax routers; one of sigmoids has no such law.
     every_steps: cadence.
@@ -97,14 +100,16 @@ class RouterLaws:
         config, taps = known(view.anatomy.moe, "the routers' configuration"), view.tapped("linear", "router")
         if not all_seen(taps, "router"):
             return {}
-        if taps[0].out.dtype == torch.bfloat16:
+        if taps[0].out.dtype in autocast_rounding.U2:
             return _of_rounded_logits(taps)
         step = LinearStep.of(taps)
         counts_LE = torch.stack([routing.counts_E for routing in view.routings]).double()
         share_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
-        aux_LE = config.aux_coef * (view.loss_scale or 1) * config.n_experts / step.tokens * share_LE
-        per_token = fp32_rounding.router_logit_noise(step.y, step.dy, aux_LE[:, None], config.z_coef)
+        loss_scale = view.loss_scale or 1
+        z_coef = config.z_coef * loss_scale
+        aux_LE = config.aux_coef * loss_scale * config.n_experts / step.tokens * share_LE
+        per_token = fp32_rounding.router_logit_noise(step.y, step.dy, aux_LE[:, None], z_coef)
         noise = fp32_rounding.weight_sum_noise(step, per_token)
         layers = zip([tap.dw for tap in taps], step.x, step.y, strict=True)
-        broken, scale = zip(*(conservation.router_shift(*layer, config.z_coef) for layer in layers), strict=True)
+        broken, scale = zip(*(conservation.router_shift(*layer, z_coef) for layer in layers), strict=True)
         return _both("router_shift_residual", (torch.stack(broken), torch.stack(scale)), noise)

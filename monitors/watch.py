@@ -61,8 +61,12 @@ class Watch:
     def observe(self, view: StepView, names: Iterable[str], runs: Collection[int] = (0,)) -> dict[str, Reading]:
         """What the named monitors read, of the signals that are due.
 
-        runs: those that are still recorded, for a watch of several (``experiments.training.stacked_watch``).
+        Of a step that is skipped for its overflow, only monitors of the loss scale read: its gradients are not finite,
+        and no update follows. runs: those that are still recorded, for a watch of several
+        (``experiments.training.stacked_watch``).
         """
+        if view.skipped:
+            names = [name for name in names if self._monitors[name].needs.scaled]
         seen = self.seen(view)
         readings: dict[str, Reading] = {}
         for name in names:

@@ -22,13 +22,16 @@ def view_of_gradients(
     places: Collection[str],
     faults: Collection[ModuleFault] = (),
     numerics: AttentionNumerics = HEALTHY,
+    loss_scale: float | None = None,
 ) -> StepView:
-    """A view of one backward pass, before any update. batch: tokens (B, T + 1), or micro-batches of them."""
+    """A view of one backward pass, before any update. batch: tokens (B, T + 1), or micro-batches of them; loss_scale: a
+    factor on the loss that is backpropagated, None for 1.
+    """
     parts = [batch] if isinstance(batch, Tensor) else batch
     sites = Sites(batch_size=sum(map(len, parts)), numerics=numerics)
     model.zero_grad(set_to_none=True)
     with Corrupted(model, faults):
-        done = backward(model, parts, sites, places, model)
+        done = backward(model, parts, sites, places, model, scaled=lambda loss: loss * (loss_scale or 1))
     return StepView(
         step=1,
         tokens=sum(part[:, 1:].numel() for part in parts),
@@ -38,4 +41,5 @@ def view_of_gradients(
         routings=done.routings,
         taps=done.taps,
         batch=done.watched,
+        loss_scale=loss_scale,
     )

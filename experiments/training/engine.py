@@ -2,16 +2,19 @@
 
     weights                                                   # INJECT: resume (``experiments.training.loop``), start
     batch = corpus.batch(seed, step, sites.batch_size)        # INJECT: batch_size, data_step, sampling, batch, system
+    loss scale                                                # INJECT: scaling, of train.precision=fp16
     for micro_batch in batch:
         loss, auxiliary, routings = model(micro_batch, sites.numerics, ...)  # INJECT: numerics, in both passes
-        (loss + auxiliary).backward()                         # INJECT: modules, formats, both passes; TAP: activations
+        scaled(loss + auxiliary).backward()                   # INJECT: modules, formats, both passes; TAP: activations
         gradients                                             # INJECT: accumulation
-    gradients                                                 # INJECT: gradients
+    gradients, unscaled                                       # INJECT: gradients
     grad_norm = clip                                          # INJECT: clip
     update(learning_rate(step) * sites.lr_scale)              # INJECT: schedule, lr_scale, optimizer, of an AdamW step
     weights                                                   # INJECT: weights
     model.update_balance(routings, sites.balance_scale)       # INJECT: balance_scale, of routers with a balancing bias
     view of the step                                          # OBSERVE: read-only
+
+A step whose gradients overflow in FP16 goes from there to ``weights``: it is no update (``loss_scaler``).
 
 ``SingleEngine`` trains one run, ``StackedEngine`` several runs along a model axis. Benches and tests step an engine as
 the training loop does.
@@ -91,7 +94,7 @@ class Engine(Protocol):
 
     def state_of(self, run: int) -> dict[str, Any]:
         """What a checkpoint of one run needs: ``model``, ``optimizer``, ``tokens``, ``injections``, and, of a single
-        run, ``past`` and ``amaxes``."""
+        run, ``past``, ``amaxes`` and ``scaler``."""
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from these states, one a run."""

@@ -47,14 +47,16 @@ def backward(
     unwatched: Callable[..., Any],
     after_part: Callable[[], None] | None = None,
     in_part: Callable[[int], AbstractContextManager[None]] = lambda part: nullcontext(),
+    scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> Backward:
     """Backpropagate the objective of a batch, in ``micro_batches`` of tokens, through a model without gradients.
 
     places: what is tapped in the last part; unwatched: the objective for all others; after_part: called after each
-    addition to the sum of gradients; in_part: the context of a part's two passes, by its index. The last is
-    backpropagated as a batch of its own, the others by their size relative to it, and the sum of gradients is divided
-    afterwards, so that every law of a gradient holds in what the taps saw. A router's auxiliary losses and its capacity
-    are of a micro-batch, as wherever gradients are accumulated.
+    addition to the sum of gradients; in_part: the context of a part's two passes, by its index; scaled: what is
+    backpropagated in place of a loss, so many times it, as are then all gradients. The last is backpropagated as a
+    batch of its own, the others by their size relative to it, and the sum of gradients is divided afterwards, so that
+    every law of a gradient holds in what the taps saw. A router's auxiliary losses and its capacity are of a
+    micro-batch, as wherever gradients are accumulated.
     """
     *others, last = parts
     losses = []
@@ -62,13 +64,13 @@ def backward(
         weight = len(part) / len(last)
         with in_part(index):
             loss, auxiliary, _ = unwatched(part, sites.numerics, sites.balance_scale)
-            (weight * (loss + auxiliary)).backward()
+            scaled(weight * (loss + auxiliary)).backward()
         losses.append(weight * loss.detach())
         if after_part is not None:
             after_part()
     with in_part(len(others)), Taps(model, places) as taps:
         loss, auxiliary, routings = model(last, sites.numerics, sites.balance_scale)
-        (loss + auxiliary).backward()
+        scaled(loss + auxiliary).backward()
     if after_part is not None:
         after_part()
     if not others:

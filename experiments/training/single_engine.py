@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from foreshock.experiments.training.clipping import clip_gradients, clip_wrongly
 from foreshock.experiments.training.engine import NOTHING, Batches, read_batch
 from foreshock.experiments.training.gradients import Backward, backward, micro_batches
+from foreshock.experiments.training.loss_scaler import LossScaler
 from foreshock.experiments.training.optimizer import adamw, rate_of, rates_of, set_learning_rate
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.faults.amax_history import AmaxHistory
@@ -60,6 +61,7 @@ class SingleEngine:
         self.model, self.anatomy, self.config, self.tokens = model, Anatomy.of(model), config, 0
         self.logs, self.past, self.amaxes = (InjectionLog(),), past or Past(), AmaxHistory()
         self.optimizer, self.parameters = adamw(model, config), list(model.parameters())
+        self.scaler = LossScaler(model.tokens.weight.device, config.precision == "fp16")
         self._read_s: float | None = None
         self.unwatched = CompiledObjective(model, compiler) if config.compile else model
         self._healthy = Sites(batch_size=config.batch_size)
@@ -75,6 +77,8 @@ class SingleEngine:
             self.past.keep("start", step, self._weights())
         parts = self.micro_batches(step, site, log)
         self.tokens += sum(_trained_tokens(part, site) for part in parts)
+        self.scaler.corrupt(site.scaling, log)
+        scale, skipped = self.scaler.scale, self.scaler.skipped
         done = self.backward(parts, site, places, log, step)
         grad_norm = self.update(step, site, done.routings, log)
         return StepView(
@@ -88,6 +92,9 @@ class SingleEngine:
             numerics=site.numerics,
             objective_at=partial(self._objective_at, step, len(parts) - 1, done.watched, site.balance_scale),
             batch=done.watched,
+            loss_scale=None if scale == 1 else scale,
+            scaling=self.scaler.scaling,
+            skipped=self.scaler.skipped > skipped and bool(done.loss.isfinite()),
             read_s=self._read_s,
         )
 
@@ -122,7 +129,7 @@ class SingleEngine:
             site = replace(site, numerics=logged(site.numerics, (log,), self.model.config.backend))  # type: ignore[arg-type]
         with self._corrupted(site, log):
             after_part, in_part = self._after_part(step, site, log), partial(self._dropping, step)
-            return backward(self.model, parts, site, places, self.unwatched, after_part, in_part)
+            return backward(self.model, parts, site, places, self.unwatched, after_part, in_part, self.scaler.scaled)
 
     def _dropping(self, step: int, part: int) -> AbstractContextManager[None]:
         """The context in which a micro-batch draws its own masks of dropout."""
@@ -155,7 +162,32 @@ class SingleEngine:
     def update(
         self, step: int, site: Sites, routings: Sequence[Routing] = (), log: InjectionLog | None = None
     ) -> Tensor:
-        """Clip the gradients and take update ``step``; the global gradient norm before the clip, 0-dim."""
+        """Clip the gradients and take update ``step``; the global gradient norm before the clip, 0-dim.
+
+        Of gradients that overflow nothing is taken: weights, moments, counters and balancing biases stay. An operation
+        on the weights is done then, too.
+        """
+        if self.scaler.unscale(self.optimizer):
+            grad_norm = self._skip(step)
+        else:
+            grad_norm = self._optimise(step, site, log)
+            self.model.update_balance(routings, site.balance_scale)
+        self.scaler.update()
+        if site.weights or self.past:
+            weights = self._weights()
+            corrupt_tensors("weights", weights, site.weights, self._moment(step), log)
+            self.past.keep("weights", step, weights)
+        return grad_norm
+
+    def _skip(self, step: int) -> Tensor:
+        """Leave an update out whose gradients overflow; a later step that reads them finds zeros."""
+        gradients = gradients_of(self.model)
+        if self.past:
+            self.past.keep("gradients", step, {name: torch.zeros_like(x) for name, x in gradients.items()})
+        return clip_gradients(self.parameters, None)
+
+    def _optimise(self, step: int, site: Sites, log: InjectionLog | None) -> Tensor:
+        """From the gradients to the optimizer's update; the norm before the clip, 0-dim."""
         if site.gradients or self.past:
             gradients = gradients_of(self.model)
             self.past.keep("gradients", step, gradients)
@@ -167,11 +199,6 @@ class SingleEngine:
         set_learning_rate(self.optimizer, rate, site.lr_scale)
         with self._around_update(step, site, log):
             self.optimizer.step()
-        if site.weights or self.past:
-            weights = self._weights()
-            corrupt_tensors("weights", weights, site.weights, self._moment(step), log)
-            self.past.keep("weights", step, weights)
-        self.model.update_balance(routings, site.balance_scale)
         return grad_norm
 
     def _clip(self, site: Sites, log: InjectionLog | None) -> Tensor:
@@ -204,6 +231,7 @@ class SingleEngine:
             "injections": injections,
             "past": self.past.state_dict(),
             "amaxes": self.amaxes.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -212,9 +240,10 @@ class SingleEngine:
         self.optimizer.load_state_dict(state["optimizer"])
         self.tokens = state["tokens"]
         self.logs[0].load_state_dict(state["injections"])
-        # a stack's checkpoint has neither: its faults read nothing of them
+        # a stack's checkpoint has none of them: its faults read nothing of them, and it scales no loss
         self.past.load_state_dict(state.get("past", {}))
         self.amaxes.load_state_dict(state.get("amaxes", {}))
+        self.scaler.load_state_dict(state.get("scaler", {}))
 
 
 def _trained_tokens(part: Tensor, site: Sites) -> int:

@@ -23,7 +23,8 @@ class TrainConfig:
     ``diverged`` once that loss stands so far above its minimum, or None to train on;
     device: ``auto``, ``cpu`` or ``cuda``; threads: of torch in this process; stack: how many runs of an experiment
     train together along a model axis at most, 1 for each by itself; runs that cannot be stacked stay by themselves;
-    precision: ``fp32``, or ``bf16`` for autocast over FP32 weights (``models.precision``);
+    precision: ``fp32``, or ``bf16`` or ``fp16`` for autocast over FP32 weights (``models.precision``), ``fp16`` with
+    dynamic loss scaling (``experiments.training.loss_scaler``);
     micro_batch: sequences that go through the model at a time, or None for the whole batch; watched_sequences: so many
     of the last micro-batch are one of their own, which monitors look at, best a power of 2; None for all of it;
     compile: run all but the watched ones through ``torch.compile`` (``models.compiled``);

@@ -24,12 +24,16 @@ def numbers(reading: Reading) -> torch.Tensor:
     return reading.double()
 
 
+NOT_IN_FP32 = ("loss_scale", "tokens")
+"""Monitors that our own engine does not fill there."""
+
+
 def by_the_loop(run: Run) -> dict[tuple[int, str], torch.Tensor]:
     """What the monitors read in our own engine."""
     engine = run.new_engine()
     monitors = configured(("*",), EVERY)
     left_out = declined(monitors, engine.anatomy, engine.optimizer)
-    ours = (name for name, monitor in monitors.items() if name not in left_out and not monitor.needs.attached)
+    ours = (name for name, monitor in monitors.items() if name not in left_out and name not in NOT_IN_FP32)
     monitors = {name: monitors[name] for name in ours}
     watch = Watch(engine.anatomy, engine.optimizer, monitors)
     watch.record(0)

@@ -35,6 +35,7 @@ def overrides(name, make_config) -> list[str]:
     model = ["model=moe_nano", "model.moe.n_experts=4", "model.positions=rope", "model.dropout=0.1"]
     model += ["model.n_heads=4", "model.n_kv_heads=2"] if name == "kv_group_swap" else []
     chosen = [f"fault={name}", *model, "train.micro_batch=4", "train.clip=0.1", "train.warmup_steps=20"]
+    chosen += ["train.precision=fp16"] if name == "fp16_overflow" else []
     return chosen + [f"{key}=11" for key in _onsets(make_config(*chosen).fault)]
 
 

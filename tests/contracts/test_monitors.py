@@ -26,8 +26,8 @@ from foreshock.monitors.signal import EXACT, OVER_NOISE, RATIO
 from foreshock.monitors.watch import Watch
 
 EVERY = {path.stem: construct("monitor", path.stem) for path in sorted((ROOT / "conf" / "monitor").glob("*.yaml"))}
-ATTACHED = sorted(name for name, monitor in EVERY.items() if monitor.needs.attached)
-"""Those that no loop of ours can fill; ``tests/attaching`` has them read."""
+ATTACHED = sorted(name for name, monitor in EVERY.items() if monitor.needs.attached or monitor.needs.scaled)
+"""Those that no loop of ours fills in FP32; ``tests/attaching`` and ``test_fp16`` have them read."""
 MONITORS = sorted(EVERY.keys() - set(ATTACHED))
 CATALOGUE = pd.read_csv(ROOT / "monitors" / "catalogue.csv").set_index("id")
 AXES = {(): (1, 1), ("layer",): (2, 1), ("layer", "head"): (2, 2)}
@@ -157,7 +157,7 @@ def test_every_signal_describes_itself_as_the_catalogue_does(make_run, name):
 
 
 @pytest.mark.parametrize("attached", ATTACHED)
-def test_a_monitor_of_attached_loops_describes_itself_as_the_catalogue_does(attached):
+def test_a_monitor_of_other_loops_describes_itself_as_the_catalogue_does(attached):
     assert isinstance(EVERY[attached], Monitor)
     for signal in EVERY[attached].signals:
         row = CATALOGUE.loc[signal.reference]

@@ -251,6 +251,7 @@ NEEDS = {
     "expert_capacity": ("model=moe_nano",),
     "rope_bf16": ("model.positions=rope",),
     "gradient_bf16_accumulation": ("train.micro_batch=4",),
+    "fp16_overflow": ("train.precision=fp16",),
     "adam_state_bitflip": ("fault.onset=3",),
     "adam_state_reset": ("fault.onset=3",),
     "schedule_restart": ("fault.onset=3",),
@@ -268,12 +269,14 @@ def test_a_leaf_of_a_run_refuses_what_makes_no_sense(group, option):
     walk(build, composed("config", *SMALL, *steps, f"{group}={option}", *NEEDS.get(option, ())), group, option)
 
 
+NEEDS_OF_MONITORS = {"loss_scale": ("train.precision=fp16",)}
 OF_RUNS = [name for name in options("monitor") if not construct("monitor", name).needs.attached]
 
 
 @pytest.mark.parametrize("name", OF_RUNS)
 def test_a_leaf_of_a_monitor_does(name):
-    node = composed("config", "model=moe_nano", "train.device=cpu", "train.steps=20")
+    needs = NEEDS_OF_MONITORS.get(name, ())
+    node = composed("config", "model=moe_nano", "train.device=cpu", "train.steps=20", *needs)
     walk(build, {**node, "monitor": {name: node["monitor"][name]}}, "monitor")
 
 

@@ -69,7 +69,7 @@ def test_whatever_changes_the_result_changes_the_run(make_run, other):
         (["train.steps=1.5"], "train.steps=1.5 is not allowed"),
         (["train.steps=0"], "train.steps=0 is not allowed: at least 1"),
         (["train.device=tpu"], "train.device='tpu' is not allowed"),
-        (["train.precision=fp16"], "train.precision='fp16' is not allowed: one of fp32, bf16"),
+        (["train.precision=fp8"], "train.precision='fp8' is not allowed: one of fp32, bf16, fp16"),
         (["train.micro_batch=9"], "train.micro_batch=9 is not allowed: 1 to train.batch_size=8, or null"),
         (["train.micro_batch=0"], "train.micro_batch=0 is not allowed"),
         (["train.watched_sequences=0"], "train.watched_sequences=0 is not allowed: 1 to the 8 sequences"),
@@ -152,8 +152,9 @@ def test_an_impossible_configuration_is_one_line_by_name(make_run, overrides, me
 def test_router_monitors_are_left_out_of_every_monitor_and_refused_by_name(make_run):
     """On a dense model all monitors but those; a choice that names one of them is an error."""
     dense, sparse = make_run(), make_run("model=moe_nano")
-    assert list(dense.left_out_monitors) == ["expert_load", "router_laws", "router_weight", "routing_probability"]
-    assert set(sparse.monitors) - set(dense.monitors) == set(dense.left_out_monitors)
+    routers = ["expert_load", "router_laws", "router_weight", "routing_probability"]
+    assert sorted(dense.left_out_monitors) == sorted([*routers, "loss_scale"])
+    assert set(sparse.monitors) - set(dense.monitors) == set(routers)
     assert not set(dense.config["monitor"]) & set(dense.left_out_monitors)
     with pytest.raises(ValueError, match=r"monitor\.routing_probability needs the role 'router', and the model has no"):
         make_run("monitor=[loss,routing_probability]", tiny=False)
@@ -182,11 +183,19 @@ def test_the_monitors_of_a_run_are_the_files_that_there_are():
 
 def test_a_monitor_of_attached_loops_alone_is_refused_by_name_where_it_is_chosen(make_run):
     config = dict(make_run().asked)
-    chosen = {name: read("monitor", name) for name in ("loss", "loss_scale")}
-    with pytest.raises(ValueError, match=r"^monitor\.loss_scale reads the loop of foreshock\.attach alone: leave it"):
+    chosen = {name: read("monitor", name) for name in ("loss", "tokens")}
+    with pytest.raises(ValueError, match=r"^monitor\.tokens reads the loop of foreshock\.attach alone: leave it"):
         build_run({**config, "monitor": chosen})
     run = build_run({**config, "monitor": config["monitor"] | chosen})  # whatever fits
-    assert "loss" in run.monitors and "loss_scale" in run.left_out_monitors
+    assert "loss" in run.monitors and "tokens" in run.left_out_monitors
+
+
+def test_the_loss_scale_is_refused_by_name_where_nothing_scales_the_loss(make_run):
+    config = dict(make_run().asked)
+    chosen = {name: read("monitor", name) for name in ("loss", "loss_scale")}
+    with pytest.raises(ValueError, match=r"^monitor\.loss_scale reads the loss scale of train\.precision=fp16 alone"):
+        build_run({**config, "monitor": chosen})
+    assert "loss_scale" in make_run().left_out_monitors and "loss_scale" in make_run("train.precision=fp16").monitors
 
 
 def train_config(**changes) -> TrainConfig:

@@ -13,6 +13,7 @@ from foreshock.experiments.training.stacking import stacks, why_single
     [
         (["model=moe_nano", "model.moe.n_experts=4"], "model.moe"),
         (["train.precision=bf16"], "train.precision=bf16"),
+        (["train.precision=fp16"], "train.precision=fp16"),
         (["train.micro_batch=4"], "train.micro_batch=4"),
         (["train.watched_sequences=2"], "train.watched_sequences=2"),
         (["fault=batch_shrink", "fault.onset=39"], "a batch of"),

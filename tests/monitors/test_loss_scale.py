@@ -36,6 +36,13 @@ def test_a_rate_is_that_of_a_count_over_the_last_steps(tiny_run):
             assert rate == pytest.approx(100 * sum(last) / len(last), rel=1e-12)
 
 
+def test_skipped_updates_with_a_reading_of_their_own_count_alike(tiny_run):
+    monitor, view = LossScale(1, 4), tiny_run().view()
+    skipped = [0, 1, 2, 2, 2, 2, 3, 3]
+    rates = [read(monitor, view, step, 1.0, count)["overflow_rate"] for step, count in enumerate(skipped, 1)]
+    assert rates == [0, 50, pytest.approx(200 / 3), 50, 50, 25, 25, 25]
+
+
 def test_what_it_remembers_goes_through_a_checkpoint(tiny_run):
     view, whole, before, after = tiny_run().view(), LossScale(1, 3), LossScale(1, 3), LossScale(1, 3)
     for monitor in (whole, before):
