@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 
 from foreshock.analysis.runs.labels import DrawupLabel
-from foreshock.analysis.runs.outcomes import outcome_of_folders
+from foreshock.analysis.runs.outcomes import BETTER, outcome_of_folders
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run
 from foreshock.experiments.campaign_runs import Cell
 from foreshock.experiments.faults import said_keys
 from foreshock.experiments.files import write_whole
 
-RUNS, INJECTIONS = "runs.csv", "injections.csv"
+RUNS, INJECTIONS, OUTCOMES = "runs.csv", "injections.csv", "outcomes.csv"
 REFUSED = "refused"
 
 
@@ -33,7 +33,7 @@ class Result:
 
 
 def write_tables(report: Path, results: Sequence[Result], out: Path, label: DrawupLabel) -> pd.DataFrame:
-    """Write ``runs.csv``, which is returned, and ``injections.csv``. out: the folder of run folders."""
+    """Write ``runs.csv``, which is returned, ``injections.csv`` and ``outcomes.csv``. out: the folder of run folders."""
     manifests = [_manifest(result, out) for result in results]
     rows = [
         _row(result, manifest) | _end(result, out, label) for result, manifest in zip(results, manifests, strict=True)
@@ -43,9 +43,35 @@ def write_tables(report: Path, results: Sequence[Result], out: Path, label: Draw
         for result, manifest in zip(results, manifests, strict=True)
         for entry in manifest.get("injected", ())
     ]
-    for name, table in ((RUNS, rows), (INJECTIONS, changes)):
-        write_whole(report / name, pd.DataFrame(table).to_csv(index=False).encode())
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    for name, content in ((RUNS, table), (INJECTIONS, pd.DataFrame(changes)), (OUTCOMES, outcomes(table))):
+        write_whole(report / name, content.to_csv(index=False).encode())
+    return table
+
+
+def outcomes(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a fault, dose and site: its runs by outcome, the most frequent first. table: as ``runs.csv``.
+
+    outcome: such as ``gradual drift 3, no effect 2``; better: runs that end below every healthy one; excess: median
+    over the runs of the final loss less the healthy median, in nats a token, Inf where it is not finite.
+    """
+    rows = []
+    told = table[table.outcome.fillna("") != ""] if "outcome" in table else table[:0]
+    for keys, runs in told.groupby(["fault", "dose", "site", "needs"], sort=False, dropna=False):
+        counts = runs.outcome.value_counts(sort=True)
+        rows.append(
+            dict(zip(("fault", "dose", "site", "needs"), keys, strict=True))
+            | {
+                "seeds": len(runs),
+                "steps": int(runs.steps.max()),
+                "outcome": ", ".join(f"{name} {count}" for name, count in counts.items()),
+                "better": int((runs.note == BETTER).sum()),
+                "excess": round(float((runs.final_loss - runs.healthy_final_loss).fillna(np.inf).median()), 3),
+            }
+        )
+    return pd.DataFrame(
+        rows, columns=["fault", "dose", "site", "needs", "seeds", "steps", "outcome", "better", "excess"]
+    )
 
 
 def _manifest(result: Result, out: Path) -> dict[str, Any]:
