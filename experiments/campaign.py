@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,17 @@ def healthy_runs(
     }
 
 
-def faulty_run(shared: Sequence[str], cell: Cell) -> Run | ValueError:
-    """The run of a cell, or why its fault is refused."""
-    try:
-        (run,) = build_all([[*shared, *NEEDS[cell.needs], *cell.overrides, f"seed={cell.seed}"]])
-    except ValueError as error:
-        return error
-    return run
+def faulty_runs(shared: Sequence[str], chosen: Sequence[Cell]) -> list[tuple[Cell, Run | ValueError]]:
+    """By cell its run, or why its fault is refused. Neighbours that differ in their seed alone are composed once."""
+    built: list[tuple[Cell, Run | ValueError]] = []
+    for overrides, group in groupby(chosen, lambda cell: [*NEEDS[cell.needs], *cell.overrides]):
+        alike = list(group)
+        try:
+            runs: Sequence[Run | ValueError] = build_all([[*shared, *overrides, f"seed={c.seed}"] for c in alike])
+        except ValueError as error:
+            runs = [error] * len(alike)
+        built += zip(alike, runs, strict=True)
+    return built
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def runs_of(campaign: Campaign, given: Sequence[str], seed: int) -> Runs:
     chosen = cells(campaign, known, examples, seed)
     seeds = sorted({cell.seed for cell in chosen})
     twins = healthy_runs(shared, needed(chosen), seeds)
-    return Runs([(cell, faulty_run(shared, cell)) for cell in chosen], twins)
+    return Runs(faulty_runs(shared, chosen), twins)
 
 
 def train(runs: Runs, out: Path, report: Path, label: DrawupLabel, executor: Executor) -> None:
