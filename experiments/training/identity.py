@@ -24,9 +24,7 @@ from foreshock.faults.base import LABELS
 from foreshock.monitors.cadence import JITTER_STEPS, Cadence
 
 ENGINE = ("clipping", "engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
-SINGLE, STACKED = ("single_engine",), ("stacked_engine", "stacked_optimizer")
-SCALED = ("loss_scaler",)
-"""Of FP16 alone."""
+SINGLE, STACKED = ("single_engine", "loss_scaler"), ("stacked_engine", "stacked_optimizer")
 INSTRUMENTS = ("anatomy", "taps", "stacked_taps", "recomputing", "products", "objective")
 """Modules of ``models`` that look at a step and change nothing of it, as do those of ``models/anatomies``."""
 TRITON = ("flash*", "tiles")
@@ -66,8 +64,7 @@ def training_sources(config: Config) -> Iterator[tuple[str, Path]]:
     """Those that train the run, but for its fault's own."""
     stacked = config["train"]["stack"] > 1
     training = ROOT / "experiments" / "training"
-    scaled = config["train"]["precision"] == "fp16"
-    for name in (*ENGINE, *SINGLE, *(STACKED if stacked else ()), *(SCALED if scaled else ())):
+    for name in (*ENGINE, *SINGLE, *(STACKED if stacked else ())):
         yield f"experiments.training.{name}", training / f"{name}.py"
     left_out = {f"{name}.py" for name in INSTRUMENTS}
     left_out |= set() if stacked else {"stacked.py"}
