@@ -33,7 +33,7 @@ class Result:
 
 
 def write_tables(report: Path, results: Sequence[Result], out: Path, label: DrawupLabel) -> pd.DataFrame:
-    """Write ``runs.csv``, which is returned, ``injections.csv`` and ``outcomes.csv``. out: where the run folders are."""
+    """Write ``runs.csv``, which is returned, ``injections.csv`` and ``outcomes.csv``. out: of the run folders."""
     manifests = [_manifest(result, out) for result in results]
     rows = [
         _row(result, manifest) | _end(result, out, label) for result, manifest in zip(results, manifests, strict=True)

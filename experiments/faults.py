@@ -188,8 +188,8 @@ def markdown(found: Sequence[Row]) -> str:
         "Outcomes are those of `foreshock campaign campaign=outcomes` (`results/fault_outcomes`): the largest dose",
         "from step 100 on, or from the onset of the fault's file where it acts at the start alone; 300 steps of a nano",
         "model, 5 seeds against 5 healthy twins; in brackets the median loss above the healthy one.",
-        "`analysis/runs/outcomes.py` defines the words. So few steps show what is soon fatal; what is slow has no effect",
-        "here.",
+        "`analysis/runs/outcomes.py` defines the words. So few steps show what is soon fatal; what is slow has no",
+        "effect here.",
     ]
     for family in dict.fromkeys(row.family for row in found):
         members = [row for row in found if row.family == family]
