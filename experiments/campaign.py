@@ -12,7 +12,6 @@ foreshock train; ``dry_run=true`` lists the runs.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from foreshock.analysis.runs.labels import DrawupLabel
 from foreshock.experiments.build import Run
-from foreshock.experiments.campaign_runs import Campaign, Cell, cells, check_campaign, needed
+from foreshock.experiments.campaign_runs import Campaign, Cell, cells, chosen_rows, needed
 from foreshock.experiments.campaign_table import RUNS, Result, write_tables
 from foreshock.experiments.cli import CONF, guarded, one_line_errors
 from foreshock.experiments.executors import Executor
@@ -48,6 +47,10 @@ def _check_given(given: Sequence[str], campaign: Campaign) -> None:
         key = line.lstrip("+~").split("=")[0]
         if key.split(".")[0] == "fault":
             raise ValueError(f"{line} has no effect on a campaign, which chooses its faults: set campaign.faults=[...]")
+        root = line.lstrip("+~").split("=")[0]
+        for need, overrides in NEEDS.items():
+            if root in [override.split("=")[0] for override in overrides] and line not in overrides:
+                print(f"{line}: runs that need {need} have {' '.join(overrides)} all the same")
         if key in OF_THE_DRAW and campaign.draw is None:
             raise ValueError(f"{line} has no effect on campaign={campaign.name}, which draws nothing: campaign=random")
 
@@ -111,13 +114,12 @@ class Runs:
 
 def runs_of(campaign: Campaign, given: Sequence[str], seed: int) -> Runs:
     """Choose and check the runs of a campaign. seed: of its draw. Raises ValueError in one line."""
-    known, shared = rows(), [*campaign.overrides, *of_training(given)]
-    check_campaign(campaign, known)
-    examples = {need: twins[0] for need, twins in healthy_runs(shared, NEEDS, [0]).items()}
-    chosen = cells(campaign, known, examples, seed)
-    seeds = sorted({cell.seed for cell in chosen})
-    twins = healthy_runs(shared, needed(chosen), seeds)
-    return Runs(faulty_runs(shared, chosen), twins)
+    of_campaign, shared = chosen_rows(campaign, rows()), [*campaign.overrides, *of_training(given)]
+    examples = {need: twins[0] for need, twins in healthy_runs(shared, needed(of_campaign), [0]).items()}
+    built = faulty_runs(shared, cells(campaign, of_campaign, examples, seed))
+    fitting = [cell for cell, run in built if isinstance(run, Run)]
+    twins = healthy_runs(shared, needed(fitting), sorted({cell.seed for cell in fitting}))
+    return Runs(built, twins)
 
 
 def train(runs: Runs, out: Path, report: Path, label: DrawupLabel, executor: Executor) -> None:
@@ -131,7 +133,7 @@ def train(runs: Runs, out: Path, report: Path, label: DrawupLabel, executor: Exe
         table = write_tables(report, runs.results, out, label)
         counts = f"{len(runs.faulty)} faulty runs, {len(runs.healthy)} healthy twins, {len(runs.refused)} refused"
         print(f"{report / RUNS}: {counts}")
-        for name, count in Counter(filter(None, table.get("outcome", ()))).most_common():
+        for name, count in table.outcome.value_counts().items():
             print(f"  {count:>4} {name}")
 
 

@@ -7,19 +7,24 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from foreshock.experiments.build import Run, construct
 from foreshock.experiments.faults import NEEDS, Row, said
 from foreshock.experiments.plan import FIRST_SEED
-from foreshock.experiments.validation import Distinct, Node, check_named
+from foreshock.experiments.validation import Distinct, Node, check_named, distinct
+from foreshock.faults.card import BENIGN
 from foreshock.faults.fit import check_fits
 from foreshock.models.corruption import MODULE_SITES, has_weight
 from foreshock.models.numerics import SITES
 from foreshock.models.transformer import PARAMETER_GROUPS, TransformerConfig, skeleton
 
-MOST_TRIES = 200
-"""Draws of one fault, until one fits."""
+MOST_TRIES = 50
+"""Draws of a dose, an onset and a site for one fault, until they fit; and of a fault, until it has any."""
+
+
+OF_A_CELL = ("fault", "seed", "out")
+"""Keys that a campaign sets for each of its runs."""
 
 
 class Campaign(Node):
@@ -28,7 +33,7 @@ class Campaign(Node):
     name: Annotated[str, Field(min_length=1)]
     faults: Annotated[Distinct, Field(min_length=1)] | None
     doses: Literal["largest", "smallest", "all"]
-    onsets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    onsets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(distinct)]
     own_onset: Distinct
     seeds: Annotated[int, Field(ge=1, le=1000)]
     draw: Annotated[int, Field(ge=1, le=10_000)] | None
@@ -41,6 +46,7 @@ class Cell:
     of ``experiments.faults.NEEDS``."""
 
     fault: str
+    family: str
     needs: str
     seed: int
     dose: Mapping[str, Any] = field(default_factory=dict)
@@ -58,15 +64,24 @@ class Cell:
         return [f"fault={self.fault}", *(f"fault.{key}={said(value)}" for key, value in self.keys.items())]
 
 
-def check_campaign(campaign: Campaign, known: Sequence[Row]) -> None:
-    """Raises ValueError for a fault that is none, in one line."""
+def chosen_rows(campaign: Campaign, known: Sequence[Row]) -> list[Row]:
+    """The faults of a campaign, of all; a draw from all leaves benign controls out, which are no faults.
+
+    Raises ValueError for a fault that is none, and for an override that every run would undo, in one line.
+    """
     names = [row.name for row in known]
     check_named(campaign.faults or (), names, "campaign.faults")
     check_named(campaign.own_onset, names, "campaign.own_onset")
+    undone = next((line for line in campaign.overrides if line.split("=")[0].split(".")[0] in OF_A_CELL), None)
+    if undone is not None:
+        raise ValueError(f"campaign.overrides: {undone} has no effect, as every run has its own")
+    if campaign.faults is not None:
+        return [row for row in known if row.name in campaign.faults]
+    return [row for row in known if campaign.draw is None or row.family != BENIGN]
 
 
-def cells(campaign: Campaign, known: Sequence[Row], healthy: Mapping[str, Run], seed: int) -> list[Cell]:
-    """The faulty runs of a campaign. known: every fault; healthy: by need, a healthy run that has what is needed.
+def cells(campaign: Campaign, rows: Sequence[Row], healthy: Mapping[str, Run], seed: int) -> list[Cell]:
+    """The faulty runs of a campaign. rows: its faults; healthy: by need of theirs, a run that has what is needed.
 
     A draw is a pure function of ``seed``, the catalogue and the models. Raises ValueError for an onset after the end.
     """
@@ -75,7 +90,6 @@ def cells(campaign: Campaign, known: Sequence[Row], healthy: Mapping[str, Run], 
     if late is not None:
         said_onsets = f"campaign.onsets={said(campaign.onsets)} is not allowed"
         raise ValueError(f"{said_onsets}: {late} is after the end, train.steps={steps}")
-    rows = [row for row in known if campaign.faults is None or row.name in campaign.faults]
     return list(_listed(campaign, rows) if campaign.draw is None else _drawn(campaign, rows, healthy, seed))
 
 
@@ -85,7 +99,7 @@ def _listed(campaign: Campaign, rows: Sequence[Row]) -> Iterator[Cell]:
         for dose in _doses(campaign, row):
             for onset in onsets:
                 for seed in _seeds(campaign):
-                    yield Cell(row.name, row.needs, seed, dose, {}, onset)
+                    yield Cell(row.name, row.family, row.needs, seed, dose, {}, onset)
 
 
 def _keeps_onset(campaign: Campaign, row: Row) -> bool:
@@ -104,14 +118,18 @@ def _seeds(campaign: Campaign) -> range:
 
 
 def _drawn(campaign: Campaign, rows: Sequence[Row], healthy: Mapping[str, Run], seed: int) -> Iterator[Cell]:
-    """Distinct cells: a family, one of its faults, dose, onset and site, each drawn uniformly from what fits."""
+    """Distinct cells: a family and one of its faults, each as likely, then a dose, an onset and a site that fit."""
     generator, seeds = np.random.Generator(np.random.PCG64(seed)), _seeds(campaign)
     assert campaign.draw is not None
+    families = sorted({row.family for row in rows})
     seen: list[dict[str, Any]] = []
     for index in range(campaign.draw):
         for _ in range(MOST_TRIES):
-            cell = _draw(campaign, rows, healthy, seeds[index % len(seeds)], generator)
-            if cell is not None and vars(cell) not in seen:
+            family = _choice(families, generator)
+            row = _choice([row for row in rows if row.family == family], generator)
+            tries = (_draw(campaign, row, healthy, seeds[index % len(seeds)], generator) for _ in range(MOST_TRIES))
+            cell = next((cell for cell in tries if cell is not None and vars(cell) not in seen), None)
+            if cell is not None:
                 break
         else:
             raise ValueError(f"n={campaign.draw} is not allowed: no {index + 1} different faults of these fit")
@@ -120,16 +138,14 @@ def _drawn(campaign: Campaign, rows: Sequence[Row], healthy: Mapping[str, Run], 
 
 
 def _draw(
-    campaign: Campaign, rows: Sequence[Row], healthy: Mapping[str, Run], seed: int, generator: np.random.Generator
+    campaign: Campaign, row: Row, healthy: Mapping[str, Run], seed: int, generator: np.random.Generator
 ) -> Cell | None:
-    """One draw; None where it does not fit."""
-    family = _choice(sorted({row.family for row in rows}), generator)
-    row = _choice([row for row in rows if row.family == family], generator)
+    """A dose, an onset and a site of one fault; None where they do not fit."""
     run, dose = healthy[row.needs], _choice(_doses(campaign, row), generator)
     onset = int(generator.integers(min(campaign.onsets), max(campaign.onsets) + 1))
     free = [key for key in row.parameters if key not in dose]
     site = {key: value for key, value in _site(run.model_config, generator).items() if key in free}
-    cell = Cell(row.name, row.needs, seed, dose, site, None if _keeps_onset(campaign, row) else onset)
+    cell = Cell(row.name, row.family, row.needs, seed, dose, site, None if _keeps_onset(campaign, row) else onset)
     try:
         fault = construct({**row.node, **cell.keys}, "fault")
         check_fits(fault, run.model_config, run.train)
@@ -162,6 +178,6 @@ def _site(model: TransformerConfig, generator: np.random.Generator) -> dict[str,
     }
 
 
-def needed(cells: Sequence[Cell]) -> dict[str, list[str]]:
-    """By need of these cells, the overrides of a run that has it."""
-    return {needs: NEEDS[needs] for needs in dict.fromkeys(cell.needs for cell in cells)}
+def needed(these: Sequence[Cell | Row]) -> dict[str, list[str]]:
+    """By need of these cells or faults, the overrides of a run that has it."""
+    return {needs: NEEDS[needs] for needs in dict.fromkeys(each.needs for each in these)}

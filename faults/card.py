@@ -8,6 +8,9 @@ from typing import Any
 
 from foreshock.faults.window import Window
 
+BENIGN = "benign"
+"""The family of planned changes that break nothing, controls for monitors."""
+
 FAMILIES = (
     "attention_numerics",
     "module_numerics",
@@ -21,11 +24,11 @@ FAMILIES = (
     "resume",
     "system",
     "ranks",
-    "benign",
+    BENIGN,
     "combined",
     "other",
 )
-"""What a fault breaks, for tables; ``benign`` is a planned change that breaks nothing, a control for monitors."""
+"""What a fault breaks, for tables."""
 
 
 def check_family(family: str) -> None:

@@ -16,8 +16,9 @@ from foreshock.analysis.detect.joint import Scale, member_scales
 from foreshock.analysis.detect.tracks.base import Band, Charted, Raw, Track
 from foreshock.analysis.detect.tracks.by_name import TRACKS
 from foreshock.analysis.runs.align import Aligned, hold, positions, thin
-from foreshock.analysis.runs.experiment import BENIGN, Experiment, ScoredRun
+from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 from foreshock.experiments.trace import Series, TraceError
+from foreshock.faults.card import BENIGN
 from foreshock.monitors.cadence import Cadence
 from foreshock.monitors.signal import EXACT, Signal
 

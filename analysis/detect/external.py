@@ -41,7 +41,7 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
             listed.add((row.monitor, row.run_id))
             index, run = runs[row.run_id]
             step = _step(row.step, run, experiments[index], where)
-            if run.role in ("test", "faulty"):
+            if run.role in ("test", "faulty"):  # benign controls have a table of our own detectors
                 scored = True
                 others = experiments[index].of("test", "faulty")
                 blank: dict[str, int | None] = {other.trace.run_id: None for other in others}

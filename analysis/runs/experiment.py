@@ -12,22 +12,21 @@ import numpy as np
 from foreshock.analysis.runs.labels import CLEAN_SIGNAL, LABEL_SIGNAL
 from foreshock.analysis.runs.outcomes import Outcome
 from foreshock.experiments.trace import Series, Trace, TraceError
+from foreshock.faults.card import BENIGN
 from foreshock.monitors.signal import Signal
 
 HEALTHY = "healthy"
 """What tables call a run without a fault."""
 HEALTHY_ROLES = ("reference", "calibration", "test")
-BENIGN = "benign"
-"""The family of a planned change that is no fault, and the role of its runs."""
 
 
 @dataclass(frozen=True)
 class ScoredRun:
     """A run with its role, fault name (None = healthy) and label, on the axis of its experiment.
 
-    role: of ``HEALTHY_ROLES``, ``faulty``, or ``BENIGN``, of a planned change that is no fault; onset, divergence:
-    positions, or None; horizon: where its scoring ends, the experiment's or its own end; outcome: what became of it
-    against the calibration runs, None of those and of reference runs.
+    role: of ``HEALTHY_ROLES``, ``faulty``, or ``faults.card.BENIGN``, of a planned change that is no fault; onset,
+    divergence: positions, or None; horizon: where its scoring ends, the experiment's or its own end; outcome: what
+    became of it against the calibration runs, None of those and of reference runs.
     """
 
     role: str

@@ -11,7 +11,7 @@ import numpy as np
 from foreshock.analysis.runs import reduced
 from foreshock.analysis.runs.align import AXES, hold, positions
 from foreshock.analysis.runs.checks import check_alike, check_cells, check_roles, differences
-from foreshock.analysis.runs.experiment import BENIGN, Experiment, ScoredRun
+from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 from foreshock.analysis.runs.index import read_index
 from foreshock.analysis.runs.labels import (
     LABEL_SIGNAL,
@@ -25,6 +25,7 @@ from foreshock.analysis.runs.outcomes import Outcome, outcome
 from foreshock.experiments import trace
 from foreshock.experiments.names import check_index_names
 from foreshock.experiments.trace import Trace
+from foreshock.faults.card import BENIGN
 
 
 def views(report: Path) -> list[tuple[str, str]]:

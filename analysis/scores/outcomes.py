@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from foreshock.analysis.runs.experiment import BENIGN, HEALTHY, Experiment
+from foreshock.analysis.runs.experiment import HEALTHY, Experiment
 from foreshock.analysis.scores.contest import Contest
+from foreshock.faults.card import BENIGN
 
 BENIGN_COLUMNS = ["model", "control", "detector", "runs", "alarms", "share", "alarms_before"]
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from foreshock.experiments.training.source_code import ROOT, closure_of, digest_of, path_of
 from foreshock.faults.base import LABELS
+from foreshock.faults.card import BENIGN
 from foreshock.monitors.cadence import JITTER_STEPS, Cadence
 
 ENGINE = ("clipping", "engine", "gradients", "optimizer", "train_config", "data", "repetition", "early_end")
@@ -116,11 +117,15 @@ def _targets(node: Any) -> Iterator[str]:
 
 
 def without_labels(node: Any) -> Any:
-    """A fault's configuration node without what only tables say of it, at any depth, nor keys as good as none."""
+    """A fault's configuration node without what only tables say of it, at any depth, nor keys as good as none.
+
+    A benign control stays one: it is judged as no fault, so that it has runs of its own.
+    """
     if not isinstance(node, Mapping):
         return node
     added: Config = ADDED | ADDED_TO.get(str(node.get("_target_")), {})
-    kept = {key: value for key, value in node.items() if key not in LABELS and added.get(key, ...) != value}
+    label = {"family": BENIGN} if node.get("family") == BENIGN else {}
+    kept = {key: value for key, value in node.items() if key not in LABELS and added.get(key, ...) != value} | label
     return {key: without_labels(value) for key, value in kept.items()}
 
 

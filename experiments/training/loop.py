@@ -110,6 +110,7 @@ def _train_members(members: Sequence[Member], until: float | None, progress: Pro
     """Train unfinished runs on; until: when to leave off, on the monotonic clock."""
     for _, _, manifest in members:
         manifest["end_reason"] = "running"
+        manifest.pop("error", None)
     try:
         for together in _alike(members) if stacked else [[member] for member in members]:
             with out_of_memory_named(together[0][0]):
@@ -119,6 +120,8 @@ def _train_members(members: Sequence[Member], until: float | None, progress: Pro
         for _, folder, manifest in members:
             if manifest["end_reason"] == "running":
                 manifest["end_reason"] = end_reason
+                if end_reason == "failed":
+                    manifest["error"] = " ".join(str(error).split()) or type(error).__name__
                 with suppress(OSError):  # the first error is the one to report
                     trace.write_manifest(folder, manifest)
         raise

@@ -64,6 +64,8 @@ def test_in_a_pair_each_has_the_values_that_it_has_alone(first, alone):
                 assert both == ours, (first, second, point)
             elif point not in changed(own):
                 assert both == theirs, (first, second, point)
+            elif point == "sampling":  # what a resume draws again comes first
+                assert sorted(map(repr, both)) == sorted(map(repr, ours + theirs)), (first, second)
             elif isinstance(both, tuple):
                 assert both == ours + theirs, (first, second, point)
             elif point == "lr_scale":

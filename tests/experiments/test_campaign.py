@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from foreshock.experiments import campaign, faults, trace
-from foreshock.experiments.campaign_runs import Campaign, cells, check_campaign
+from foreshock.experiments.campaign_runs import Campaign, cells, chosen_rows
 from foreshock.experiments.cli import guarded
 from foreshock.experiments.faults import NEEDS
 from foreshock.faults.base import Fault
@@ -23,6 +23,10 @@ SMOKE = {
 }
 
 
+LARGER = ["model.n_heads=4", "train.steps=40"]
+"""Of a tiny run: heads for groups of two."""
+
+
 @pytest.fixture(scope="module")
 def rows():
     return faults.rows()
@@ -31,7 +35,7 @@ def rows():
 @pytest.fixture
 def healthy(make_run):
     """By need, a tiny run that has it."""
-    return {need: make_run(*overrides, "train.steps=40") for need, overrides in NEEDS.items()}
+    return {need: make_run(*overrides, *LARGER) for need, overrides in NEEDS.items()}
 
 
 def test_every_fault_is_there_once_at_its_largest_dose(rows, healthy):
@@ -45,15 +49,17 @@ def test_every_fault_is_there_once_at_its_largest_dose(rows, healthy):
 
 def test_doses_onsets_and_seeds_multiply(rows, healthy):
     named = SMOKE | {"faults": ["label_noise"], "doses": "all", "onsets": [3, 5], "seeds": 2}
-    chosen = cells(Campaign(**named), rows, healthy, 0)
+    chosen = cells(Campaign(**named), chosen_rows(Campaign(**named), rows), healthy, 0)
     assert len(chosen) == 3 * 2 * 2 == len({(cell.dose["share"], cell.onset, cell.seed) for cell in chosen})
 
 
 def test_a_draw_is_pure_in_its_seed_distinct_and_wide(rows, healthy):
     draw = Campaign(**SMOKE | {"draw": 40, "onsets": [5, 30], "doses": "all", "seeds": 3})
-    chosen = cells(draw, rows, healthy, 7)
-    assert chosen == cells(draw, rows, healthy, 7)
-    assert chosen != cells(draw, rows, healthy, 8)
+    without_controls = chosen_rows(draw, rows)
+    assert {row.family for row in rows} - {row.family for row in without_controls} == {"benign"}
+    chosen = cells(draw, without_controls, healthy, 7)
+    assert chosen == cells(draw, without_controls, healthy, 7)
+    assert chosen != cells(draw, without_controls, healthy, 8)
     assert len(chosen) == len({repr(cell) for cell in chosen}) == 40
     family = {row.name: row.family for row in rows}
     assert len({family[cell.fault] for cell in chosen}) >= 8  # of 14, each as likely as the others
@@ -73,6 +79,8 @@ def test_a_draw_is_pure_in_its_seed_distinct_and_wide(rows, healthy):
         (["campaign.onsets=[500]"], "campaign.onsets=[500] is not allowed: 500 is after the end, train.steps=300"),
         (["campaign.doses=big"], "campaign.doses='big' is not allowed: one of largest, smallest, all"),
         (["fault=clip_off"], "fault=clip_off has no effect on a campaign"),
+        (["campaign.onsets=[5,5]"], "campaign.onsets=[5, 5] is not allowed: 5 stands there twice"),
+        (["campaign.overrides=['seed=3']"], "campaign.overrides: seed=3 has no effect, as every run has its own"),
         (["campaign.seeds=0"], "campaign.seeds=0 is not allowed: at least 1"),
     ],
 )
@@ -86,7 +94,7 @@ def test_a_mistake_is_one_line(arguments, said, monkeypatch, capsys):
 
 def test_an_unknown_fault_is_named_with_the_nearest(rows):
     with pytest.raises(ValueError, match=re.escape("campaign.own_onset='init_scal' is not allowed")):
-        check_campaign(Campaign(**SMOKE | {"own_onset": ["init_scal"]}), rows)
+        chosen_rows(Campaign(**SMOKE | {"own_onset": ["init_scal"]}), rows)
 
 
 def test_a_campaign_trains_resumes_and_writes_what_came_out(text, tiny, tmp_path, monkeypatch, capsys):
@@ -103,7 +111,12 @@ def test_a_campaign_trains_resumes_and_writes_what_came_out(text, tiny, tmp_path
     assert "6 faulty runs, 2 healthy twins, 0 refused" in said
     table = pd.read_csv(report / "runs.csv")
     assert list(table.fault) == ["label_noise"] * 2 + ["clip_off"] * 2 + ["untied"] * 2
-    assert (table.end_reason == "completed").all() and (table.elements > 0).all() and (table.twins == 2).all()
+    assert (
+        table.run_id.is_unique
+        and (table.end_reason == "completed").all()
+        and (table.elements > 0).all()
+        and (table.twins == 2).all()
+    )
     assert table.outcome.notna().all()
     injections = pd.read_csv(report / "injections.csv")
     assert set(injections.fault) == {"label_noise", "clip_off", "untied"}
@@ -134,6 +147,27 @@ def test_a_refused_fault_is_a_row_and_an_exit_code(text, tiny, tmp_path, monkeyp
 def test_what_a_cell_says_is_what_its_run_has(rows, healthy, make_run):
     draw = Campaign(**SMOKE | {"draw": 12, "onsets": [5, 30], "doses": "all"})
     for cell in cells(draw, rows, healthy, 3):
-        run = make_run(*NEEDS[cell.needs], *cell.overrides, "train.steps=40")
+        run = make_run(*NEEDS[cell.needs], *cell.overrides, *LARGER)
         assert isinstance(run.fault, Fault)
         assert {key: run.config["fault"][key] for key in cell.keys} == cell.keys
+
+
+def test_every_dose_of_the_catalogue_is_a_run_of_its_own(rows, healthy, make_run):
+    chosen = cells(Campaign(**SMOKE | {"doses": "all"}), rows, healthy, 0)
+    runs = [make_run(*NEEDS[cell.needs], *cell.overrides, *LARGER) for cell in chosen]
+    assert len({run.run_id for run in runs}) == len(runs) > 120
+
+
+def test_a_fault_that_changes_nothing_says_so_in_its_row(text, tiny, tmp_path, monkeypatch, capsys):
+    arguments = [
+        "campaign.faults=[clip_off]", "campaign.onsets=[5]", *tiny, "data=text", f"data.path={text}", "train.steps=20",
+        "train.clip=1000", "campaign.overrides=['monitor=[loss]']", f"out={tmp_path / 'runs'}",
+        f"report={tmp_path / 'report'}", "at_once=1",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["campaign", *arguments])
+    with pytest.raises(SystemExit) as end:
+        campaign.main()
+    assert end.value.code == 2 and "1 of 2 runs failed" in capsys.readouterr().err
+    (row,) = pd.read_csv(tmp_path / "report" / "runs.csv").itertuples()
+    assert row.end_reason == "failed" and "changed no element" in row.reason
+    assert len(pd.read_csv(tmp_path / "report" / "injections.csv").columns) == 8

@@ -9,7 +9,6 @@ import pytest
 
 from foreshock.analysis.detect.tracks.by_name import TRACKS
 from foreshock.analysis.report import make_report
-from foreshock.analysis.runs.experiment import BENIGN
 from foreshock.analysis.runs.labels import CLEAN_SIGNAL, LABEL_SIGNAL
 from foreshock.analysis.runs.load import load
 from foreshock.analysis.runs.outcomes import outcome_of_folders
@@ -20,6 +19,7 @@ from foreshock.analysis.scores.outcomes import benign_table, outcome_table
 from foreshock.analysis.scores.table import lead_table
 from foreshock.experiments import trace
 from foreshock.experiments.training.run_writer import CLEAN, HELD_OUT
+from foreshock.faults.card import BENIGN
 from tests.analysis.made_up_board import COUNTS, DETECTORS, EARLY, FAULTS, SIGNALS
 from tests.injections import card
 
