@@ -152,9 +152,10 @@ def test_what_a_cell_says_is_what_its_run_has(rows, healthy, make_run):
         assert {key: run.config["fault"][key] for key in cell.keys} == cell.keys
 
 
+@pytest.mark.slow
 def test_every_dose_of_the_catalogue_is_a_run_of_its_own(rows, healthy, make_run):
-    chosen = cells(Campaign(**SMOKE | {"doses": "all"}), rows, healthy, 0)
-    runs = [make_run(*NEEDS[cell.needs], *cell.overrides, *LARGER) for cell in chosen]
+    chosen = cells(Campaign(**SMOKE | {"doses": "all", "onsets": [30]}), rows, healthy, 0)
+    runs = [make_run(*NEEDS[cell.needs], *cell.overrides, "train.steps=400", tiny=False) for cell in chosen]
     assert len({run.run_id for run in runs}) == len(runs) > 120
 
 
