@@ -3,9 +3,10 @@
     foreshock compare "monitors=[delta_w,loss]" fault=bf16_shift bits=5,6,7,8 seeds=5
 
 monitors: of conf/monitor; every detector that reads them alone is scored, and held-out loss as the baseline. fault: of
-conf/fault. Its number with several values is the dose; its other keys may be set too (onset=300). seeds: runs a dose;
-healthy runs are as many as the scale has. steps: of every run; model: of conf/model; scale: of conf/scale. What else is
-given (report=, data=, dry_run=true, train.batch_size=32, experiment.seeds.test=10) goes to ``experiments.reproduce``.
+conf/fault. Its number with several values is the dose, by default the doses of its file; its other keys may be set too
+(onset=300). seeds: runs a dose; healthy runs are as many as the scale has. steps: of every run; model: of conf/model;
+scale: of conf/scale. What else is given (report=, data=, dry_run=true, train.batch_size=32, experiment.seeds.test=10)
+goes to ``experiments.reproduce``.
 
 The comparison is an experiment like any other: it is written to conf/experiment/ in the report's folder, and
 ``experiments.reproduce`` trains and scores it.
@@ -28,12 +29,13 @@ from foreshock.experiments.names import check_distinct
 from foreshock.experiments.plain_config import monitors_of
 from foreshock.experiments.usage import fail, show_help
 from foreshock.experiments.validation import check_named, nearest
+from foreshock.faults.base import LABELS
 
 OWN = ("monitors", "fault", "seeds", "steps", "model", "scale", "report")
 PASSED = ("data", "train", "label", "rule", "align", "out", "dry_run", "score_only", "at_once")
 """Keys without a dot that ``experiments.reproduce`` takes."""
 BASELINE = "held_out_loss"
-NOT_DOSES = ("_target_", "defaults", "family")
+NOT_DOSES = ("_target_", "defaults", *LABELS)
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,12 @@ def _detectors_in(file: str) -> dict[str, list[str]]:
 
 
 def _keys_of(fault: str) -> list[str]:
-    node = yaml.safe_load((Path(CONF) / "fault" / f"{fault}.yaml").read_text())
-    return [key for key in node if key not in NOT_DOSES]
+    return [key for key in _node(fault) if key not in NOT_DOSES]
+
+
+def _node(fault: str) -> dict[str, Any]:
+    node: dict[str, Any] = yaml.safe_load((Path(CONF) / "fault" / f"{fault}.yaml").read_text())
+    return node
 
 
 def _pair(argument: str) -> tuple[str, str]:
@@ -175,24 +181,39 @@ def _names(value: str) -> tuple[str, ...]:
 
 
 def _dose(fault: str, given: Mapping[str, str]) -> tuple[str, tuple[float, ...]]:
-    """The key of a fault that has several values, and them."""
+    """The key of a fault that has several values, and them; where none has, those of its file's doses."""
     several = [key for key, value in given.items() if "," in value and not value.startswith(("[", "{"))]
+    listed = _listed_doses(fault)
+    if not several and listed is not None and listed[0] not in given:
+        return listed
     if len(several) != 1:
         said = f"{' and '.join(several)} have several values" if several else "no key of the fault has several values"
         raise ValueError(f"fault={fault}: {said}: give one number of it as the dose, such as {_example(fault)}")
     (dose,) = several
     values = [yaml.safe_load(value) for value in given[dose].split(",")]
     for value in values:
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not _is_number(value):
             raise ValueError(f"{dose}={given[dose]} is not allowed: {value!r} is no number, and a dose is")
     check_distinct(values, dose)
     return dose, tuple(sorted(values))
 
 
+def _listed_doses(fault: str) -> tuple[str, tuple[float, ...]] | None:
+    """The doses of a fault's file, where they are several numbers of one key."""
+    doses = _node(fault).get("doses", ())
+    keys, values = {key for dose in doses for key in dose}, [value for dose in doses for value in dose.values()]
+    if len(keys) != 1 or len(values) < 2 or not all(map(_is_number, values)):
+        return None
+    return keys.pop(), tuple(sorted(values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _example(fault: str) -> str:
     """A dose of this fault: its first number, at its default and below."""
-    node = yaml.safe_load((Path(CONF) / "fault" / f"{fault}.yaml").read_text())
-    numbers = {key: of for key, of in node.items() if isinstance(of, (int, float)) and not isinstance(of, bool) and of}
+    numbers = {key: of for key, of in _node(fault).items() if _is_number(of) and of}
     key, value = next(iter(numbers.items()), ("KEY", 1))
     return f"{key}={value - 1 if isinstance(value, int) else value / 2},{value}"
 

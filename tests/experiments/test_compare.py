@@ -57,6 +57,23 @@ def test_a_monitor_without_a_detector_enters_by_its_own_name(monkeypatch):
     assert detectors_of(["loss"]) == {"loss": ["train_loss_raw", "train_loss_ema"]}
 
 
+def test_without_a_dose_the_fault_s_file_gives_them():
+    comparison = Comparison.of(["monitors=[loss]", "fault=bf16_shift", "onset=3"])
+    assert (comparison.dose, comparison.values, comparison.fixed) == ("bits", (3, 5, 7), {"onset": "3"})
+    assert Comparison.of(["monitors=[loss]", "fault=bf16_shift", "bits=1,2"]).values == (1, 2)
+
+
+@pytest.mark.parametrize("fault", ["clip_off", "kv_group_swap", "clip_scope"])  # a dose null, one dose alone, words
+def test_doses_of_a_file_that_make_no_axis_are_not_taken(fault):
+    with pytest.raises(ValueError, match=f"fault={fault}: no key of the fault has several values"):
+        Comparison.of(["monitors=[loss]", f"fault={fault}"])
+
+
+def test_a_label_of_a_fault_is_no_dose():
+    with pytest.raises(ValueError, match="doses=1,2 is not allowed: a key of fault=bf16_shift is one of sites, bits"):
+        Comparison.of(["monitors=[loss]", "fault=bf16_shift", "doses=1,2"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
