@@ -76,7 +76,10 @@ def test_a_draw_is_pure_in_its_seed_distinct_and_wide(rows, healthy):
         (["campaign=random", "n=0"], "n=0 is not allowed: at least 1"),
         (["campaign=smok"], "campaign=smok is not an option of campaign (did you mean 'smoke'?"),
         (["campaign.faults=[clip_of]"], "campaign.faults='clip_of' is not allowed"),
-        (["campaign.onsets=[500]"], "campaign.onsets=[500] is not allowed: 500 is after the end, train.steps=300"),
+        (
+            ["campaign.faults=[clip_off]", "campaign.onsets=[500]"],
+            "campaign.onsets=[500] is not allowed: 500 is after the end, train.steps=300",
+        ),
         (["campaign.doses=big"], "campaign.doses='big' is not allowed: one of largest, smallest, all"),
         (["fault=clip_off"], "fault=clip_off has no effect on a campaign"),
         (["campaign.onsets=[5,5]"], "campaign.onsets=[5, 5] is not allowed: 5 stands there twice"),
@@ -126,6 +129,7 @@ def test_a_campaign_trains_resumes_and_writes_what_came_out(text, tiny, tmp_path
     assert {folder: trace.read_manifest(folder) for folder in (tmp_path / "runs").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_refused_fault_is_a_row_and_an_exit_code(text, tiny, tmp_path, monkeypatch, capsys):
     report = tmp_path / "report"
     arguments = [
@@ -159,6 +163,7 @@ def test_every_dose_of_the_catalogue_is_a_run_of_its_own(rows, healthy, make_run
     assert len({run.run_id for run in runs}) == len(runs) > 120
 
 
+@pytest.mark.slow
 def test_a_fault_that_changes_nothing_says_so_in_its_row(text, tiny, tmp_path, monkeypatch, capsys):
     arguments = [
         "campaign.faults=[clip_off]", "campaign.onsets=[5]", *tiny, "data=text", f"data.path={text}", "train.steps=20",
