@@ -41,6 +41,10 @@ class FP8Products(ProductFormat):
     def idle(self) -> bool:
         return self.form == "fp32"
 
+    @property
+    def changes_forward(self) -> bool:
+        return not self.idle
+
     def forward_of(self, name: str, module: Linear, scope: Scope) -> Callable[..., Tensor]:
         def quantise(operand: str, x: Tensor) -> Tensor:
             return self._quantise(f"{name} {operand}", x, scope)
