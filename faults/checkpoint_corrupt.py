@@ -67,10 +67,10 @@ class CheckpointCorrupt(OperationFault):
     flipped; ``missing``: there is no file; ``unwritable``: the disk is full when it is written. The file is really
     written so and read back, and its SHA-256 gives it away. The run then goes on from the last whole checkpoint, of
     ``back_steps`` updates ago, and trains those updates again; it never goes on from what it cannot check. Its trace is
-    cut back with it. The manifest says under ``events`` what the reader found and how many steps were lost, and
-    the injection log has them as ``norm``. As every batch is a function of seed and step, the weights after a step are
-    those of the healthy run: what is lost is time. It does not model a damage that no checksum shows, nor a loader that
-    does not go back.
+    cut back with it. The manifest says under ``events`` what the reader found and how many steps were lost, and the
+    injection log has them as ``norm``, of several losses the root of the sum of their squares. As every batch is a
+    function of seed and step, the weights after a step are those of the healthy run: what is lost is time. It does not
+    model a damage that no checksum shows, nor a loader that does not go back.
 
     back_steps: at most the onset, None for the start, as with one checkpoint that is replaced each time; 0 is the
     healthy control. The first stop is after the run's first update. Raises ValueError on impossible values, by name.

@@ -59,10 +59,8 @@ class WrongDecay(OfGroup):
     @contextmanager
     def around(self, update: Update) -> Iterator[None]:
         run = max(group["weight_decay"] for group in update.healthy)
-        decays = [
-            self._decay(group["name"], healthy["weight_decay"] > 0, run)
-            for group, healthy in zip(update.optimizer.param_groups, update.healthy, strict=True)
-        ]
+        # another operation may have split a group, and the parts have its name and decay
+        decays = [self._decay(group["name"], group["weight_decay"] > 0, run) for group in update.optimizer.param_groups]
         gradients = [p.grad for group in update.optimizer.param_groups for p in group["params"]]
         kept = [None if gradient is None else gradient.clone() for gradient in gradients] if self.coupled else []
         if self.coupled:

@@ -2,9 +2,12 @@
 
 y = Q(x) Q(W)^T, dx = Q(dy) Q(W), dW = Q(dy)^T Q(x). The hardware's product is emulated: the operands are the FP32
 numbers that the narrow ones stand for, and FP32's own product multiplies them. Its sums are in the order of that
-kernel, not of a tensor core, whose loss within its accumulator is not modelled. A scale that is a power of 2 leaves
-every product of two numbers exact; another one is in the operands before they are summed, and rounds each of them once.
-Q has the gradient of the identity.
+kernel, not of a tensor core, whose loss within its accumulator is not modelled. Hardware multiplies the narrow numbers
+and scales their sum; here each operand is scaled back before it is multiplied. A scale that is a power of 2 makes that
+exact (but for overflow and underflow). With another one FP32 rounds on the way into the format and on the way back:
+of FP8 (``quantised.in_tensor``) x times s, before the format rounds it; then 1/s; then the FP8 number times that 1/s.
+Of NVFP4 (``quantised.in_blocks``) it is x divided by the scale, and the FP4 number times the scale. Q has the gradient
+of the identity.
 
 Under BF16 autocast the operands are rounded to BF16 before they are quantised, as a cast layer takes them, and y and dx
 are rounded to BF16; the product itself is FP32's.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from foreshock.faults.base import Fault, Sites, WindowedFault
 from foreshock.faults.combined import Combined
+from foreshock.faults.mx_linear import BlockProducts
 from foreshock.faults.operation import Training
-from foreshock.models.transformer import TransformerConfig
+from foreshock.faults.recomputation import Recomputation
+from foreshock.models.moe import GroupedLinear
+from foreshock.models.transformer import TransformerConfig, skeleton
 
 
 def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:
@@ -28,10 +31,29 @@ def check_fits(fault: Fault, model: TransformerConfig, train: Training) -> None:
         sites = fault.sites(step, healthy)
         if sites is not healthy and sites not in checked:
             sites.check_fits(model, train)
+            _check_recomputed(sites, model)
             checked.add(sites)
         _check_past(step, sites)
     if checked == {healthy} and not fault.describe().control:
         raise ValueError(f"fault: {fault} changes nothing in train.steps={train.steps}")
+
+
+def _check_recomputed(sites: Sites, model: TransformerConfig) -> None:
+    """Raise ValueError for block products of experts in a block whose second forward gives them other tokens."""
+    redrawn = [change for change in sites.modules if isinstance(change, Recomputation) and not change.same]
+    products = [form for form in sites.formats if isinstance(form, BlockProducts) and not form.idle]
+    if not redrawn or not products:
+        return
+    whole = skeleton(model)
+    recomputed = [block for change in redrawn for _, block in change.find(whole)]
+    for form in products:
+        for name, layer in form.find(whole).items():
+            if isinstance(layer, GroupedLinear) and any(layer in block.modules() for block in recomputed):
+                raise ValueError(
+                    f"fault: {form} cannot multiply by {name!r} under dropout_mismatch with fault.same=false: the "
+                    "second forward gives each expert other tokens; leave experts out of fault.modules, or their "
+                    "layer out of fault.layers"
+                )
 
 
 def _check_past(step: int, sites: Sites) -> None:

@@ -41,6 +41,10 @@ class FP8Products(ProductFormat):
     def idle(self) -> bool:
         return self.form == "fp32"
 
+    @property
+    def changes_forward(self) -> bool:
+        return not self.idle
+
     def forward_of(self, name: str, module: Linear, scope: Scope) -> Callable[..., Tensor]:
         def quantise(operand: str, x: Tensor) -> Tensor:
             return self._quantise(f"{name} {operand}", x, scope)
@@ -115,7 +119,8 @@ class FP8Linear(FP8Fault):
     What it does: FP8 training as it is meant; with current scaling it is the healthy recipe of the format, beside which
     ``fp8_stale_scale`` is judged. Formats: OCP OFP8; recipe: arXiv:2209.05433. No report: it is no failure by itself.
     Equation: y = Q4(x) Q4(W)^T, dx = Q5(dy) Q4(W), dW = Q5(dy)^T Q4(x), with Q(t) = round(t s) / s, s = largest / amax
-    in FP32, ties to even; NaN stays, and what is above the largest saturates, Inf too: 448 in E4M3, 57344 in E5M2.
+    in FP32, ties to even, and t s, 1 / s and the last product, by that 1 / s, rounded to FP32; NaN stays, and what is
+    above the largest saturates, Inf too: 448 in E4M3, 57344 in E5M2.
     ``current``: amax of this tensor, in this micro-batch. ``delayed``: the largest of the last ``history`` updates,
     each the largest of its micro-batches; at the first faulty update none is known and s is 1. An evaluation uses the
     history and adds nothing to it; a checkpoint holds it. What a layer sees outside the window is not noted.

@@ -8,6 +8,7 @@ from functools import cached_property
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt
 from foreshock.faults.fp8_linear import MOST_UPDATES, FP8Fault
+from foreshock.faults.operation import Training
 
 MOST_FACTOR = 1e9
 
@@ -24,8 +25,9 @@ class FP8StaleScale(FP8Fault):
     is as in ``fp8_linear``; every tensor's scale lags alike.
 
     lag: updates; factor: above 1 numbers saturate, below 1 they vanish. With lag 0 and factor 1 it is ``fp8_linear`` of
-    the same keys bit for bit, and that recipe's control; the other keys are as there. Raises ValueError on impossible
-    values, by name.
+    the same keys bit for bit, and that recipe's control; the other keys are as there. A lag with factor 1 shows from
+    the second faulty update on, with delayed scaling from the third, and a window of fewer is refused. Raises
+    ValueError on impossible values, by name.
     """
 
     lag: int = 0
@@ -47,6 +49,16 @@ class FP8StaleScale(FP8Fault):
     @cached_property
     def corrupt(self) -> Corrupt:
         return Corrupt("formats", (self.products(self.lag, self.factor),), self.window)
+
+    def check_begins(self, train: Training) -> None:
+        # before the first faulty update no amax is known; before the second one is, which a delayed recipe uses too
+        needed = 1 if self.factor != 1 else 2 if self.scaling == "current" else 3
+        faulty = sum(step in self.window for step in range(self.window.first, train.steps))
+        if faulty < needed:
+            raise ValueError(
+                f"fault.lag={self.lag} has no effect: with fault.factor=1 and fault.scaling={self.scaling!r} it needs "
+                f"at least {needed} faulty updates before train.steps={train.steps}, and the window has {faulty}"
+            )
 
     def describe(self) -> InjectionCard:
         size = {**self.size, "lag": self.lag, "factor": self.factor}

@@ -34,6 +34,10 @@ class BlockProducts(ProductFormat):
     def idle(self) -> bool:
         return self.form == "fp32"
 
+    @property
+    def changes_forward(self) -> bool:
+        return not self.idle
+
     def forward_of(self, name: str, module: Linear, scope: Scope) -> Callable[..., Tensor]:
         def quantise(operand: str, summed: str, x: Tensor, axis: int) -> Tensor:
             form = self.gradient_form if operand == "dy" else self.form

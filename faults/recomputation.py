@@ -39,6 +39,10 @@ class Recomputation(ModuleChange):
         return False  # with the same masks too, it really computes again
 
     @property
+    def changes_forward(self) -> bool:
+        return False  # only a backward computes again, and an evaluation has no dropout
+
+    @property
     def target(self) -> tuple[str, str]:
         return "blocks", "recomputation"
 

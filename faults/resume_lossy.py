@@ -54,11 +54,13 @@ class ResumeLossy(WindowedFault):
     read back and loaded. With a resume before update r, the last one up to step t, what is forgotten is
     ``optimizer``: m, v and the step counters are those of a new optimizer, 0 (``adam_state_reset``);
     ``schedule``: lr_t = schedule(t - r), to the end of the run (``schedule_restart``);
-    ``data``: step t reads the batch of step t - r, to the end of the run (``data_repeat``);
+    ``data``: step t reads the batch of step t - r, to the end of the run, where ``random`` is kept (``data_repeat``);
     ``random``: every draw here is a function of seed and step, so that the state of a generator is where its draws
     stand. A lost one means that the starts of all sequences are drawn from r on as seed, step and r say, in place of
-    seed and step. What faults draw is no part of it. It does not model weights that are lost, a balancing bias, or a
-    loader of several workers that restore a part of their positions.
+    seed and step. With ``data`` too, they are drawn as seed, t - r and r say, so that step t reads neither the batch of
+    step t nor that of t - r. What faults draw is no part of it. Not modelled: masks of ``model.dropout``, which
+    ``random`` leaves as they are; weights that are lost; a balancing bias; a loader of several workers that restore a
+    part of their positions.
 
     forget: of optimizer, schedule, data and random, each once; none is the healthy control, a real stop and resume. The
     window says when the run is stopped; what a resume forgot stays forgotten after it. The first stop is after the

@@ -81,7 +81,11 @@ class StaleCopy(ModuleChange):
         return USERS.get(self.copy or "", "no module"), "weight"
 
     def meets(self, other: ModuleChange) -> bool:
-        """What is done to a gradient that is lost has no effect."""
+        """What is done to a gradient that is lost has no effect, and two copies would leave no matrix that learns."""
+        if self.idle:
+            return False
+        if isinstance(other, StaleCopy):
+            return not other.idle
         module, site = other.target
         return module == self.target[0] and site in ("weight", "dw")
 

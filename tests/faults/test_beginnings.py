@@ -6,6 +6,7 @@ import torch
 from foreshock.experiments.training.manifest import new_manifest
 from foreshock.experiments.training.optimizer import rate_of
 from foreshock.faults.card import read_card
+from tests.faults.engine_steps import differing, stepped
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,14 @@ from foreshock.faults.card import read_card
         ),
         (["data_repeat", "fault.onset=0"], "fault.onset=0 is not allowed: the data begin there anyway"),
         (["decay_wrong", "fault.group=mlp"], "fault.group='mlp' has no effect with fault.factor=1: it has no vectors"),
+        (
+            ["fp8_stale_scale", "fault.factor=1", "fault.lag=4", "fault.duration=1"],
+            "fault.lag=4 has no effect: with fault.factor=1 and fault.scaling='current' it needs at least 2 ",
+        ),
+        (
+            ["fp8_stale_scale", "fault.factor=1", "fault.lag=4", "fault.scaling=delayed", "fault.onset=498"],
+            "fault.scaling='delayed' it needs at least 3 faulty updates before train.steps=500, and the window has 2",
+        ),
         (["label_noise", "fault.onset=500"], "fault.onset=500 is after the end: train.steps=500"),
         (["label_noise", "fault.every=501"], "fault.every=501 is longer than the run: train.steps=500"),
     ],
@@ -39,6 +48,10 @@ def test_a_fault_that_would_change_nothing_is_refused(make_run, overrides, said)
         ["schedule_restart", "fault.back_steps=282"],
         ["data_repeat", "fault.onset=0", "fault.cycle=2"],
         ["decay_wrong", "fault.group=norm"],
+        ["fp8_stale_scale", "fault.duration=1"],
+        ["fp8_stale_scale", "fault.factor=1", "fault.lag=4", "fault.duration=2"],
+        ["fp8_stale_scale", "fault.factor=1", "fault.lag=4", "fault.scaling=delayed", "fault.onset=497"],
+        ["fp8_stale_scale", "fault.factor=1", "fault.duration=1"],
         ["weight_tile", "fault.content=stale", "fault.rows=0", "fault.onset=0"],
     ],
 )
@@ -61,6 +74,15 @@ def test_a_counter_that_stands_still_shows_as_long_as_its_correction_is_not_1_in
         optimizer.step()
         updates.append(weight.detach())
     assert torch.equal(*updates) == (counter == 324)
+
+
+@pytest.mark.parametrize(("scaling", "first"), [("current", 1), ("delayed", 2)])
+@pytest.mark.parametrize("lag", [1, 4])
+def test_a_scale_that_lags_differs_from_its_recipe_from_the_first_update_that_can(make_run, scaling, first, lag):
+    recipes = (["fault=fp8_linear"], ["fault=fp8_stale_scale", "fault.factor=1", f"fault.lag={lag}"])
+    (_, right, _), (_, wrong, _) = (stepped(make_run(*keys, f"fault.scaling={scaling}"), 3) for keys in recipes)
+    changed = [bool(differing(*pair)) for pair in zip(right, wrong, strict=True)]
+    assert changed == [step >= first for step in range(3)]
 
 
 @pytest.mark.parametrize(("fault", "last"), [("warmup_off", "onset=18"), ("schedule_restart", "back_steps=282")])

@@ -9,19 +9,23 @@ from foreshock.faults.combined import Combined
 from foreshock.faults.data_repeat import DataRepeat
 from foreshock.faults.decay_wrong import DecayWrong
 from foreshock.faults.double_update import DoubleUpdate
+from foreshock.faults.dropout_mismatch import DropoutMismatch
 from foreshock.faults.fit import check_fits
 from foreshock.faults.gradient_bitflip import GradientBitflip
 from foreshock.faults.gradient_noise import GradientNoise
 from foreshock.faults.gradient_stale import GradientStale
 from foreshock.faults.label_shift import LabelShift
+from foreshock.faults.mx_linear import MXLinear
 from foreshock.faults.operation import Moment
 from foreshock.faults.padding_counted import PaddingCounted
 from foreshock.faults.points import corrupt_batch
+from foreshock.faults.router_frozen import RouterFrozen
 from foreshock.faults.schedule_restart import ScheduleRestart
 from foreshock.faults.tied_gradient_double import TiedGradientDouble
 from foreshock.faults.untied import Untied
 from foreshock.faults.weight_bitflip import WeightBitflip
 from foreshock.models.batch import IGNORED
+from tests.faults.engine_steps import differing
 
 QUERY, KEY = "blocks.0.attention.q.weight", "blocks.0.attention.k.weight"
 
@@ -42,6 +46,8 @@ def check(make_run, *faults):
         (DecayWrong(2.0, coupled=True), DoubleUpdate("mlp"), "meet"),
         (TiedGradientDouble("head"), Untied("head"), "meet"),
         (Untied("head", onset=3), Untied("head", onset=4), "meet"),
+        (Untied("head"), Untied("embedding"), "StaleCopy.*head.* and StaleCopy.*embedding.* meet"),
+        (Untied("embedding", onset=3), Untied("head"), "StaleCopy.*embedding.* and StaleCopy.*head.* meet"),
         (ScheduleRestart(onset=3), ScheduleRestart(2, onset=3), "two faults say where the learning-rate schedule"),
         (DataRepeat(onset=5), DataRepeat(2, onset=5), "two faults say which step's batch is read"),
     ],
@@ -60,6 +66,9 @@ def test_what_would_win_over_the_other_unsaid_is_refused(one, other, said, make_
         (GradientNoise(0.5, "attention"), GradientNoise(0.5, "mlp")),
         (DecayWrong(2.0, "attention"), DecayWrong(3.0, "mlp")),
         (TiedGradientDouble("head"), Untied("embedding")),
+        (Untied("head"), Untied(None)),
+        (Untied(None), Untied(None)),
+        (Untied("head", duration=2), Untied("embedding", onset=2)),
     ],
 )
 def test_what_acts_on_different_things_goes_together(one, other, make_run):
@@ -83,6 +92,36 @@ def test_each_of_two_decays_is_a_factor_on_the_healthy_one(order, make_run):
     expected = {name: factors.get(name, 1.0) * decay for name in ("embedding", "mlp", "attention")}
     assert {name: value for (name, ndim), value in seen.items() if ndim == 2} == pytest.approx(expected)
     assert all(group["weight_decay"] in (0.0, decay) for group in engine.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("decay", [DecayWrong(0.5), DecayWrong(2.0, vectors=True), DecayWrong(1.0, coupled=True)])
+def test_a_router_that_is_frozen_has_a_wrong_decay_in_either_order(decay, make_run):
+    run = make_run("model=moe_nano", "model.moe.n_experts=4", "train.steps=20", "train.warmup_steps=1")
+    faults, weights = {"frozen": RouterFrozen(0.5, layers=(0,)), "decay": decay}, []
+    for order in (["frozen", "decay"], ["decay", "frozen"], ["decay"], ["frozen"]):
+        engine, fault = run.new_engine(), Combined({name: faults[name] for name in order})
+        for step in range(3):
+            engine.step(step, [fault.sites(step, run.healthy_sites())])
+        weights.append({name: p.detach().clone() for name, p in engine.model.named_parameters()})
+    both, turned, wrong_decay, frozen = weights
+    assert not differing(both, turned)
+    assert differing(both, wrong_decay) and differing(both, frozen)
+
+
+def test_block_products_of_experts_that_get_other_tokens_the_second_time_are_refused(make_run):
+    run = make_run("model=moe_nano", "model.moe.n_experts=4", "model.dropout=0.1", "train.steps=20")
+
+    def check_pair(mismatch: DropoutMismatch, products: MXLinear) -> None:
+        check_fits(Combined({"masks": mismatch, "products": products}), run.model_config, run.train)
+
+    with pytest.raises(ValueError, match=r"BlockProducts.*'blocks.0.mlp.*dropout_mismatch with fault.same=false"):
+        check_pair(DropoutMismatch(), MXLinear())
+    check_pair(DropoutMismatch(same=True), MXLinear())
+    check_pair(DropoutMismatch(), MXLinear(format="fp32"))
+    check_pair(DropoutMismatch(), MXLinear(modules=("blocks.*.attention.*",)))
+    check_pair(DropoutMismatch((0,)), MXLinear(modules=("blocks.1.mlp.*",)))
+    apart = Combined({"masks": DropoutMismatch((0,)), "products": MXLinear(modules=("blocks.1.mlp.*",))})
+    run.new_engine().step(0, [apart.sites(0, run.healthy_sites())])
 
 
 @pytest.mark.parametrize("fault", [BadBatch(1.0), PaddingCounted(0.5), LabelShift(-1)])
