@@ -47,3 +47,13 @@ def points_logged(engine: SingleEngine) -> dict[str, int]:
     for entry in engine.logs[0].entries():
         counts[entry["point"]] = counts.get(entry["point"], 0) + entry["elements"]
     return counts
+
+
+def assert_control_is_healthy(make_run, *overrides: str) -> None:
+    """The run's card calls it a control, its weights are a healthy run's bit for bit, and its log is empty."""
+    run = make_run(*overrides)
+    assert run.fault.describe().control
+    engine, control, _ = stepped(run, 3)
+    _, healthy, _ = stepped(make_run(), 3)
+    assert not any(differing(*pair) for pair in zip(control, healthy, strict=True))
+    assert engine.logs[0].entries() == []

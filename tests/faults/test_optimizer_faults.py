@@ -18,7 +18,7 @@ from foreshock.faults.no_master_weights import NoMasterWeights
 from foreshock.faults.operation import Moment
 from foreshock.faults.optimizer_update import Update, corrupted_optimizer
 from foreshock.faults.rounding import nearest, stochastic_bf16
-from tests.faults.engine_steps import differing, points_logged, stepped
+from tests.faults.engine_steps import assert_control_is_healthy, differing, points_logged, stepped
 
 HEALTHY = Sites(batch_size=8)
 NAMES = ("blocks.0.attention.q.weight", "blocks.0.mlp.input.weight", "final_norm.weight")
@@ -54,12 +54,7 @@ def test_it_changes_training_from_its_onset_on_and_in_no_bit_before(make_run, na
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_its_control_is_healthy_bit_for_bit(make_run, name):
-    run = make_run(f"fault={name}", *CONTROLS[name])
-    assert run.fault.describe().control
-    engine, control, _ = stepped(run, 3)
-    _, healthy, _ = stepped(make_run(), 3)
-    assert not any(differing(*pair) for pair in zip(control, healthy, strict=True))
-    assert engine.logs[0].entries() == []
+    assert_control_is_healthy(make_run, f"fault={name}", *CONTROLS[name])
 
 
 class Small:

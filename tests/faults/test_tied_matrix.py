@@ -5,7 +5,7 @@ import torch
 
 from foreshock.experiments.training.loop import train
 from foreshock.faults.tied_matrix import MATRIX
-from tests.faults.engine_steps import differing, points_logged, stepped, whole_and_resumed
+from tests.faults.engine_steps import assert_control_is_healthy, differing, points_logged, stepped, whole_and_resumed
 
 ONSET = 2
 FAULTS = {
@@ -30,12 +30,7 @@ def test_it_changes_the_gradient_of_the_tied_matrix_alone_and_in_no_bit_before(m
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_its_control_is_healthy_bit_for_bit(make_run, name):
-    run = make_run(f"fault={name}", *CONTROLS[name])
-    assert run.fault.describe().control
-    engine, control, _ = stepped(run, 3)
-    _, healthy, _ = stepped(make_run(), 3)
-    assert not any(differing(*pair) for pair in zip(control, healthy, strict=True))
-    assert engine.logs[0].entries() == []
+    assert_control_is_healthy(make_run, f"fault={name}", *CONTROLS[name])
 
 
 def gradient(make_run, *overrides: str) -> torch.Tensor:
