@@ -5,25 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt, OperationFault
-from foreshock.faults.operation import Moment, Places, SamplingOperation
-
-
-@dataclass(frozen=True)
-class Redrawn(SamplingOperation):
-    """All sequences of a batch are drawn again, uniformly, from seed, step and ``draw``."""
-
-    draw: int
-
-    @property
-    def idle(self) -> bool:
-        return self.draw == 0
-
-    def apply(self, starts_B: np.ndarray, places: Places, moment: Moment) -> np.ndarray:
-        return moment.generator(f"data_order {self.draw}").integers(places.count, size=len(starts_B))
+from foreshock.faults.redrawn import Redrawn
 
 
 @dataclass(frozen=True)
@@ -47,7 +31,7 @@ class DataOrder(OperationFault):
 
     @cached_property
     def corrupt(self) -> Corrupt:
-        return Corrupt("sampling", (Redrawn(self.draw),), self.window)
+        return Corrupt("sampling", (Redrawn(f"data_order {self.draw}" if self.draw else None),), self.window)
 
     def describe(self) -> InjectionCard:
         injection = self.injection("redraw", {"point": "sampling"}, {"draw": self.draw}, control=self.draw == 0)

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
-
 from foreshock.faults.base import Sites, WindowedFault
 from foreshock.faults.card import InjectionCard
-from foreshock.faults.operation import Moment, Operation, Places, SamplingOperation
+from foreshock.faults.operation import Operation
+from foreshock.faults.redrawn import Redrawn
 from foreshock.faults.window import Window
 
 PARTS = ("optimizer", "schedule", "data", "random")
@@ -32,17 +31,6 @@ class Resume(Operation):
         """What is loaded of a checkpoint's state. new: the state of an engine that has just been built."""
         lost = {"optimizer": new["optimizer"]} if "optimizer" in self.forget else {}
         return {**state, **lost}
-
-
-@dataclass(frozen=True)
-class Redrawn(SamplingOperation):
-    """The starts of all sequences are drawn by a generator of another state. resume: the step of the resume."""
-
-    resume: int
-
-    def apply(self, starts_B: np.ndarray, places: Places, moment: Moment) -> np.ndarray:
-        generator = moment.generator(f"resume_lossy {self.resume}")
-        return generator.integers(0, places.count, size=len(starts_B))
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,7 @@ class ResumeLossy(WindowedFault):
                 raise ValueError(f"fault: at step {step} two faults say which step's batch is read")
             lost["data_step"] = step - resume
         if "random" in self.forget:
-            lost["sampling"] = (Redrawn(resume), *healthy.sampling)
+            lost["sampling"] = (Redrawn(f"resume_lossy {resume}"), *healthy.sampling)
         return lost
 
     def describe(self) -> InjectionCard:
