@@ -23,42 +23,29 @@ MOST_UPDATES = 10_000
 
 @dataclass(frozen=True)
 class FP8Products(ProductFormat):
-    """Linear layers with FP8 operands, x and W in ``form``, dy in ``gradient_form``; each a tensor with one scale.
+    """Linear layers with FP8 operands, each a tensor with one scale.
 
     scaling: ``current``, by this tensor's own amax, or ``delayed``, by the largest of the last ``history`` updates, 1
     while none is known. lag: updates by which the amaxes are older than that; until so many are known the oldest, and
-    before any is, as with lag 0. factor: on the scale. ``fp32`` leaves an operand as it is, as ``form`` all of them.
+    before any is, as with lag 0. factor: on the scale.
     """
 
-    form: str
-    gradient_form: str
     scaling: str
     history: int
     lag: int = 0
     factor: float = 1.0
 
-    @property
-    def idle(self) -> bool:
-        return self.form == "fp32"
-
-    @property
-    def changes_forward(self) -> bool:
-        return not self.idle
-
     def forward_of(self, name: str, module: Linear, scope: Scope) -> Callable[..., Tensor]:
         def quantise(operand: str, x: Tensor) -> Tensor:
-            return self._quantise(f"{name} {operand}", x, scope)
+            form, tensor = self.form_of(operand), f"{name} {operand}"
+            if form == "fp32":
+                return x
+            rounded = in_tensor(x, form, self._scale(tensor, x, form, scope))
+            if scope.log is not None:
+                scope.log.add("formats", self, tensor, x, rounded)
+            return rounded
 
         return one_quantised(module, quantise)
-
-    def _quantise(self, name: str, x: Tensor, scope: Scope) -> Tensor:
-        form = self.gradient_form if name.endswith(" dy") else self.form
-        if form == "fp32":
-            return x
-        rounded = in_tensor(x, form, self._scale(name, x, form, scope))
-        if scope.log is not None:
-            scope.log.add("formats", self, name, x, rounded)
-        return rounded
 
     def _scale(self, name: str, x: Tensor, form: str, scope: Scope) -> Tensor:
         amax = x.abs().amax() if x.numel() else x.new_zeros(())

@@ -21,26 +21,16 @@ MOST_IN_BLOCK = 65_536
 
 @dataclass(frozen=True)
 class BlockProducts(ProductFormat):
-    """Linear layers with operands in blocks along what is summed over, x and W in ``form``, dy in ``gradient_form``.
+    """Linear layers with operands in blocks along what is summed over.
 
-    block: elements, or None for the format's own. ``fp32`` leaves an operand as it is, as ``form`` all of them.
+    block: elements, or None for the format's own.
     """
 
-    form: str
-    gradient_form: str
     block: int | None
-
-    @property
-    def idle(self) -> bool:
-        return self.form == "fp32"
-
-    @property
-    def changes_forward(self) -> bool:
-        return not self.idle
 
     def forward_of(self, name: str, module: Linear, scope: Scope) -> Callable[..., Tensor]:
         def quantise(operand: str, summed: str, x: Tensor, axis: int) -> Tensor:
-            form = self.gradient_form if operand == "dy" else self.form
+            form = self.form_of(operand)
             if form == "fp32":
                 return x
             rounded = in_blocks(x, form, self.block, axis)

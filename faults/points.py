@@ -16,6 +16,9 @@ from foreshock.models.corruption import Log
 
 def log_numbers(sites: Sites, healthy: Sites, step: int, rates: Mapping[str, float], log: Log) -> None:
     """Count what a fault does to the numbers of update ``step``. rates: scheduled, of every parameter group."""
+    own, right = ((s.batch_size, s.data_step, s.balance_scale, s.lr_scale) for s in (sites, healthy))
+    if own == right:
+        return
     changes = {
         ("batch_size", "sequences"): (healthy.batch_size, sites.batch_size),
         ("data_step", "step"): (step, step if sites.data_step is None else sites.data_step),

@@ -33,12 +33,27 @@ class ProductFormat(Operation):
     """The number format in which linear layers multiply: of their forward and of both products of their backward.
 
     modules: names as in ``named_modules()``, or patterns of them (``blocks.*.mlp.*``); None for every linear layer of
-    the blocks, those of experts included and routers not. A run with one trains by itself, and eagerly.
+    the blocks, those of experts included and routers not. form: of x and W; gradient_form: of dy; ``fp32`` leaves an
+    operand as it is, as ``form`` all of them. A run with one trains by itself, and eagerly.
     """
 
     stackable: ClassVar[bool] = False
 
     modules: tuple[str, ...] | None
+    form: str
+    gradient_form: str
+
+    @property
+    def idle(self) -> bool:
+        return self.form == "fp32"
+
+    @property
+    def changes_forward(self) -> bool:
+        return not self.idle
+
+    def form_of(self, operand: str) -> str:
+        """The format of ``x``, ``w`` or ``dy``."""
+        return self.gradient_form if operand == "dy" else self.form
 
     def meets(self, other: Any) -> bool:
         """Whether a layer may be given two formats. Two patterns are taken to share a name."""
