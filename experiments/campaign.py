@@ -5,9 +5,9 @@
     foreshock campaign campaign=outcomes                  every fault's largest dose with 5 seeds: what becomes of a run
     foreshock campaign campaign.faults=[clip_off,label_noise] campaign.doses=all campaign.onsets=[50,100]
 
-Every faulty run has a healthy twin of the same seed. ``runs.csv`` and ``injections.csv`` in ``report`` hold what came
-out, the injection log as ground truth. The same command goes on where it stopped. Every other key is one of
-foreshock train; ``dry_run=true`` lists the runs.
+Every faulty run has a healthy twin of the same seed. In the folder ``report``, ``runs.csv`` says how each run ended,
+``injections.csv`` what its fault really changed, and ``outcomes.csv`` what became of the runs of each fault. The same
+command goes on where it stopped. Every other key is one of foreshock train; ``dry_run=true`` lists the runs.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ def _check_given(given: Sequence[str], campaign: Campaign) -> None:
         key = line.lstrip("+~").split("=")[0]
         if key.split(".")[0] == "fault":
             raise ValueError(f"{line} has no effect on a campaign, which chooses its faults: set campaign.faults=[...]")
-        root = line.lstrip("+~").split("=")[0]
         for need, overrides in NEEDS.items():
-            if root in [override.split("=")[0] for override in overrides] and line not in overrides:
+            if key in [override.split("=")[0] for override in overrides] and line not in overrides:
                 print(f"{line}: runs that need {need} have {' '.join(overrides)} all the same")
         if key in OF_THE_DRAW and campaign.draw is None:
             raise ValueError(f"{line} has no effect on campaign={campaign.name}, which draws nothing: campaign=random")
@@ -57,7 +56,7 @@ def _check_given(given: Sequence[str], campaign: Campaign) -> None:
 
 def of_training(given: Sequence[str]) -> list[str]:
     """The overrides that a single run has too."""
-    own = ("campaign", "n", "seed", "report", "at_once", "hydra/launcher")
+    own = ("campaign", "n", "seed", "report", "at_once")
     return [line for line in given if line.lstrip("+~").split("=")[0].split(".")[0] not in own]
 
 

@@ -21,8 +21,6 @@ from foreshock.models.transformer import PARAMETER_GROUPS, TransformerConfig, sk
 
 MOST_TRIES = 50
 """Draws of a dose, an onset and a site for one fault, until they fit; and of a fault, until it has any."""
-
-
 OF_A_CELL = ("fault", "seed", "out")
 """Keys that a campaign sets for each of its runs."""
 

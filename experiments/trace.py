@@ -13,7 +13,7 @@ entry in ``signals`` of the manifest says: ``every_steps``, and ``jittered`` (``
 
 ``events`` of the manifest are what has happened to the run beside its training, each with the updates applied by then
 (``step``): ``resume``, with what was ``forgotten``, and ``checkpoint_lost``, with the ``reason`` and the step that the
-run went back to. A run that was merely interrupted and resumed has none.
+run went back to. A run that was merely interrupted and resumed has none. ``error`` is why a run has ``failed``.
 """
 
 from __future__ import annotations

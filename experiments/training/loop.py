@@ -185,7 +185,7 @@ class _Together:
         self.stops = None if stacked else Stops(self.runs[0])  # no run of a stack has such a fault
         self.limits = torch.tensor([drawup_limit(run.train) for run in self.runs], device=device)
         self.recording = list(range(len(members)))
-        self.some_clean = any(CLEAN.name in manifest["signals"] for _, _, manifest in members)
+        self.records_clean = any(CLEAN.name in manifest["signals"] for _, _, manifest in members)
         self.go_on()
 
     def go_on(self, lossy: Resume | None = None) -> None:
@@ -291,7 +291,7 @@ class _Together:
             healthy = self.engine.held_out_loss([self.healthy] * len(sites))
             clean = torch.where(torch.tensor(changed, device=own.device).view(own.shape), healthy, own)
         self.recorder.add(step, self.engine.tokens, {HELD_OUT.name: own})
-        if self.some_clean:
+        if self.records_clean:
             self.recorder.add(step, self.engine.tokens, {CLEAN.name: clean})
         return own.view(-1), clean.view(-1)
 

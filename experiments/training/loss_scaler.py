@@ -46,11 +46,11 @@ class LossScaler:
         """Change the scale before an update; the scaler then goes on from there by itself."""
         for operation in operations:
             if not operation.idle:
-                before, after = self.scale, operation.apply(self.scale)
+                before = self.scale
+                after = operation.apply(before)
                 self._scaler.load_state_dict(self._scaler.state_dict() | {"scale": after})
                 if log is not None:
-                    pair = torch.tensor([[before], [after]], dtype=torch.float64)
-                    log.add("scaling", operation, "scale", pair[0], pair[1])
+                    log.add("scaling", operation, "scale", *torch.tensor([[before], [after]], dtype=torch.float64))
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times the scale, the loss itself without scaling."""
