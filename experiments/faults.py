@@ -99,6 +99,7 @@ def rows() -> list[Row]:
 def _row(name: str) -> Row:
     node = _node(name)
     fault: Fault = construct(node, "fault")
+    _check_doses(name, node)
     card = fault.describe()
     points = dict.fromkeys(str(injection.where.get("point", "numerics")) for injection in card.injections)
     text = inspect.getdoc(type(fault)) or ""
@@ -114,6 +115,15 @@ def _row(name: str) -> Row:
         report=_report(text),
         text=text,
     )
+
+
+def _check_doses(name: str, node: Mapping[str, Any]) -> None:
+    """Raise ValueError for a dose that the fault cannot have."""
+    for dose in node.get("doses", ()):
+        try:
+            construct({**node, **dose}, "fault")
+        except ValueError as error:
+            raise ValueError(f"conf/fault/{name}.yaml: doses: {said_keys(dose)}: {error}") from None
 
 
 def _node(name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,10 +19,29 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class StuckCounters(OfGroup):
-    """t stays as it is: the update's increment of the step counter is lost."""
+class AfterUpdate(OfGroup):
+    """What becomes of the state that an update leaves behind. Two that write one tensor are refused together."""
 
     stackable: ClassVar[bool] = False
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The keys of the state that it writes."""
+        return MOMENTS
+
+    def meets(self, other: Any) -> bool:
+        if not isinstance(other, AfterUpdate) or self.idle or other.idle:
+            return False
+        return self.overlaps(other) and bool(set(self.written) & set(other.written))
+
+
+@dataclass(frozen=True)
+class StuckCounters(AfterUpdate):
+    """t stays as it is: the update's increment of the step counter is lost."""
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        return ("step",)
 
     @contextmanager
     def around(self, update: Update) -> Iterator[None]:
@@ -48,10 +67,8 @@ class LostMoments(OfGroup):
 
 
 @dataclass(frozen=True)
-class FrozenMoments(OfGroup):
+class FrozenMoments(AfterUpdate):
     """What the update writes to m and v is lost: they are as before it."""
-
-    stackable: ClassVar[bool] = False
 
     @contextmanager
     def around(self, update: Update) -> Iterator[None]:
@@ -65,10 +82,8 @@ class FrozenMoments(OfGroup):
 
 
 @dataclass(frozen=True)
-class RoundedMoments(OfGroup):
+class RoundedMoments(AfterUpdate):
     """m and v rounded to a format after the update. moment: one of ``MOMENTS``, None for both."""
-
-    stackable: ClassVar[bool] = False
 
     form: str
     moment: str | None
@@ -77,11 +92,15 @@ class RoundedMoments(OfGroup):
     def idle(self) -> bool:
         return self.form == "fp32"
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        return MOMENTS if self.moment is None else (self.moment,)
+
     @contextmanager
     def around(self, update: Update) -> Iterator[None]:
         yield
         for name, state in update.states(self.touches(update.parameters)):
-            for key in MOMENTS if self.moment is None else (self.moment,):
+            for key in self.written:
                 update.write(self, name, key, nearest(state[key], self.form))
 
 

@@ -65,8 +65,9 @@ class InjectionCard:
 
     @property
     def first_step(self) -> int | None:
-        """The first update that an injection touches, from 0; None for a healthy run."""
-        return min((injection.window.first for injection in self.injections), default=None)
+        """The first update that is faulty, from 0; of controls alone, the first that one touches; None in health."""
+        acting = [injection for injection in self.injections if not injection.control] or self.injections
+        return min((injection.window.first for injection in acting), default=None)
 
     @property
     def control(self) -> bool:

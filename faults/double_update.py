@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from foreshock.faults.adam_state import AfterUpdate
 from foreshock.faults.card import InjectionCard
 from foreshock.faults.corrupt import Corrupt
 from foreshock.faults.of_group import GroupFault, OfGroup
@@ -19,6 +20,10 @@ class SecondUpdate(OfGroup):
     """A second update of a group with the same gradient, moments and counters included."""
 
     stackable: ClassVar[bool] = False
+
+    def meets(self, other: Any) -> bool:
+        # the second update would read what the other leaves of the state, or not, by the order of the two
+        return isinstance(other, AfterUpdate) and not other.idle and self.overlaps(other)
 
     @contextmanager
     def around(self, update: Update) -> Iterator[None]:

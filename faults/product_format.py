@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,6 +20,8 @@ from foreshock.models.transformer import TransformerConfig, skeleton
 
 Linear = nn.Linear | GroupedLinear
 WILD = "*?["
+BLOCKS, ROUTER = "blocks.", ".router"
+"""How the names of a block's layers begin, and how that of its router ends."""
 
 
 class Scope(NamedTuple):
@@ -59,8 +62,10 @@ class ProductFormat(Operation):
         """Whether a layer may be given two formats. Two patterns are taken to share a name."""
         if not isinstance(other, ProductFormat) or self.idle or other.idle:
             return False
-        if self.modules is None or other.modules is None:
-            return True
+        if self.modules is None:
+            return other.modules is None or any(map(_may_be_in_blocks, other.modules))
+        if other.modules is None:
+            return other.meets(self)
         return any(_may_share(own, another) for own in self.modules for another in other.modules)
 
     def check_fits(self, model: TransformerConfig, train: Training) -> None:
@@ -72,7 +77,7 @@ class ProductFormat(Operation):
         """The layers by name. Raises ValueError for a name or pattern of no linear layer of the model."""
         known = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
         if self.modules is None:
-            return {name: known[name] for name in known if name.startswith("blocks.") and not name.endswith(".router")}
+            return {name: known[name] for name in known if name.startswith(BLOCKS) and not name.endswith(ROUTER)}
         chosen: dict[str, Linear] = {}
         for pattern in self.modules:
             matches = [name for name in known if fnmatchcase(name, pattern)]
@@ -87,6 +92,12 @@ class ProductFormat(Operation):
     def forward_of(self, name: str, module: Linear, scope: Scope) -> Callable[..., Tensor]:
         """What takes the place of the module's forward."""
         raise NotImplementedError
+
+
+def _may_be_in_blocks(pattern: str) -> bool:
+    """Whether a name or pattern may be of a linear layer of the blocks that is no router."""
+    start = re.split(r"[*?\[]", pattern)[0]
+    return (start.startswith(BLOCKS) or BLOCKS.startswith(start)) and not pattern.endswith(ROUTER)
 
 
 def _may_share(one: str, other: str) -> bool:

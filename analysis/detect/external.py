@@ -12,6 +12,10 @@ import pandas as pd
 from foreshock.analysis.detect.controls import CONTROLS
 from foreshock.analysis.runs.csv_table import read_table
 from foreshock.analysis.runs.experiment import Experiment, ScoredRun
+from foreshock.faults.card import BENIGN
+
+SCORED = ("test", "faulty", BENIGN)
+"""Roles of the runs whose alarms count; those of the others set thresholds of our own detectors."""
 
 
 def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> list[dict[str, dict[str, int | None]]]:
@@ -20,7 +24,7 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
     An empty step is a run without alarm, and so is a run that a monitor does not list; an experiment of which it
     lists no run it does not enter. Raises ValueError on files that are no table, missing columns, unknown or repeated
     runs, steps that are no whole numbers from 0, alarms after a run's end, a control's name, and files without a scored
-    run (test or faulty), naming file and line.
+    run (test, faulty or benign), naming file and line.
     """
     runs = {run.trace.run_id: (index, run) for index, experiment in enumerate(experiments) for run in experiment.runs}
     alarms: list[dict[str, dict[str, int | None]]] = [{} for _ in experiments]
@@ -41,13 +45,13 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
             listed.add((row.monitor, row.run_id))
             index, run = runs[row.run_id]
             step = _step(row.step, run, experiments[index], where)
-            if run.role in ("test", "faulty"):  # benign controls have a table of our own detectors
+            if run.role in SCORED:
                 scored = True
-                others = experiments[index].of("test", "faulty")
+                others = experiments[index].of(*SCORED)
                 blank: dict[str, int | None] = {other.trace.run_id: None for other in others}
                 alarms[index].setdefault(row.monitor, blank)[row.run_id] = step
         if not scored:
-            raise ValueError(f"alarms={path} lists no run that is scored: it needs test or faulty ones")
+            raise ValueError(f"alarms={path} lists no run that is scored: it needs test, faulty or benign ones")
     return alarms
 
 

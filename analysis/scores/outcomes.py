@@ -39,16 +39,17 @@ def outcome_table(experiment: Experiment) -> pd.DataFrame:
 
 
 def benign_table(contest: Contest) -> pd.DataFrame:
-    """One row a benign control and detector of the experiment: in how many runs it alarms. Declined ones have none.
+    """One row a benign control and detector: in how many runs it alarms. Declined ones and controls have none.
 
     alarms: runs with an alarm at or after the onset of the planned change, whatever its loss does: false alarms, of
     which no board counts one as a detection; share: of the runs; alarms_before: runs with one before it.
     """
     experiment, rows = contest.experiment, []
+    judged = contest.without_singles().detectors
     for control in experiment.benign_controls:
         runs = experiment.of(BENIGN, fault=control)
-        for name, detector in contest.own.items():
-            if detector.declined or name not in experiment.named_detectors:
+        for name, detector in judged.items():
+            if detector.declined or contest.kinds[name] == "control":
                 continue
             raised = [(detector.alarms[run.trace.run_id], run.onset or 0) for run in runs]
             after = sum(alarm is not None and alarm >= onset for alarm, onset in raised)

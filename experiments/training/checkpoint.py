@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -87,10 +87,18 @@ def kept(step: int) -> str:
     return f"checkpoint-{step:09d}.pt"
 
 
+def discard_kept(folder: Path, but: Collection[int] = ()) -> None:
+    """Delete the checkpoints that were kept, but those of some steps."""
+    names = {kept(step) for step in but}
+    for path in folder.glob("checkpoint-*.pt"):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+
+
 def discard(folder: Path) -> None:
     """Delete all checkpoints of a run that has ended."""
-    for path in (folder / CHECKPOINT, *folder.glob("checkpoint-*.pt")):
-        path.unlink(missing_ok=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    discard_kept(folder)
 
 
 def compact(state: Any) -> Any:

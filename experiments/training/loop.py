@@ -236,10 +236,12 @@ class _Together:
         if self.stops is None:
             return step
         (folder,), events = self.folders, self.writers[0].events
-        if self.stops.keeps(step, events):
+        to_keep = self.stops.to_keep(events)
+        checkpoint.discard_kept(folder, but=to_keep)
+        if step in to_keep:
             self.save(step, "running")
             checkpoint.keep(folder, step)
-        loss, resume = self.stops.loss(step, events), self.stops.resumes.get(step)
+        loss, resume = self.stops.losses_ahead(events).get(step), self.stops.resumes.get(step)
         if loss is not None:
             self.save(step, "running")
             go_back(folder, step, loss, self.engine.logs[0], events)

@@ -42,14 +42,14 @@ class Stops:
                 elif isinstance(operation, LostCheckpoint):
                     self.losses[step] = operation
 
-    def loss(self, step: int, events: Events) -> LostCheckpoint | None:
-        """How the checkpoint of this step is lost, None where it is not, or was when the run came here before."""
-        done = any(event["event"] == LOST and event["step"] == step for event in events)
-        return None if done else self.losses.get(step)
+    def losses_ahead(self, events: Events) -> dict[int, LostCheckpoint]:
+        """How checkpoints will be lost, by step. A loss happens once, also where the run comes by again."""
+        done = {event["step"] for event in events if event["event"] == LOST}
+        return {step: loss for step, loss in self.losses.items() if step not in done}
 
-    def keeps(self, step: int, events: Events) -> bool:
-        """Whether a later loss goes back to this step."""
-        return any(self.loss(later, events) and loss.back_to(later) == step for later, loss in self.losses.items())
+    def to_keep(self, events: Events) -> set[int]:
+        """The steps to which a loss ahead goes back, some of which the run may have passed."""
+        return {loss.back_to(step) for step, loss in self.losses_ahead(events).items()}
 
 
 def go_back(folder: Path, step: int, loss: LostCheckpoint, log: InjectionLog, events: Events) -> None:

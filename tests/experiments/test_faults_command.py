@@ -34,6 +34,14 @@ def test_every_fault_says_what_it_breaks_where_and_when_it_fits(rows):
     assert reports["mask_shift"] == "huggingface/transformers #31673; keras #23038"
 
 
+def test_a_dose_that_the_fault_cannot_have_is_named():
+    node = {"_target_": "faults.label_noise.LabelNoise", "share": 0.1, "doses": [{"share": 0.2}, {"share": 1.5}]}
+    with pytest.raises(
+        ValueError, match=r"^conf/fault/mine\.yaml: doses: share=1\.5: fault\.share=1\.5 is not allowed"
+    ):
+        faults._check_doses("mine", node)
+
+
 def test_the_page_of_the_docs_is_of_today(rows):
     page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
     assert page == faults.markdown(rows), "run: foreshock faults markdown=docs/faults.md"

@@ -114,6 +114,19 @@ def test_each_stop_of_a_window_goes_back_once(corrupt, short_run, tmp_path):
     assert_same_result(tmp_path / manifest["run_id"], tmp_path / train(short_run(), tmp_path)["run_id"])
 
 
+def test_no_checkpoint_is_kept_longer_than_a_loss_ahead_needs_it(corrupt, tmp_path):
+    """A loss before every update, each of 3 updates: no more than the 3 that are needed next, and the newest."""
+    kept: list[int] = []
+
+    def count(now: int, *_: object) -> None:
+        kept.append(len(list(tmp_path.glob("*/checkpoint-*.pt"))))
+
+    manifest = train(corrupt("fault.duration=null", "fault.back_steps=3"), tmp_path, count)
+    assert [event["step"] for event in manifest["events"]] == [*range(ONSET, STEPS)]
+    assert max(kept) == 4 and kept[-1] == 1
+    assert not list(tmp_path.glob("*/checkpoint*"))
+
+
 def test_a_fault_of_the_weights_is_as_without_the_stop(short_run, tmp_path):
     weights = ("+fault@fault.faults.bits=bf16_shift", "fault.faults.bits.onset=3")
     both = ["fault=combined", "~fault.faults.attention", "~fault.faults.learning_rate", *weights]

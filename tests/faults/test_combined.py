@@ -30,6 +30,14 @@ def test_each_acts_in_its_own_window():
     ]
 
 
+def test_a_control_is_not_what_leads_are_counted_from():
+    """Its onset is where the composed fault may begin to say something; the first faulty update is another's."""
+    control, late = LRScale(1.0), BF16Shift(("o",), 7, onset=9)
+    both = combined(control, late)
+    assert (both.onset, both.describe().first_step) == (0, 9)
+    assert combined(control, LRScale(1.0, onset=3)).describe().first_step == 0
+
+
 def test_each_acts_on_what_the_one_before_left():
     both = combined(BatchShrink(factor=0.5), BatchShrink(factor=0.5, lr_rule="linear"), LRScale(3.0))
     assert both.sites(0, HEALTHY) == Sites(batch_size=4, lr_scale=LearningRateScale().times(1.5))

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from foreshock.faults.adam_state_format import AdamStateFormat
+from foreshock.faults.adam_state_stale import AdamStateStale
+from foreshock.faults.adam_step_stuck import AdamStepStuck
 from foreshock.faults.bad_batch import BadBatch
 from foreshock.faults.base import Sites
 from foreshock.faults.combined import Combined
@@ -44,6 +47,13 @@ def check(make_run, *faults):
         (GradientStale(1, onset=3), GradientStale(2, "mlp", onset=3), "meet"),
         (DecayWrong(2.0), DecayWrong(3.0, "mlp"), "meet"),
         (DecayWrong(2.0, coupled=True), DoubleUpdate("mlp"), "meet"),
+        (DoubleUpdate("mlp"), AdamStateStale(), "SecondUpdate.* and FrozenMoments.* meet"),
+        (AdamStepStuck("mlp"), DoubleUpdate("mlp"), "meet"),
+        (DoubleUpdate(None), AdamStateFormat(group="mlp"), "meet"),
+        (AdamStateStale("mlp"), AdamStateFormat(moment="exp_avg"), "FrozenMoments.* and RoundedMoments.* meet"),
+        (AdamStepStuck("mlp"), AdamStepStuck(), "meet"),
+        (MXLinear(), MXLinear(modules=("blocks.1.mlp.*",)), "meet"),
+        (MXLinear(modules=("*.mlp.*",)), MXLinear(), "meet"),
         (TiedGradientDouble("head"), Untied("head"), "meet"),
         (Untied("head", onset=3), Untied("head", onset=4), "meet"),
         (Untied("head"), Untied("embedding"), "StaleCopy.*head.* and StaleCopy.*embedding.* meet"),
@@ -65,6 +75,12 @@ def test_what_would_win_over_the_other_unsaid_is_refused(one, other, said, make_
         (GradientBitflip(QUERY, 5), WeightBitflip(QUERY, 5)),
         (GradientNoise(0.5, "attention"), GradientNoise(0.5, "mlp")),
         (DecayWrong(2.0, "attention"), DecayWrong(3.0, "mlp")),
+        (DoubleUpdate("mlp"), AdamStateStale("attention")),
+        (DoubleUpdate("mlp"), AdamStateFormat("fp32")),
+        (AdamStateStale(), AdamStepStuck()),
+        (AdamStateFormat(moment="exp_avg"), AdamStateFormat("fp16", moment="exp_avg_sq")),
+        (MXLinear(), MXLinear(modules=("head",))),
+        (MXLinear(modules=("h*",)), MXLinear()),
         (TiedGradientDouble("head"), Untied("embedding")),
         (Untied("head"), Untied(None)),
         (Untied(None), Untied(None)),

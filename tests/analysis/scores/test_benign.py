@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from foreshock.analysis.detect.external import read_alarms
 from foreshock.analysis.detect.tracks.by_name import TRACKS
 from foreshock.analysis.report import make_report
 from foreshock.analysis.runs.labels import CLEAN_SIGNAL, LABEL_SIGNAL
@@ -63,6 +64,21 @@ def test_who_alarms_in_benign_runs_is_told_by_control(both):
     assert table.loc[("quiet", "early"), "share"] < 0.5
     assert (table["alarms"] == (table["share"] * table["runs"]).round()).all()
     assert (table["alarms"] + table["alarms_before"] <= table["runs"]).all()
+
+
+def test_alarms_from_elsewhere_count_in_benign_runs_too(both, tmp_path):
+    experiment, path = load(both, both), tmp_path / "mine.csv"
+    runs = experiment.of(BENIGN, fault="loud")
+    alarms = pd.DataFrame(
+        {"run_id": [run.trace.run_id for run in runs], "monitor": "mine", "step": [run.onset for run in runs]}
+    )
+    alarms.iloc[0, 2] = 5  # before its onset
+    alarms.to_csv(path, index=False)
+    (external,) = read_alarms([path], [experiment])
+    table = benign_table(contest(experiment, "reference", external=external)).set_index(["control", "detector"])
+    assert table.loc[("loud", "mine"), ["alarms", "alarms_before"]].tolist() == [len(runs) - 1, 1]
+    assert table.loc[("quiet", "mine"), ["alarms", "alarms_before"]].tolist() == [0, 0]
+    assert not {"never", "oracle"} & {name for _, name in table.index}
 
 
 def test_an_experiment_of_benign_controls_alone_is_refused(tmp_path):
