@@ -1,19 +1,17 @@
 """``foreshock campaign``: which runs it chooses, and a whole campaign on tiny runs."""
 
 import re
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
 
 from foreshock.experiments import campaign, faults, trace
-from foreshock.experiments.build import ROOT
 from foreshock.experiments.campaign_runs import Campaign, cells, chosen_rows
 from foreshock.experiments.cli import guarded
 from foreshock.experiments.faults import NEEDS
+from foreshock.experiments.training import checkpoint
 from foreshock.faults.base import Fault
-from tests.experiments.test_stopping import wait_for
+from tests.experiments.test_resume import Killed
 
 SMOKE = {
     "name": "mine",
@@ -133,29 +131,35 @@ def test_a_campaign_trains_resumes_and_writes_what_came_out(text, tiny, tmp_path
     assert {folder: trace.read_manifest(folder) for folder in (tmp_path / "runs").iterdir()} == before
 
 
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_a_campaign_killed_in_the_middle_of_a_run_comes_to_the_tables_of_an_unbroken_one(text, tiny, tmp_path):
-    small = [line for line in tiny if not line.startswith("train.steps=")]
-    command = [
-        sys.executable, "-m", "foreshock", "campaign", "campaign.faults=[label_noise,clip_off]", "campaign.onsets=[5]",
-        "campaign.seeds=2", *small, "train.steps=60", "train.checkpoint_every_steps=10", "train.clip=0.05", "data=text",
-        f"data.path={text}", "campaign.overrides=['monitor=[loss]']", "at_once=1",
-    ]  # fmt: skip
+def test_a_campaign_killed_in_the_middle_of_a_run_comes_to_the_tables_of_an_unbroken_one(
+    text, tiny, tmp_path, monkeypatch
+):
+    saves = iter(range(100))
 
-    def into(name: str) -> list[str]:
-        return [*command, f"out={tmp_path / name / 'runs'}", f"report={tmp_path / name / 'report'}"]
+    def killed(folder, state):
+        save(folder, state)
+        if next(saves) == 4:  # in the middle of the second of four runs, whose checkpoint is there
+            raise Killed
 
-    process = subprocess.Popen(into("killed"), cwd=ROOT, stdout=subprocess.DEVNULL)
-    wait_for(lambda: list((tmp_path / "killed" / "runs").glob("*/checkpoint.pt")), process)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "killed" / "report" / "runs.csv").exists()
-    for name in ("killed", "whole"):
-        subprocess.run(into(name), cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    for table in ("runs.csv", "injections.csv", "outcomes.csv"):
-        killed, whole = ((tmp_path / name / "report" / table).read_text() for name in ("killed", "whole"))
-        assert killed == whole
+    def trained(name: str) -> list[str]:
+        command = [
+            "campaign.faults=[label_noise,clip_off]", "campaign.onsets=[5]", *tiny, "data=text", f"data.path={text}",
+            "train.steps=30", "train.checkpoint_every_steps=10", "train.clip=0.05",
+            "campaign.overrides=['monitor=[loss]']", "at_once=1", f"out={tmp_path / name / 'runs'}",
+            f"report={tmp_path / name / 'report'}",
+        ]  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["campaign", *command])
+        campaign.main()
+        return [
+            (tmp_path / name / "report" / f"{table}.csv").read_text() for table in ("runs", "injections", "outcomes")
+        ]
+
+    save = checkpoint.save
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "save", killed)
+        trained("killed")
+    assert len(list((tmp_path / "killed" / "runs").glob("*/checkpoint.pt"))) == 1
+    assert trained("killed") == trained("whole")
 
 
 @pytest.mark.slow
