@@ -241,8 +241,9 @@ def flash_attention_triton(
     """O (B, H, T, D) of causal attention, BF16; differentiable once.
 
     q: (B, H, T, D), k and v: (B, G, T, D), BF16; query head h reads KV head h // (H / G), query i the keys
-    i - window + 1 to i, and those after it that the wiring's mask adds. nonfinite: int64 scalar, or one each for the runs that follow one another in the batch; to it
-    are added the non-finite values that reach an active fault, masked scores not among them.
+    i - window + 1 to i, and with a shifted mask those after it. nonfinite: int64 scalar, or one each for the runs that
+    follow one another in the batch; to it are added the non-finite values that reach an active fault, masked scores not
+    among them.
     """
     _check({"q": q_BHTD, "k": k_BGTD, "v": v_BGTD, "nonfinite": nonfinite})
     check_shapes(q_BHTD, k_BGTD, window)

@@ -62,9 +62,10 @@ def _decode(numbers: Sequence[int], shares: Sequence[float]) -> Iterator[tuple[i
 
 
 def constants(numbers: Sequence[int], shares: Sequence[float], wanted_pass: int) -> int:
-    """What a kernel of this pass is compiled for: four bits for each of ``SITES`` and ``MASK``, the lowest for the first.
+    """What a kernel of this pass is compiled for: four bits a site and the mask, the lowest for the first of ``SITES``.
 
-    Read by the functions below; 0 without faults and with the right mask. Raises ValueError where two operations meet on a site.
+    Read by the functions below; 0 without faults and with the right mask. Raises ValueError where two operations meet
+    on a site.
     """
     code = 0
     for pass_, site, number, _, _, share in _decode(numbers, shares):
@@ -113,7 +114,7 @@ class AttentionShape:
         return self.n_kv_heads if site in KEY_VALUE_SITES else self.n_heads
 
     def elements(self, site: str) -> Iterator[np.ndarray]:
-        """The numbers of the elements of one batch row and head, some rows at a time; of scores, those of right keys."""
+        """The numbers of one batch row's and head's elements, some rows at a time; of scores, those of right keys."""
         width = {"lse": 1, "delta": 1}.get(site, self.tokens if site in CAUSAL_SITES else self.d_head)
         column = np.arange(width)[None, :]
         for first in range(0, self.tokens, 64):

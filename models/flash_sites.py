@@ -22,7 +22,7 @@ Q, K, V, P, O, DO, DS, DQ, DK, DV, S, LSE, DP, DELTA = (  # noqa: E741
     tl.constexpr(SITES.index(site))
     for site in ["q", "k", "v", "p", "o", "do", "ds", "dq", "dk", "dv", "s", "lse", "dp", "delta"]
 )
-MASK = tl.constexpr(flash_faults.MASK)
+MASK, EVERYWHERE = tl.constexpr(flash_faults.MASK), tl.constexpr(flash_faults.EVERYWHERE)
 GOLDEN = tl.constexpr(GOLDEN_RATIO)
 
 
@@ -84,8 +84,9 @@ def corrupt(
         hit = valid & (bits > 0)
         if is_partial(FAULTS, SITE):
             hit = hit & (_place(rows, cols, WIDTH) <= tl.load(faults_ptr + (2 * SITE + 1) * HEADS + head))
-        if spares_later_keys(FAULTS, SITE):  # rows are queries there, cols keys; above 1 is EVERYWHERE
-            hit = hit & ((cols <= rows) | (tl.load(faults_ptr + (2 * SITE + 1) * HEADS + head) > 1))
+        if spares_later_keys(FAULTS, SITE):  # of scores: rows are queries, cols keys
+            place = tl.where(cols <= rows, 0.0, EVERYWHERE)
+            hit = hit & (place <= tl.load(faults_ptr + (2 * SITE + 1) * HEADS + head))
         if nonfinite_ptr is not None:
             _count_nonfinite(x, hit if counted is None else hit & counted, nonfinite_ptr)
         if x.dtype == tl.bfloat16:

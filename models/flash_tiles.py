@@ -43,10 +43,7 @@ def sees(rows, cols, T, WINDOW: tl.constexpr, ahead=None):
 
     ahead: how many keys after its own it reads too, where the mask is shifted.
     """
-    if ahead is None:
-        seen = (cols <= rows) & (rows < T)
-    else:
-        seen = (cols <= rows + ahead) & (rows < T) & (cols < T)
+    seen = (cols <= rows) & (rows < T) if ahead is None else (cols <= rows + ahead) & (rows < T) & (cols < T)
     if WINDOW:
         seen = seen & (cols > rows - WINDOW)
     return seen

@@ -37,7 +37,13 @@ def forward(q, k, v, numerics=HEALTHY_LAYER):
     """O and L."""
     events = torch.zeros((), dtype=torch.int64, device=DEVICE)
     o, _, lse, _ = _forward(
-        *(x.to(DEVICE, torch.bfloat16) for x in (q, k, v)), events, *encode(numerics), 0, 0.25, [64, 64, 4, 1] * 3, PLAIN
+        *(x.to(DEVICE, torch.bfloat16) for x in (q, k, v)),
+        events,
+        *encode(numerics),
+        0,
+        0.25,
+        [64, 64, 4, 1] * 3,
+        PLAIN,
     )
     return o.float().cpu(), lse.cpu()
 
