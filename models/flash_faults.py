@@ -25,6 +25,8 @@ EVERYWHERE = 2.0
 """In place of a ``reach``, above every place: the fault hits all that is seen, keys of a shifted mask included."""
 
 _SHIFT = 1
+_FLIP = OPERATION_NUMBERS["flip"]
+_CAUSAL = tuple(SITES.index(site) for site in CAUSAL_SITES)
 
 _PARTIAL = 8
 _FIELDS = 5
@@ -86,9 +88,10 @@ def is_partial(code: int, site: int) -> bool:
     return bool(code >> (4 * site) & _PARTIAL)
 
 
+# Kernels are compiled with the next two, which Triton lets call no other function.
 def shifts_mask(code: int) -> bool:
     """Whether queries of some head see keys after their own."""
-    return operation(code, MASK) != 0
+    return code >> (4 * MASK) != 0
 
 
 def spares_later_keys(code: int, site: int) -> bool:
@@ -96,8 +99,9 @@ def spares_later_keys(code: int, site: int) -> bool:
 
     As in ``models.bits.BitOperation.hits``: a flipped bit and a share of the elements are of right keys.
     """
-    of_right_keys = is_partial(code, site) or operation(code, site) == OPERATION_NUMBERS["flip"]
-    return shifts_mask(code) and of_right_keys and SITES[site] in CAUSAL_SITES
+    chosen = code >> (4 * site) & (2 * _PARTIAL - 1)
+    of_right_keys = chosen >= _PARTIAL or chosen == _FLIP
+    return code >> (4 * MASK) != 0 and of_right_keys and site in _CAUSAL
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def fault_table(
     Built once: later steps copy nothing to the device, so that CUDA graphs can be captured.
     Raises ValueError if a fault names a head that the site does not have.
     """
-    names, flip = (*SITES, "mask"), OPERATION_NUMBERS["flip"]
+    names = (*SITES, "mask")
     table = torch.zeros(2, len(names), 2, shape.n_heads, dtype=torch.float64)
     for pass_, index, number, bits, head, share in _decode(numbers, shares):
         site = names[index]
@@ -158,6 +162,6 @@ def fault_table(
             raise ValueError(f"heads=[{head}] does not fit site {site!r}: it has {count}, 0 to {count - 1}")
         heads = slice(0, count) if head == _ALL_HEADS else head
         table[pass_, index, 0, heads] = bits
-        everywhere = share == 1 and not (site in CAUSAL_SITES and number == flip)
+        everywhere = share == 1 and not (site in CAUSAL_SITES and number == _FLIP)
         table[pass_, index, 1, heads] = EVERYWHERE if everywhere else reach(share, site, shape)
     return table.to(device)
