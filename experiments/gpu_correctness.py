@@ -29,7 +29,8 @@ from foreshock.models.numerics import (
     SiteFault,
 )
 from foreshock.models.tiles import Tiles, pinned_tiles
-from foreshock.models.visibility import visible_keys
+from foreshock.models.visibility import shifted_visible_keys
+from foreshock.models.wiring import RIGHT, Wiring
 
 NAMES = ("o", "dq", "dk", "dv")
 Check = Callable[[], dict[str, Any]]
@@ -73,6 +74,13 @@ SHAPES = (
     Shape(2, 2, 65, 130, 256),
 )
 
+WIRINGS = (
+    (Wiring(mask_shift=1), Shape(4, 2, 7, 211, 24)),
+    (Wiring(mask_shift=100, heads=(1,), scalings=2), Shape(2, 1, None, 1025, 64)),
+    (Wiring(mask_shift=776), Shape(4, 1, 333, 777, 128)),
+)
+"""Masks that are shifted by a key, by more than a tile, and by all keys."""
+
 ARITHMETICS = (
     Arithmetic("bf16"),
     Arithmetic("bf16", 64, stored_o="fp32"),
@@ -103,12 +111,13 @@ def outputs(
     return dict(zip(NAMES, (o.detach(), *gradients), strict=True)) | {"nonfinite": nonfinite}
 
 
-def exact(x: tuple[Tensor, ...], window: int | None) -> dict[str, Tensor]:
-    """O and its gradients in FP64, by autograd of plain softmax attention."""
+def exact(x: tuple[Tensor, ...], window: int | None, wiring: Wiring = RIGHT) -> dict[str, Tensor]:
+    """O and its gradients in FP64, by autograd of plain softmax attention with the wiring's mask and scale."""
     q, k, v = (t.double().requires_grad_() for t in x[:3])
-    group, T = q.shape[1] // k.shape[1], q.shape[2]
-    s = q @ k.repeat_interleave(group, 1).mT / math.sqrt(q.shape[-1])
-    p = s.masked_fill(~visible_keys(T, window, q.device), -math.inf).softmax(-1)
+    (H, T, D), group = q.shape[1:], q.shape[1] // k.shape[1]
+    s = q @ k.repeat_interleave(group, 1).mT * wiring.scale(D)
+    seen = shifted_visible_keys(T, window, wiring.mask_shift, wiring.heads, H, q.device)
+    p = s.masked_fill(~seen, -math.inf).softmax(-1)
     o = p @ v.repeat_interleave(group, 1)
     return dict(zip(NAMES, (o.detach(), *torch.autograd.grad(o, (q, k, v), x[3].double())), strict=True))
 
@@ -117,11 +126,11 @@ def distance(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def check_healthy(shape: Shape, device: torch.device, tiles: Tiles) -> dict[str, Any]:
-    """The kernel's error against FP64, and how it compares with the reference's."""
-    x = inputs(shape, device)
-    got, reference = (outputs(x, backend, shape.window, tiles) for backend in ("triton", "reference"))
-    right = exact(x, shape.window)
+def check_attention(shape: Shape, device: torch.device, tiles: Tiles, wiring: Wiring = RIGHT) -> dict[str, Any]:
+    """The kernel's error against FP64, and how it compares with the reference's; of right attention, or so wired."""
+    x, numerics = inputs(shape, device), LayerNumerics({}, wiring=wiring)
+    got, reference = (outputs(x, backend, shape.window, tiles, numerics) for backend in ("triton", "reference"))
+    right = exact(x, shape.window, wiring)
     error = {name: distance(got[name], right[name]) for name in NAMES}
     ratio = {name: error[name] / distance(reference[name], right[name]) for name in NAMES}
     ok = max(error.values()) < WORST_ERROR and max(ratio.values()) < WORST_RATIO
@@ -240,12 +249,17 @@ def checks(device: torch.device) -> Iterator[tuple[str, Check]]:
     ).layer(0)
     for shape in SHAPES:
         tiles = pinned_tiles(shape.d_head)
-        yield f"healthy, {shape}", partial(check_healthy, shape, device, tiles)
+        yield f"healthy, {shape}", partial(check_attention, shape, device, tiles)
     for shape in SHAPES:
         if shape.d_head < 64:
             continue
         tiles = pinned_tiles(shape.d_head, deterministic=False)
-        yield f"healthy, dQ by atomics, {shape}", partial(check_healthy, shape, device, tiles)
+        yield f"healthy, dQ by atomics, {shape}", partial(check_attention, shape, device, tiles)
+    for wiring, shape in WIRINGS:
+        for deterministic in (True, False):
+            tiles = pinned_tiles(shape.d_head, deterministic)
+            how = "" if deterministic else ", dQ by atomics"
+            yield f"{wiring}{how}, {shape}", partial(check_attention, shape, device, tiles, wiring)
     tiles, long = pinned_tiles(64), Shape(16, 4, None, 2049, 64)
     for name, numerics in (("healthy", HEALTHY_LAYER), ("7 bits of o and do", paper)):
         yield f"two runs, {name}", partial(check_repeats, long, device, tiles, numerics)

@@ -31,6 +31,9 @@ class _LoggedLayer(LayerNumerics):
                 log.add(*change, before, after)
         return out
 
+    def hears(self, change: str) -> bool:
+        return self._logs[0].wants("numerics", f"{change} both", change)  # they have measured the same steps
+
     def note(self, change: str, before: Tensor, after: Tensor, batched: bool = False) -> None:
         runs = len(self._logs)
         befores, afters = (x.chunk(runs) if batched else [x] * runs for x in (before, after))
@@ -40,9 +43,10 @@ class _LoggedLayer(LayerNumerics):
 
 @dataclass(frozen=True)
 class LoggedNumerics:
-    """The numerics of a run, or of a stack, with a log for each run, where attention is plain PyTorch (``reference``).
+    """The numerics of a run, or of a stack, with a log for each run.
 
-    What a kernel of another backend changes is not measured; of what ``arithmetic`` does, the product P V alone.
+    Wirings are measured on every backend. What bit operations and ``arithmetic`` change is measured where attention is
+    plain PyTorch (``reference``), not in a kernel; of what ``arithmetic`` does, the product P V alone.
     """
 
     numerics: AttentionNumerics | StackedNumerics
@@ -61,7 +65,8 @@ def logged(
 ) -> AttentionNumerics | StackedNumerics | LoggedNumerics:
     """The numerics with a log where they are faulty and the backend lets it see, else as they are."""
     runs = numerics.slices if isinstance(numerics, StackedNumerics) else (numerics,)
-    watched = backend == "reference" and any(run.faults or run.wirings or run.arithmetic != ORDINARY for run in runs)
+    in_pytorch = backend == "reference"
+    watched = any(run.wirings or (in_pytorch and (run.faults or run.arithmetic != ORDINARY)) for run in runs)
     return LoggedNumerics(numerics, logs) if watched else numerics
 
 

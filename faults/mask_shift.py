@@ -20,10 +20,11 @@ class MaskShift(OperationFault):
     shift 1 on, a position reads the token that it is to predict, and the loss falls below that of any honest model;
     held-out losses that are taken while the fault acts fall with it. A mask that is missing whole is a shift of the
     context length less 1; one of padding is not modelled. Monitors that compute attention again do it with the right
-    mask, so that they see it. A bit operation on a share of ``s p dp ds`` in the same layer hits right keys alone.
+    mask, so that they see it. A flipped bit, or an operation on a share of ``s p dp ds``, in the same layer hits right
+    keys alone.
 
     shift: 0, the healthy control, to below the context length; layers, heads (query heads): indices, or None for all.
-    The Triton kernels have no such mask. Raises ValueError on impossible values, by name.
+    Raises ValueError on impossible values, by name.
     """
 
     shift: int

@@ -21,8 +21,8 @@ class ScoreScale(OperationFault):
     attention again do it with the right scale, so that they see it; those of scores read the right scores, of queries
     and keys as they enter.
 
-    times: 0 to 4; 1 is the healthy control; layers: indices, or None for all. The Triton kernels have no such
-    scale. Raises ValueError on impossible values, by name.
+    times: 0 to 4; 1 is the healthy control; layers: indices, or None for all. Raises ValueError on impossible
+    values, by name.
     """
 
     times: int

@@ -83,14 +83,17 @@ def _scores(
 
 
 def _note_wiring(q_BHTD: Tensor, k_BGTD: Tensor, window: int | None, numerics: LayerNumerics) -> None:
-    """Tell a log how many (query, key) pairs of a head are seen that are not to be, and how the scale differs."""
+    """Tell a log which (query, key) pairs are seen that are not to be, head by head, and what scale and heads are."""
     wiring, (_, H, T, D) = numerics.wiring, q_BHTD.shape
-    if wiring.mask_shift:
-        right = visible_keys(T, window, q_BHTD.device).expand(H, -1, -1)
-        seen = shifted_visible_keys(T, window, wiring.mask_shift, wiring.heads, H, q_BHTD.device)
-        numerics.note("mask", right.float(), seen.float())
+    if wiring.mask_shift and numerics.hears("mask"):
+        right, seen = (visible_keys(T, window, q_BHTD.device, ahead).float() for ahead in (0, wiring.mask_shift))
+        for _ in range(H) if wiring.heads is None else wiring.heads:
+            numerics.note("mask", right, seen)
     if wiring.scalings != RIGHT.scalings:
         numerics.note("scale", torch.tensor(RIGHT.scale(D)), torch.tensor(wiring.scale(D)))
+    if wiring.kv_offset:
+        heads = torch.arange(k_BGTD.shape[1]).view(1, -1)
+        numerics.note("key-value heads", heads, wiring.rewired(heads))
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -103,8 +106,6 @@ class _FlashAttention(torch.autograd.Function):
             return numerics.apply(site, "forward", x, nonfinite, window)
 
         read_s = partial(read, "s") if numerics.touches("s", "forward") else None
-        if numerics.wiring is not RIGHT:
-            _note_wiring(q, k, window, numerics)
         s = _scores(read("q", q), read("k", k), window, numerics, read_s)
         row_max = row_shift(s, arithmetic)
         p_bar = s.sub_(row_max).mul_(LOG2_E).exp2_()
@@ -202,9 +203,8 @@ def attention(
 
     Of those with fault sites, O and all gradients hold BF16 numbers, in FP32; of ``triton`` in BF16 where q is.
     """
-    if numerics.wiring.kv_offset and backend != "sdpa":
-        heads = torch.arange(k_BGTD.shape[1]).view(1, -1)
-        numerics.note("key-value heads", heads, numerics.wiring.rewired(heads))
+    if numerics.wiring is not RIGHT and backend != "sdpa":
+        _note_wiring(q_BHTD, k_BGTD, window, numerics)
         k_BGTD, v_BGTD = numerics.wiring.rewired(k_BGTD), numerics.wiring.rewired(v_BGTD)
     if backend == "reference":
         return flash_attention(q_BHTD, k_BGTD, v_BGTD, numerics, nonfinite, window)

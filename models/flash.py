@@ -1,8 +1,9 @@
 """Causal flash attention in Triton with fault sites: ``models.attention`` in one kernel forward and three backward.
 
 BF16 in and out, FP32 accumulation, the log-sum-exp saved. Head dims 16 to 256, any sequence length, grouped KV heads,
-sliding windows, every arithmetic of ``models.arithmetic`` whose ``pv_block`` ends where a tile of keys does. What each
-site means is said in ``models.attention``; two things depend on the tiles, as in every flash kernel: the order of FP32
+sliding windows, every arithmetic of ``models.arithmetic`` whose ``pv_block`` ends where a tile of keys does, the mask
+and the scale of ``models.wiring`` (its key-value heads are exchanged before a kernel reads them). What each site means
+is said in ``models.attention``; two things depend on the tiles, as in every flash kernel: the order of FP32
 sums, and, where a row has several tiles of keys, that the forward ``p`` and a running sum in BF16 are relative to the
 largest score so far. A non-finite number reaches only the queries and keys of tiles that read it.
 
@@ -22,7 +23,6 @@ from foreshock.models.flash_faults import BACKWARD, FORWARD, AttentionShape, con
 from foreshock.models.numerics import SITES, LayerNumerics
 from foreshock.models.tiles import Tiles
 from foreshock.models.visibility import check_shapes
-from foreshock.models.wiring import Wiring
 
 FORBIDDEN = 2
 """``torch.get_deterministic_debug_mode`` where what is not deterministic is an error, and not a warning."""
@@ -98,13 +98,14 @@ def _forward(
     faults: list[int],
     shares: list[float],
     window: int,
+    scale: float,
     tiles: list[int],
     arithmetic: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(O, the O that the backward reads if it is another, L, each batch row's non-finite values that reached a fault).
 
-    faults, shares: as ``models.flash_faults.encode`` gives them; window: 0 for none; tiles: ``Tiles``, flat;
-    arithmetic: a ``KernelArithmetic``.
+    faults, shares: as ``models.flash_faults.encode`` gives them; window: 0 for none; scale: of Q K^T; tiles: ``Tiles``,
+    flat; arithmetic: a ``KernelArithmetic``.
     ``nonfinite`` is for the backward, which adds to it.
     """
     B, H, T, D = q.shape
@@ -112,11 +113,11 @@ def _forward(
     chosen = KernelArithmetic(*arithmetic)
     if _adds_dq(tiles) and torch.get_deterministic_debug_mode() == FORBIDDEN:
         raise RuntimeError("model.deterministic=False is not allowed after torch.use_deterministic_algorithms(True)")
-    o, saved_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles, arithmetic)
+    o, saved_o, lse, count = _forward_outputs(q, k, v, nonfinite, faults, shares, window, scale, tiles, arithmetic)
     queries, keys, warps, stages = tiles[:4]
     load_kernels(q.device).forward[(B * H, -(-T // queries))](
         q, k, v, o, saved_o, lse, _table(FORWARD, q, k, faults, shares, window), count, T,
-        SCALE=D**-0.5, WINDOW=window, D=D, BLOCK_D=_block_d(D), ROWS=queries, COLS=keys, HEADS=H, KV_HEADS=k.shape[1],
+        SCALE=scale, WINDOW=window, D=D, BLOCK_D=_block_d(D), ROWS=queries, COLS=keys, HEADS=H, KV_HEADS=k.shape[1],
         FAULTS=code, PV_BLOCK=int(chosen.pv_block), STORED_FP32=bool(chosen.stored_fp32),
         OFFSET=chosen.offset, BETA=chosen.beta, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -124,7 +125,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _forward_outputs(q, k, v, nonfinite, faults, shares, window, tiles, arithmetic):
+def _forward_outputs(q, k, v, nonfinite, faults, shares, window, scale, tiles, arithmetic):
     code = constants(faults, shares, FORWARD)
     saved_o = torch.empty_like(q) if operation(code, SITES.index("o")) else q.new_empty(0)
     if KernelArithmetic(*arithmetic).stored_fp32:
@@ -143,6 +144,7 @@ def _backward(
     faults: list[int],
     shares: list[float],
     window: int,
+    scale: float,
     tiles: list[int],
     arithmetic: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,11 +153,11 @@ def _backward(
     G = k.shape[1]
     code = constants(faults, shares, BACKWARD)
     table = _table(BACKWARD, q, k, faults, shares, window)
-    dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles, arithmetic)
+    dq, dk, dv, count = _backward_outputs(q, k, v, o, lse, do, faults, shares, window, scale, tiles, arithmetic)
     delta = torch.empty_like(lse)
     kernels = load_kernels(q.device)
     every = {"D": D, "BLOCK_D": _block_d(D), "HEADS": H, "FAULTS": code}
-    both = {"SCALE": D**-0.5, "WINDOW": window, "KV_HEADS": G, **every}
+    both = {"SCALE": scale, "WINDOW": window, "KV_HEADS": G, **every}
 
     adds_dq = _adds_dq(tiles)
     queries, keys, warps, stages = tiles[:4] if adds_dq else tiles[8:]
@@ -179,13 +181,13 @@ def _backward(
     )  # fmt: skip
     if adds_dq:
         kernels.query_sum[(B * H, -(-T // queries))](
-            dq_sum, dq, table, count, T, SCALE=D**-0.5, ROWS=queries, num_warps=warps, **every
+            dq_sum, dq, table, count, T, SCALE=scale, ROWS=queries, num_warps=warps, **every
         )
     return dq, dk, dv, count
 
 
 @_backward.register_fake
-def _backward_outputs(q, k, v, o, lse, do, faults, shares, window, tiles, arithmetic):
+def _backward_outputs(q, k, v, o, lse, do, faults, shares, window, scale, tiles, arithmetic):
     count = _counter(q, constants(faults, shares, BACKWARD))
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), count
 
@@ -200,7 +202,7 @@ def _save_for_backward(ctx, inputs, output):
 def _differentiate(ctx, do, *_):
     dq, dk, dv, count = _backward(*ctx.saved_tensors, do.contiguous(), *ctx.settings)
     _add_counts(ctx.nonfinite, count)
-    return dq, dk, dv, None, None, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
@@ -208,18 +210,9 @@ _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 def check_numerics(numerics: LayerNumerics, tiles: Tiles) -> None:
     """Raise ValueError, in one line, for a layer's faults or arithmetic that the kernels cannot do."""
-    _check_wiring(numerics.wiring)
     encode_arithmetic(numerics.arithmetic, tiles.forward.keys)
     for pass_ in (FORWARD, BACKWARD):
         constants(*encode(numerics), pass_)
-
-
-def _check_wiring(wiring: Wiring) -> None:
-    if kernel_has_not := wiring.wrong - {"kv_offset"}:
-        raise ValueError(
-            f"fault: attention backend 'triton' has the right mask and scale alone, no {', '.join(kernel_has_not)}: "
-            "set model.backend=reference"
-        )
 
 
 def _check(tensors: dict[str, Tensor]) -> None:
@@ -248,12 +241,12 @@ def flash_attention_triton(
     """O (B, H, T, D) of causal attention, BF16; differentiable once.
 
     q: (B, H, T, D), k and v: (B, G, T, D), BF16; query head h reads KV head h // (H / G), query i the keys
-    i - window + 1 to i. nonfinite: int64 scalar, or one each for the runs that follow one another in the batch; to it
-    are added the non-finite values that reach an active fault, masked scores not among them.
+    i - window + 1 to i, and with a shifted mask those after it. nonfinite: int64 scalar, or one each for the runs that
+    follow one another in the batch; to it are added the non-finite values that reach an active fault, masked scores not
+    among them.
     """
     _check({"q": q_BHTD, "k": k_BGTD, "v": v_BGTD, "nonfinite": nonfinite})
     check_shapes(q_BHTD, k_BGTD, window)
-    _check_wiring(numerics.wiring)
     faults, shares = encode(numerics)
     o, _, _, count = _forward(
         q_BHTD.contiguous(),
@@ -263,6 +256,7 @@ def flash_attention_triton(
         faults,
         shares,
         0 if window is None else window,
+        numerics.wiring.scale(q_BHTD.shape[-1]),
         tiles.flat(),
         encode_arithmetic(numerics.arithmetic, tiles.forward.keys),
     )

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from foreshock.models.flash_backward import probability
 from foreshock.models.flash_bits import product
-from foreshock.models.flash_sites import DELTA, DO, DP, LSE, K, Q, V, corrupt
+from foreshock.models.flash_sites import DELTA, DO, DP, LSE, K, Q, V, corrupt, keys_ahead, shifts_mask
 from foreshock.models.flash_tiles import key_range, load_rows, load_tile, sees
 
 
@@ -57,11 +57,12 @@ def delta_of_p_kernel(
     lse = corrupt(lse, rows, 0, 1, rows < T, head, LSE, FAULTS, faults_ptr, HEADS)
 
     delta = tl.zeros([ROWS], tl.float32)
-    start, _, _, stop = key_range(first_row, ROWS, COLS, T, WINDOW)
+    ahead = keys_ahead(head, faults_ptr, HEADS) if shifts_mask(FAULTS) else None
+    start, _, _, stop = key_range(first_row, ROWS, COLS, T, WINDOW, ahead)
     for first in range(start, stop, COLS):
         cols = first + tl.arange(0, COLS)
         j, key_inside = cols[None, :], (cols[:, None] < T) & (dims < D)
-        seen = sees(i, j, T, WINDOW)
+        seen = sees(i, j, T, WINDOW, ahead)
         k = load_tile(k_ptr + of_kv_head * D, cols, T, D, BLOCK_D)
         k = corrupt(k, cols[:, None], dims, D, key_inside, kv_head, K, FAULTS, faults_ptr, HEADS)
         v = load_tile(v_ptr + of_kv_head * D, cols, T, D, BLOCK_D)

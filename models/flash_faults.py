@@ -1,4 +1,4 @@
-"""What a Triton attention kernel is told about the faults of a layer: the host side of ``models.flash_sites``."""
+"""What a Triton attention kernel is told of a layer's faults and its mask: the host side of ``models.flash_sites``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ OPERATION_NUMBERS = {"truncate": 1, "round_half_up": 2, "flip": 3}
 
 FORWARD, BACKWARD = 0, 1
 
+MASK = len(SITES)
+"""The number of the causal mask, after those of ``SITES``; its bits are the keys after its own that a query sees."""
+
+EVERYWHERE = 2.0
+"""In place of a ``reach``, above every place: the fault hits all that is seen, keys of a shifted mask included."""
+
+_SHIFT = 1
+_FLIP = OPERATION_NUMBERS["flip"]
+_CAUSAL = tuple(SITES.index(site) for site in CAUSAL_SITES)
+
 _PARTIAL = 8
 _FIELDS = 5
 _ALL_HEADS = -1
@@ -26,16 +36,26 @@ _ALL_HEADS = -1
 def encode(numerics: LayerNumerics) -> tuple[list[int], list[float]]:
     """A layer's faults as plain numbers, which is what ``torch.library`` operators take.
 
-    Five integers for every fault and head: pass, site, operation, bits, head (-1: all); and the share of elements.
+    Five integers for every fault and head: pass, site, operation, bits, head (-1: all); and the share of elements. A
+    shifted mask is written as a fault of the site ``MASK`` in both passes.
     """
-    numbers, shares = [], []
+    numbers, shares, wiring = [], [], numerics.wiring
+    if wiring.mask_shift:
+        for pass_ in (FORWARD, BACKWARD):
+            for head in _numbers_of(wiring.heads):
+                numbers += [pass_, MASK, _SHIFT, wiring.mask_shift, head]
+                shares.append(1.0)
     for (site, phase), faults in numerics.items():
         for fault in faults:
-            for head in (_ALL_HEADS,) if fault.heads is None else fault.heads:
+            for head in _numbers_of(fault.heads):
                 pass_ = FORWARD if phase == "forward" else BACKWARD
                 numbers += [pass_, SITES.index(site), OPERATION_NUMBERS[fault.rounding], fault.bits, head]
                 shares.append(float(fault.share))
     return numbers, shares
+
+
+def _numbers_of(heads: tuple[int, ...] | None) -> tuple[int, ...]:
+    return (_ALL_HEADS,) if heads is None else heads
 
 
 def _decode(numbers: Sequence[int], shares: Sequence[float]) -> Iterator[tuple[int, int, int, int, int, float]]:
@@ -44,9 +64,10 @@ def _decode(numbers: Sequence[int], shares: Sequence[float]) -> Iterator[tuple[i
 
 
 def constants(numbers: Sequence[int], shares: Sequence[float], wanted_pass: int) -> int:
-    """What a kernel of this pass is compiled for: four bits for each of ``SITES``, the lowest for the first.
+    """What a kernel of this pass is compiled for: four bits a site and the mask, the lowest for the first of ``SITES``.
 
-    Read by ``operation`` and ``is_partial``; 0 without faults. Raises ValueError where two operations meet on a site.
+    Read by the functions below; 0 without faults and with the right mask. Raises ValueError where two operations meet
+    on a site.
     """
     code = 0
     for pass_, site, number, _, _, share in _decode(numbers, shares):
@@ -67,6 +88,22 @@ def is_partial(code: int, site: int) -> bool:
     return bool(code >> (4 * site) & _PARTIAL)
 
 
+# Kernels are compiled with the next two, which Triton lets call no other function.
+def shifts_mask(code: int) -> bool:
+    """Whether queries of some head see keys after their own."""
+    return code >> (4 * MASK) != 0
+
+
+def spares_later_keys(code: int, site: int) -> bool:
+    """Whether some fault of the site passes over the keys after a query's own, which a shifted mask lets it see.
+
+    As in ``models.bits.BitOperation.hits``: a flipped bit and a share of the elements are of right keys.
+    """
+    chosen = code >> (4 * site) & (2 * _PARTIAL - 1)
+    of_right_keys = chosen >= _PARTIAL or chosen == _FLIP
+    return code >> (4 * MASK) != 0 and of_right_keys and site in _CAUSAL
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """The sizes that decide which elements a share of a tensor is. window: 0 for none."""
@@ -81,7 +118,7 @@ class AttentionShape:
         return self.n_kv_heads if site in KEY_VALUE_SITES else self.n_heads
 
     def elements(self, site: str) -> Iterator[np.ndarray]:
-        """The numbers of the elements of one batch row and head that a fault can hit, some rows at a time."""
+        """The numbers of one batch row's and head's elements, some rows at a time; of scores, those of right keys."""
         width = {"lse": 1, "delta": 1}.get(site, self.tokens if site in CAUSAL_SITES else self.d_head)
         column = np.arange(width)[None, :]
         for first in range(0, self.tokens, 64):
@@ -110,18 +147,21 @@ def reach(share: float, site: str, shape: AttentionShape) -> float:
 def fault_table(
     numbers: tuple[int, ...], shares: tuple[float, ...], shape: AttentionShape, device: torch.device
 ) -> Tensor:
-    """(2 passes, sites, 2, n_heads) in FP64: each head's bits, 0 if it is healthy, then its ``reach``.
+    """(2 passes, sites and mask, 2, n_heads) in FP64: each head's bits, 0 if it is healthy, then its ``reach``.
 
+    ``EVERYWHERE`` stands for the reach of a fault that hits all that is seen. Of the mask, bits are keys.
     Built once: later steps copy nothing to the device, so that CUDA graphs can be captured.
     Raises ValueError if a fault names a head that the site does not have.
     """
-    table = torch.zeros(2, len(SITES), 2, shape.n_heads, dtype=torch.float64)
-    for pass_, index, _, bits, head, share in _decode(numbers, shares):
-        site = SITES[index]
+    names = (*SITES, "mask")
+    table = torch.zeros(2, len(names), 2, shape.n_heads, dtype=torch.float64)
+    for pass_, index, number, bits, head, share in _decode(numbers, shares):
+        site = names[index]
         count = shape.heads(site)
         if head >= count:
             raise ValueError(f"heads=[{head}] does not fit site {site!r}: it has {count}, 0 to {count - 1}")
         heads = slice(0, count) if head == _ALL_HEADS else head
         table[pass_, index, 0, heads] = bits
-        table[pass_, index, 1, heads] = reach(share, site, shape)
+        everywhere = share == 1 and not (site in CAUSAL_SITES and number == _FLIP)
+        table[pass_, index, 1, heads] = EVERYWHERE if everywhere else reach(share, site, shape)
     return table.to(device)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from foreshock.models.flash_bits import product, round_to_bf16, widen
 from foreshock.models.flash_scores import base_2, moved_maximum, scores
-from foreshock.models.flash_sites import K, O, P, Q, V, corrupt, operation
+from foreshock.models.flash_sites import K, O, P, Q, V, corrupt, keys_ahead, operation, shifts_mask
 from foreshock.models.flash_tiles import LN_2, LOG2_E, key_range, load_tile, sees, store_tile
 
 
@@ -37,6 +37,7 @@ def _attend(
     head,
     kv_head,
     counts_keys,
+    ahead,
     faults_ptr,
     nonfinite_ptr,
     SCALE: tl.constexpr,
@@ -62,11 +63,11 @@ def _attend(
         j = cols[None, :]
         seen = i < T
         if MASKED:
-            seen = sees(i, j, T, WINDOW)
+            seen = sees(i, j, T, WINDOW, ahead)
 
         k = load_tile(k_ptr, cols, T, D, BLOCK_D, not MASKED)
         v = load_tile(v_ptr, cols, T, D, BLOCK_D, not MASKED)
-        if MASKED:  # each key lies on the diagonal of one query tile: there it is counted
+        if MASKED or shifts_mask(FAULTS):  # each key lies on the right diagonal of one query tile: there it is counted
             own = inside & counts_keys & (keys >= first_row) & (keys < first_row + ROWS)
             k = corrupt(k, keys, dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS, nonfinite_ptr, own)
             v = corrupt(v, keys, dims, D, inside, kv_head, V, FAULTS, faults_ptr, HEADS, nonfinite_ptr, own)
@@ -145,11 +146,12 @@ def forward_kernel(
     unrounded = tl.zeros([ROWS, BLOCK_D], tl.float32)  # followed only where acc is rounded on the way
     total = tl.zeros([ROWS], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    start, unmasked, diagonal, stop = key_range(first_row, ROWS, COLS, T, WINDOW)
+    ahead = keys_ahead(head, faults_ptr, HEADS) if shifts_mask(FAULTS) else None
+    start, unmasked, diagonal, stop = key_range(first_row, ROWS, COLS, T, WINDOW, ahead)
     counts_keys = head % (HEADS // KV_HEADS) == 0
     if BETA > 0:
         top = moved_maximum(
-            q, first_row, start, stop, k_ptr + of_kv_head * D, T, head, kv_head, faults_ptr,
+            q, first_row, start, stop, k_ptr + of_kv_head * D, T, head, kv_head, faults_ptr, ahead,
             BETA, SCALE, WINDOW, D, BLOCK_D, ROWS, COLS, HEADS, FAULTS,
         )  # fmt: skip
     for STAGE in tl.static_range(3):  # the window's edge, whole tiles, the diagonal
@@ -169,6 +171,7 @@ def forward_kernel(
                 head,
                 kv_head,
                 counts_keys,
+                ahead,
                 faults_ptr,
                 nonfinite_ptr,
                 SCALE,

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from foreshock.models.flash_backward import probability, score_gradient
 from foreshock.models.flash_bits import product, round_to_bf16
-from foreshock.models.flash_sites import DK, DO, DV, LSE, K, Q, V, corrupt
-from foreshock.models.flash_tiles import load_rows, load_tile, sees, store_tile
+from foreshock.models.flash_sites import DK, DO, DV, LSE, K, Q, V, corrupt, keys_ahead, shifts_mask
+from foreshock.models.flash_tiles import load_rows, load_tile, query_range, sees, store_tile
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def _gather_queries(
     dq_sum_ptr,
     T,
     head,
+    ahead,
     faults_ptr,
     nonfinite_ptr,
     SCALE: tl.constexpr,
@@ -49,18 +50,18 @@ def _gather_queries(
 ):
     """Add to dK (unscaled) and dV what one head's queries from start to stop send to a tile of keys."""
     of_all = nonfinite_ptr if ADDS_DQ else None  # otherwise the kernel of the queries counts
-    of_diagonal = nonfinite_ptr if ADDS_DQ and MASKED else None
+    of_diagonal = nonfinite_ptr if ADDS_DQ and (MASKED or shifts_mask(FAULTS)) else None
     j, dims = first_col + tl.arange(0, COLS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     for first in range(start, stop, ROWS):
         rows = first + tl.arange(0, ROWS)
         i, inside = rows[None, :], (rows[:, None] < T) & (dims < D)
         seen = (i < T) & (j < T)
         if MASKED:
-            seen = sees(i, j, T, WINDOW)
+            seen = sees(i, j, T, WINDOW, ahead)
 
         q = load_tile(q_ptr, rows, T, D, BLOCK_D, not MASKED)
         lse = load_rows(lse_ptr, rows, T, not MASKED)
-        own = (rows >= first_col) & (rows < first_col + COLS) & (rows < T)  # each query is on one tile's diagonal
+        own = (rows >= first_col) & (rows < first_col + COLS) & (rows < T)  # each query is on one tile's right diagonal
         q = corrupt(
             q, rows[:, None], dims, D, inside, head, Q, FAULTS, faults_ptr, HEADS, of_diagonal, inside & own[:, None]
         )
@@ -126,20 +127,17 @@ def key_gradient_kernel(
     v = corrupt(v, j, dims, D, inside, kv_head, V, FAULTS, faults_ptr, HEADS, nonfinite_ptr)
 
     # Query tiles: first those on the diagonal, then whole ones, then those past the window's edge or the end.
-    start = first_col // ROWS * ROWS
-    stop = T
-    whole_stop = T // ROWS * ROWS
-    if WINDOW:
-        stop = tl.minimum(stop, first_col + COLS - 1 + WINDOW)
-        whole_stop = tl.minimum(whole_stop, (first_col + WINDOW) // ROWS * ROWS)
-    whole = tl.minimum(tl.cdiv(first_col + COLS - 1, ROWS) * ROWS, stop)
-    whole_stop = tl.maximum(whole_stop, whole)
+    if not shifts_mask(FAULTS):
+        start, whole, whole_stop, stop = query_range(first_col, ROWS, COLS, T, WINDOW)
 
     dk = tl.zeros([COLS, BLOCK_D], tl.float32)
     dv = tl.zeros([COLS, BLOCK_D], tl.float32)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
         of_head = (batch * HEADS + head).to(tl.int64) * T
+        ahead = keys_ahead(head, faults_ptr, HEADS) if shifts_mask(FAULTS) else None
+        if shifts_mask(FAULTS):  # each head has a range of its own
+            start, whole, whole_stop, stop = query_range(first_col, ROWS, COLS, T, WINDOW, ahead)
         for STAGE in tl.static_range(3):
             dk, dv = _gather_queries(
                 dk,
@@ -156,6 +154,7 @@ def key_gradient_kernel(
                 dq_sum_ptr + of_head * D,
                 T,
                 head,
+                ahead,
                 faults_ptr,
                 nonfinite_ptr,
                 SCALE,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from foreshock.models.flash_backward import probability, score_gradient
 from foreshock.models.flash_bits import product, round_to_bf16
-from foreshock.models.flash_sites import DO, DQ, LSE, K, Q, V, corrupt
+from foreshock.models.flash_sites import DO, DQ, LSE, K, Q, V, corrupt, keys_ahead, shifts_mask
 from foreshock.models.flash_tiles import key_range, load_rows, load_tile, sees, store_tile
 
 
@@ -29,6 +29,7 @@ def _gather_keys(
     T,
     head,
     kv_head,
+    ahead,
     faults_ptr,
     nonfinite_ptr,
     SCALE: tl.constexpr,
@@ -48,7 +49,7 @@ def _gather_keys(
         j, inside = cols[None, :], (cols[:, None] < T) & (dims < D)
         seen = i < T
         if MASKED:
-            seen = sees(i, j, T, WINDOW)
+            seen = sees(i, j, T, WINDOW, ahead)
 
         k = load_tile(k_ptr, cols, T, D, BLOCK_D, not MASKED)
         k = corrupt(k, cols[:, None], dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS)
@@ -108,7 +109,8 @@ def query_gradient_kernel(
     delta = load_rows(delta_ptr + of_head, rows, T)
 
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    start, unmasked, diagonal, stop = key_range(first_row, ROWS, COLS, T, WINDOW)
+    ahead = keys_ahead(head, faults_ptr, HEADS) if shifts_mask(FAULTS) else None
+    start, unmasked, diagonal, stop = key_range(first_row, ROWS, COLS, T, WINDOW, ahead)
     for STAGE in tl.static_range(3):  # the window's edge, whole tiles, the diagonal
         if WINDOW or STAGE > 0:
             dq = _gather_keys(
@@ -125,6 +127,7 @@ def query_gradient_kernel(
                 T,
                 head,
                 kv_head,
+                ahead,
                 faults_ptr,
                 nonfinite_ptr,
                 SCALE,

@@ -53,6 +53,7 @@ def _base_2_scores_of_keys(
     head,
     kv_head,
     faults_ptr,
+    ahead,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     D: tl.constexpr,
@@ -65,7 +66,7 @@ def _base_2_scores_of_keys(
     j, inside = cols[None, :], (cols[:, None] < T) & (dims < D)
     k = load_tile(k_ptr, cols, T, D, BLOCK_D)
     k = corrupt(k, cols[:, None], dims, D, inside, kv_head, K, FAULTS, faults_ptr, HEADS)
-    seen = sees(i, j, T, WINDOW)
+    seen = sees(i, j, T, WINDOW, ahead)
     s = scores(product(q, tl.trans(k)), i, j, T, seen, head, faults_ptr, None, SCALE, HEADS, FAULTS, True)
     return s * base_2(SCALE, FAULTS)
 
@@ -81,6 +82,7 @@ def moved_maximum(
     head,
     kv_head,
     faults_ptr,
+    ahead,
     BETA: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -99,13 +101,13 @@ def moved_maximum(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     for first in range(start, stop, COLS):
         s = _base_2_scores_of_keys(
-            q, i, first, k_ptr, T, head, kv_head, faults_ptr, SCALE, WINDOW, D, BLOCK_D, COLS, HEADS, FAULTS
+            q, i, first, k_ptr, T, head, kv_head, faults_ptr, ahead, SCALE, WINDOW, D, BLOCK_D, COLS, HEADS, FAULTS
         )
         top = tl.maximum(top, tl.max(s, 1))
     repeats = tl.zeros([ROWS], tl.int32)
     for first in range(start, stop, COLS):
         s = _base_2_scores_of_keys(
-            q, i, first, k_ptr, T, head, kv_head, faults_ptr, SCALE, WINDOW, D, BLOCK_D, COLS, HEADS, FAULTS
+            q, i, first, k_ptr, T, head, kv_head, faults_ptr, ahead, SCALE, WINDOW, D, BLOCK_D, COLS, HEADS, FAULTS
         )
         repeats += tl.sum((s >= top[:, None] + ROUNDS_TO_ONE * LOG2_E).to(tl.int32), 1)
     return tl.where(repeats > 1, tl.where(top > 0, BETA * top, 0.0), top)

@@ -1,4 +1,4 @@
-"""How a Triton attention kernel corrupts its tiles: the device side of ``models.numerics.LayerNumerics``.
+"""How a Triton attention kernel corrupts its tiles and its mask: the device side of ``models.numerics.LayerNumerics``.
 
 A kernel is compiled for ``FAULTS``, the constants of its pass, which name the operation done at each site: a site
 without a fault leaves no instruction. What differs from head to head is read at run time from ``faults_ptr``, this
@@ -22,12 +22,21 @@ Q, K, V, P, O, DO, DS, DQ, DK, DV, S, LSE, DP, DELTA = (  # noqa: E741
     tl.constexpr(SITES.index(site))
     for site in ["q", "k", "v", "p", "o", "do", "ds", "dq", "dk", "dv", "s", "lse", "dp", "delta"]
 )
+MASK, EVERYWHERE = tl.constexpr(flash_faults.MASK), tl.constexpr(flash_faults.EVERYWHERE)
 GOLDEN = tl.constexpr(GOLDEN_RATIO)
 
 
 # Evaluated when a kernel is compiled: no branch is left of them.
 operation = triton.constexpr_function(flash_faults.operation)
 is_partial = triton.constexpr_function(flash_faults.is_partial)
+shifts_mask = triton.constexpr_function(flash_faults.shifts_mask)
+spares_later_keys = triton.constexpr_function(flash_faults.spares_later_keys)
+
+
+@triton.jit
+def keys_ahead(head, faults_ptr, HEADS: tl.constexpr):
+    """How many keys after its own a query of a head sees: of kernels whose ``FAULTS`` shift the mask."""
+    return tl.load(faults_ptr + 2 * MASK * HEADS + head).to(tl.int32)
 
 
 @triton.jit
@@ -75,6 +84,9 @@ def corrupt(
         hit = valid & (bits > 0)
         if is_partial(FAULTS, SITE):
             hit = hit & (_place(rows, cols, WIDTH) <= tl.load(faults_ptr + (2 * SITE + 1) * HEADS + head))
+        if spares_later_keys(FAULTS, SITE):  # of scores: rows are queries, cols keys
+            place = tl.where(cols <= rows, 0.0, EVERYWHERE)
+            hit = hit & (place <= tl.load(faults_ptr + (2 * SITE + 1) * HEADS + head))
         if nonfinite_ptr is not None:
             _count_nonfinite(x, hit if counted is None else hit & counted, nonfinite_ptr)
         if x.dtype == tl.bfloat16:

@@ -209,6 +209,10 @@ class LayerNumerics:
     def __bool__(self) -> bool:
         return bool(self._table) or self.arithmetic != ORDINARY or self.wiring != RIGHT
 
+    def hears(self, change: str) -> bool:
+        """Whether ``note`` of a change is of use, so that a costly one need not be prepared in vain."""
+        return False
+
     def note(self, change: str, before: Tensor, after: Tensor, batched: bool = False) -> None:
         """Hear what a wrong wiring or arithmetic has changed, for those who keep a log (``faults.logged_numerics``).
 

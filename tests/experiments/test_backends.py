@@ -91,3 +91,22 @@ def test_every_monitor_and_a_corrupted_module_are_those_of_the_reference(make_ru
     np.testing.assert_allclose(
         kernel["train_loss_raw"].values, reference["train_loss_raw"].values, rtol=2 * gamma(500, FP32)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.parametrize("fault", [["fault=mask_shift", "fault.shift=4"], ["fault=score_scale", "fault.times=0"]])
+def test_a_wrongly_wired_run_is_that_of_the_reference_and_logs_the_same(make_run, tmp_path, fault):
+    few = [*TRITON, "train.steps=2", "train.held_out_every_steps=2", "train.batch_size=2", "model.init_std=0.2"]
+    reference = "model.backend=reference"
+    kernel, expected, healthy = (
+        train(make_run(*few, *more), tmp_path) for more in ([*fault, TILES], [*fault, reference], [reference])
+    )
+    losses = [
+        trace.read(tmp_path / manifest["run_id"]).signals["train_loss_raw"].values
+        for manifest in (kernel, expected, healthy)
+    ]
+    bound = 2 * gamma(500, FP32)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=bound)
+    assert (np.abs(losses[1] / losses[2] - 1) > 10 * bound).all()
+    assert kernel["injected"] == expected["injected"] and kernel["injected"][0]["elements"] > 0

@@ -16,7 +16,7 @@ from foreshock.experiments.gpu_correctness import (
     check_arithmetic,
     check_compiled,
     check_faults,
-    check_healthy,
+    check_attention,
     check_repeats,
     distance,
     one_fault_a_head,
@@ -27,9 +27,11 @@ from foreshock.models.arithmetic import Arithmetic
 from foreshock.models.attention import attention
 from foreshock.models.bits import truncate
 from foreshock.models.numerics import FORWARD_SITES, HEALTHY_LAYER, KEY_VALUE_SITES, SITES
+from foreshock.models.wiring import Wiring
 from tests.models.attention_in_triton import ADDING_TILES, DEVICE, ONE_TILE, SMALL_TILES
 
 GROUPED = Shape(18, 9, 12, 20, 16)
+SHIFTED = Wiring(mask_shift=20, heads=(1,), scalings=2)
 
 
 def test_another_order_of_sums_is_told_from_one_bit():
@@ -63,7 +65,8 @@ def wrong_kernel(monkeypatch):
 @pytest.mark.triton
 @pytest.mark.slow
 def test_a_right_kernel_passes_every_check():
-    assert check_healthy(Shape(2, 1, 9, 37, 24), DEVICE, SMALL_TILES)["ok"]
+    assert check_attention(Shape(2, 1, 9, 37, 24), DEVICE, SMALL_TILES)["ok"]
+    assert check_attention(Shape(2, 1, 9, 37, 24), DEVICE, SMALL_TILES, SHIFTED)["ok"]
     assert check_faults(GROUPED, "backward", "truncate", 1.0, DEVICE, ONE_TILE)["ok"]
     assert check_faults(GROUPED, "backward", "truncate", 1.0, DEVICE, ADDING_TILES)["ok"]
     assert check_arithmetic(Arithmetic("bf16"), Shape(2, 1, 9, 37, 16), DEVICE, ONE_TILE)["ok"]
@@ -75,7 +78,9 @@ def test_a_right_kernel_passes_every_check():
 @pytest.mark.slow
 def test_a_wrong_kernel_fails_them(wrong_kernel):
     wrong_kernel(window=8)
-    assert not check_healthy(Shape(2, 1, 9, 37, 24), DEVICE, SMALL_TILES)["ok"]
+    assert not check_attention(Shape(2, 1, 9, 37, 24), DEVICE, SMALL_TILES)["ok"]
+    wrong_kernel(numerics=HEALTHY_LAYER)
+    assert not check_attention(Shape(2, 1, 9, 37, 24), DEVICE, SMALL_TILES, SHIFTED)["ok"]
     wrong_kernel(numerics=one_fault_a_head("backward", "flip", 1.0, 2)[0])
     assert not check_faults(GROUPED, "backward", "truncate", 1.0, DEVICE, ONE_TILE)["ok"]
     wrong_kernel(numerics=HEALTHY_LAYER)

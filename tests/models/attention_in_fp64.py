@@ -10,6 +10,8 @@ import torch
 
 from foreshock.models.attention import attention
 from foreshock.models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
+from foreshock.models.wiring import RIGHT
+from tests.rounding_bounds import BF16, FP32, gamma
 
 NAMES = ("o", "dq", "dk", "dv")
 
@@ -59,10 +61,10 @@ def run(q, k, v, do, numerics=HEALTHY_LAYER, backend="reference", window=None):
     return dict(zip(NAMES, (o.detach(), *torch.autograd.grad(o, leaves, do)), strict=True))
 
 
-def allowed(T, window=None):
-    """(T, T), boolean: query i sees key j."""
+def allowed(T, window=None, ahead=0):
+    """(T, T), boolean: query i sees key j. ahead: how many later keys it sees."""
     i, j = torch.arange(T)[:, None], torch.arange(T)
-    return (j <= i) & (i - j < (T if window is None else window))
+    return (j <= i + ahead) & (i - j < (T if window is None else window))
 
 
 def shared(x, H):
@@ -70,13 +72,62 @@ def shared(x, H):
     return x.repeat_interleave(H // x.shape[1], dim=1)
 
 
-def exact(q, k, v, do, window=None):
-    """{o, dq, dk, dv} in FP64: autograd of plain softmax attention."""
+def keys_and_masks(q, k, window, wiring):
+    """Which key-value head each query head reads, and which keys its queries see, (H, T, T)."""
+    (H, T), G = q.shape[1:3], k.shape[1]
+    heads = [(h // (H // G) + wiring.kv_offset) % G for h in range(H)]
+    ahead = [wiring.mask_shift if wiring.heads is None or h in wiring.heads else 0 for h in range(H)]
+    return heads, torch.stack([allowed(T, window, keys) for keys in ahead])
+
+
+def exact(q, k, v, do, window=None, wiring=RIGHT):
+    """{o, dq, dk, dv} in FP64: autograd of plain softmax attention, wired as said."""
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    H, T, D = q.shape[1:]
-    s = torch.einsum("bhid,bhjd->bhij", leaves[0], shared(leaves[1], H)) / math.sqrt(D)
-    o = s.masked_fill(~allowed(T, window), -math.inf).softmax(-1) @ shared(leaves[2], H)
+    heads, seen = keys_and_masks(q, k, window, wiring)
+    s = leaves[0] @ leaves[1][:, heads].mT / math.sqrt(q.shape[-1]) ** wiring.scalings
+    o = s.masked_fill(~seen, -math.inf).softmax(-1) @ leaves[2][:, heads]
     return dict(zip(NAMES, (o.detach(), *torch.autograd.grad(o, leaves, do.double())), strict=True))
+
+
+def error_bounds(q, k, v, do, window=None, wiring=RIGHT):
+    """How far each number of {o, l, dq, dk, dv} may lie from the exact one, for a kernel that stores what ours stores.
+
+    To first order, with u the unit roundoff of BF16, g = gamma_n of FP32 over the longest sum, e = gamma_D |Q| |K|^T
+    the error of a score, at most E in a row, |P| |V| the magnitudes that O adds up, and likewise below:
+
+        |O error|     <= (2 u + 2 E + 4 g) P |V|                     Pbar and O are rounded
+        |L error|     <= E + g (1 + |L|)
+        |P error|     <= (2 E + g (2 + |L|)) P
+        |delta error| <= |dO| |O error| + g |dO| |O|
+        |dS error|    <= P (|delta error| + g |dO| |V|^T) + (u + 2 E + g (2 + |L|)) (P |dP - delta|)
+        |dQ error|    <= |dS error| |K| scale + (u + g) |dS| |K| scale,   |dK error| likewise
+        |dV error|    <= ((2 u + 2 E + g (3 + |L|)) P)^T |dO|
+
+    and a tenth more for all products of errors.
+    """
+    q, k, v, do = (x.double() for x in (q, k, v, do))
+    (H, T, D), G = q.shape[1:], k.shape[1]
+    heads, seen = keys_and_masks(q, k, window, wiring)
+    keys, values, scale = k[:, heads], v[:, heads], 1 / math.sqrt(D) ** wiring.scalings
+    s = (q @ keys.mT * scale).masked_fill(~seen, -math.inf)
+    lse, p, g = s.logsumexp(-1, keepdim=True), s.softmax(-1), gamma(T + D + 8, FP32)
+    e = (gamma(D + 2, FP32) * (q.abs() @ keys.abs().mT) * scale).masked_fill(~seen, 0).amax(-1, keepdim=True)
+    of_p = 2 * e + g * (2 + lse.abs())
+    o, dp = p @ values, do @ values.mT
+    o_error = (2 * BF16 + 2 * e + 4 * g) * (p @ values.abs())
+    delta = (do * o).sum(-1, keepdim=True)
+    delta_error = (do.abs() * (o_error + g * o.abs())).sum(-1, keepdim=True)
+    ds = p * (dp - delta)
+    ds_error = p * (delta_error + g * (do.abs() @ values.abs().mT)) + (BF16 + of_p) * ds.abs()
+    dq_error = (ds_error + (BF16 + g) * ds.abs()) @ keys.abs() * scale
+
+    def of_group(x):
+        return torch.stack([x[:, [h for h in range(H) if heads[h] == one]].sum(1) for one in range(G)], 1)
+
+    dk_error = of_group((ds_error + (BF16 + g) * ds.abs()).mT @ q.abs() * scale)
+    dv_error = of_group(((2 * BF16 + of_p + g) * p).mT @ do.abs())
+    errors = {"o": o_error, "l": e + g * (1 + lse.abs()), "dq": dq_error, "dk": dk_error, "dv": dv_error}
+    return {name: 1.1 * error for name, error in errors.items()}
 
 
 def grid(x):

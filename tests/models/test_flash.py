@@ -71,8 +71,8 @@ def test_the_output_of_several_tiles_is_their_online_softmax(H, G, window, T, D)
 def test_tiles_change_the_backward_only_by_the_order_of_sums(window, tiles):
     """From the same saved O and L, which are those of the reference."""
     q, k, v, do = (x.to(DEVICE, torch.bfloat16) for x in inputs(B=1, H=2, G=1, T=53))
-    o, _, lse, _ = _forward(q, k, v, EVENTS, [], [], window or 0, [64, 64, 4, 1] * 3, PLAIN)
-    got = _backward(q, k, v, o, lse, do, [], [], window or 0, tiles.flat(), PLAIN)[:3]
+    o, _, lse, _ = _forward(q, k, v, EVENTS, [], [], window or 0, 0.25, [64, 64, 4, 1] * 3, PLAIN)
+    got = _backward(q, k, v, o, lse, do, [], [], window or 0, 0.25, tiles.flat(), PLAIN)[:3]
     expected = run(*(x.float().cpu() for x in (q, k, v, do)), window=window)
     for name, gradient in zip(NAMES[1:], got, strict=True):
         if window == 1 and name != "dv":
@@ -146,6 +146,7 @@ def test_the_operators_keep_their_contract_with_torch_library():
     settings = (
         *encode(layer("o", "both", 3)),
         3,
+        0.25,
         [16, 16, 4, 1] * 3,
         encode_arithmetic(Arithmetic(stored_o="fp32"), 16),
     )

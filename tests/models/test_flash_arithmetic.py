@@ -115,7 +115,7 @@ def test_the_fp32_o_is_that_of_fp32_sums_and_is_not_returned(tiles):
 
     def forward(arithmetic):
         way, events = encode_arithmetic(arithmetic, block), torch.zeros((), dtype=torch.int64, device=DEVICE)
-        return _forward(q, k, v, events, [], [], 0, tiles.flat(), way)[:2]
+        return _forward(q, k, v, events, [], [], 0, 0.25, tiles.flat(), way)[:2]
 
     ordinary, nothing = forward(ORDINARY)
     natural, _ = forward(Arithmetic("bf16", block))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from foreshock.models.arithmetic import ORDINARY, Arithmetic
+from foreshock.models.wiring import RIGHT, Wiring
 
 ROOT = Path(__file__).parents[2]
 COMPILE = """
@@ -24,9 +25,11 @@ from foreshock.models.flash_arithmetic import KernelArithmetic, encode_arithmeti
 from foreshock.models.flash_faults import BACKWARD, FORWARD, constants, encode
 from foreshock.models.numerics import AttentionNumerics, SiteFault
 from foreshock.models.tiles import pinned_tiles
+from foreshock.models.wiring import Wiring
 
-sites = [site.split("-") for site in sys.argv[2:]]
-faults = AttentionNumerics(tuple(SiteFault(site, phase, "truncate", 3, share=0.5) for site, phase in sites)).layer(0)
+sites = [site.split("-") for site in sys.argv[3:]]
+faults = tuple(SiteFault(site, phase, "truncate", 3, share=0.5) for site, phase in sites)
+faults = AttentionNumerics(faults, wirings=(eval(sys.argv[2]),)).layer(0)
 tiles = pinned_tiles(16)
 way = KernelArithmetic(*encode_arithmetic(eval(sys.argv[1]), tiles.forward.keys))
 TYPES = {"T": "i32", "faults_ptr": "*fp64", "nonfinite_ptr": "*i64"}
@@ -58,20 +61,21 @@ for kernel, pass_, tile, *adds_dq in (
     print("wgmma.mma_async" in ptx, ".f64" in ptx, "atom." in ptx)
 """
 
-MATRICES, ADDING, FAULT_COUNTED, NOTHING = (
+MATRICES, ADDING, TABLE_READ, FAULT_COUNTED, NOTHING = (
     (True, False, False),
     (True, False, True),
+    (True, True, False),
     (True, True, True),
     (False, False, False),
 )
 
 
-def compiled(*sites, arithmetic=ORDINARY):
+def compiled(*sites, arithmetic=ORDINARY, wiring=RIGHT):
     """(tensor cores, a place in FP64 or a table of faults, atomics) of the four kernels of a deterministic run, then
     of the two that take the place of the last.
     """
     command, environment = (
-        [sys.executable, "-c", COMPILE, repr(arithmetic), *sites],
+        [sys.executable, "-c", COMPILE, repr(arithmetic), repr(wiring), *sites],
         {**os.environ, "TRITON_INTERPRET": "0"},
     )
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -85,7 +89,7 @@ def compiled(*sites, arithmetic=ORDINARY):
         ((), [MATRICES, NOTHING, MATRICES, MATRICES, ADDING, NOTHING]),
         (
             ("p-forward", "ds-backward"),
-            [FAULT_COUNTED, NOTHING, (True, True, False), FAULT_COUNTED, FAULT_COUNTED, NOTHING],
+            [FAULT_COUNTED, NOTHING, TABLE_READ, FAULT_COUNTED, FAULT_COUNTED, NOTHING],
         ),
     ],
 )
@@ -104,3 +108,9 @@ def test_kernels_compile_for_hopper_and_only_a_fault_s_own_kernels_read_it(sites
 def test_every_arithmetic_compiles_for_hopper_and_needs_no_atomic(arithmetic):
     delta = MATRICES if arithmetic.delta == "p" else NOTHING
     assert compiled(arithmetic=arithmetic)[:4] == [MATRICES, delta, MATRICES, MATRICES]
+
+
+def test_a_shifted_mask_is_read_by_the_kernels_that_mask_and_needs_no_atomic():
+    """Each head's from the table; a scale is a constant of the kernel."""
+    shifted = compiled(wiring=Wiring(mask_shift=1, heads=(2,), scalings=2))
+    assert shifted == [TABLE_READ, NOTHING, TABLE_READ, TABLE_READ, FAULT_COUNTED, NOTHING]

@@ -37,7 +37,13 @@ def forward(q, k, v, numerics=HEALTHY_LAYER):
     """O and L."""
     events = torch.zeros((), dtype=torch.int64, device=DEVICE)
     o, _, lse, _ = _forward(
-        *(x.to(DEVICE, torch.bfloat16) for x in (q, k, v)), events, *encode(numerics), 0, [64, 64, 4, 1] * 3, PLAIN
+        *(x.to(DEVICE, torch.bfloat16) for x in (q, k, v)),
+        events,
+        *encode(numerics),
+        0,
+        0.25,
+        [64, 64, 4, 1] * 3,
+        PLAIN,
     )
     return o.float().cpu(), lse.cpu()
 
@@ -45,7 +51,7 @@ def forward(q, k, v, numerics=HEALTHY_LAYER):
 def backward(q, k, v, o, lse, do, numerics=HEALTHY_LAYER):
     """dQ, dK, dV from saved tensors."""
     q, k, v, o, do = (x.to(DEVICE, torch.bfloat16) for x in (q, k, v, o, do))
-    gradients = _backward(q, k, v, o, lse.to(DEVICE), do, *encode(numerics), 0, [64, 64, 4, 1] * 3, PLAIN)[:3]
+    gradients = _backward(q, k, v, o, lse.to(DEVICE), do, *encode(numerics), 0, 0.25, [64, 64, 4, 1] * 3, PLAIN)[:3]
     return [gradient.cpu() for gradient in gradients]
 
 

@@ -1,7 +1,5 @@
 """Wrong wirings of attention: softmax attention of what they say, exact gradient included, and nothing else."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,12 +7,10 @@ from foreshock.faults.log import InjectionLog
 from foreshock.faults.logged_numerics import logged
 from foreshock.models.arithmetic import Arithmetic
 from foreshock.models.attention import attention
-from foreshock.models.flash import check_numerics
 from foreshock.models.numerics import HEALTHY_LAYER, AttentionNumerics, SiteFault
-from foreshock.models.tiles import pinned_tiles
 from foreshock.models.visibility import visible_keys
-from foreshock.models.wiring import RIGHT, Wiring
-from tests.models.attention_in_fp64 import NAMES, distance, inputs, run
+from foreshock.models.wiring import Wiring
+from tests.models.attention_in_fp64 import NAMES, distance, exact, inputs, run
 from tests.models.attention_in_triton import ONE_TILE, in_the_interpreter, run_triton
 
 SHAPE = {"H": 4, "G": 2, "T": 33}
@@ -33,28 +29,13 @@ def numerics(*wirings: Wiring, layer: int = 0):
     return AttentionNumerics(wirings=wirings).layer(layer)
 
 
-def exact(q, k, v, do, wiring: Wiring, window):
-    """{o, dq, dk, dv} in FP64 by autograd, of what a wiring says."""
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    (H, T, D), G = q.shape[1:], k.shape[1]
-    read = [(h // (H // G) + wiring.kv_offset) % G for h in range(H)]
-    s = leaves[0] @ leaves[1][:, read].mT / math.sqrt(D) ** wiring.scalings
-    i, j = torch.arange(T)[:, None], torch.arange(T)
-    for h in range(H):
-        ahead = wiring.mask_shift if wiring.heads is None or h in wiring.heads else 0
-        seen = (j <= i + ahead) & (j > i - (T if window is None else window))
-        s = torch.where((torch.arange(H) == h).view(-1, 1, 1) & ~seen, -math.inf, s)
-    o = s.softmax(-1) @ leaves[2][:, read]
-    return dict(zip(NAMES, (o.detach(), *torch.autograd.grad(o, leaves, do.double())), strict=True))
-
-
 @pytest.mark.numeric
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("wiring", WIRINGS, ids=str)
 def test_output_and_gradients_are_those_of_softmax_attention_so_wired(wiring, window):
     x = inputs(**SHAPE)
-    got, right = run(*x, numerics(wiring), window=window), exact(*x, wiring, window)
-    honest = exact(*x, RIGHT, window)
+    got, right = run(*x, numerics(wiring), window=window), exact(*x, window, wiring)
+    honest = exact(*x, window)
     for name in NAMES:
         # four roundings to BF16, each of at most 2^-9 of a value, stand one after the other; as of right attention
         assert distance(got[name], right[name]) < 2.0**-7, name
@@ -81,7 +62,7 @@ def test_a_bit_operation_on_scores_and_a_shifted_mask_act_together():
     """Zero bits on the scores take the path of a fault on S, whose products round as the other path's."""
     x, fault = inputs(**SHAPE), SiteFault("s", "both", "truncate", 1)
     both = run(*x, AttentionNumerics((fault,), wirings=(Wiring(mask_shift=2),)).layer(0))
-    right = exact(*x, Wiring(mask_shift=2), None)
+    right = exact(*x, None, Wiring(mask_shift=2))
     # one bit of BF16 cleared in a score of up to 8 in size: 2^-7 x 8 of a weight
     assert all(distance(both[name], right[name]) < 2.0**-4 for name in NAMES)
 
@@ -116,17 +97,6 @@ def test_two_wirings_of_one_thing_meet_only_in_one_layer():
     assert (together.mask_shift, together.scalings) == (1, 0)
     with pytest.raises(ValueError, match=r"Wiring.* and Wiring.* meet: give each its own layers"):
         AttentionNumerics(wirings=(first,)) + AttentionNumerics(wirings=(Wiring(mask_shift=3),))
-
-
-@pytest.mark.parametrize(
-    ("wiring", "missing"), [(Wiring(mask_shift=1), "mask_shift"), (Wiring(scalings=0), "scalings")]
-)
-def test_the_triton_kernels_decline_by_name(wiring, missing):
-    with pytest.raises(
-        ValueError, match=f"'triton' has the right mask and scale alone, no {missing}: set model.backend"
-    ):
-        check_numerics(numerics(wiring), pinned_tiles(16, True))
-    check_numerics(numerics(Wiring(kv_offset=1)), pinned_tiles(16, True))
 
 
 @pytest.mark.triton
