@@ -30,6 +30,7 @@ from rich.table import Table
 from foreshock.experiments.build import ROOT, construct
 from foreshock.experiments.cli import CONF, options
 from foreshock.experiments.files import write_whole
+from foreshock.experiments.places import check_file_to_write
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.experiments.usage import fail, show_help
 from foreshock.experiments.validation import check_named
@@ -254,7 +255,7 @@ def main(arguments: Sequence[str]) -> None:
         check_named(names, [name for name in options("fault") if name != NOTHING], "fault")
         found = rows()
         if "markdown" in given:
-            write_whole(Path(given["markdown"]), markdown(found).encode())
+            write_whole(check_file_to_write(given["markdown"], "markdown"), markdown(found).encode())
             console.print(f"{given['markdown']}: {len(found)} faults")
         elif names:
             for row in found:
