@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from foreshock.analysis.runs.frame import write_csv
 from foreshock.experiments.places import check_folder_to_read, check_folder_to_write

@@ -26,8 +26,8 @@ from foreshock.experiments import reproduce
 from foreshock.experiments.cli import CONF, guarded, one_line_errors, options
 from foreshock.experiments.files import write_whole
 from foreshock.experiments.names import check_distinct
-from foreshock.experiments.plain_config import monitors_of
 from foreshock.experiments.places import check_folder_to_write
+from foreshock.experiments.plain_config import monitors_of
 from foreshock.experiments.training.stopping import stoppable
 from foreshock.experiments.usage import show_help
 from foreshock.experiments.validation import check_named, nearest

@@ -253,9 +253,10 @@ def main(arguments: Sequence[str]) -> None:
     try:
         check_named(given, (*FILTERS, "markdown"), "option")
         check_named(names, [name for name in options("fault") if name != NOTHING], "fault")
+        table = check_file_to_write(given["markdown"], "markdown") if "markdown" in given else None
         found = rows()
-        if "markdown" in given:
-            write_whole(check_file_to_write(given["markdown"], "markdown"), markdown(found).encode())
+        if table is not None:
+            write_whole(table, markdown(found).encode())
             console.print(f"{given['markdown']}: {len(found)} faults")
         elif names:
             for row in found:

@@ -61,7 +61,10 @@ def least_bytes(run: Run) -> dict[str, int]:
     held_out = f"train.held_out_sequences={train.held_out_sequences}"
     size = f"model.d_model={model.d_model}, model.n_layers={model.n_layers}, model.d_ff={model.d_ff}"
     sizes = {f"the model of {size}": BYTES_OF_A_PARAMETER * count_parameters(model)}
-    for field, count in ((held_out, train.held_out_sequences), (f"train.batch_size={train.batch_size}", train.batch_size)):
+    for field, count in (
+        (held_out, train.held_out_sequences),
+        (f"train.batch_size={train.batch_size}", train.batch_size),
+    ):
         sizes[field] = sizes.get(field, 0) + count * row
     sizes[sequences] = sizes.get(sequences, 0) + 4 * at_a_time * model.context_length * (model.vocab_size or 0)
     return sizes

@@ -31,7 +31,9 @@ def check_form(line: str, known: Collection[str]) -> None:
     if not key.strip():
         raise ValueError(f"{line!r} is not allowed: no key stands before {'=' if equals else 'the end'!r}; {form}")
     close = nearest(key.strip().split(".")[0], known)
-    raise ValueError(f"{line!r} is not allowed: {key!r} is no key, which has no spaces and no empty part; {form}{close}")
+    raise ValueError(
+        f"{line!r} is not allowed: {key!r} is no key, which has no spaces and no empty part; {form}{close}"
+    )
 
 
 def why_unread(line: str, said: str) -> str:

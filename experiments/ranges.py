@@ -1,15 +1,15 @@
 """Upper limits of a healthy run's numbers: beyond each the number cannot do what it is for.
 
-Every limit follows from FP32 or from the quantity that the number is a part of; none is a habit of a machine or a model.
-The schemas of model and training give lower limits. The doses of faults have no limit but FP32 itself, since a fault may
-be as large as a flipped exponent bit makes it, and its run ends as data.
+Every limit follows from FP32 or from the quantity that the number is a part of, none from a machine. The schemas of
+model and training give lower limits. The doses of faults have no limit but FP32 itself, since a fault may be as large
+as a flipped exponent bit makes it, and its run ends as data.
 
 - A weight: ``sqrt(sqrt(FP32_MAX) / d_model)``. Of weights with standard deviation s, attention's output has s^2 d_model
   (values and the output projection, each a sum over d_model terms of a normalised input), and the next norm squares it.
   So large may weights begin (``init_std``), and so far may one update of AdamW move one (``learning_rate``).
 - Decay: ``1 / learning_rate``. A step multiplies a weight by 1 - learning_rate x weight_decay.
-- A norm: ``sqrt(FP32_MAX)``. Norms are square roots of sums of squares: no norm above it is finite, so that no clip at it
-  acts, and a loss with a factor above it has no finite gradient norm.
+- A norm: ``sqrt(FP32_MAX)``. A norm is the root of a sum of squares: none above it is finite, so that no clip there
+  acts, and a loss with such a factor has no finite gradient norm.
 - Steps: as many as a run may have.
 - A capacity: ``n_experts / top_k``. With it an expert has room for every token.
 - A balancing bias: 1. It is added to probabilities, and a step beyond 1 outweighs them all.

@@ -25,10 +25,11 @@ from foreshock.monitors.base import Signal
 def describe(run: Run) -> str:
     """Size of a run, from its model built on the meta device: nothing is allocated."""
     parameters = count_parameters(run.model_config)
+    held_gib = BYTES_OF_A_PARAMETER * parameters / 2**30
     tokens = run.train.batch_size * run.model_config.context_length
     at_a_time = run.train.micro_batch or run.train.batch_size
     return (
-        f"{parameters / 1e6:,.1f} M parameters, {BYTES_OF_A_PARAMETER * parameters / 2**30:,.1f} GiB for FP32 weights, gradients "
+        f"{parameters / 1e6:,.1f} M parameters, {held_gib:,.1f} GiB for FP32 weights, gradients "
         f"and AdamW moments; {tokens:,} tokens an update, {at_a_time} sequences at a time in {run.train.precision}, "
         f"{run.train.steps:,} updates"
     )

@@ -1,8 +1,8 @@
 """Signals while a command that trains is starting: one line and the exit code at once, since nothing is written yet.
 
-Imports and configurations take seconds, in which Python's own handlers would print a traceback for SIGINT and nothing at
-all for SIGTERM. An exception is no answer there: a compiled module that is half imported may swallow it. Once a command
-runs, ``experiments.training.stopping`` takes signals over. Needs only the standard library.
+Imports take seconds, in which Python's own handlers print a traceback for SIGINT and nothing at all for SIGTERM. An
+exception is no answer there: a compiled module that is half imported may swallow it. Once a command runs,
+``experiments.training.stopping`` takes signals over. Needs only the standard library.
 """
 
 from __future__ import annotations
