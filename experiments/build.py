@@ -18,7 +18,6 @@ from typing import Any, Union, get_args, get_origin
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from foreshock.experiments.places import check_there
 from foreshock.experiments.ranges import check_ranges
 from foreshock.experiments.targets import check_targets, target_class
 from foreshock.experiments.training.data import Corpus, DataConfig
@@ -286,9 +285,11 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]
     if len(set(names)) != len(names):
         raise ValueError(f"two monitors both emit {next(n for n in names if names.count(n) > 1)!r}")
-    if data.path is not None:
-        check_there(data.path, "data.path")
-    corpus = load(data, model.context_length)
+    try:
+        corpus = load(data, model.context_length)
+    except PermissionError as error:
+        said = f"this process may not read {error.filename!r}"
+        raise ValueError(f"data.path={data.path!r} is not allowed: {said}") from None
     if model.vocab_size is None:
         model = replace(model, vocab_size=corpus.vocab_size)
     elif model.vocab_size < corpus.vocab_size:

@@ -181,8 +181,9 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     if of_hydra:
         raise ValueError(f"{of_hydra} is not allowed: Hydra takes no class by name; hydra/launcher=NAME chooses one")
     groups = {group: options(group, own) for group in _groups(own)}
+    roots = known_roots(config_name, groups)
     for line in lines:
-        check_form(line, known_roots(config_name, groups))
+        check_form(line, roots)
     check_choices(lines, groups)
     choices = [_choices(line, swept) for line in lines]
     with initialize_config_dir(CONF, version_base="1.3"):

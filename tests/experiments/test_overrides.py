@@ -3,6 +3,7 @@
 import pytest
 
 from foreshock.experiments.cli import check_overrides
+from foreshock.experiments.overrides import _closes, check_form
 
 FORM = "key=value, or ~key to drop one"
 
@@ -30,15 +31,13 @@ MALFORMED = [
     ('out="runs', 'out="runs cannot be read: a bracket or a quote'),
 ]
 CHOOSES_NOTHING = ["fault=null", "model=null", "data=", "train=null", "monitor=[]", "monitor=null", "fault=[]"]
-CHOOSES_NOTHING_OF_AN_EXPERIMENT = ["experiment=null", "scale=null", "label=", "rule=null", "experiment=[]"]
+CHOOSES_NOTHING_OF_AN_EXPERIMENT = ["experiment=null", "scale=null", "label=", "rule=null"]
 CHANGES_NOTHING = [
     ("reproduce", "experiment.detectors={}"),
     ("reproduce", "experiment.faults={}"),
-    ("reproduce", "experiment.figure={}"),
     ("reproduce", "scale.seeds={}"),
     ("reproduce", "++experiment.detectors={ }"),
     ("config", "model={}"),
-    ("config", "monitor.loss={}"),
     ("campaign", "campaign={}"),
 ]
 
@@ -58,7 +57,7 @@ def test_a_malformed_override_is_named(line, message):
     ],
 )
 def test_a_group_of_which_nothing_is_chosen_is_named_with_its_files(config_name, line):
-    with pytest.raises(ValueError, match=r"^\w+=\S* is not allowed: one of \w+, \w+") as error:
+    with pytest.raises(ValueError, match=r"^\w+=\S* is not allowed: one of \w+") as error:
         check_overrides(config_name, [line])
     assert str(error.value).startswith(f"{line} is not allowed")
 
@@ -77,7 +76,5 @@ def test_an_empty_mapping_that_drops_nothing_is_refused(config_name, line):
     ],
 )  # fmt: skip
 def test_what_is_well_formed_passes_the_form(line):
-    from foreshock.experiments.overrides import _closes, check_form
-
     check_form(line, ["data", "model"])
     assert _closes(line.partition("=")[2])

@@ -1,4 +1,4 @@
-"""Files and folders of every command: a wrong one is one line that names field and value, exit code 2, nothing written."""
+"""Files and folders of every command: a wrong one is one line with field and value, exit code 2, nothing written."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""Numbers with an upper limit, and what a run needs of this machine: each refused in one line before anything is built."""
+"""Numbers with an upper limit, and what a run needs of this machine: each refused in one line before training."""
 
 import math
 
