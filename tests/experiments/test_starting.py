@@ -76,7 +76,6 @@ def started(command, arguments, moment, number, tmp_path):
         ("foreshock reproduce", TORCH, signal.SIGTERM),
         ("foreshock.experiments.reproduce", CORPUS, signal.SIGINT),
         ("foreshock campaign", LOOP, signal.SIGTERM),
-        ("foreshock campaign", CORPUS, signal.SIGTERM),
     ],
 )
 def test_a_command_that_is_starting_ends_with_one_line(command, moment, number, tiny, text, tmp_path):
