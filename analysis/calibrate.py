@@ -24,6 +24,7 @@ from foreshock.analysis.detect.thresholds import Thresholds
 from foreshock.analysis.runs import reduced
 from foreshock.analysis.runs.conf import conf
 from foreshock.experiments import trace
+from foreshock.experiments.places import check_file_to_write, check_folder_to_read
 from foreshock.experiments.trace import Trace, TraceError
 from foreshock.experiments.usage import fail, show_help
 from foreshock.experiments.validation import check_named
@@ -109,7 +110,8 @@ def calibrate(given: dict[str, str]) -> Thresholds:
         alpha = float(given["alpha"])
     except ValueError:
         raise ValueError(f"alpha={given['alpha']} is not allowed: a number between 0 and 1") from None
-    runs = healthy_runs(Path(given["runs"]), given["allow_alarms"] == "true")
+    out = check_file_to_write(given["out"], "out")
+    runs = healthy_runs(check_folder_to_read(given["runs"], "runs"), given["allow_alarms"] == "true")
     thresholds = calibrated(
         runs,
         alpha=alpha,
@@ -117,7 +119,7 @@ def calibrate(given: dict[str, str]) -> Thresholds:
         chart=conf("rule", given["chart"]),
         joint=given["joint"] == "true",
     )
-    thresholds.write(Path(given["out"]))
+    thresholds.write(out)
     return thresholds
 
 

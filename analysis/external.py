@@ -22,6 +22,7 @@ from foreshock.analysis.figures.external import external_figure
 from foreshock.analysis.reports.elsewhere import print_findings
 from foreshock.analysis.reports.external import External, score_external
 from foreshock.experiments.files import write_whole
+from foreshock.experiments.places import check_folder_to_read, check_folder_to_write
 from foreshock.experiments.trace import TraceError
 from foreshock.experiments.usage import fail, misused, show_help
 
@@ -33,9 +34,9 @@ def main(arguments: Sequence[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != {"logs", "out"} or len(given) != len(arguments) or not all(given.values()):
         misused(USAGE)
-    out = Path(given["out"])
     try:
-        result = score_external(Path(given["logs"]))
+        out = check_folder_to_write(given["out"], "out")
+        result = score_external(check_folder_to_read(given["logs"], "logs"))
         write(result, out)
     except (ValueError, OSError, TraceError) as error:
         fail(str(error))

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from foreshock.analysis.runs.frame import write_csv
+from foreshock.experiments.places import check_folder_to_read, check_folder_to_write
 from foreshock.experiments.trace import TraceError
 from foreshock.experiments.usage import fail, misused, show_help
 
@@ -31,7 +31,8 @@ def main(arguments: Sequence[str]) -> None:
         misused(USAGE)
     signals, only = (given[key].split(",") if key in given else None for key in ("signals", "only"))
     try:
-        count = write_csv(Path(given["runs"]), Path(given["csv"]), signals, only)
+        runs, tables = check_folder_to_read(given["runs"], "runs"), check_folder_to_write(given["csv"], "csv")
+        count = write_csv(runs, tables, signals, only)
     except (ValueError, OSError, TraceError) as error:
         fail(str(error))
     print(f"{given['csv']}: {count} runs")

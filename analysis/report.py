@@ -30,6 +30,7 @@ from foreshock.analysis.scores.contest import Contest, contest
 from foreshock.analysis.scores.outcomes import benign_table, outcome_table
 from foreshock.analysis.scores.receipts import write_receipts
 from foreshock.analysis.scores.table import in_unit, lead_table, run_table
+from foreshock.experiments.places import check_folder_to_read, check_folder_to_write
 from foreshock.experiments.trace import TraceError
 from foreshock.experiments.usage import fail, misused, show_help
 
@@ -131,7 +132,8 @@ def main(arguments: list[str]) -> None:
     if unread or set(given) != {"runs", "report"} or mixed not in ("true", "false"):
         misused(USAGE)
     try:
-        make_report(Path(given["report"]), Path(given["runs"]), mixed == "true", align, conf)
+        report = check_folder_to_write(check_folder_to_read(given["report"], "report"), "report")
+        make_report(report, check_folder_to_read(given["runs"], "runs"), mixed == "true", align, conf)
     except (ValueError, OSError, TraceError) as error:
         fail(str(error))
 

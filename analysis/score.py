@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
@@ -34,6 +33,7 @@ from foreshock.analysis.reports.leaderboard_print import print_board
 from foreshock.analysis.runs.conf import own_conf
 from foreshock.analysis.runs.elsewhere import imported_runs
 from foreshock.analysis.scores.outcome import score
+from foreshock.experiments.places import check_file_to_read, check_folder_to_read, check_folder_to_write
 from foreshock.experiments.trace import Trace, TraceError
 from foreshock.experiments.usage import fail, show_help
 from foreshock.experiments.validation import nearest
@@ -83,10 +83,10 @@ def _request(arguments: Sequence[str]) -> Request:
         raise ValueError(f"alpha={alpha} is not allowed: between 0 and 1")
     limits = Limits(*(_number(key, given.get(key, [default])[0]) for key, default in LIMITS.items()))
     return Request(
-        runs=Path(given["runs"][0]),
-        out=Path(given["out"][0]),
-        detectors=tuple(Path(path) for path in given.get("detector", ())),
-        alarms=tuple(Path(path) for path in given.get("alarms", ())),
+        runs=check_folder_to_read(given["runs"][0], "runs"),
+        out=check_folder_to_write(given["out"][0], "out"),
+        detectors=tuple(check_file_to_read(path, "detector") for path in given.get("detector", ())),
+        alarms=tuple(check_file_to_read(path, "alarms") for path in given.get("alarms", ())),
         rule=given.get("rule", [None])[0],
         alpha=rate,
         tracks=tuple(given["tracks"][0].split(",")) if "tracks" in given else None,

@@ -32,6 +32,7 @@ from foreshock.analysis.probes.cross import Cross, check_number
 from foreshock.analysis.probes.step import Step, lacking
 from foreshock.experiments import trace
 from foreshock.experiments.files import write_whole
+from foreshock.experiments.places import check_file_to_read, check_folder_to_read, check_folder_to_write, check_there
 from foreshock.experiments.trace import WEIGHTS, Trace, TraceError
 from foreshock.experiments.usage import fail, show_help
 from foreshock.experiments.validation import check_named
@@ -47,6 +48,13 @@ OPTIONS = (
     "limit_s",
     "out",
 )
+PLACES = {
+    **dict.fromkeys(("old", "new", "healthy"), check_folder_to_read),
+    **{f"{age}_{what}": check_there for what in ("evaluation", "data") for age in ("old", "new")},
+    **{f"{age}_weights": check_file_to_read for age in ("old", "new")},
+    "out": check_folder_to_write,
+}
+"""By option that names a file or folder, what it is held against."""
 OF_THE_MODEL = (data_drift.NAME, internal_drift.NAME, architecture.NAME)
 """Steps that a cause in the weights may come from."""
 
@@ -67,6 +75,9 @@ def options(arguments: Sequence[str]) -> dict[str, str]:
     for key, needed in (("healthy", "old"), ("tolerance", "old_harness"), ("limit_s", "old_harness")):
         if key in given and needed not in given:
             raise ValueError(f"{key}={given[key]} has no effect without {needed}=")
+    for key, check in PLACES.items():
+        if key in given:
+            check(given[key], key)
     if not given.keys() - {"alpha", "out"}:
         raise ValueError("there is nothing to compare: give old= and new=, two run folders, and what else there is")
     return given

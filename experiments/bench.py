@@ -29,6 +29,7 @@ from foreshock.analysis.runs.simulated import simulate_experiment
 from foreshock.analysis.scores.costs import MonitorCost, costs_of, detector_cost, taps_share
 from foreshock.experiments.build import ROOT, Run, build_run
 from foreshock.experiments.cli import CONF
+from foreshock.experiments.places import check_file_to_write
 from foreshock.experiments.trace import write_whole
 from foreshock.experiments.usage import fail, misused, show_help
 from foreshock.monitors.base import Monitor, StepView, WeightHistory, cadences, tapped
@@ -339,12 +340,13 @@ def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) - {"out", "parts"} or len(given) != len(arguments):
         misused("python -m experiments.bench [out=FILE] [parts=A,B]")
-    if not given.get("out", "bench.json").strip():
-        fail("out='' is not allowed: a file")
     parts = tuple(given["parts"].split(",")) if "parts" in given else tuple(PARTS)
     if unknown := [part for part in parts if part not in PARTS]:
         fail(f"parts={unknown[0]} is not allowed: of {', '.join(PARTS)}")
-    out = Path(given.get("out", ROOT / "report" / "bench.json"))
+    try:
+        out = check_file_to_write(given.get("out", ROOT / "report" / "bench.json"), "out")
+    except ValueError as error:
+        fail(str(error))
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(out.read_text()) if "parts" in given and out.exists() else {}
     results = kept | measure(parts)

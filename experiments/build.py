@@ -18,6 +18,7 @@ from typing import Any, Union, get_args, get_origin
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from foreshock.experiments.ranges import check_ranges
 from foreshock.experiments.targets import check_targets, target_class
 from foreshock.experiments.training.data import Corpus, DataConfig
 from foreshock.experiments.training.equivalences import canonical
@@ -249,9 +250,9 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     """
     plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
     check_targets(plain, plain.get("plugins") or ())
-    missing = [key for key in RUN_KEYS if plain.get(key) is None]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing from the configuration")
+    missing = next((key for key in RUN_KEYS if key not in plain), None)
+    if missing is not None:
+        raise ValueError(f"{missing} is missing from the configuration")
     asked = {key: plain[key] for key in RUN_KEYS} | {"plugins": plain.get("plugins") or []}
     plain = {key: plain[key] for key in RUN_KEYS}
     check_seed(plain["seed"], "seed")
@@ -263,6 +264,7 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     for node, (kind, found) in zip(("model", "data", "train", "fault"), kinds.items(), strict=True):
         _check_kind(node, found, kind)
     model = model.on(resolve_device(train.device))
+    check_ranges(model, train)
     check_fits(fault, model, train)
     if train.compile and model.moe and train.precision == "fp32":
         raise ValueError("train.compile=True is not allowed with experts in FP32: set train.precision=bf16 or fp16")
@@ -283,7 +285,11 @@ def build_run(config: DictConfig | Mapping[str, Any], load: Callable[[DataConfig
     names = [signal.name for monitor in monitors.values() for signal in monitor.signals]
     if len(set(names)) != len(names):
         raise ValueError(f"two monitors both emit {next(n for n in names if names.count(n) > 1)!r}")
-    corpus = load(data, model.context_length)
+    try:
+        corpus = load(data, model.context_length)
+    except PermissionError as error:
+        said = f"this process may not read {error.filename!r}"
+        raise ValueError(f"data.path={data.path!r} is not allowed: {said}") from None
     if model.vocab_size is None:
         model = replace(model, vocab_size=corpus.vocab_size)
     elif model.vocab_size < corpus.vocab_size:

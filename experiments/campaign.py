@@ -30,6 +30,7 @@ from foreshock.experiments.cli import CONF, guarded, one_line_errors
 from foreshock.experiments.executors import Executor
 from foreshock.experiments.faults import NEEDS, rows, said_keys
 from foreshock.experiments.names import check_name
+from foreshock.experiments.places import check_folder_to_write
 from foreshock.experiments.plan import PlannedRun
 from foreshock.experiments.reproduce import build_all, executor_for
 from foreshock.experiments.settings import CampaignCommand, check_command
@@ -125,7 +126,7 @@ def train(runs: Runs, out: Path, report: Path, label: DrawupLabel, executor: Exe
     """Train what is not there yet and write the tables, also where a run failed. Raises RunError that names one."""
     names = [PlannedRun("", "faulty", cell.fault, run.seed, ()) for cell, run in runs.faulty]
     names += [PlannedRun("", "twin", None, run.seed, ()) for run in runs.healthy]
-    report.mkdir(parents=True, exist_ok=True)
+    check_folder_to_write(report, "report").mkdir(parents=True, exist_ok=True)
     try:
         sweep(names, [*(run for _, run in runs.faulty), *runs.healthy], out, executor)
     finally:

@@ -35,6 +35,7 @@ from foreshock.analysis.reports.canary import lines, write_table
 from foreshock.experiments import trace
 from foreshock.experiments.cli import CONF, check_overrides, one_line_errors
 from foreshock.experiments.executors import Here, Processes
+from foreshock.experiments.places import check_folder_to_read, check_folder_to_write
 from foreshock.experiments.plan import PlannedRun
 from foreshock.experiments.reproduce import CONFIG_NAME, build_all
 from foreshock.experiments.sweep import sweep
@@ -240,9 +241,19 @@ def _finished(folder: Path) -> list[Trace]:
     return runs
 
 
+def _check_places(command: Command) -> None:
+    """Raises ValueError where an option names no folder that can be read, or written."""
+    check_folder_to_write(command.band, "band")
+    for key, folder in (("healthy", command.healthy), ("runs", command.runs)):
+        if folder is not None:
+            check_folder_to_read(folder, key)
+
+
 @one_line_errors
+@stoppable()
 def command() -> None:
     chosen = Command.of(sys.argv[1:])
+    _check_places(chosen)
     if chosen.store is not None or chosen.healthy is not None:
         make_band(chosen)
     elif compare(chosen).outside:
@@ -251,8 +262,7 @@ def command() -> None:
 
 def main() -> None:
     show_help(sys.argv[1:], __doc__)
-    with stoppable():
-        command()
+    command()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import functools
 import itertools
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -19,12 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from foreshock.experiments.build import ROOT
 from foreshock.experiments.multirun import in_multirun, run_job, run_jobs
+from foreshock.experiments.overrides import check_choices, check_form, check_merges, why_unread
 from foreshock.experiments.pieces import UNFINISHED_CODE, Unfinished
 from foreshock.experiments.trace import TraceError
 from foreshock.experiments.training.checkpoint import RunError
 from foreshock.experiments.training.out_of_memory import OutOfMemory
 from foreshock.experiments.training.stopping import Stopped, stoppable
 from foreshock.experiments.validation import did_you_mean, nearest
+from foreshock.starting import said_of
 
 CONF = str(ROOT / "conf")
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
@@ -132,7 +135,7 @@ def _choices(line: str, swept: bool) -> list[str]:
             raise ValueError(f"{line} lists several values: add -m to run each of them, or write [...] for a list")
         return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
     except HydraException as error:
-        raise ValueError(f"{line} cannot be read: {_first_sentences(error)}") from None
+        raise ValueError(why_unread(line, _first_sentences(error))) from None
 
 
 def _check_folders(own: Sequence[Path]) -> None:
@@ -163,6 +166,11 @@ def _searched(folders: Sequence[Path]) -> list[str]:
     return [f"hydra.searchpath=[{','.join(f'file://{folder.absolute()}' for folder in folders)}]"] if folders else []
 
 
+def known_roots(config_name: str, groups: Collection[str]) -> list[str]:
+    """The groups, and the keys that a configuration's own file has beside them."""
+    return sorted({*groups, *map(str, OmegaConf.load(f"{CONF}/{config_name}.yaml"))} - {"defaults"})
+
+
 def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     """Compose every combination that the command line asks for. Raises ValueError with one line."""
     swept = bool({"-m", "--multirun"} & set(arguments))
@@ -172,13 +180,19 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     of_hydra = next((line for line in lines if re.match(r"[+~]*hydra\b", line) and "_target_" in line), None)
     if of_hydra:
         raise ValueError(f"{of_hydra} is not allowed: Hydra takes no class by name; hydra/launcher=NAME chooses one")
+    groups = {group: options(group, own) for group in _groups(own)}
+    roots = known_roots(config_name, groups)
+    for line in lines:
+        check_form(line, roots)
+    check_choices(lines, groups)
     choices = [_choices(line, swept) for line in lines]
     with initialize_config_dir(CONF, version_base="1.3"):
         for combination in itertools.product(*choices):
             try:
-                compose(config_name, overrides=[*_searched(own), *combination])
+                config = compose(config_name, overrides=[*_searched(own), *combination])
             except COMPOSE_ERRORS as error:
                 raise ValueError(explain(error, config_name, combination, own)) from None
+            check_merges(combination, config)
         _check_additions(config_name, lines, own)
 
 
@@ -208,11 +222,11 @@ def one_line_errors(task: Callable[..., None]) -> Callable[..., None]:
             print(f"unfinished: {rest}", file=sys.stderr)
             sys.exit(UNFINISHED_CODE)
         except KeyboardInterrupt:
-            print("interrupted: the same command resumes from the last checkpoints", file=sys.stderr)
+            print(said_of(signal.SIGINT), file=sys.stderr)
             sys.exit(130)
-        except Stopped as signal:
-            print(f"stopped by {signal}: the same command resumes from the last checkpoints", file=sys.stderr)
-            sys.exit(signal.exit_code)
+        except Stopped as stopped:
+            print(said_of(stopped.number), file=sys.stderr)
+            sys.exit(stopped.exit_code)
 
     return wrapped
 
@@ -221,6 +235,7 @@ def guarded(main: Callable[[], None], config_name: str) -> None:
     """Check the command line's configuration, then run a Hydra command whose body has ``one_line_errors``."""
 
     @one_line_errors
+    @stoppable()
     def command() -> None:
         if not {"--help", "-h", "--hydra-help"} & set(sys.argv):
             check_overrides(config_name, sys.argv[1:])
@@ -231,5 +246,4 @@ def guarded(main: Callable[[], None], config_name: str) -> None:
         else:
             main()
 
-    with stoppable():
-        command()
+    command()

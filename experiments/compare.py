@@ -23,11 +23,13 @@ from typing import Any
 import yaml
 
 from foreshock.experiments import reproduce
-from foreshock.experiments.cli import CONF, USER_ERRORS, guarded, options
+from foreshock.experiments.cli import CONF, guarded, one_line_errors, options
 from foreshock.experiments.files import write_whole
 from foreshock.experiments.names import check_distinct
+from foreshock.experiments.places import check_folder_to_write
 from foreshock.experiments.plain_config import monitors_of
-from foreshock.experiments.usage import fail, show_help
+from foreshock.experiments.training.stopping import stoppable
+from foreshock.experiments.usage import show_help
 from foreshock.experiments.validation import check_named, nearest
 from foreshock.faults.base import LABELS
 
@@ -87,7 +89,7 @@ class Comparison:
             steps=_count(given, "steps"),
             model=model,
             scale=scale,
-            report=Path(given.get("report", f"report/compare_{fault}_{dose}-{scale}")),
+            report=check_folder_to_write(given.get("report", f"report/compare_{fault}_{dose}-{scale}"), "report"),
             passed=tuple(f"{key}={value}" for key, value in passed.items()),
         )
 
@@ -225,14 +227,18 @@ def _count(given: Mapping[str, str], key: str) -> int | None:
     return None if value is None else int(value)
 
 
+@one_line_errors
+@stoppable()
+def prepare() -> None:
+    """Write the comparison as an experiment, and leave the command line that trains it."""
+    comparison = Comparison.of(sys.argv[1:])
+    comparison.write()
+    sys.argv[1:] = comparison.command()
+
+
 def main() -> None:
     show_help(sys.argv[1:], __doc__)
-    try:
-        comparison = Comparison.of(sys.argv[1:])
-        comparison.write()
-    except USER_ERRORS as error:
-        fail(str(error))
-    sys.argv[1:] = comparison.command()
+    prepare()
     guarded(reproduce.main, reproduce.CONFIG_NAME)
 
 

@@ -11,19 +11,24 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from joblib import Parallel, delayed, effective_n_jobs
+from joblib import Parallel, cpu_count, delayed, effective_n_jobs
 
 from foreshock.experiments.training.checkpoint import RunError
 from foreshock.experiments.training.stopping import check_in
+
+USUAL = 2
+"""How many runs a command trains at a time by default, on whatever machine."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 class Executor(Protocol):
-    """Runs the jobs of an experiment."""
+    """Runs the jobs of an experiment. is_here: whether on this machine."""
+
+    is_here: ClassVar[bool]
 
     @property
     def at_once(self) -> int:
@@ -40,6 +45,7 @@ class Executor(Protocol):
 class Here:
     """One job after the other, in this process."""
 
+    is_here: ClassVar[bool] = True
     at_once: int = 1
 
     def start(self, folder: Path) -> None:
@@ -53,12 +59,15 @@ class Here:
 class Processes:
     """joblib's processes, which it keeps from one call to the next. settings: of ``joblib.Parallel``."""
 
+    is_here: ClassVar[bool] = True
     settings: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         jobs = self.settings["n_jobs"]
-        if not isinstance(jobs, int) or jobs == 0:
-            raise ValueError(f"at_once={jobs} is not allowed: at least 1, or -1 for a run on every core")
+        most = max(cpu_count(), USUAL)
+        if not isinstance(jobs, int) or not (jobs == -1 or 1 <= jobs <= most):
+            said = f"at least 1 and at most {most}, as this process may use {cpu_count()} cores"
+            raise ValueError(f"at_once={jobs} is not allowed: {said}, or -1 for a run on every core")
 
     @property
     def at_once(self) -> int:
@@ -88,6 +97,7 @@ SHARED = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "me
 class Cluster:
     """submitit's jobs. cluster: ``slurm`` or, for trying, ``local``; settings: those of Hydra's submitit launcher."""
 
+    is_here: ClassVar[bool] = False
     cluster: str
     settings: Mapping[str, Any]
 

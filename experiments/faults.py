@@ -30,6 +30,7 @@ from rich.table import Table
 from foreshock.experiments.build import ROOT, construct
 from foreshock.experiments.cli import CONF, options
 from foreshock.experiments.files import write_whole
+from foreshock.experiments.places import check_file_to_write
 from foreshock.experiments.training.train_config import TrainConfig
 from foreshock.experiments.usage import fail, show_help
 from foreshock.experiments.validation import check_named
@@ -262,9 +263,10 @@ def main(arguments: Sequence[str]) -> None:
     try:
         check_named(given, (*FILTERS, "markdown"), "option")
         check_named(names, [name for name in options("fault") if name != NOTHING], "fault")
+        table = check_file_to_write(given["markdown"], "markdown") if "markdown" in given else None
         found = rows()
-        if "markdown" in given:
-            write_whole(Path(given["markdown"]), markdown(found).encode())
+        if table is not None:
+            write_whole(table, markdown(found).encode())
             console.print(f"{given['markdown']}: {len(found)} faults")
         elif names:
             for row in found:

@@ -27,6 +27,7 @@ from foreshock.experiments.elsewhere.export import FORMATS, read_export
 from foreshock.experiments.elsewhere.readings import check_role, runs_of, whole
 from foreshock.experiments.elsewhere.traces import ImportedRun
 from foreshock.experiments.files import sha256
+from foreshock.experiments.places import check_file_to_read, check_folder_to_write, check_there
 from foreshock.experiments.usage import fail, misused, show_help
 from foreshock.experiments.validation import check_named, did_you_mean
 
@@ -97,6 +98,11 @@ def main(arguments: Sequence[str]) -> None:
             key = unknown.split("=", 1)[0]
             raise ValueError(f"{key} is not an option{did_you_mean(key, OPTIONS)}")
         check_named([kind], FORMATS, "format")
+        check_folder_to_write(out, "out")
+        for path in paths:
+            check_there(path, "FILE")
+        if "columns" in given:
+            check_file_to_read(given["columns"], "columns")
         runs = list(import_files(kind, paths, given))
         ids = [run.run_id for run, _ in runs]
         twice = next((run_id for run_id in ids if ids.count(run_id) > 1), None)

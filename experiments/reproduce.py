@@ -40,6 +40,7 @@ from foreshock.experiments.cli import (
 from foreshock.experiments.executors import Executor, executor_of
 from foreshock.experiments.files import sealed, write_whole
 from foreshock.experiments.names import check_name
+from foreshock.experiments.places import check_folder_to_read, check_folder_to_write
 from foreshock.experiments.plan import PlannedRun, plan, plan_cases
 from foreshock.experiments.scoring import check_runs, check_settings, unwatched
 from foreshock.experiments.settings import ReproduceCommand, check_command, resolved
@@ -194,7 +195,9 @@ def main(config: DictConfig) -> None:
             print(f"{model}, each: {describe(runs[cell_of_model])}")
         return
     out, report, executor = Path(config.out), Path(config.report), executor_for(given)
-    report.mkdir(parents=True, exist_ok=True)
+    check_folder_to_write(report, "report").mkdir(parents=True, exist_ok=True)
+    if config.score_only:
+        check_folder_to_read(out, "out")
     timing = None if config.score_only else sweep(planned, runs, out, executor)
     index = {
         "experiment": experiment,

@@ -25,6 +25,7 @@ from rich.table import Table
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run, build_run
 from foreshock.experiments.elsewhere.traces import ELSEWHERE
+from foreshock.experiments.places import check_folder_to_read
 from foreshock.experiments.training import checkpoint, equivalences
 from foreshock.experiments.training.data import load_once
 from foreshock.experiments.training.identity import trajectory_sources
@@ -186,12 +187,13 @@ def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if command not in COMMANDS or len(given) + (command in arguments[:1]) != len(arguments):
         misused(USAGE)
-    out, delete = Path(given.pop("out", "runs")), given.pop("delete", "false")
+    folder, delete = given.pop("out", "runs"), given.pop("delete", "false")
     if given or delete not in ("true", "false"):
         misused(USAGE)
-    if not out.is_dir():
-        fail(f"out={str(out)!r} is not allowed: there is no such folder")
-    runs = stored_in(out)
+    try:
+        runs = stored_in(check_folder_to_read(folder, "out"))
+    except (ValueError, OSError) as error:
+        fail(str(error))
     if command == "adopt":
         print("\n".join(adopt(runs)) or "no finished run of other sources can be adopted")
         return

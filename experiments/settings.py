@@ -10,6 +10,7 @@ from omegaconf.errors import InterpolationResolutionError
 from pydantic import AfterValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from foreshock.experiments.places import check_no_file
 from foreshock.experiments.validation import Distinct, Node, check_node, check_value, nearest
 
 
@@ -81,7 +82,7 @@ JUDGED_BY_SCORING = ("name", "alpha", "seeds", "moe_seeds")
 
 
 def _some_run_at_a_time(count: int) -> int:
-    if count == 0:
+    if count == 0 or count < -1:
         raise PydanticCustomError("no_run", "at least 1, or -1 for a run on every core")
     return count
 
@@ -112,6 +113,9 @@ def check_command(schema: type[TrainCommand], settings: Mapping[str, Any]) -> No
     """Raises ValueError, in one line that names the key. settings: the composed configuration, resolved."""
     own = {key: settings[key] for key in schema.model_fields if key in settings}
     check_node(schema, own, "")
+    for key in ("out", "report"):
+        if key in own:
+            check_no_file(own[key], key)
     if "scale" not in own:
         return
     scale, shared = settings["scale"], (*Scale.model_fields, *JUDGED_BY_SCORING)

@@ -15,7 +15,9 @@ from foreshock.experiments import trace
 from foreshock.experiments.build import Run, build_run
 from foreshock.experiments.cli import USER_ERRORS
 from foreshock.experiments.executors import Executor
+from foreshock.experiments.machine import check_machine
 from foreshock.experiments.pieces import Unfinished, in_pieces
+from foreshock.experiments.places import check_folder_to_write
 from foreshock.experiments.plan import PlannedRun
 from foreshock.experiments.progress import RunInSweep, StackProgress, SweepProgress
 from foreshock.experiments.train import signals_of, train_shown
@@ -48,6 +50,7 @@ def train_job(configs: Sequence[Config], out: Path) -> list[dict[str, Any]]:
 
 def train_runs(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
     """Train a stack, or the one run that is by itself; their manifests."""
+    check_machine(runs[0])
     if runs[0].train.stack == 1 or why_single(runs[0]) is not None:
         return [train_shown(runs[0], out, show=False)]
     with StackProgress(signals_of(runs[0])) as progress:
@@ -95,6 +98,10 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, executo
     pending = left_to_train(planned, runs, out)
     if not pending:
         return None
+    check_folder_to_write(out, "out")
+    if executor.is_here:
+        for run in {(run.model_config, run.train): run for _, run in pending}.values():
+            check_machine(run)
     jobs = [[pending[index] for index in stack] for stack in stacks([run for _, run in pending])]
     for reason, count in Counter(why_single(run) for _, run in pending if run.train.stack > 1).items():
         if reason is not None:

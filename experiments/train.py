@@ -7,30 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from foreshock.experiments.build import Run, build_run
 from foreshock.experiments.cli import CONF, guarded, one_line_errors
+from foreshock.experiments.machine import BYTES_OF_A_PARAMETER, check_machine, count_parameters
 from foreshock.experiments.pieces import Unfinished
+from foreshock.experiments.places import check_folder_to_write
 from foreshock.experiments.progress import RunProgress
 from foreshock.experiments.settings import TrainCommand, check_command
 from foreshock.experiments.training.data import Corpus, DataConfig
 from foreshock.experiments.training.loop import train
 from foreshock.experiments.training.stopping import asked
-from foreshock.models.transformer import Transformer
 from foreshock.monitors.base import Signal
 
 
 def describe(run: Run) -> str:
     """Size of a run, from its model built on the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        model = Transformer(run.model_config)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(run.model_config)
+    held_gib = BYTES_OF_A_PARAMETER * parameters / 2**30
     tokens = run.train.batch_size * run.model_config.context_length
     at_a_time = run.train.micro_batch or run.train.batch_size
     return (
-        f"{parameters / 1e6:,.1f} M parameters, {16 * parameters / 2**30:,.1f} GiB for FP32 weights, gradients "
+        f"{parameters / 1e6:,.1f} M parameters, {held_gib:,.1f} GiB for FP32 weights, gradients "
         f"and AdamW moments; {tokens:,} tokens an update, {at_a_time} sequences at a time in {run.train.precision}, "
         f"{run.train.steps:,} updates"
     )
@@ -62,7 +61,8 @@ def run_one(config: DictConfig, load: Callable[[DataConfig, int], Corpus] = Corp
     if config.dry_run:
         print(f"{run.run_id}: {describe(run)}")
         return {"run_id": run.run_id, "end_reason": "dry_run"}
-    manifest = train_shown(run, Path(config.out), show=not config.quiet)
+    check_machine(run)
+    manifest = train_shown(run, check_folder_to_write(config.out, "out"), show=not config.quiet)
     if not config.quiet:
         folder, ended = Path(config.out) / run.run_id, f"{manifest['end_reason']} after {manifest['steps_done']} steps"
         print(f"{folder}: {ended}, {manifest['wall_s']:.0f} s")

@@ -13,7 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from foreshock import starting
 from foreshock._clone import is_clone, one_name
+
+starting.begin()
 
 ROOT = Path(__file__).resolve().parent.parent
 

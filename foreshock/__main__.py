@@ -12,6 +12,8 @@ import os
 import runpy
 import sys
 
+from foreshock.starting import TRAINING, answer_signals
+
 COMMANDS = {
     "reproduce": ("experiments.reproduce", "train the runs of an experiment and report on them"),
     "train": ("experiments.train", "train one run, or a grid of runs with -m"),
@@ -47,6 +49,8 @@ def main() -> None:
         meant = f"; did you mean {near[0]!r}?" if near else ""
         print(f"error: {name!r} is no command: one of {', '.join(COMMANDS)}{meant}", file=sys.stderr)
         sys.exit(2)
+    if name in TRAINING:
+        answer_signals()
     sys.argv = [f"foreshock {name}", *sys.argv[2:]]
     sys.path.insert(0, os.getcwd())  # as python -m does, for plugins
     runpy.run_module(f"foreshock.{COMMANDS[name][0]}", run_name="__main__", alter_sys=True)

@@ -28,6 +28,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from foreshock.starting import end_at_once
+
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 SWEEP_FOLDER = "FORESHOCK_SWEEP_FOLDER"
 """Environment variable: the folder by which the processes of a sweep hear of each other."""
@@ -50,6 +52,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
+        self.number = number
         self.exit_code = 128 + number
 
 
@@ -70,13 +73,26 @@ def _handling(handler: Callable[[int, object], None]) -> Iterator[dict[int, Hand
 
 
 @contextmanager
+def _interruptible() -> Iterator[None]:
+    """Python's own handler of SIGINT within, in place of that of a command that is starting."""
+    starting = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is end_at_once
+    if starting:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if starting:
+            signal.signal(signal.SIGINT, end_at_once)
+
+
+@contextmanager
 def stoppable() -> Iterator[None]:
-    """A signal raises Stopped within."""
+    """A signal raises Stopped within, and SIGINT KeyboardInterrupt."""
 
     def stop(number: int, _: object) -> None:
         raise Stopped(number)
 
-    with _handling(stop):
+    with _handling(stop), _interruptible():
         yield
 
 

@@ -168,17 +168,17 @@ def test_too_few_calibration_runs_name_the_alpha_that_they_support(folder, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["runs=nowhere", "out=x"], "nowhere holds neither experiment.json nor a finished run"),
-        (["runs=x", "out=x", "detctor=a.py"], "detctor is not an option"),
-        (["runs=x", "out=x", "alpha=often"], "alpha=often is not allowed"),
+        (["runs=nowhere", "out=x"], "runs='nowhere' is not allowed: there is no such folder"),
+        (["runs=.", "out=x", "detctor=a.py"], "detctor is not an option"),
+        (["runs=.", "out=x", "alpha=often"], "alpha=often is not allowed"),
         (
-            ["runs=x", "out=x", "tracks=floot"],
+            ["runs=.", "out=x", "tracks=floot"],
             "tracks='floot' is not allowed: one of reference, self, floor, published",
         ),
-        (["runs=x", "out=x", "tracks=reference,reference"], "tracks=reference,reference is not allowed"),
-        (["runs=x", "out=x", "alpha=1.5"], "alpha=1.5 is not allowed: between 0 and 1"),
-        (["runs=x", "out=x", "rule=emwa"], "rule='emwa' is not allowed: one of adwin, cusum, ewma"),
-        (["runs=x", "out=x", "runs=y"], "runs is given 2 times"),
+        (["runs=.", "out=x", "tracks=reference,reference"], "tracks=reference,reference is not allowed"),
+        (["runs=.", "out=x", "alpha=1.5"], "alpha=1.5 is not allowed: between 0 and 1"),
+        (["runs=.", "out=x", "rule=emwa"], "rule='emwa' is not allowed: one of adwin, cusum, ewma"),
+        (["runs=.", "out=x", "runs=y"], "runs is given 2 times"),
     ],
 )
 def test_a_wrong_command_line_ends_in_one_line(arguments, message, capsys):

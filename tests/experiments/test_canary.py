@@ -63,7 +63,8 @@ def run(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
             ["band={}", "store=19", "train.stepz=9"],
             "train.stepz is not a key of the configuration (did you mean 'steps'",
         ),
-        (["band={}", "healthy={}/none"], "holds no finished healthy run"),
+        (["band={}", "healthy={}/none"], "none' is not allowed: there is no such folder"),
+        (["band={}", "healthy={}"], "holds no finished healthy run"),
     ],
 )
 def test_a_mistake_ends_the_command_with_code_2(arguments, said, tmp_path, monkeypatch, capfd):

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 from joblib import cpu_count
 
+from foreshock.experiments import executors
 from foreshock.experiments.executors import Cluster, Here, Processes, executor_of
 
 JOBLIB, SLURM = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "submitit_launcher.SlurmLauncher"
@@ -21,7 +22,8 @@ JOBLIB, SLURM = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLaunc
         ({"_target_": JOBLIB, "n_jobs": -1}, cpu_count()),
     ],
 )
-def test_how_many_jobs_run_at_once_is_the_launcher_s_to_say(launcher, jobs):
+def test_how_many_jobs_run_at_once_is_the_launcher_s_to_say(launcher, jobs, monkeypatch):
+    monkeypatch.setattr(executors, "cpu_count", lambda: 3)
     assert executor_of(launcher).at_once == jobs
 
 

@@ -93,7 +93,7 @@ def test_zero_bits_is_the_healthy_run_bit_for_bit(make_run, tmp_path):
 
 
 def test_a_non_finite_loss_ends_the_run_as_data(make_run, tmp_path):
-    run = make_run("train.learning_rate=1e30", "train.warmup_steps=0", "train.clip=null")
+    run = make_run("fault=lr_scale", "fault.factor=1e33", "fault.onset=0", "train.warmup_steps=0", "train.clip=null")
     manifest = train(run, tmp_path)
     assert manifest["end_reason"] == "non_finite"
     assert manifest["steps_done"] < 40

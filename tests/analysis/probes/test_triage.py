@@ -194,7 +194,7 @@ def test_the_sign_flip_over_items_by_hand():
         ({"old_harness": "no_such_command {weights}"}, "cannot be run: No such file or directory"),
         ({"old_harness": "tail -f /dev/null {weights}", "limit_s": "0.2"}, "has not ended within limit_s=0.2"),
         ({"old_harness": "echo [1,2,3] {weights}"}, "a number or a JSON list of numbers is needed"),
-        ({"old_data": "{folder}/nowhere"}, "does not exist"),
+        ({"old_data": "{folder}/nowhere"}, "there is no such file or folder"),
         ({"old_data": "{folder}/empty"}, "has 0 documents: at least 5 are needed"),
         ({"old_evaluation": "{folder}/none"}, "holds no file"),
         ({"old": "{folder}/none"}, "holds no run"),
