@@ -68,7 +68,7 @@ def train(
         model
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3) if scaled else None
-    settings = {"every_steps": 2, "quiet": True, "scaler": scaler} | options
+    settings = ({} if "monitors" in options else {"every_steps": 2}) | {"quiet": True, "scaler": scaler} | options
     watch = foreshock.attach(model, optimizer, **settings) if watched else None
     called = model if wrap is None else wrap(model)
     torch.manual_seed(5)
