@@ -75,7 +75,7 @@ class Due:
         """Without those that tap what no gradient reaches, what is called twice, or what a hook could not look at."""
         if not sight.forwards:
             for name in filter(self._takes_a_forward, due):
-                self._leave_out(name, "no hook has seen a forward: attach before torch.compile runs the model")
+                self._leave_out(name, "no hook has seen a forward: call the model itself, and attach before torch.compile")
             due = [name for name in due if not self._takes_a_forward(name)]
         for name in due:
             places = self.monitors[name].needs.taps

@@ -1,8 +1,9 @@
 """A training in each of two processes that share their gradients, for ``torchrun --nproc-per-node=2``.
 
-python -m torch.distributed.run --nproc-per-node=2 -m tests.attaching.two_processes LOOP FOLDER yes|no
+python -m torch.distributed.run --nproc-per-node=2 -m tests.attaching.two_processes LOOP FOLDER
 
-Every process leaves ``FOLDER/<rank>.pt``: its weights and, with a watch, what that has seen.
+Trains twice, without a watch and with one. Every process leaves ``FOLDER/<rank>.pt``: the weights of both, and what its
+watch has seen.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def in_ddp(**options: Any) -> tuple[nn.Module, Any]:
     """A loop of one's own."""
     from torch.nn.parallel import DistributedDataParallel
 
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     model = gpt()
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -59,7 +61,6 @@ def in_ddp(**options: Any) -> tuple[nn.Module, Any]:
         optimizer.zero_grad()
     if watch is not None:
         watch.close()
-    dist.destroy_process_group()
     return model, watch
 
 
@@ -94,31 +95,32 @@ LOOPS: dict[str, Callable[..., tuple[nn.Module, Any]]] = {
 
 
 def main() -> None:
-    loop, folder, watched = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "yes"
+    loop, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
+    without, _ = LOOPS[loop]()
     kept = Kept()
-    options: dict[str, Any] = {}
-    if watched:
-        options = {
-            "out": folder / "trace",
-            "every_steps": 3,
-            "on_readings": kept,
-            "actions": "snapshot",
-            "writers": [JsonLines(folder / "readings.jsonl")],
-        }
-    model, watch = LOOPS[loop](**options)
-    weights: dict[str, Tensor] = {name: p.detach() for name, p in model.state_dict().items()}
-    left: dict[str, Any] = {"weights": weights}
-    if watch is not None:
-        left |= {
-            "readings": kept.by_step,
-            "steps": watch.steps,
-            "stopped": watch.stopped,
-            "tracebacks": dict(watch.tracebacks),
-            "declined": dict(watch.declined),
-            "alarms": [event.line() for event in watch.alarms],
-        }
+    watched, watch = LOOPS[loop](
+        out=folder / "trace",
+        every_steps=3,
+        on_readings=kept,
+        actions="snapshot",
+        writers=[JsonLines(folder / "readings.jsonl")],
+    )
+    left: dict[str, Any] = {
+        "without": weights_of(without),
+        "watched": weights_of(watched),
+        "readings": kept.by_step,
+        "steps": watch.steps,
+        "stopped": watch.stopped,
+        "tracebacks": dict(watch.tracebacks),
+    }
     torch.save(left, folder / f"{RANK}.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
 
 
 if __name__ == "__main__":
