@@ -105,8 +105,8 @@ class GradientCurvature:
             return self._read(view.objective_at, AdamState.of(view))
         except CheckpointError as error:  # its second forward is outside of what makes attention the plain formula
             raise Unreadable(
-                "the model runs its forward again in the backward (activation checkpointing), and what is run again has "
-                "no second derivative"
+                "the model runs its forward again in the backward (activation checkpointing), and what is run again "
+                "has no second derivative"
             ) from error
         except RuntimeError as error:
             said = str(error).partition("\n")[0]

@@ -55,7 +55,13 @@ class Due:
         return self._anatomy.moe is not None and any("routings" in self.monitors[name].needs.view for name in due)
 
     def readable(self, due: list[str], sight: Sight) -> list[str]:
-        """Without those that read the optimizer where it has not stepped, or has lost the gradients that it took."""
+        """Without those that cannot read at all.
+
+        They read a forward that no hook has seen, or an optimizer that has not stepped or has lost its gradients.
+        """
+        for name in filter(self._takes_a_forward, () if sight.forwards else due):
+            self._leave_out(name, "no hook has seen a forward: call the model itself, and attach before torch.compile")
+        due = [name for name in due if sight.forwards or not self._takes_a_forward(name)]
         takers = [name for name in due if "optimizer" in self.monitors[name].needs.view]
         lost = sight.gradients_are_lost()
         for name in takers if lost else []:
@@ -63,7 +69,7 @@ class Due:
         return [name for name in due if name not in takers or (sight.updated and not lost)]
 
     def untapped(self, due: list[str], error: Exception) -> list[str]:
-        """Without those that read what a forward leaves behind: the watched rows could not give it for what was raised."""
+        """Without those that read a forward, where the watched rows could not run again for what was raised."""
         for name in (takers := [name for name in due if self._takes_a_forward(name)]):
             if isinstance(error, NoObjective):
                 self._leave_out(name, str(error))
@@ -73,10 +79,6 @@ class Due:
 
     def reached(self, due: list[str], view: StepView, sight: Sight) -> list[str]:
         """Without those that tap what no gradient reaches, what is called twice, or what a hook could not look at."""
-        if not sight.forwards:
-            for name in filter(self._takes_a_forward, due):
-                self._leave_out(name, "no hook has seen a forward: call the model itself, and attach before torch.compile")
-            due = [name for name in due if not self._takes_a_forward(name)]
         for name in due:
             places = self.monitors[name].needs.taps
             taps = {module: tap for place in places for module, tap in view.taps.at(place).items()}

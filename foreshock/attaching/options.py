@@ -121,7 +121,9 @@ class Options:
             raise ValueError(f"profile={self.profile!r} has no effect beside monitors=: give one of the two")
         if self.alarms is False and self.alarm_listeners:
             raise ValueError("on_alarm has no effect with alarms=False")
-        if self.alarms is False and any(action != LOG_ONLY for of in actions_of(self.actions).values() for action in of):
+        if self.alarms is False and any(
+            action != LOG_ONLY for of in actions_of(self.actions).values() for action in of
+        ):
             raise ValueError("actions has no effect with alarms=False")
 
     def of_rank(self, rank: int) -> Options:

@@ -186,7 +186,7 @@ class AttachedWatch:
         return readings
 
     def _view(self, due: list[str], loss: Tensor, scaling: LossScaling | None) -> tuple[StepView, list[str]]:
-        """What the step shows, and who can read it: where the watched rows cannot run again, none that needs them to."""
+        """What the step shows, and who can read it: without those whose rows cannot run again."""
 
         def shown() -> StepView:
             return view_of(self.steps, loss, self._sight, self._due.places(due), self._due.routed(due), scaling)

@@ -18,8 +18,8 @@ class WeightsAndBiases:
     ``foreshock/alarms/<severity>``, their number so far.
 
     project: of a new run; run: one that goes on already, in place of it; options: of ``wandb.init``, such as
-    ``mode="offline"`` and ``dir=``. A run of its own begins with ``open`` and is finished by ``close``. Raises ImportError without
-    the package ``wandb``, ValueError without project and run.
+    ``mode="offline"`` and ``dir=``. A run of its own begins with ``open`` and is finished by ``close``.
+    Raises ImportError without the package ``wandb``, ValueError without project and run.
     """
 
     def __init__(self, project: str | None = None, *, run: Any = None, **options: Any) -> None:

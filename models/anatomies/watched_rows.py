@@ -134,7 +134,8 @@ def smooth_objective(
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """The objective on these rows as a function of the weights by name, in their own precision, without autocast.
 
-    vocabulary: of ``WatchedRows.objective``. Attention by ``scaled_dot_product_attention`` is the plain formula, twice differentiable; dropout draws alike.
+    vocabulary: of ``WatchedRows.objective``. Attention by ``scaled_dot_product_attention`` is the plain formula, twice
+    differentiable; dropout draws alike.
     """
 
     def at(weights: Mapping[str, Tensor]) -> Tensor:

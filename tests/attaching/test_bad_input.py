@@ -85,7 +85,7 @@ def test_a_second_watch_on_a_model_is_refused_until_the_first_is_closed():
         (
             {"writers": [print]},
             ValueError,
-            r"writers=builtin_function_or_method is not allowed: it has no open\(\): a writer has open, add, alarm, close",
+            r"writers=builtin_function_or_method is not allowed: it has no open\(\): a writer has open, add",
         ),
         ({"monitors": "router_*"}, ValueError, r"attach: no monitor is left; router_laws: the model has no 'router'"),
     ],

@@ -193,7 +193,7 @@ def test_an_older_run_without_checksums_is_read_unchecked(folder):
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ({"schema": 99}, "schema version 99, and this code reads 4, 3 and 2: train the run again"),
+        ({"schema": 99}, "schema version 99, and this code reads 4, 3 and 2: read it with .* then train the run again"),
         ({"end_reason": "running"}, "unfinished"),
         ({"end_reason": "failed"}, "unfinished"),
     ],
