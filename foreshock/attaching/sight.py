@@ -65,8 +65,9 @@ class Sight:
     tokens: of all forwards that trained so far; update_tokens: of those since the last ``next_step``, None where the
     model is given none that are known;
     backwards, forwards: that hooks have seen since the last ``next_step``; grad_norm: of the last backward, 0-dim,
-    before any clip; shared: whether that went through more than one forward; updated: whether the optimizer has stepped; taps, routings: of the last
-    forward, empty where no one asked or they are not to be had; router_failure: what a router's hook raised, or None.
+    before any clip; shared: whether that went through more than one forward; updated: whether the optimizer has
+    stepped; taps, routings: of the last forward, empty where no one asked or they are not to be had; router_failure:
+    what a router's hook raised, or None.
     """
 
     def __init__(
