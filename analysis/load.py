@@ -32,10 +32,12 @@ def main(arguments: Sequence[str]) -> None:
     signals, only = (given[key].split(",") if key in given else None for key in ("signals", "only"))
     try:
         runs, tables = check_folder_to_read(given["runs"], "runs"), check_folder_to_write(given["csv"], "csv")
-        count = write_csv(runs, tables, signals, only)
+        written = write_csv(runs, tables, signals, only)
     except (ValueError, OSError, TraceError) as error:
         fail(str(error))
-    print(f"{given['csv']}: {count} runs")
+    if written.left_out:
+        print(f"left out: {'; '.join(f'{run}: {why}' for run, why in written.left_out.items())}", file=sys.stderr)
+    print(f"{given['csv']}: {written.count} runs")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from rich.table import Table
 
 from foreshock.experiments import trace
 from foreshock.experiments.build import Run, build_run
-from foreshock.experiments.elsewhere.traces import ELSEWHERE
 from foreshock.experiments.places import check_folder_to_read
 from foreshock.experiments.training import checkpoint, equivalences
 from foreshock.experiments.training.data import load_once
@@ -77,7 +76,7 @@ def run_of(manifest: Mapping[str, Any]) -> Run:
 
 def why_stale(run_id: str, manifest: Mapping[str, Any]) -> str:
     """Why the run would be trained again: the sources that changed since, or PyTorch."""
-    if trace.ATTACHED in manifest or ELSEWHERE in manifest:
+    if trace.ATTACHED in manifest or trace.ELSEWHERE in manifest:
         return f"{UNJUDGED}: it was not trained by this project"
     if "sources" not in manifest:
         return UNKNOWN

@@ -40,6 +40,9 @@ TRACE, WEIGHTS = "trace", "weights.safetensors"
 ATTACHED = "attached"
 """Key of a manifest of ``foreshock.attach``, and the role of its run; no run of ours has it."""
 
+ELSEWHERE = "elsewhere"
+"""Key of a manifest that says where a run was trained; no run of ours has it."""
+
 SCHEMA_VERSION = 4
 """Of the manifest. Versions 2 and 3 are read too (``experiments.migration``)."""
 
@@ -120,8 +123,8 @@ def as_of_today(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
         return with_card(from_schema_3(manifest))
     if version != SCHEMA_VERSION:
         raise TraceError(
-            f"{path} has schema version {version}, and this code reads {SCHEMA_VERSION}, 3 and 2: train the run again, "
-            "or read it with the release that wrote it"
+            f"{path} has schema version {version}, and this code reads {SCHEMA_VERSION}, 3 and 2: read it with the "
+            f"release that wrote it, or {_instead(path.parent)}"
         )
     return with_card(manifest)
 
@@ -129,7 +132,21 @@ def as_of_today(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def damaged(path: Path, reason: object, folder: Path) -> TraceError:
     """The error for a file of a run that is not what was written: reason, and what to do, in one line."""
     said = " ".join(str(reason).split())
-    return TraceError(f"{path} is damaged ({said}): rm -r {shlex.quote(str(folder))}, then train the run again")
+    return TraceError(f"{path} is damaged ({said}): {_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a run that cannot be read; its manifest, damaged or not, tells where the run is from."""
+    name = shlex.quote(str(folder))
+    try:
+        manifest = (folder / "manifest.json").read_bytes()
+    except OSError:
+        manifest = b""
+    if f'"{ATTACHED}":'.encode() in manifest:
+        return f"restore {name} from a copy, or move it away: nothing but its own training has these readings"
+    if f'"{ELSEWHERE}":'.encode() in manifest:
+        return f"rm -r {name}, then import the run again"
+    return f"rm -r {name}, then train the run again"
 
 
 def is_readable(manifest: Mapping[str, Any]) -> bool:

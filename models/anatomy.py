@@ -71,6 +71,11 @@ class Anatomy:
             return [name for block in self.blocks for name in block.parameters]
         return [part.weight for part in self.role(role)]
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the head's weight, None without a head."""
+        return self.stacked("head", self.weights()).shape[1] if self.role("head") else None
+
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters as they are now, by name, a tied one once. Detached, not copied."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}

@@ -104,7 +104,10 @@ class GradientCurvature:
         try:
             return self._read(view.objective_at, AdamState.of(view))
         except CheckpointError as error:  # its second forward is outside of what makes attention the plain formula
-            raise Unreadable("a checkpointed forward of the objective is another one when computed again") from error
+            raise Unreadable(
+                "the model runs its forward again in the backward (activation checkpointing), and what is run again "
+                "has no second derivative"
+            ) from error
         except RuntimeError as error:
             said = str(error).partition("\n")[0]
             if not any(known in said for known in NOT_TWICE):

@@ -14,9 +14,8 @@ from foreshock.analysis.runs.experiment import Experiment
 from foreshock.analysis.runs.index import read_index
 from foreshock.analysis.runs.load import label_runs
 from foreshock.experiments import trace
-from foreshock.experiments.elsewhere.traces import ELSEWHERE
 from foreshock.experiments.plan import FIRST_SEED, ROLES
-from foreshock.experiments.trace import TraceError
+from foreshock.experiments.trace import ELSEWHERE, TraceError
 from foreshock.faults.card import InjectionCard, read_card
 
 ALPHAS = (0.05, 0.10, 0.20, 0.5)

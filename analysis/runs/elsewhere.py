@@ -16,8 +16,7 @@ import numpy as np
 from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 from foreshock.analysis.runs.labels import LABEL_SIGNAL, DrawupLabel, divergence_step
 from foreshock.experiments import trace
-from foreshock.experiments.elsewhere.traces import ELSEWHERE
-from foreshock.experiments.trace import Series, Trace
+from foreshock.experiments.trace import ELSEWHERE, Series, Trace
 
 TRAIN_LOSS = "train_loss_raw"
 FAILURE = "failure"

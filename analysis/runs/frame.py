@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,9 +14,8 @@ from foreshock.analysis.runs import reduced
 from foreshock.analysis.runs.discover import fault_names, role_of
 from foreshock.analysis.runs.index import read_index
 from foreshock.experiments import trace
-from foreshock.experiments.elsewhere.traces import ELSEWHERE
 from foreshock.experiments.names import check_distinct
-from foreshock.experiments.trace import Trace, TraceError
+from foreshock.experiments.trace import ELSEWHERE, Trace, TraceError
 from foreshock.experiments.validation import nearest
 
 COLUMNS = ("run_id", "step", "tokens", "signal", "layer", "head", "value", "undefined", "fault", "seed", "role")
@@ -76,14 +75,26 @@ def frame_of(run: Trace, facts: Mapping[str, Any]) -> pd.DataFrame:
     return table.assign(seed=np.int64(facts["seed"]))[list(COLUMNS)]
 
 
-def write_csv(folder: Path, out: Path, signals: Iterable[str] | None = None, runs: Iterable[str] | None = None) -> int:
-    """One CSV file a run, ``<run_id>.csv``, one run in memory at a time; how many were written. Raises as ``load``."""
+class Written(NamedTuple):
+    """count: of files that were written; left_out: by run that has none, why."""
+
+    count: int
+    left_out: dict[str, str]
+
+
+def write_csv(
+    folder: Path, out: Path, signals: Iterable[str] | None = None, runs: Iterable[str] | None = None
+) -> Written:
+    """One CSV file a run, ``<run_id>.csv``, one run in memory at a time. Raises as ``load``."""
     out.mkdir(parents=True, exist_ok=True)
-    count = 0
-    for run, facts in _chosen(folder, _names(signals, "signals"), _names(runs, "runs")):
+    wanted, only = _names(signals, "signals"), _names(runs, "runs")
+    written: set[str] = set()
+    for run, facts in _chosen(folder, wanted, only):
         frame_of(run, facts).to_csv(out / f"{run.run_id}.csv", index=False)
-        count += 1
-    return count
+        written.add(run.run_id)
+    lacking = "it has no readings" if wanted is None else f"it has no readings of {', '.join(wanted)}"
+    left_out = {run: lacking for run in only or _sources(folder, wanted) if run not in written}
+    return Written(len(written), left_out | ({} if only else _unfinished(folder)))
 
 
 def _names(given: Iterable[str] | None, option: str) -> tuple[str, ...] | None:
@@ -150,6 +161,16 @@ def _sources(folder: Path, signals: tuple[str, ...] | None) -> dict[str, Source]
     if not sources:
         raise TraceError(f"{folder} holds no finished run")
     return sources
+
+
+def _unfinished(folder: Path) -> dict[str, str]:
+    """By folder of a run that cannot be read yet, why."""
+    manifests = {path.parent: trace.manifest_of(path.parent) for path in sorted(folder.rglob("manifest.json"))}
+    return {
+        str(path.relative_to(folder)): f"it is {manifest['end_reason']}, and not finished"
+        for path, manifest in manifests.items()
+        if (path / trace.TRACE).is_dir() and not trace.is_readable(manifest)
+    }
 
 
 def _only(run: Trace, signals: tuple[str, ...] | None) -> Trace:

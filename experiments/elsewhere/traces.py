@@ -12,11 +12,8 @@ import numpy as np
 from foreshock.experiments import trace
 from foreshock.experiments.elsewhere.readings import Readings
 from foreshock.experiments.names import check_name
-from foreshock.experiments.trace import Series
+from foreshock.experiments.trace import ELSEWHERE, Series
 from foreshock.monitors.signal import Signal
-
-ELSEWHERE = "elsewhere"
-"""Key of a manifest that says where a run was trained; no run of ours has it."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,15 @@ from collections.abc import Callable, Mapping
 
 from foreshock.alarms.terminal import in_one_line
 from foreshock.attaching.sight import Sight
+from foreshock.models.anatomies.watched_rows import NoObjective
 from foreshock.models.anatomy import Anatomy
 from foreshock.models.taps import Taps
 from foreshock.monitors.base import Monitor, Reading, StepView
 from foreshock.monitors.unreadable import Unreadable
 from foreshock.monitors.watch import Watch
+
+OF_A_FORWARD = frozenset({"batch", "objective_at", "routings"})
+"""Fields of a view that a forward leaves behind, or the rows that it had."""
 
 
 class Due:
@@ -51,12 +55,27 @@ class Due:
         return self._anatomy.moe is not None and any("routings" in self.monitors[name].needs.view for name in due)
 
     def readable(self, due: list[str], sight: Sight) -> list[str]:
-        """Without those that read the optimizer where it has not stepped, or has lost the gradients that it took."""
+        """Without those that cannot read at all.
+
+        They read a forward that no hook has seen, or an optimizer that has not stepped or has lost its gradients.
+        """
+        for name in filter(self._takes_a_forward, () if sight.forwards else due):
+            self._leave_out(name, "no hook has seen a forward: call the model itself, and attach before torch.compile")
+        due = [name for name in due if sight.forwards or not self._takes_a_forward(name)]
         takers = [name for name in due if "optimizer" in self.monitors[name].needs.view]
         lost = sight.gradients_are_lost()
         for name in takers if lost else []:
             self._decline(name, "gradients are gone: call watch.step(loss) before optimizer.zero_grad()")
         return [name for name in due if name not in takers or (sight.updated and not lost)]
+
+    def untapped(self, due: list[str], error: Exception) -> list[str]:
+        """Without those that read a forward, where the watched rows could not run again for what was raised."""
+        for name in (takers := [name for name in due if self._takes_a_forward(name)]):
+            if isinstance(error, NoObjective):
+                self._leave_out(name, str(error))
+            else:
+                self._lose(name, error, "it cannot run the watched rows again: ")
+        return [name for name in due if name not in takers]
 
     def reached(self, due: list[str], view: StepView, sight: Sight) -> list[str]:
         """Without those that tap what no gradient reaches, what is called twice, or what a hook could not look at."""
@@ -92,6 +111,11 @@ class Due:
         except Exception as error:
             self._lose(name, error, "it raised ")
         return {}
+
+    def _takes_a_forward(self, name: str) -> bool:
+        """Whether a monitor reads what a forward has left behind."""
+        needs = self.monitors[name].needs
+        return bool(needs.taps) or not OF_A_FORWARD.isdisjoint(needs.view)
 
     def _called_again(self, name: str, view: StepView, sight: Sight) -> bool:
         """Whether a weight's gradient is of more calls than were tapped, which a monitor leaves such a step out for."""

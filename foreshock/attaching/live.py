@@ -20,7 +20,8 @@ from foreshock.writers.base import Writer, scalars
 class Live:
     """Alarms and writers of one run, whose name is ``run``; model: its ``model_facts``.
 
-    With either of them, each step that has readings copies them to the host once.
+    With either of them, each step that has readings copies them to the host once. Raises what a writer does that cannot
+    be opened.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class Live:
                 actions=actions_of(options.actions),
             )
             self.panel = Panel(rules, described, run, outlets, options.scaler, model)
+        for writer in self._writers:
+            writer.open()
 
     def read(self, step: int, readings: Mapping[str, Reading], batch: Any, proven: bool = True) -> None:
         """batch: the rows that the watch keeps; proven: as of ``Panel.read``.

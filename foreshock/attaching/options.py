@@ -28,6 +28,9 @@ PROFILES: Mapping[str, tuple[str, ...]] = {
 }
 """By name, patterns of monitors. ``icu``: the numbers of each step; ``laws``: broken kernels; ``all``: what fits."""
 
+WRITER = ("open", "add", "alarm", "close")
+"""Methods of a writer."""
+
 OnReadings = Callable[[int, Mapping[str, Reading]], Any]
 """Called with the step and its readings by signal, on the device, after every step that has any."""
 
@@ -100,21 +103,38 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} is not allowed: a whole number from 1, or None")
+        self._check_effects()
         for name in ("unscale_", "get_scale"):
             if self.scaler is not None and not hasattr(self.scaler, name):
                 raise ValueError(f"scaler={type(self.scaler).__name__} is not allowed: a torch.amp.GradScaler")
+        for writer in self.writers:
+            lacking = next((name for name in WRITER if not callable(getattr(writer, name, None))), None)
+            if lacking is not None:
+                said = f"it has no {lacking}(): a writer has {', '.join(WRITER)} (foreshock.writers.Writer)"
+                raise ValueError(f"writers={type(writer).__name__} is not allowed: {said}")
         AlarmRules.of(self.alarms)
         actions_of(self.actions)
 
+    def _check_effects(self) -> None:
+        """Raises ValueError for an option that another one leaves without effect."""
+        if self.monitors is not None and self.profile != "all":
+            raise ValueError(f"profile={self.profile!r} has no effect beside monitors=: give one of the two")
+        if self.alarms is False and self.alarm_listeners:
+            raise ValueError("on_alarm has no effect with alarms=False")
+        if self.alarms is False and any(
+            action != LOG_ONLY for of in actions_of(self.actions).values() for action in of
+        ):
+            raise ValueError("actions has no effect with alarms=False")
+
     def of_rank(self, rank: int) -> Options:
-        """Those of a process of a distributed training: the first alone writes a folder, and prints."""
+        """Those of a process of a distributed training: the first alone writes a folder, has writers, and prints."""
         if rank == 0:
             return self
         actions = {
             severity: tuple(action for action in asked if action != SNAPSHOT)
             for severity, asked in actions_of(self.actions).items()
         }
-        return replace(self, out=None, quiet=True, actions=actions)
+        return replace(self, out=None, quiet=True, actions=actions, writers=())
 
     @property
     def patterns(self) -> tuple[str, ...]:

@@ -64,9 +64,10 @@ class Sight:
 
     tokens: of all forwards that trained so far; update_tokens: of those since the last ``next_step``, None where the
     model is given none that are known;
-    backwards: since the last ``next_step``; grad_norm: of the last backward, 0-dim, before any clip; shared: whether
-    that went through more than one forward; updated: whether the optimizer has stepped; taps, routings: of the last
-    forward, empty where no one asked or they are not to be had; router_failure: what a router's hook raised, or None.
+    backwards, forwards: that hooks have seen since the last ``next_step``; grad_norm: of the last backward, 0-dim,
+    before any clip; shared: whether that went through more than one forward; updated: whether the optimizer has
+    stepped; taps, routings: of the last forward, empty where no one asked or they are not to be had; router_failure:
+    what a router's hook raised, or None.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Sight:
     def next_step(self) -> None:
         """Forget the step that has been read."""
         self.update_tokens: int | None = None
-        self.backwards, self.updated, self.shared = 0, False, False
+        self.backwards, self.forwards, self.updated, self.shared = 0, 0, False, False
         self._taken: dict[Tensor, int] = {}
         self.grad_norm: Tensor | None = None
         self.taps: Taps = NO_TAPS
@@ -146,6 +147,7 @@ class Sight:
             self._open = taps_on(self.anatomy, places).__enter__()
 
     def _keep(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.forwards += 1
         whole = WatchedRows.of(arguments, named, None, self.device, self._names)
         tokens = whole.tokens
         if tokens is not None:

@@ -25,7 +25,7 @@ def view_of(
 
     Where taps or routings are missing that the watched rows can give, these run once more (``attaching.own_pass``).
     """
-    anatomy, model, rows = sight.anatomy, sight.anatomy.model, sight.watched
+    anatomy, model, rows = sight.anatomy, sight.anatomy.model, sight.watched if sight.forwards else None
     taps, routings = sight.taps, sight.routings
     missing = not places <= taps.places or bool(untouched(taps, places))
     if rows is not None and (missing or (routed and not routings)):
@@ -34,7 +34,7 @@ def view_of(
     if rows is not None and isinstance(model, Transformer):
         objective = partial(objective_at, model, rows.arguments[0], 1.0)
     elif rows is not None:
-        objective = _readable(smooth_objective(model, rows))
+        objective = _readable(smooth_objective(model, rows, anatomy.vocabulary))
     assert sight.grad_norm is not None
     return StepView(
         step=step,

@@ -24,7 +24,7 @@ from foreshock.attaching.sight import Sight
 from foreshock.attaching.view import view_of
 from foreshock.attaching.writer import TraceWriter
 from foreshock.models.anatomy import Anatomy
-from foreshock.monitors.base import LossScaling, Monitor, Reading
+from foreshock.monitors.base import LossScaling, Monitor, Reading, StepView
 from foreshock.monitors.watch import Watch
 
 
@@ -170,7 +170,7 @@ class AttachedWatch:
         self._reading = True
         try:
             due = self._due.readable(self._due.at(self.steps), sight)
-            view = view_of(self.steps, loss, sight, self._due.places(due), self._due.routed(due), scaling)
+            view, due = self._view(due, loss, scaling)
             due = self._due.reached(due, view, sight)
             self._watch.record(self.steps)
             readings: dict[str, Reading] = {}
@@ -184,6 +184,18 @@ class AttachedWatch:
             self.seen |= dict.fromkeys(readings, self.steps)
             self._pass_on(readings, is_proven(view.taps))
         return readings
+
+    def _view(self, due: list[str], loss: Tensor, scaling: LossScaling | None) -> tuple[StepView, list[str]]:
+        """What the step shows, and who can read it: without those whose rows cannot run again."""
+
+        def shown() -> StepView:
+            return view_of(self.steps, loss, self._sight, self._due.places(due), self._due.routed(due), scaling)
+
+        try:
+            return shown(), due
+        except Exception as error:
+            due = self._due.untapped(due, error)
+        return shown(), due
 
     def _pass_on(self, readings: Mapping[str, Reading], proven: bool) -> None:
         self._kept(lambda writer: writer.add(self.steps, self._sight.tokens, readings))

@@ -13,7 +13,14 @@ from foreshock.alarms.reading import HostReading
 
 
 class Writer(Protocol):
-    """What ``foreshock.attach(writers=[...])`` takes. One that raises is switched off, and training goes on."""
+    """What ``foreshock.attach(writers=[...])`` takes. One that raises is switched off, and training goes on.
+
+    ``attach`` opens a writer before training, in the first process alone: the others do not call it.
+    """
+
+    def open(self) -> None:
+        """Begin its file or run; called once. What it raises, ``attach`` raises."""
+        ...
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """The readings of a step (``scalars``)."""

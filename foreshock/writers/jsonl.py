@@ -14,12 +14,15 @@ class JsonLines:
     """A line for each step, ``{"step": 10, "values": {...}}``, and for each alarm, ``{"alarm": {...}}``.
 
     Numbers that are not finite are the texts ``"nan"``, ``"inf"`` and ``"-inf"``. A line is on the disk when its step
-    has ended. Raises OSError where the file cannot be written.
+    has ended. ``open`` raises OSError where the file cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
+        self._path = Path(path)
+
+    def open(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         plain = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}

@@ -16,7 +16,8 @@ class MLflow:
     """Metrics ``foreshock/<signal>`` of a new run, the number of alarms by severity as ``foreshock/alarms/<severity>``,
     and every alarm a line of the artifact ``alarms.jsonl``.
 
-    experiment: its name; tracking_uri: of the server, or a folder (``file:mlruns``); None for MLflow's own setting.
+    experiment: its name; tracking_uri: of the server, or a folder (``file:mlruns``); None for MLflow's own setting;
+    run_id: of the run, once it is open.
     Raises ImportError without the package ``mlflow`` or ``mlflow-skinny``.
     """
 
@@ -26,12 +27,15 @@ class MLflow:
             from mlflow.tracking import MlflowClient
         except ImportError:
             raise missing("mlflow-skinny", "mlflow") from None
-        self._metric = Metric
-        self._client = MlflowClient(tracking_uri)
-        known = self._client.get_experiment_by_name(experiment)
-        at = known.experiment_id if known is not None else self._client.create_experiment(experiment)
-        self.run_id: str = self._client.create_run(at).info.run_id
+        self._metric, self._client_of = Metric, MlflowClient
+        self._experiment, self._uri = experiment, tracking_uri
         self._events: list[Event] = []
+
+    def open(self) -> None:
+        self._client = self._client_of(self._uri)
+        known = self._client.get_experiment_by_name(self._experiment)
+        at = known.experiment_id if known is not None else self._client.create_experiment(self._experiment)
+        self.run_id: str = self._client.create_run(at).info.run_id
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)

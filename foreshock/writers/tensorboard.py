@@ -20,7 +20,10 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise missing("tensorboard", "tensorboard") from None
-        self._writer = SummaryWriter(str(folder))
+        self._folder, self._writer_of = str(folder), SummaryWriter
+
+    def open(self) -> None:
+        self._writer = self._writer_of(self._folder)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from foreshock.alarms.event import Event
@@ -17,8 +18,8 @@ class WeightsAndBiases:
     ``foreshock/alarms/<severity>``, their number so far.
 
     project: of a new run; run: one that goes on already, in place of it; options: of ``wandb.init``, such as
-    ``mode="offline"`` and ``dir=``. A run that this writer began is finished by ``close``. Raises ImportError without
-    the package ``wandb``, ValueError without project and run.
+    ``mode="offline"`` and ``dir=``. A run of its own begins with ``open`` and is finished by ``close``.
+    Raises ImportError without the package ``wandb``, ValueError without project and run.
     """
 
     def __init__(self, project: str | None = None, *, run: Any = None, **options: Any) -> None:
@@ -28,11 +29,15 @@ class WeightsAndBiases:
             raise missing("wandb", "wandb") from None
         if project is None and run is None:
             raise ValueError("WeightsAndBiases(): project= or run= is needed")
-        self._own = run is None
-        self.run = wandb.init(project=project, **options) if run is None else run
+        self._own, self.run = run is None, run
+        self._begin = partial(wandb.init, project=project, **options)
+        self._alarms = dict.fromkeys(LEVELS, 0)
+
+    def open(self) -> None:
+        if self._own:
+            self.run = self._begin()
         self.run.define_metric("foreshock/step")
         self.run.define_metric("foreshock/*", step_metric="foreshock/step")
-        self._alarms = dict.fromkeys(LEVELS, 0)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log({"foreshock/step": step} | {f"foreshock/{name}": value for name, value in values.items()})

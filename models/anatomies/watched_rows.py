@@ -77,10 +77,11 @@ class WatchedRows:
         """What the model returns on these rows, with other weights or buffers in place of its own."""
         return torch.func.functional_call(model, dict(weights or {}), self.arguments, dict(self.named))
 
-    def objective(self, output: Any) -> Tensor:
+    def objective(self, output: Any, vocabulary: int | None) -> Tensor:
         """What training minimises, from what the model returned: its loss, or next-token cross-entropy of its logits.
 
-        Raises NoObjective for an output that has neither.
+        vocabulary: rows of the model's head, None without one. A tensor of another width that stands for itself is
+        hidden states, and no logits. Raises NoObjective for an output that has neither.
         """
         own = _get(output, "loss")
         parts = output if isinstance(output, tuple) else (output,)
@@ -89,10 +90,16 @@ class WatchedRows:
             return own
         if scalars:
             return torch.stack([x.float() for x in scalars]).sum() if len(scalars) > 1 else scalars[0]
-        logits = _get(output, "logits") if _get(output, "logits") is not None else parts[0]
+        named = _get(output, "logits")
+        logits = parts[0] if named is None else named
         tokens = self.tokens
         if not isinstance(logits, Tensor) or logits.ndim != 3 or tokens is None or tokens.shape != logits.shape[:2]:
             raise NoObjective("the model returns no loss, and no logits (B, T, V) of its tokens (B, T)")
+        if named is None and logits.shape[-1] != vocabulary:
+            head = "it has no head" if vocabulary is None else f"its head has {vocabulary} rows"
+            raise NoObjective(
+                f"the model returns no loss, and {tuple(logits.shape)} may be hidden states and no logits: {head}"
+            )
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
@@ -122,10 +129,13 @@ def apart(device: torch.device) -> Iterator[None]:
         yield
 
 
-def smooth_objective(model: nn.Module, rows: WatchedRows, seed: int = 0) -> Callable[[Mapping[str, Tensor]], Tensor]:
+def smooth_objective(
+    model: nn.Module, rows: WatchedRows, vocabulary: int | None, seed: int = 0
+) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """The objective on these rows as a function of the weights by name, in their own precision, without autocast.
 
-    Attention by ``scaled_dot_product_attention`` is the plain formula, twice differentiable; dropout draws alike.
+    vocabulary: of ``WatchedRows.objective``. Attention by ``scaled_dot_product_attention`` is the plain formula, twice
+    differentiable; dropout draws alike.
     """
 
     def at(weights: Mapping[str, Tensor]) -> Tensor:
@@ -136,6 +146,6 @@ def smooth_objective(model: nn.Module, rows: WatchedRows, seed: int = 0) -> Call
             torch.manual_seed(seed)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.autocast(device.type, enabled=False))
-            return rows.objective(rows.called(model, {**weights, **buffers}))
+            return rows.objective(rows.called(model, {**weights, **buffers}), vocabulary)
 
     return at

@@ -92,6 +92,20 @@ def test_one_csv_a_run_reads_back_as_the_table(folder, tmp_path, capsys):
     assert "2 runs" in capsys.readouterr().out
 
 
+def test_runs_without_a_file_are_named_with_the_reason(folder, tmp_path, capsys):
+    manifest = trace.manifest_of(folder / "faulty")
+    trace.write_manifest(folder / "faulty", {**manifest, "end_reason": "running"})
+    simulate_run(folder / "other", 5, {"attn_entropy": SIGNALS["attn_entropy"]}, steps=100)
+    main([f"runs={folder}", f"csv={tmp_path / 'tables'}", "signals=grad_global_norm"])
+    printed = capsys.readouterr()
+    assert printed.err == (
+        "left out: other: it has no readings of grad_global_norm; faulty: it is running, and not finished\n"
+    )
+    assert printed.out.endswith(": 1 runs\n")
+    main([f"runs={folder}", f"csv={tmp_path / 'more'}", "only=healthy"])
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ import foreshock
 _EXAMPLE = Path(__file__).parents[2] / "examples" / "nanogpt_style.py"
 _spec = importlib.util.spec_from_file_location("nanogpt_style", _EXAMPLE)
 nanogpt_style = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = nanogpt_style  # torch.compile imports it by its name
 _spec.loader.exec_module(nanogpt_style)
 
 VOCABULARY, CONTEXT = 31, 16
@@ -68,7 +70,7 @@ def train(
         model
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3) if scaled else None
-    settings = {"every_steps": 2, "quiet": True, "scaler": scaler} | options
+    settings = ({} if "monitors" in options else {"every_steps": 2}) | {"quiet": True, "scaler": scaler} | options
     watch = foreshock.attach(model, optimizer, **settings) if watched else None
     called = model if wrap is None else wrap(model)
     torch.manual_seed(5)

@@ -70,6 +70,23 @@ def test_a_second_watch_on_a_model_is_refused_until_the_first_is_closed():
         ({"rows": True}, ValueError, r"rows=True is not allowed"),
         ({"scaler": 3}, ValueError, r"scaler=int is not allowed: a torch\.amp\.GradScaler$"),
         ({"row": 2}, TypeError, r"attach\(row=\.\.\.\) is not allowed: .*did you mean 'rows'\?$"),
+        (
+            {"monitors": "loss", "profile": "icu"},
+            ValueError,
+            r"profile='icu' has no effect beside monitors=: give one of the two$",
+        ),
+        (
+            {"monitors": ["loss", "gradient_norm"], "every_steps": 5},
+            ValueError,
+            r"every_steps=5 has no effect: gradient_norm, loss read every step$",
+        ),
+        ({"alarms": False, "on_alarm": print}, ValueError, r"on_alarm has no effect with alarms=False$"),
+        ({"alarms": False, "actions": "raise"}, ValueError, r"actions has no effect with alarms=False$"),
+        (
+            {"writers": [print]},
+            ValueError,
+            r"writers=builtin_function_or_method is not allowed: it has no open\(\): a writer has open, add",
+        ),
         ({"monitors": "router_*"}, ValueError, r"attach: no monitor is left; router_laws: the model has no 'router'"),
     ],
 )

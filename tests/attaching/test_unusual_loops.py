@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import foreshock
+import foreshock.attaching.view
 from tests.attaching.loops import batches, gpt, nanogpt_style, same
 
 
@@ -105,6 +106,66 @@ def test_an_objective_that_cannot_be_made_again_declines_and_raises_no_alarm():
     assert "no logits" in watch.declined["gradient_curvature"]
 
 
+def trunk() -> nn.Module:
+    """Returns hidden states (B, T, E); its head is called outside."""
+
+    def forward(self, input_ids):
+        return self.ln_f(self.h[1](self.h[0](self.wte(input_ids))))
+
+    model = gpt()
+    model.__class__ = type("Trunk", (nanogpt_style.GPT,), {"forward": forward})
+    return model
+
+
+def of_hidden(model, batch):
+    return F.cross_entropy(model.lm_head(model(batch[:, :-1])).flatten(0, 1), batch[:, 1:].flatten())
+
+
+HIDDEN = "the model returns no loss, and (2, 16, 32) may be hidden states and no logits: its head has 31 rows"
+
+
+def test_hidden_states_are_not_taken_for_logits():
+    watch = stepped(trunk(), of_hidden)[1]
+    assert watch.declined["gradient_curvature"] == HIDDEN and "gradient_curvature" in watch.monitors
+    assert {"key_shift_residual.over_noise", "output_log_z"} <= watch.seen.keys() and not watch.tracebacks
+
+
+def test_a_compiled_model_that_returns_no_loss_leaves_out_what_its_forward_hides():
+    def loss_of(model, batch):
+        return F.cross_entropy(model.lm_head(compiled[model](batch[:, :-1])).flatten(0, 1), batch[:, 1:].flatten())
+
+    plain, model = trunk(), trunk()
+    compiled = {each: torch.compile(each, backend="eager") for each in (plain, model)}
+    (without, _), (weights, watch) = stepped(plain, loss_of, watched=False), stepped(model, loss_of)
+    assert same(without, weights) and watch.steps == 3 and not watch.tracebacks
+    hidden = {name for name, reason in watch.declined.items() if reason == HIDDEN}
+    assert {"attention_laws", "attention_scores", "linear_laws", "gradient_curvature"} <= hidden
+    assert {"grad_global_norm", "adam_update_rms", "weight_norm.q", "spectral_radius.q"} <= watch.seen.keys()
+
+
+def test_a_forward_that_no_hook_sees_is_named():
+    def loss_of(model, batch):
+        return model.forward(batch[:, :-1], batch[:, 1:])[1]
+
+    (without, _), (weights, watch) = stepped(gpt(), loss_of, watched=False), stepped(gpt(), loss_of)
+    assert same(without, weights) and not watch.tracebacks and "weight_norm.q" in watch.seen
+    for name in ("attention_laws", "gradient_curvature", "norm_laws"):
+        assert watch.declined[name].startswith("no hook has seen a forward: call the model itself")
+
+
+def test_rows_that_cannot_run_again_switch_off_those_that_need_them(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a shape that depends on the data")
+
+    model = gpt()
+    compiled = torch.compile(model, backend="eager")
+    monkeypatch.setattr(foreshock.attaching.view, "run_again", broken)
+    watch = stepped(model, lambda _, batch: compiled(batch[:, :-1], batch[:, 1:])[1])[1]
+    said = "switched off, it cannot run the watched rows again: RuntimeError: a shape that depends on the data"
+    assert watch.declined["linear_laws"].startswith(said) and "linear_laws" in watch.tracebacks
+    assert "weight_norm.q" in watch.seen and watch.steps == 3
+
+
 def test_checkpointed_blocks_are_watched_and_what_they_hide_declines():
     for reentrant in (False, True):
 
@@ -124,5 +185,5 @@ def test_checkpointed_blocks_are_watched_and_what_they_hide_declines():
         assert same(without, weights)
         assert not watch.tracebacks, watch.tracebacks
         assert "linear_euler_residual.input" in watch.seen
-        hidden = "cannot be differentiated twice" if reentrant else "another one when computed again"
+        hidden = "cannot be differentiated twice" if reentrant else "(activation checkpointing)"
         assert hidden in watch.declined["gradient_curvature"]

@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -114,6 +115,29 @@ def test_a_damaged_part_is_named(folder, harm):
         trace.is_done(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "what_to_do"),
+    [
+        (trace.ATTACHED, "restore {} from a copy, or move it away: nothing but its own training has these readings"),
+        (trace.ELSEWHERE, "rm -r {}, then import the run again"),
+    ],
+)
+def test_what_to_do_about_a_damaged_run_is_for_where_it_is_from(folder, key, what_to_do):
+    said = re.escape(what_to_do.format(folder)) + "$"
+    manifest = {**trace.manifest_of(folder), key: {"model": "GPT"}}
+    trace.write_manifest(folder, {**manifest, "schema": 1})
+    with pytest.raises(TraceError, match=rf"has schema version 1.* read it with the release that wrote it, or {said}"):
+        trace.manifest_of(folder)
+    trace.write_manifest(folder, manifest)
+    sorted((folder / "trace").iterdir())[1].unlink()
+    with pytest.raises(TraceError, match=said):
+        _ = trace.read(folder).signals
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(TraceError, match=said):
+        trace.manifest_of(folder)
+
+
 def test_a_part_that_the_manifest_does_not_know_is_not_read(folder):
     """A kill may have left it, of readings that were being added."""
     before = trace.read(folder).signals
@@ -169,7 +193,7 @@ def test_an_older_run_without_checksums_is_read_unchecked(folder):
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ({"schema": 99}, "schema version 99, and this code reads 4, 3 and 2: train the run again"),
+        ({"schema": 99}, "schema version 99, and this code reads 4, 3 and 2: read it with .* then train the run again"),
         ({"end_reason": "running"}, "unfinished"),
         ({"end_reason": "failed"}, "unfinished"),
     ],

@@ -35,7 +35,7 @@ class Language(LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
-def fit(callback: Any = None, steps: int = 30, parts: int = 1, module: Any = None) -> nn.Module:
+def fit(callback: Any = None, steps: int = 30, parts: int = 1, module: Any = None, **arguments: Any) -> nn.Module:
     module = module or Language()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Lightning, about workers and loggers
@@ -49,6 +49,7 @@ def fit(callback: Any = None, steps: int = 30, parts: int = 1, module: Any = Non
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            **arguments,
         ).fit(module, torch.utils.data.DataLoader(batches(steps * parts), batch_size=None))
     return module.model
 

@@ -57,6 +57,14 @@ def test_slower_cadences_meet_every_last_digit_within_600_steps(m):
     assert {step % 10 for step in steps} == set(range(10)) and steps[-1] == 600
 
 
+@pytest.mark.parametrize(("every", "never"), [(10, 0), (20, 5), (30, 11), (50, 15), (70, 0)])
+def test_how_many_of_25_phases_a_cadence_never_meets(every, never):
+    """Its readings repeat after a period; against 25 phases after as many of them as lcm."""
+    cadence = Cadence(every, jittered=True)
+    steps = math.lcm(period([cadence]), 25)
+    assert len({step % 25 for step in readings(cadence, steps // every)}) == 25 - never
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 7, 15, 25])
 def test_any_other_cadence_is_at_multiples(every):
     assert readings(Cadence(every, jittered=True), 20) == list(range(every, 20 * every + 1, every))

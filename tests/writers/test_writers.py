@@ -33,6 +33,7 @@ def host(signal, values, undefined=()):
 
 def fill(writer) -> None:
     """Two steps, an alarm, and the end."""
+    writer.open()
     writer.add(1, {"train_loss_raw": 3.0, "attn_entropy/max": 1.5})
     writer.add(2, {"train_loss_raw": 2.5})
     writer.alarm(EVENT)
@@ -132,6 +133,8 @@ def test_a_missing_package_names_its_extra(make, extra, monkeypatch, tmp_path):
 
 
 class Failing:
+    def open(self): ...
+
     def add(self, step, values):
         if step == 3:
             raise OSError("connection lost")
