@@ -8,6 +8,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -39,7 +40,7 @@ SHORT = {
 }
 """By size of some experiment, which stands in its scale, a smaller one."""
 FILES = sorted((CONF / "experiment").glob("*.yaml"))
-NODES = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in FILES}
+NODES = {path.stem: yaml.load(path.read_text(), yaml.CSafeLoader) for path in FILES}
 OF_CASES = [name for name, node in NODES.items() if "cases" in node.get("experiment", node)]
 EXPERIMENTS = [name for name in NODES if name not in OF_CASES]
 DERIVED = [
