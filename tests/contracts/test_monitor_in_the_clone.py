@@ -30,6 +30,7 @@ def test_it_is_one_python_file_and_one_yaml(text, tiny, tmp_path):
     for folder in FOLDERS:
         ignored = shutil.ignore_patterns("__pycache__", "*.csv.gz", "*.parquet", "*.png", "reference_set")
         shutil.copytree(ROOT / folder, clone / folder, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", clone)
     (clone / "monitors" / "my_monitor.py").write_text(MONITOR)
     (clone / "conf" / "monitor" / "last_loss.yaml").write_text(YAML)
     given = ["data=text", f"data.path={text}", *tiny, "train.steps=40", "~monitor.loss", f"out={tmp_path / 'runs'}"]
