@@ -43,6 +43,9 @@ reference-set: setup
 leaderboard: setup
 	$(BIN)/python -m analysis.score runs=results/reference_set out=report/leaderboard $(ARGS)
 
+# Python keeps what it compiles, test files with pytest's assertions too, which each test process would else repeat.
+unexport PYTHONDONTWRITEBYTECODE
+
 # All tests but the slow ones, on all cores, four at most: ARGS="tests/models -n 0" for a few in one process.
 test: setup
 	$(PYTEST) -m "not slow" $(ARGS)

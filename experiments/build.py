@@ -18,6 +18,7 @@ from typing import Any, Union, get_args, get_origin
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+import foreshock.experiments.default_monitors  # noqa: F401  # from here on `monitor: all` can be composed
 from foreshock.experiments.ranges import check_ranges
 from foreshock.experiments.targets import check_targets, target_class
 from foreshock.experiments.training.data import Corpus, DataConfig

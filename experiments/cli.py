@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from foreshock.experiments.build import ROOT
+from foreshock.experiments.default_monitors import ALL
 from foreshock.experiments.multirun import in_multirun, run_job, run_jobs
 from foreshock.experiments.overrides import check_choices, check_form, check_merges, why_unread
 from foreshock.experiments.pieces import UNFINISHED_CODE, Unfinished
@@ -60,7 +61,7 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str], folder
     chosen = [line for line in overrides if line.split("=")[0] in groups]
     for line in chosen:
         group, option = line.split("=", 1)
-        known = options(group, folders)
+        known = [*options(group, folders), *([ALL] if group == "monitor" else [])]
         for name in option.strip("[]").split(","):
             if name and name not in known:
                 return f"{group}={option} is not an option of {group}{did_you_mean(name, known)}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import (
@@ -186,22 +188,46 @@ def check_value(kind: Any, value: Any, where: str) -> None:
         raise ValueError(first_mistake(error, where)) from None
 
 
-def parameters_of(make: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """The parameters of a class or function by name: type and default, ``...`` for none."""
+Parameter = tuple[Any, Any]
+"""The type of a parameter and its default, ``...`` for none."""
+
+
+@functools.cache
+def parameters_of(make: Callable[..., Any]) -> Mapping[str, Parameter]:
+    """The parameters of a class or function by name."""
     plain_class = isinstance(make, type) and not dataclasses.is_dataclass(make)
     hints = get_type_hints(make.__init__ if plain_class else make)
-    return {
+    parameters = {
         name: (hints.get(name, Any), ... if p.default is p.empty else p.default)
         for name, p in inspect.signature(make).parameters.items()
     }
+    return MappingProxyType(parameters)
+
+
+_SCHEMAS: dict[tuple[Any, ...], tuple[Mapping[str, Parameter], type[BaseModel]]] = {}
+"""By name and parameters, which are kept too: while they are there, no other object has their identities."""
+
+
+def _schema(name: str, parameters: Mapping[str, Parameter]) -> type[BaseModel]:
+    """What pydantic checks arguments with. Making one takes pydantic longer than all its checks of a configuration.
+
+    A schema is known by which parameters it has, not by their values: ``1`` equals ``True``, and a default may be a
+    list. So it is found again for parameters of ``parameters_of``, which are the same objects at every call.
+    """
+    key = (name, *((field, id(parameter)) for field, parameter in parameters.items()))
+    if key not in _SCHEMAS:
+        settings = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+        fields: dict[str, Any] = dict(parameters)
+        _SCHEMAS[key] = (fields, create_model(name, __config__=settings, **fields))
+    return _SCHEMAS[key][1]
 
 
 def check_arguments(
-    name: str, parameters: Mapping[str, tuple[Any, Any]], arguments: Mapping[str, Any], where: str
+    name: str, parameters: Mapping[str, Parameter], arguments: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """Plain values as the types of what they are arguments of; a list becomes a tuple where that is the type.
 
-    parameters: by name, type and default, ``...`` for none. Raises ValueError in one line.
+    parameters: those of ``parameters_of`` by name, all or some. Raises ValueError in one line.
     """
     for key, value in arguments.items():
         if key not in parameters:
@@ -209,11 +235,8 @@ def check_arguments(
         if value == "???":
             raise ValueError(f"{where}.{key} is missing: it has no default")
         check_numbers(value, f"{where}.{key}")
-    settings = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-    fields: dict[str, Any] = dict(parameters)
-    schema = create_model(name, __config__=settings, **fields)
     try:
-        checked = schema.model_validate_json(json.dumps(arguments))
+        checked = _schema(name, parameters).model_validate_json(json.dumps(arguments))
     except ValidationError as error:
         raise ValueError(first_mistake(error, where)) from None
     return {key: getattr(checked, key) for key in parameters}

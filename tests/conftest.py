@@ -17,6 +17,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from foreshock.experiments.build import ROOT, build_run
+from foreshock.experiments.default_monitors import default_monitors
+from foreshock.experiments.plain_config import read
 
 CONF = ROOT / "conf"
 TINY = [
@@ -34,11 +36,9 @@ TINY = [
 
 
 def rarely_read(every_steps: int) -> list[str]:
-    """The monitors of conf/config.yaml whose own cadence is longer than this, whichever there are."""
-    groups = OmegaConf.load(CONF / "config.yaml").defaults
-    names = next(list(group.monitor) for group in groups if OmegaConf.is_dict(group) and "monitor" in group)
-    cadence = {name: OmegaConf.load(CONF / "monitor" / f"{name}.yaml").get("every_steps", 1) for name in names}
-    return [name for name in names if cadence[name] > every_steps]
+    """The monitors of ``monitor: all`` whose own cadence is longer than this, whichever there are."""
+    cadence = {name: read("monitor", name).get("every_steps", 1) for name in default_monitors()}
+    return [name for name, steps in cadence.items() if steps > every_steps]
 
 
 SHORT_WINDOWS = [

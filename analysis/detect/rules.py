@@ -6,7 +6,9 @@ from typing import Any
 
 from foreshock.analysis.detect.charts import CHARTS, AlarmRule, Persistent
 from foreshock.analysis.detect.river import RIVER, RiverDetector, check_river
-from foreshock.experiments.validation import check_arguments, check_named, parameters_of
+from foreshock.experiments.validation import Parameter, check_arguments, check_named, parameters_of
+
+OF_EVERY_RULE: dict[str, Parameter] = {"chart": (str, ...), "persistence": (int, 1)}
 
 
 def make_rule(chart: str, persistence: int = 1, **parameters: Any) -> AlarmRule:
@@ -14,8 +16,7 @@ def make_rule(chart: str, persistence: int = 1, **parameters: Any) -> AlarmRule:
 
     Raises ValueError on an unknown chart, and on wrong parameters by name.
     """
-    own = {"chart": (str, ...), "persistence": (int, 1)}
-    check_arguments("rule", own, {"chart": chart, "persistence": persistence}, "rule")
+    check_arguments("rule", OF_EVERY_RULE, {"chart": chart, "persistence": persistence}, "rule")
     if persistence != 1:
         return Persistent(make_rule(chart, **parameters), persistence)
     check_named([chart], (*CHARTS, *RIVER), "rule.chart")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import tomllib
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -16,13 +17,18 @@ OWN = {
     for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
 }
 PYTESTS = {"filterwarnings", "parametrize", "skip", "skipif", "usefixtures", "xfail"}
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "tests").rglob("*.py"))}
 
 STARTED = {
     "e2e": {"-m experiments.train", "-m experiments.reproduce"},
     "triton": {"run_triton", "flash_attention_triton"},
 }
 """Commands and functions that a test of a marker may call."""
+
+
+@functools.cache
+def trees() -> dict[Path, ast.Module]:
+    """Every file of tests, parsed where a test asks: a process that only collects tests need not."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "tests").rglob("*.py"))}
 
 
 def marks(nodes: Iterable[ast.AST]) -> set[str]:
@@ -33,7 +39,7 @@ def marks(nodes: Iterable[ast.AST]) -> set[str]:
 
 def functions() -> Iterator[tuple[str, set[str], set[str]]]:
     """Every test, its marks, and in its body, which a fixture's is not, the names and the modules after ``-m``."""
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         of_file = [node for node in tree.body if isinstance(node, ast.Assign) and "pytestmark" in ast.dump(node)]
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
@@ -49,7 +55,7 @@ def are_texts(nodes: Iterable[ast.AST]) -> bool:
 
 
 def test_the_markers_that_tests_use_are_the_registered_ones():
-    assert marks(TREES.values()) - PYTESTS == OWN == {"e2e", "numeric", "slow", "triton"}
+    assert marks(trees().values()) - PYTESTS == OWN == {"e2e", "numeric", "slow", "triton"}
 
 
 @pytest.mark.parametrize("marker", sorted(OWN))

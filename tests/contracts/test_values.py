@@ -1,8 +1,7 @@
 """Every leaf of conf/ refuses values that make no sense, in one line that names it, before anything is trained."""
 
-import copy
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,11 +53,10 @@ def leaves(node: Mapping, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
             yield (*path, key)
 
 
-def changed(node: Mapping, path: tuple[str, ...], value: object) -> dict:
-    node = copy.deepcopy(node)
-    place = functools.reduce(lambda at, key: at[key], path[:-1], node)
-    place[path[-1]] = value
-    return node
+def changed(node: Mapping, path: Sequence[str], value: object) -> dict:
+    """A node with another value at a path; what is beside the path is shared."""
+    key, *deeper = path
+    return {**node, key: changed(node[key], deeper, value) if deeper else value}
 
 
 def corpus(config, context_length) -> SimpleNamespace:

@@ -94,7 +94,7 @@ def test_the_example_monitor_reads_on_after_a_resume(trend):
 
 
 def test_the_example_monitor_watches_a_run(trend, make_run, tmp_path):
-    """Its list entry in conf/config.yaml stands for its node: the run, its trace and a resume have the monitor."""
+    """Its file in conf/monitor stands for its node: the run, its trace and a resume have the monitor."""
     run = make_run("train.steps=40")
     nodes = run.config["monitor"] | {"loss_trend": yaml.safe_load(yaml_block(1))}
     run = replace(run, config=run.config | {"monitor": nodes}, monitors={**run.monitors, "loss_trend": trend()})

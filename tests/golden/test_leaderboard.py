@@ -203,7 +203,7 @@ def test_the_gradient_norm_precedes_the_unsmoothed_loss_alone(contests):
     table = pd.read_csv(ROOT / "results" / "paper_attention-desk" / "leadtime.csv").set_index(["kind", "detector"])
     steps, mean = table["median_alarm_step"], table["rmlt_steps"]
     assert (steps["signal", "train_loss_raw"], mean["signal", "train_loss_raw"].round()) == (6247, 179)
-    assert steps["detector", "training loss"] == 6247 and steps["detector", "gradient norm"] == 5601
+    assert steps["detector", "unsmoothed training loss"] == 6247 and steps["detector", "gradient norm"] == 5601
     assert (steps["signal", "train_loss_ema"], mean["signal", "train_loss_ema"].round()) == (4956, 1686)
     runs = pd.read_csv(ROOT / "results" / "paper_attention-desk" / "runs.csv")
     row = order_table(leads(runs, "attention"), "train_loss_ema", ["gradient norm"]).loc[0]
@@ -211,7 +211,7 @@ def test_the_gradient_norm_precedes_the_unsmoothed_loss_alone(contests):
     row = order_table(leads(run_scores(contests[0]), "attention"), "training loss", ["gradient norm"]).loc[0]
     for path in ("README.md", "results/README.md"):
         assert f"{row['mean_steps']:.0f} steps ({interval(row)}" in words(path)
-        assert "| training loss, unsmoothed | 6,247 | 179 |" in (ROOT / path).read_text()
+        assert "| unsmoothed training loss | 6,247 | 179 |" in (ROOT / path).read_text()
     assert f"p = {row['p']:.3f}" in words("results/README.md")
 
 
