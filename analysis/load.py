@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         fail(str(error))
     if written.left_out:
         print(f"left out: {'; '.join(f'{run}: {why}' for run, why in written.left_out.items())}", file=sys.stderr)
-    print(f"{given['csv']}: {written.count} runs")
+    print(f"{given['csv']}: {written.files} runs")
 
 
 if __name__ == "__main__":

@@ -76,9 +76,9 @@ def frame_of(run: Trace, facts: Mapping[str, Any]) -> pd.DataFrame:
 
 
 class Written(NamedTuple):
-    """count: of files that were written; left_out: by run that has none, why."""
+    """files: how many were written; left_out: by run that has none, why."""
 
-    count: int
+    files: int
     left_out: dict[str, str]
 
 
