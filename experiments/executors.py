@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from joblib import Parallel, cpu_count, delayed, effective_n_jobs
+from joblib import Parallel, delayed, effective_n_jobs
 
 from foreshock.experiments.training.checkpoint import RunError
 from foreshock.experiments.training.stopping import check_in
 
-USUAL = 2
-"""How many runs a command trains at a time by default, on whatever machine."""
+MOST_PROCESSES = 1024
+"""At a time on one machine. They may be more than its cores, which they then share."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -64,10 +64,10 @@ class Processes:
 
     def __post_init__(self) -> None:
         jobs = self.settings["n_jobs"]
-        most = max(cpu_count(), USUAL)
-        if not isinstance(jobs, int) or not (jobs == -1 or 1 <= jobs <= most):
-            said = f"at least 1 and at most {most}, as this process may use {cpu_count()} cores"
-            raise ValueError(f"at_once={jobs} is not allowed: {said}, or -1 for a run on every core")
+        if not isinstance(jobs, int) or not (jobs == -1 or 1 <= jobs <= MOST_PROCESSES):
+            raise ValueError(
+                f"at_once={jobs} is not allowed: at least 1, at most {MOST_PROCESSES}, or -1 for a run on every core"
+            )
 
     @property
     def at_once(self) -> int:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from foreshock.experiments import machine
-from foreshock.experiments.executors import Processes
 from foreshock.experiments.machine import check_machine
 from foreshock.experiments.ranges import LARGEST_NORM, largest_weight
 from foreshock.experiments.training.out_of_memory import OutOfMemory
@@ -71,12 +70,6 @@ def test_threads_are_those_that_the_processor_has(make_run, monkeypatch):
     check_machine(make_run("train.threads=3"))
     with pytest.raises(ValueError, match=r"^train\.threads=4 is not allowed here: 1 to 3, "):
         check_machine(make_run("train.threads=4"))
-
-
-@pytest.mark.parametrize("jobs", [-2, 0, 5000])
-def test_runs_at_a_time_are_those_that_the_processor_has(jobs):
-    with pytest.raises(ValueError, match=rf"^at_once={jobs} is not allowed: at least 1 and at most \d+"):
-        Processes({"n_jobs": jobs})
 
 
 @pytest.mark.parametrize(
