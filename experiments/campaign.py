@@ -34,7 +34,7 @@ from foreshock.experiments.places import check_folder_to_write
 from foreshock.experiments.plan import PlannedRun
 from foreshock.experiments.reproduce import build_all, executor_for
 from foreshock.experiments.settings import CampaignCommand, check_command
-from foreshock.experiments.sweep import sweep
+from foreshock.experiments.sweep import check_can_train, left_to_train, sweep
 from foreshock.experiments.validation import check_node, check_seed
 
 CONFIG_NAME = "campaign"
@@ -126,9 +126,11 @@ def train(runs: Runs, out: Path, report: Path, label: DrawupLabel, executor: Exe
     """Train what is not there yet and write the tables, also where a run failed. Raises RunError that names one."""
     names = [PlannedRun("", "faulty", cell.fault, run.seed, ()) for cell, run in runs.faulty]
     names += [PlannedRun("", "twin", None, run.seed, ()) for run in runs.healthy]
+    all_runs = [*(run for _, run in runs.faulty), *runs.healthy]
+    check_can_train([run for _, run in left_to_train(names, all_runs, out)], out, executor)
     check_folder_to_write(report, "report").mkdir(parents=True, exist_ok=True)
     try:
-        sweep(names, [*(run for _, run in runs.faulty), *runs.healthy], out, executor)
+        sweep(names, all_runs, out, executor)
     finally:
         table = write_tables(report, runs.results, out, label)
         counts = f"{len(runs.faulty)} faulty runs, {len(runs.healthy)} healthy twins, {len(runs.refused)} refused"

@@ -48,6 +48,11 @@ def options(group: str, folders: Sequence[Path] = ()) -> list[str]:
     return sorted({path.stem for folder in (Path(CONF), *folders) for path in (folder / group).glob("*.yaml")})
 
 
+def _choices_of(group: str, folders: Sequence[Path] = ()) -> list[str]:
+    """The options of a group: its files, and ``monitor=all``."""
+    return [*options(group, folders), *([ALL] if group == "monitor" else [])]
+
+
 def _groups(folders: Sequence[Path] = ()) -> set[str]:
     return {path.name for folder in (Path(CONF), *folders) for path in folder.iterdir() if path.is_dir()}
 
@@ -61,7 +66,7 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str], folder
     chosen = [line for line in overrides if line.split("=")[0] in groups]
     for line in chosen:
         group, option = line.split("=", 1)
-        known = [*options(group, folders), *([ALL] if group == "monitor" else [])]
+        known = _choices_of(group, folders)
         for name in option.strip("[]").split(","):
             if name and name not in known:
                 return f"{group}={option} is not an option of {group}{did_you_mean(name, known)}"
@@ -140,14 +145,16 @@ def _choices(line: str, swept: bool) -> list[str]:
 
 
 def _check_folders(own: Sequence[Path]) -> None:
-    """Raises ValueError for a folder that is not there, or with a file that conf/ has too: Hydra would take ours."""
+    """Raises ValueError for a folder that is not there, or with an option that conf/ has too: Hydra would take ours."""
     for folder in own:
         if not folder.is_dir():
             raise ValueError(f"--config-dir={folder} is not allowed: there is no such folder")
         names = (file.relative_to(folder) for file in sorted(folder.rglob("*.yaml")))
-        twice = next((name for name in names if (Path(CONF) / name).exists()), None)
+        taken = {Path("monitor", f"{ALL}.yaml")}
+        twice = next((name for name in names if name in taken or (Path(CONF) / name).exists()), None)
         if twice is not None:
-            raise ValueError(f"{folder / twice} is not allowed: conf/{twice} is there already; give yours another name")
+            option = f"{twice.parent}={twice.stem}"
+            raise ValueError(f"{folder / twice} is not allowed: {option} is there already; give yours another name")
 
 
 def _check_additions(config_name: str, lines: Sequence[str], folders: Sequence[Path]) -> None:
@@ -181,12 +188,12 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     of_hydra = next((line for line in lines if re.match(r"[+~]*hydra\b", line) and "_target_" in line), None)
     if of_hydra:
         raise ValueError(f"{of_hydra} is not allowed: Hydra takes no class by name; hydra/launcher=NAME chooses one")
-    groups = {group: options(group, own) for group in _groups(own)}
+    groups = {group: _choices_of(group, own) for group in _groups(own)}
     roots = known_roots(config_name, groups)
     for line in lines:
         check_form(line, roots)
-    check_choices(lines, groups)
     choices = [_choices(line, swept) for line in lines]
+    check_choices(itertools.chain.from_iterable(choices), groups)
     with initialize_config_dir(CONF, version_base="1.3"):
         for combination in itertools.product(*choices):
             try:

@@ -6,13 +6,10 @@ needs what loops of ``foreshock.attach`` alone have (``Needs.attached``).
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hydra.core.config_store import ConfigStore
 
-from foreshock.experiments.plain_config import construct
+from foreshock.experiments.plain_config import CONF, construct
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 ALL = "all"
 """The option of the group ``monitor`` that stands for the list; no file of ``conf/monitor`` may have its name."""
 

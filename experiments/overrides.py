@@ -14,8 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from foreshock.experiments.validation import nearest
 
-KEY = re.compile(r"[\w$][\w$-]*([./][\w$-]+)*(@[\w$.:-]*)?")
+KEY = re.compile(r"[a-z_$][\w$-]*([./]([a-z_$][\w$-]*|\d+))*(@[\w$.:-]*)?", re.ASCII | re.IGNORECASE)
 """A key of a configuration: names with dots or slashes between, and a package where a group's place is another."""
+NOTHING = ("", "null", "[]", "{}")
+"""Values that choose nothing of a group."""
 BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 
@@ -32,7 +34,7 @@ def check_form(line: str, known: Collection[str]) -> None:
         raise ValueError(f"{line!r} is not allowed: no key stands before {'=' if equals else 'the end'!r}; {form}")
     close = nearest(key.strip().split(".")[0], known)
     raise ValueError(
-        f"{line!r} is not allowed: {key!r} is no key, which has no spaces and no empty part; {form}{close}"
+        f"{line!r} is not allowed: {key!r} is no key, which is names of ASCII letters with dots between; {form}{close}"
     )
 
 
@@ -65,12 +67,16 @@ def _closes(value: str) -> bool:
 def check_choices(lines: Iterable[str], choices: Mapping[str, Sequence[str]]) -> None:
     """Raises ValueError where nothing is chosen of a group: ``fault=null``, ``monitor=[]``, ``model=``.
 
-    choices: by group, its files. Without a choice Hydra drops the group, and what needs it says that it is missing.
+    choices: by group, its options. Without a choice Hydra drops the group, and what needs it says that it is missing.
     """
     for line in lines:
         key, equals, value = line.partition("=")
-        if equals and key in choices and value.strip() in ("", "null", "[]", "{}"):
+        if not equals or "".join(value.split()).lower() not in NOTHING:
+            continue
+        if key in choices:
             raise ValueError(f"{line} is not allowed: one of {', '.join(choices[key])}")
+        if re.fullmatch(r"hydra/\w+", key):
+            raise ValueError(f"{line} is not allowed: {key}=NAME chooses one")
 
 
 def check_merges(lines: Iterable[str], config: DictConfig) -> None:
@@ -85,8 +91,9 @@ def check_merges(lines: Iterable[str], config: DictConfig) -> None:
         key = key.lstrip("+")
         there: Any = OmegaConf.select(config, key, throw_on_resolution_failure=False)
         if isinstance(there, DictConfig) and len(there):
-            names = ", ".join(map(str, there))
-            said = f"it adds no key to those that are there ({names}); '~{key}.NAME' drops one"
+            names = list(map(str, there))
+            drops = f"; '~{key}.NAME' drops one" if all(map(KEY.fullmatch, names)) else ""
+            said = f"it adds no key to those that are there ({', '.join(names)}){drops}"
             raise ValueError(f"{line} has no effect: {said}")
 
 

@@ -12,17 +12,23 @@ from pathlib import Path
 
 
 def check_path(path: Path | str, where: str) -> Path:
-    """A path that a file system can have: not empty, of no character that ends it, no part too long."""
+    """A path that a file system can have and this process can reach, where it is there: no link to nothing."""
     said = str(path)
     if not said.strip():
         raise ValueError(f"{where}={said!r} is not allowed: a path, '.' for the working directory")
     try:
         os.lstat(said)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except (FileNotFoundError, NotADirectoryError):
         pass
+    except PermissionError:
+        raise ValueError(f"{where}={said!r} is not allowed: this process may not look there") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ValueError(f"{where}={_short(said)} is not allowed: {str(reason).lower()}") from None
+    nearest = _nearest_there(Path(path))
+    if nearest.is_symlink() and not os.path.exists(nearest):
+        what = "this" if nearest == Path(path) else repr(str(nearest))
+        raise ValueError(f"{where}={said!r} is not allowed: {what} is a link to nothing")
     return Path(path)
 
 

@@ -11,7 +11,6 @@ as a flipped exponent bit makes it, and its run ends as data.
 - A norm: ``sqrt(FP32_MAX)``. A norm is the root of a sum of squares: none above it is finite, so that no clip there
   acts, and a loss with such a factor has no finite gradient norm.
 - Steps: as many as a run may have.
-- A capacity: ``n_experts / top_k``. With it an expert has room for every token.
 - A balancing bias: 1. It is added to probabilities, and a step beyond 1 outweighs them all.
 """
 
@@ -49,9 +48,7 @@ def check_ranges(model: TransformerConfig, train: TrainConfig) -> None:
     for field in ("warmup_steps", "checkpoint_every_steps"):
         _at_most(MOST_STEPS, getattr(train, field), f"train.{field}", "the most steps of a run")
     _at_most(MOST_STACKED, train.stack, "train.stack", "the most runs of a role")
-    if model.moe:
-        moe, room = model.moe, model.moe.n_experts / model.moe.top_k
-        _at_most(room, moe.capacity_factor, "model.moe.capacity_factor", "room for every token; null to drop nothing")
+    if moe := model.moe:
         _at_most(1.0, moe.bias_update_speed, "model.moe.bias_update_speed", "the largest probability")
         for field in ("aux_coef", "z_coef"):
             _at_most(LARGEST_NORM, getattr(moe, field), f"model.moe.{field}", "the largest norm that FP32 can take")

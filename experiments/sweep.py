@@ -83,6 +83,14 @@ def left_to_train(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path)
     return pending
 
 
+def check_can_train(runs: Sequence[Run], out: Path, executor: Executor) -> None:
+    """Raises ValueError where the folder cannot be written, or where this machine is to train what it cannot."""
+    check_folder_to_write(out, "out")
+    if executor.is_here:
+        for run in {(run.model_config, run.train): run for run in runs}.values():
+            check_machine(run)
+
+
 def _cpu_s(folder: Path) -> float:
     """What earlier commands have spent on a run."""
     manifest = trace.read_manifest(folder)
@@ -98,10 +106,7 @@ def sweep(planned: Sequence[PlannedRun], runs: Sequence[Run], out: Path, executo
     pending = left_to_train(planned, runs, out)
     if not pending:
         return None
-    check_folder_to_write(out, "out")
-    if executor.is_here:
-        for run in {(run.model_config, run.train): run for _, run in pending}.values():
-            check_machine(run)
+    check_can_train([run for _, run in pending], out, executor)
     jobs = [[pending[index] for index in stack] for stack in stacks([run for _, run in pending])]
     for reason, count in Counter(why_single(run) for _, run in pending if run.train.stack > 1).items():
         if reason is not None:

@@ -146,6 +146,8 @@ def _instead(folder: Path) -> str:
         return f"restore {name} from a copy, or move it away: nothing but its own training has these readings"
     if f'"{ELSEWHERE}":'.encode() in manifest:
         return f"rm -r {name}, then import the run again"
+    if b'"config":' not in manifest:
+        return f"move {name} away, as nothing tells where the run is from, and train it again if it is this project's"
     return f"rm -r {name}, then train the run again"
 
 

@@ -18,6 +18,7 @@ from foreshock.experiments.progress import RunProgress
 from foreshock.experiments.settings import TrainCommand, check_command
 from foreshock.experiments.training.data import Corpus, DataConfig
 from foreshock.experiments.training.loop import train
+from foreshock.experiments.training.missing_readings import is_complete
 from foreshock.experiments.training.stopping import asked
 from foreshock.monitors.base import Signal
 
@@ -61,10 +62,12 @@ def run_one(config: DictConfig, load: Callable[[DataConfig, int], Corpus] = Corp
     if config.dry_run:
         print(f"{run.run_id}: {describe(run)}")
         return {"run_id": run.run_id, "end_reason": "dry_run"}
-    check_machine(run)
-    manifest = train_shown(run, check_folder_to_write(config.out, "out"), show=not config.quiet)
+    out = check_folder_to_write(config.out, "out")
+    if not is_complete(out / run.run_id, run):
+        check_machine(run)
+    manifest = train_shown(run, out, show=not config.quiet)
     if not config.quiet:
-        folder, ended = Path(config.out) / run.run_id, f"{manifest['end_reason']} after {manifest['steps_done']} steps"
+        folder, ended = out / run.run_id, f"{manifest['end_reason']} after {manifest['steps_done']} steps"
         print(f"{folder}: {ended}, {manifest['wall_s']:.0f} s")
     return manifest
 

@@ -58,6 +58,9 @@ class LostMoments(OfGroup):
 
     counters: bool
 
+    def meets(self, other: Any) -> bool:
+        return isinstance(other, FlippedMoment) and not other.idle and bool(self.touches([other.parameter]))
+
     @contextmanager
     def around(self, update: Update) -> Iterator[None]:
         for name, state in update.states(self.touches(update.parameters)):
@@ -69,6 +72,12 @@ class LostMoments(OfGroup):
 @dataclass(frozen=True)
 class FrozenMoments(AfterUpdate):
     """What the update writes to m and v is lost: they are as before it."""
+
+    def meets(self, other: Any) -> bool:
+        # they would be as before the other, or as after it, by the order of the two
+        if isinstance(other, FlippedMoment):
+            return not other.idle and bool(self.touches([other.parameter]))
+        return super().meets(other) or (isinstance(other, LostMoments) and self.overlaps(other))
 
     @contextmanager
     def around(self, update: Update) -> Iterator[None]:

@@ -32,13 +32,18 @@ class _LoggedLayer(LayerNumerics):
         return out
 
     def hears(self, change: str) -> bool:
-        return self._logs[0].wants("numerics", f"{change} both", change)  # they have measured the same steps
+        return self._logs[0].wants(*_entry(change))  # they have measured the same steps
 
     def note(self, change: str, before: Tensor, after: Tensor, batched: bool = False) -> None:
         runs = len(self._logs)
         befores, afters = (x.chunk(runs) if batched else [x] * runs for x in (before, after))
         for log, *of_run in zip(self._logs, befores, afters, strict=True):
-            log.add("numerics", f"{change} both", change, *of_run)
+            log.add(*_entry(change), *of_run)
+
+
+def _entry(change: str) -> tuple[str, str, str]:
+    """Under which point, operation and tensor a log has what is noted."""
+    return "numerics", f"{change} both", change
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count, takewhile
 from typing import Any
 
@@ -71,10 +72,11 @@ class Anatomy:
             return [name for block in self.blocks for name in block.parameters]
         return [part.weight for part in self.role(role)]
 
-    @property
-    def vocabulary(self) -> int | None:
-        """Rows of the head's weight, None without a head."""
-        return self.stacked("head", self.weights()).shape[1] if self.role("head") else None
+    @cached_property
+    def head_shape(self) -> tuple[int, int] | None:
+        """Rows and columns of the head's weight, tokens and width, None without a head."""
+        heads = self.role("head")
+        return (*heads[0].of(self.weights()).shape,) if heads else None
 
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters as they are now, by name, a tied one once. Detached, not copied."""

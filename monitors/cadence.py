@@ -4,7 +4,7 @@ A fault may act at every p-th step alone (``faults.base.Window``). Readings at m
 acts at steps 5, 15, 25 ... So monitors that read single steps (laws, recomputation, statistics of gradients,
 activations and weights) read at *jittered* steps: reading k at step 10 k + j_k, where j is one constant of the trace
 schema. Every phase of every period up to 30 is met within any 60 readings in a row, which are 600 steps. A cadence of
-10 m takes every m-th of them, and a longer cadence meets fewer phases: of the 25 phases of period 25 a cadence of 20
+10 m takes every m-th of them, and a longer cadence may meet fewer phases: of the 25 phases of period 25 a cadence of 20
 never meets 5, of 30 eleven, of 50 fifteen. A fault that acts so rarely is looked for at cadence 10. A cadence of 1
 takes every step, and any other cadence, such as 3, its multiples. Increments over a window and held-out evaluations
 stay at multiples of their cadence: an increment holds every step of its window.

@@ -14,8 +14,8 @@ from foreshock.analysis.runs.csv_table import read_table
 from foreshock.analysis.runs.experiment import Experiment, ScoredRun
 from foreshock.faults.card import BENIGN
 
-SCORED = ("test", "faulty", BENIGN)
-"""Roles of the runs whose alarms count; those of the others set thresholds of our own detectors."""
+SCORED = ("test", "faulty")
+"""Roles of the runs that a board scores; of a monitor that has listed one, alarms in benign runs are counted too."""
 
 
 def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> list[dict[str, dict[str, int | None]]]:
@@ -24,11 +24,12 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
     An empty step is a run without alarm, and so is a run that a monitor does not list; an experiment of which it
     lists no run it does not enter. Raises ValueError on files that are no table, missing columns, unknown or repeated
     runs, steps that are no whole numbers from 0, alarms after a run's end, a control's name, and files without a scored
-    run (test, faulty or benign), naming file and line.
+    run (test or faulty), naming file and line.
     """
     runs = {run.trace.run_id: (index, run) for index, experiment in enumerate(experiments) for run in experiment.runs}
     alarms: list[dict[str, dict[str, int | None]]] = [{} for _ in experiments]
     listed: set[tuple[str, str]] = set()
+    in_benign: list[tuple[int, str, str, int | None]] = []
     for path in paths:
         table = read_table(path, f"alarms={path}", ("run_id", "monitor", "step"), text=("run_id", "monitor"))
         scored = False
@@ -47,11 +48,16 @@ def read_alarms(paths: Sequence[Path], experiments: Sequence[Experiment]) -> lis
             step = _step(row.step, run, experiments[index], where)
             if run.role in SCORED:
                 scored = True
-                others = experiments[index].of(*SCORED)
+                others = experiments[index].of(*SCORED, BENIGN)
                 blank: dict[str, int | None] = {other.trace.run_id: None for other in others}
                 alarms[index].setdefault(row.monitor, blank)[row.run_id] = step
+            elif run.role == BENIGN:
+                in_benign.append((index, row.monitor, row.run_id, step))
         if not scored:
-            raise ValueError(f"alarms={path} lists no run that is scored: it needs test, faulty or benign ones")
+            raise ValueError(f"alarms={path} lists no run that is scored: it needs test or faulty ones")
+    for index, monitor, run_id, step in in_benign:
+        if monitor in alarms[index]:
+            alarms[index][monitor][run_id] = step
     return alarms
 
 

@@ -94,9 +94,12 @@ def conf(group: str, name: str) -> dict[str, Any]:
 
 
 def experiment_named(name: str) -> dict[str, Any]:
-    """An experiment of the project as Hydra composes it at its default scale, its references left as they stand."""
+    """An experiment of the project as Hydra composes it at its default scale, its references left as they stand.
+
+    Monitors are no part of it: ``monitor=all`` is there only where runs are built (``experiments.default_monitors``).
+    """
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("reproduce", overrides=[f"experiment={name}"])
+        composed = compose("reproduce", overrides=[f"experiment={name}", "~monitor"])
     content: Any = OmegaConf.to_container(composed.experiment, resolve=False)
     return content
 

@@ -43,7 +43,8 @@ def load(folder: Path | str, signals: Iterable[str] | None = None, runs: Iterabl
     """
     folder = Path(folder)
     wanted = _names(signals, "signals")
-    tables = [frame_of(run, facts) for run, facts in _chosen(folder, wanted, _names(runs, "runs"))]
+    chosen = _chosen(folder, _sources(folder, wanted), wanted, _names(runs, "runs"))
+    tables = [frame_of(run, facts) for run, facts in chosen]
     table = pd.concat(_alike(tables), ignore_index=True)
     missing = [name for name in wanted or () if name not in set(table["signal"].cat.categories)]
     if missing:
@@ -89,11 +90,12 @@ def write_csv(
     out.mkdir(parents=True, exist_ok=True)
     wanted, only = _names(signals, "signals"), _names(runs, "runs")
     written: set[str] = set()
-    for run, facts in _chosen(folder, wanted, only):
+    sources = _sources(folder, wanted)
+    for run, facts in _chosen(folder, sources, wanted, only):
         frame_of(run, facts).to_csv(out / f"{run.run_id}.csv", index=False)
         written.add(run.run_id)
     lacking = "it has no readings" if wanted is None else f"it has no readings of {', '.join(wanted)}"
-    left_out = {run: lacking for run in only or _sources(folder, wanted) if run not in written}
+    left_out = {run: lacking for run in only or sources if run not in written}
     return Written(len(written), left_out | ({} if only else _unfinished(folder)))
 
 
@@ -116,10 +118,9 @@ def _alike(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
 
 
 def _chosen(
-    folder: Path, signals: tuple[str, ...] | None, runs: tuple[str, ...] | None
+    folder: Path, sources: Mapping[str, Source], signals: tuple[str, ...] | None, runs: tuple[str, ...] | None
 ) -> Iterator[tuple[Trace, dict[str, Any]]]:
-    """Every wanted run with a wanted signal, and its facts."""
-    sources = _sources(folder, signals)
+    """Every wanted run with a wanted signal, and its facts. sources: of the folder, with these signals."""
     missing = [run for run in runs or () if run not in sources]
     if missing:
         raise ValueError(f"runs={missing[0]!r}: no finished run in {folder} is called so{nearest(missing[0], sources)}")
@@ -166,11 +167,13 @@ def _sources(folder: Path, signals: tuple[str, ...] | None) -> dict[str, Source]
 def _unfinished(folder: Path) -> dict[str, str]:
     """By folder of a run that cannot be read yet, why."""
     manifests = {path.parent: trace.manifest_of(path.parent) for path in sorted(folder.rglob("manifest.json"))}
-    return {
-        str(path.relative_to(folder)): f"it is {manifest['end_reason']}, and not finished"
-        for path, manifest in manifests.items()
-        if (path / trace.TRACE).is_dir() and not trace.is_readable(manifest)
-    }
+    reasons: dict[str, str] = {}
+    for path, manifest in manifests.items():
+        if not trace.is_readable(manifest):
+            reasons[str(path.relative_to(folder))] = f"it is {manifest['end_reason']}, and not finished"
+        elif not (path / trace.TRACE).is_dir():
+            reasons[str(path.relative_to(folder))] = "its trace is missing"
+    return reasons
 
 
 def _only(run: Trace, signals: tuple[str, ...] | None) -> Trace:

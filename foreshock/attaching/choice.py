@@ -29,8 +29,8 @@ def configured(patterns: Sequence[str], every_steps: int | None) -> dict[str, Mo
         if not any(fnmatchcase(name, pattern) for name in every):
             raise ValueError(f"monitors: {pattern!r} matches none of {', '.join(every)}{nearest(pattern, every)}")
     names = [name for name in every if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if every_steps is not None and not any(_cadence(name, every_steps) for name in names):
-        raise ValueError(f"every_steps={every_steps} has no effect: {', '.join(names)} read every step")
+    if every_steps is not None and every_steps > 1 and not any(_cadence(name, every_steps) for name in names):
+        raise ValueError(f"every_steps={every_steps} has no effect: every step is read by {', '.join(names)}")
     return {name: construct("monitor", name, **_cadence(name, every_steps)) for name in names}
 
 

@@ -42,8 +42,18 @@ class Live:
                 actions=actions_of(options.actions),
             )
             self.panel = Panel(rules, described, run, outlets, options.scaler, model)
-        for writer in self._writers:
-            writer.open()
+
+    def open_writers(self) -> None:
+        """Where one raises, those that are open already are closed, and it is raised."""
+        opened: list[Writer] = []
+        try:
+            for writer in self._writers:
+                writer.open()
+                opened.append(writer)
+        except BaseException:
+            for writer in opened:
+                writer.close()
+            raise
 
     def read(self, step: int, readings: Mapping[str, Reading], batch: Any, proven: bool = True) -> None:
         """batch: the rows that the watch keeps; proven: as of ``Panel.read``.

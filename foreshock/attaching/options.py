@@ -107,6 +107,8 @@ class Options:
         for name in ("unscale_", "get_scale"):
             if self.scaler is not None and not hasattr(self.scaler, name):
                 raise ValueError(f"scaler={type(self.scaler).__name__} is not allowed: a torch.amp.GradScaler")
+        if not isinstance(self.writers, Sequence):
+            raise ValueError(f"writers={type(self.writers).__name__} is not allowed: a list of writers")
         for writer in self.writers:
             lacking = next((name for name in WRITER if not callable(getattr(writer, name, None))), None)
             if lacking is not None:

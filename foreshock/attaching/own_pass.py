@@ -32,7 +32,7 @@ def run_again(
                 routers.__enter__()
             with torch.autocast(device.type, rows.autocast, enabled=rows.autocast is not None):
                 output = rows.called(model, buffers)
-            loss = rows.objective(output, anatomy.vocabulary)
+            loss = rows.objective(output, anatomy.head_shape)
             weights = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(loss, weights, allow_unused=True)
     finally:

@@ -34,7 +34,7 @@ def view_of(
     if rows is not None and isinstance(model, Transformer):
         objective = partial(objective_at, model, rows.arguments[0], 1.0)
     elif rows is not None:
-        objective = _readable(smooth_objective(model, rows, anatomy.vocabulary))
+        objective = _readable(smooth_objective(model, rows, anatomy.head_shape))
     assert sight.grad_norm is not None
     return StepView(
         step=step,

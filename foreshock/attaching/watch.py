@@ -62,6 +62,7 @@ class AttachedWatch:
         self._writer = None if options.out is None else TraceWriter(options.out, anatomy, monitors, nodes)
         self._watch.record(0)
         self._sight = Sight(anatomy, optimizer, self._wanted, options.rows, options.scaler, self._failed)
+        self._live.open_writers()  # after all that can refuse
 
     stopped: str | None
     _closed = _reading = False

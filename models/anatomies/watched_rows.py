@@ -77,11 +77,12 @@ class WatchedRows:
         """What the model returns on these rows, with other weights or buffers in place of its own."""
         return torch.func.functional_call(model, dict(weights or {}), self.arguments, dict(self.named))
 
-    def objective(self, output: Any, vocabulary: int | None) -> Tensor:
+    def objective(self, output: Any, head: tuple[int, int] | None) -> Tensor:
         """What training minimises, from what the model returned: its loss, or next-token cross-entropy of its logits.
 
-        vocabulary: rows of the model's head, None without one. A tensor of another width that stands for itself is
-        hidden states, and no logits. Raises NoObjective for an output that has neither.
+        head: rows and columns of the model's head, tokens and width, None without one. Without a head, a tensor that
+        stands for itself is taken for hidden states; so is one of the model's width, or wider than the head's rows, of
+        which a padded vocabulary may be cut off. Raises NoObjective for an output without loss and logits.
         """
         own = _get(output, "loss")
         parts = output if isinstance(output, tuple) else (output,)
@@ -95,12 +96,21 @@ class WatchedRows:
         tokens = self.tokens
         if not isinstance(logits, Tensor) or logits.ndim != 3 or tokens is None or tokens.shape != logits.shape[:2]:
             raise NoObjective("the model returns no loss, and no logits (B, T, V) of its tokens (B, T)")
-        if named is None and logits.shape[-1] != vocabulary:
-            head = "it has no head" if vocabulary is None else f"its head has {vocabulary} rows"
+        if named is None and not _may_be_logits(logits.shape[-1], head):
+            rows = "it has no head" if head is None else f"its head has {head[0]} rows"
             raise NoObjective(
-                f"the model returns no loss, and {tuple(logits.shape)} may be hidden states and no logits: {head}"
+                f"the model returns no loss, and {tuple(logits.shape)} may be hidden states and no logits: {rows}; "
+                "return the loss, or an output with .logits"
             )
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def _may_be_logits(width: int, head: tuple[int, int] | None) -> bool:
+    """Whether a tensor of this last dimension can be what the head gives."""
+    if head is None:
+        return False
+    rows, columns = head
+    return width == rows or (width < rows and width != columns)
 
 
 def parameter_names(model: nn.Module) -> tuple[str, ...]:
@@ -130,11 +140,11 @@ def apart(device: torch.device) -> Iterator[None]:
 
 
 def smooth_objective(
-    model: nn.Module, rows: WatchedRows, vocabulary: int | None, seed: int = 0
+    model: nn.Module, rows: WatchedRows, head: tuple[int, int] | None, seed: int = 0
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """The objective on these rows as a function of the weights by name, in their own precision, without autocast.
 
-    vocabulary: of ``WatchedRows.objective``. Attention by ``scaled_dot_product_attention`` is the plain formula, twice
+    head: of ``WatchedRows.objective``. Attention by ``scaled_dot_product_attention`` is the plain formula, twice
     differentiable; dropout draws alike.
     """
 
@@ -146,6 +156,6 @@ def smooth_objective(
             torch.manual_seed(seed)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.autocast(device.type, enabled=False))
-            return rows.objective(rows.called(model, {**weights, **buffers}), vocabulary)
+            return rows.objective(rows.called(model, {**weights, **buffers}), head)
 
     return at

@@ -1,5 +1,7 @@
 """Readings of saved runs as one table: every kind of folder, and names that are not there."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -102,6 +104,9 @@ def test_runs_without_a_file_are_named_with_the_reason(folder, tmp_path, capsys)
         "left out: other: it has no readings of grad_global_norm; faulty: it is running, and not finished\n"
     )
     assert printed.out.endswith(": 1 runs\n")
+    shutil.rmtree(folder / "other" / "trace")
+    main([f"runs={folder}", f"csv={tmp_path / 'without'}"])
+    assert capsys.readouterr().err == "left out: faulty: it is running, and not finished; other: its trace is missing\n"
     main([f"runs={folder}", f"csv={tmp_path / 'more'}", "only=healthy"])
     assert not capsys.readouterr().err
 

@@ -78,7 +78,7 @@ def test_a_second_watch_on_a_model_is_refused_until_the_first_is_closed():
         (
             {"monitors": ["loss", "gradient_norm"], "every_steps": 5},
             ValueError,
-            r"every_steps=5 has no effect: gradient_norm, loss read every step$",
+            r"every_steps=5 has no effect: every step is read by gradient_norm, loss$",
         ),
         ({"alarms": False, "on_alarm": print}, ValueError, r"on_alarm has no effect with alarms=False$"),
         ({"alarms": False, "actions": "raise"}, ValueError, r"actions has no effect with alarms=False$"),
@@ -87,6 +87,7 @@ def test_a_second_watch_on_a_model_is_refused_until_the_first_is_closed():
             ValueError,
             r"writers=builtin_function_or_method is not allowed: it has no open\(\): a writer has open, add",
         ),
+        ({"writers": print}, ValueError, r"writers=builtin_function_or_method is not allowed: a list of writers$"),
         ({"monitors": "router_*"}, ValueError, r"attach: no monitor is left; router_laws: the model has no 'router'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,11 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 import foreshock
 import foreshock.attaching.view
+from foreshock.models.anatomy import Anatomy
 from tests.attaching.loops import batches, gpt, nanogpt_style, same
 
 
 def stepped(model: nn.Module, loss_of, watched: bool = True, steps: int = 3, **options):
-    """Train with a loss of a model and a batch; the weights and the watch."""
+    """Train with a loss of a model and a batch; the weights and the watch, which reads every step."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     watch = foreshock.attach(model, optimizer, quiet=True, every_steps=1, **options) if watched else None
     for batch in batches(steps):
@@ -121,13 +123,36 @@ def of_hidden(model, batch):
     return F.cross_entropy(model.lm_head(model(batch[:, :-1])).flatten(0, 1), batch[:, 1:].flatten())
 
 
-HIDDEN = "the model returns no loss, and (2, 16, 32) may be hidden states and no logits: its head has 31 rows"
+HIDDEN = (
+    "the model returns no loss, and (2, 16, 32) may be hidden states and no logits: its head has 31 rows; "
+    "return the loss, or an output with .logits"
+)
 
 
 def test_hidden_states_are_not_taken_for_logits():
     watch = stepped(trunk(), of_hidden)[1]
     assert watch.declined["gradient_curvature"] == HIDDEN and "gradient_curvature" in watch.monitors
     assert {"key_shift_residual.over_noise", "output_log_z"} <= watch.seen.keys() and not watch.tracebacks
+
+
+def test_logits_of_a_padded_vocabulary_that_is_cut_off_are_logits():
+    def forward(self, input_ids):
+        x = self.ln_f(self.h[1](self.h[0](self.wte(input_ids))))
+        return self.lm_head(x)[..., :29]
+
+    def loss_of(model, batch):
+        batch = batch.clamp(max=28)
+        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    model = gpt()
+    model.__class__ = type("Padded", (nanogpt_style.GPT,), {"forward": forward})
+    assert "gradient_curvature" not in stepped(model, loss_of)[1].declined
+
+
+def test_a_step_copies_no_weight_to_know_the_head_s_shape(monkeypatch):
+    monkeypatch.setattr(Anatomy, "stacked", lambda *_: pytest.fail("a copy of a role's weights"))
+    watch = stepped(gpt(), one, monitors=["loss"])[1]
+    assert watch.anatomy.head_shape == (31, 32) and "train_loss_raw" in watch.seen
 
 
 def test_a_compiled_model_that_returns_no_loss_leaves_out_what_its_forward_hides():

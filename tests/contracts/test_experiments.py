@@ -40,7 +40,7 @@ SHORT = {
 }
 """By size of some experiment, which stands in its scale, a smaller one."""
 FILES = sorted((CONF / "experiment").glob("*.yaml"))
-NODES = {path.stem: yaml.load(path.read_text(), yaml.CSafeLoader) for path in FILES}
+NODES = {path.stem: yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) for path in FILES}
 OF_CASES = [name for name, node in NODES.items() if "cases" in node.get("experiment", node)]
 EXPERIMENTS = [name for name in NODES if name not in OF_CASES]
 DERIVED = [

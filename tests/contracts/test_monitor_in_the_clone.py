@@ -9,19 +9,10 @@ import sys
 import pytest
 
 from foreshock.experiments.build import ROOT
-from foreshock.experiments.default_monitors import default_monitors
-from foreshock.experiments.plain_config import construct
 from tests.contracts.added import MONITOR
 
 YAML = "# @package monitor.last_loss\n_target_: monitors.my_monitor.LastLoss\nevery_steps: 10\n"
 FOLDERS = ("analysis", "conf", "experiments", "faults", "foreshock", "models", "monitors", "results")
-
-
-def test_what_attached_loops_alone_can_fill_is_left_out_and_nothing_else():
-    every = {path.stem for path in (ROOT / "conf" / "monitor").glob("*.yaml")}
-    left_out = every - set(default_monitors())
-    assert left_out == {name for name in every if construct("monitor", name).needs.attached}
-    assert "tokens" in left_out and default_monitors() == sorted(default_monitors())
 
 
 @pytest.mark.e2e

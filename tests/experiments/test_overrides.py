@@ -8,8 +8,11 @@ from foreshock.experiments.overrides import _closes, check_form
 FORM = "key=value, or ~key to drop one"
 
 MALFORMED = [
-    ("tr =", r"'tr =' is not allowed: 'tr ' is no key, .*; the nearest (is|are) 'train'|'tr =' is not allowed: 'tr '"),
-    ("trian =3", "'trian =3' is not allowed: 'trian ' is no key, .*the nearest are? ?(is)? ?'train'"),
+    ("tr =", r"'tr =' is not allowed: 'tr ' is no key, which is names of ASCII letters with dots between; " + FORM),
+    ("trian =3", "'trian =3' is not allowed: 'trian ' is no key, .*; the nearest is 'train'"),
+    ("trän.steps=3", r"'trän\.steps=3' is not allowed: 'trän\.steps' is no key"),
+    ("1a=3", "'1a=3' is not allowed: '1a' is no key"),
+    ("train.-a=3", r"'train\.-a=3' is not allowed: 'train\.-a' is no key"),
     (" seed=1", "' seed=1' is not allowed: ' seed' is no key, .*nearest (is|are) 'seed'"),
     ("=3", "'=3' is not allowed: no key stands before '='; " + FORM),
     ("=", "'=' is not allowed: no key stands before '='"),
@@ -31,14 +34,13 @@ MALFORMED = [
     ('out="runs', 'out="runs cannot be read: a bracket or a quote'),
 ]
 CHOOSES_NOTHING = ["fault=null", "model=null", "data=", "train=null", "monitor=[]", "monitor=null", "fault=[]"]
+CHOOSES_NOTHING += ["fault=NULL", "monitor=[ ]"]
 CHOOSES_NOTHING_OF_AN_EXPERIMENT = ["experiment=null", "scale=null", "label=", "rule=null"]
 CHANGES_NOTHING = [
-    ("reproduce", "experiment.detectors={}"),
-    ("reproduce", "experiment.faults={}"),
-    ("reproduce", "scale.seeds={}"),
-    ("reproduce", "++experiment.detectors={ }"),
-    ("config", "model={}"),
-    ("campaign", "campaign={}"),
+    ("reproduce", "experiment.detectors={}", r"\(.*conservation laws.*\)$"),
+    ("reproduce", "++experiment.detectors={ }", r"\(.*conservation laws.*\)$"),
+    ("reproduce", "experiment.faults={}", r"\(attention.*\); '~experiment\.faults\.NAME' drops one$"),
+    ("reproduce", "scale.seeds={}", r"\(reference, .*\); '~scale\.seeds\.NAME' drops one$"),
 ]
 
 
@@ -57,15 +59,28 @@ def test_a_malformed_override_is_named(line, message):
     ],
 )
 def test_a_group_of_which_nothing_is_chosen_is_named_with_its_files(config_name, line):
-    with pytest.raises(ValueError, match=r"^\w+=\S* is not allowed: one of \w+") as error:
+    with pytest.raises(ValueError, match=r"^\w+=.* is not allowed: one of \w+") as error:
         check_overrides(config_name, [line])
     assert str(error.value).startswith(f"{line} is not allowed")
 
 
-@pytest.mark.parametrize(("config_name", "line"), CHANGES_NOTHING)
-def test_an_empty_mapping_that_drops_nothing_is_refused(config_name, line):
-    with pytest.raises(ValueError, match=r"has no effect: it adds no key .*\.NAME' drops one|is not allowed: one of"):
+@pytest.mark.parametrize(("config_name", "line", "said"), CHANGES_NOTHING)
+def test_an_empty_mapping_that_drops_nothing_is_refused(config_name, line, said):
+    with pytest.raises(ValueError, match="has no effect: it adds no key to those that are there " + said):
         check_overrides(config_name, [line])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("fault=none,null", "fault=null is not allowed: one of "),
+        ("hydra/launcher=null", "hydra/launcher=null is not allowed: hydra/launcher=NAME chooses one"),
+        ("monitor=[]", "monitor=[] is not allowed: one of .*, all$"),
+    ],
+)
+def test_nothing_chosen_of_a_group_in_a_sweep_of_hydra_or_where_all_is_one(line, said):
+    with pytest.raises(ValueError, match="^" + said.replace("[]", r"\[\]")):
+        check_overrides("config", ["-m", line])
 
 
 @pytest.mark.parametrize(

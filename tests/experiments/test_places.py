@@ -130,6 +130,27 @@ def test_what_this_process_may_not_write_or_read_is_named(tmp_path, monkeypatch)
         places.check_folder_to_read(closed, "runs")
 
 
+def test_a_place_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
+    """As the system says it of what lies in a folder that this process may not enter."""
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "lstat", closed)
+    for check in CHECKS:
+        with pytest.raises(ValueError, match=r"^out='.*/x' is not allowed: this process may not look there$"):
+            check(tmp_path / "x", "out")
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_link_to_nothing_is_no_place(check, tmp_path):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"^out='.*/dangling' is not allowed: this is a link to nothing$"):
+        check(tmp_path / "dangling", "out")
+    with pytest.raises(ValueError, match=r"^out='.*/below' is not allowed: '.*/dangling' is a link to nothing$"):
+        check(tmp_path / "dangling" / "below", "out")
+
+
 def test_a_missing_place_is_said_with_the_nearest_beside_it(tmp_path):
     (tmp_path / "runs").mkdir()
     with pytest.raises(ValueError, match=r"there is no such folder; the nearest is '.*/runs'"):

@@ -31,7 +31,6 @@ TOO_LARGE = [
     ("model.rope_base=1e39", "at most 3.40"),
 ]
 TOO_LARGE_WITH_EXPERTS = [
-    ("model.moe.capacity_factor=1e30", "at most 4, room for every token"),
     ("model.moe.aux_coef=1e30", "at most 1.84"),
     ("model.moe.z_coef=1e30", "at most 1.84"),
     ("model.moe.bias_update_speed=1.5", "at most 1, the largest probability"),

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from foreshock.faults.adam_state_bitflip import AdamStateBitflip
 from foreshock.faults.adam_state_format import AdamStateFormat
+from foreshock.faults.adam_state_reset import AdamStateReset
 from foreshock.faults.adam_state_stale import AdamStateStale
 from foreshock.faults.adam_step_stuck import AdamStepStuck
 from foreshock.faults.bad_batch import BadBatch
@@ -52,6 +54,9 @@ def check(make_run, *faults):
         (DoubleUpdate(None), AdamStateFormat(group="mlp"), "meet"),
         (AdamStateStale("mlp"), AdamStateFormat(moment="exp_avg"), "FrozenMoments.* and RoundedMoments.* meet"),
         (AdamStepStuck("mlp"), AdamStepStuck(), "meet"),
+        (AdamStateStale("attention", onset=3), AdamStateReset(onset=3), "FrozenMoments.* and LostMoments.* meet"),
+        (AdamStateBitflip(QUERY, 5, onset=3), AdamStateStale(onset=3), "meet"),
+        (AdamStateBitflip(QUERY, 5, onset=3), AdamStateReset(group="attention", onset=3), "meet"),
         (MXLinear(), MXLinear(modules=("blocks.1.mlp.*",)), "meet"),
         (MXLinear(modules=("*.mlp.*",)), MXLinear(), "meet"),
         (TiedGradientDouble("head"), Untied("head"), "meet"),
@@ -78,6 +83,9 @@ def test_what_would_win_over_the_other_unsaid_is_refused(one, other, said, make_
         (DoubleUpdate("mlp"), AdamStateStale("attention")),
         (DoubleUpdate("mlp"), AdamStateFormat("fp32")),
         (AdamStateStale(), AdamStepStuck()),
+        (AdamStateStale("mlp", onset=3), AdamStateBitflip(QUERY, 5, onset=3)),
+        (AdamStateReset(onset=3, group="mlp"), AdamStateBitflip(QUERY, 5, onset=3)),
+        (AdamStateStale(onset=3), AdamStateBitflip(QUERY, 0, onset=3)),
         (AdamStateFormat(moment="exp_avg"), AdamStateFormat("fp16", moment="exp_avg_sq")),
         (MXLinear(), MXLinear(modules=("head",))),
         (MXLinear(modules=("h*",)), MXLinear()),

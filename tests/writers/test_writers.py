@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
+import foreshock
 from foreshock.alarms.event import Event
 from foreshock.alarms.reading import HostReading
 from foreshock.monitors.signal import Signal
@@ -153,6 +155,38 @@ def test_a_missing_package_names_its_extra(make, extra, monkeypatch, tmp_path):
         monkeypatch.setitem(__import__("sys").modules, name, None)
     with pytest.raises(ImportError, match=rf"pip install 'foreshock\[{extra}\]'"):
         make(str(tmp_path))
+
+
+class Opened:
+    """Says whether it is open."""
+
+    is_open: bool | None = None
+
+    def open(self):
+        self.is_open = True
+
+    def add(self, step, values): ...
+
+    def alarm(self, event): ...
+
+    def close(self):
+        self.is_open = False
+
+
+class Closed(Opened):
+    def open(self):
+        raise OSError("no server")
+
+
+def test_a_writer_is_opened_once_nothing_can_refuse_and_closed_where_the_next_cannot_open(tmp_path):
+    model, (first, second) = gpt(), (Opened(), Opened())
+    optimizer = torch.optim.AdamW(model.parameters())
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run"):
+        foreshock.attach(model, optimizer, out=tmp_path, writers=[first], quiet=True)
+    with pytest.raises(OSError, match="no server"):
+        foreshock.attach(model, optimizer, writers=[second, Closed()], quiet=True)
+    assert (first.is_open, second.is_open) == (None, False)
 
 
 class Failing:

@@ -69,9 +69,9 @@ def test_who_alarms_in_benign_runs_is_told_by_control(both):
 def test_alarms_from_elsewhere_count_in_benign_runs_too(both, tmp_path):
     experiment, path = load(both, both), tmp_path / "mine.csv"
     runs = experiment.of(BENIGN, fault="loud")
-    alarms = pd.DataFrame(
-        {"run_id": [run.trace.run_id for run in runs], "monitor": "mine", "step": [run.onset for run in runs]}
-    )
+    (faulty, *_) = experiment.of("faulty")  # without a run that is scored a monitor does not enter
+    rows = [(run.trace.run_id, "mine", run.onset) for run in (*runs, faulty)]
+    alarms = pd.DataFrame(rows, columns=["run_id", "monitor", "step"])
     alarms.iloc[0, 2] = 5  # before its onset
     alarms.to_csv(path, index=False)
     (external,) = read_alarms([path], [experiment])
