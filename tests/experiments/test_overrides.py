@@ -9,7 +9,7 @@ FORM = "key=value, or ~key to drop one"
 
 MALFORMED = [
     ("tr =", r"'tr =' is not allowed: 'tr ' is no key, which is names of ASCII letters with dots between; " + FORM),
-    ("trian =3", "'trian =3' is not allowed: 'trian ' is no key, .*; the nearest is 'train'"),
+    ("trian =3", "'trian =3' is not allowed: 'trian ' is no key, .*; the nearest are 'train', 'track'"),
     ("trän.steps=3", r"'trän\.steps=3' is not allowed: 'trän\.steps' is no key"),
     ("1a=3", "'1a=3' is not allowed: '1a' is no key"),
     ("train.-a=3", r"'train\.-a=3' is not allowed: 'train\.-a' is no key"),
