@@ -25,7 +25,7 @@ def check_machine(run: Run) -> None:
     """Raises ValueError for more threads than this machine's processor has, and OutOfMemory for a run that cannot fit.
 
     Threads: of the cores that this process may use (``joblib.cpu_count``). Memory: ``least_bytes`` against all that
-    the device has, free or not, so that no run is refused that could be trained.
+    the device has, free or not; swap is left out.
     """
     cores = joblib.cpu_count()
     if run.train.threads > cores:
@@ -51,8 +51,9 @@ def count_parameters(config: TransformerConfig) -> int:
 def least_bytes(run: Run) -> dict[str, int]:
     """Bytes that a run holds at the same time at the very least, by the fields that decide them.
 
-    Model: weights, gradients and AdamW's moments in FP32. Batches: the tokens of a batch and of the held-out one, with
-    their targets. Sequences at a time: logits of a micro-batch in FP32, (B, T, V). Activations come on top of that.
+    At an update: weights, gradients and AdamW's moments in FP32. In a forward: weights, and the logits of a micro-batch
+    in FP32, (B, T, V). The larger of the two, each with the tokens and targets of a batch and of the held-out one.
+    Activations come on top of that.
     """
     model, train = run.model_config, run.train
     row = (model.context_length + 1) * BYTES_OF_A_TOKEN
@@ -60,14 +61,12 @@ def least_bytes(run: Run) -> dict[str, int]:
     sequences = f"train.{'micro_batch' if train.micro_batch else 'batch_size'}={at_a_time}"
     held_out = f"train.held_out_sequences={train.held_out_sequences}"
     size = f"model.d_model={model.d_model}, model.n_layers={model.n_layers}, model.d_ff={model.d_ff}"
-    sizes = {f"the model of {size}": BYTES_OF_A_PARAMETER * count_parameters(model)}
-    for field, count in (
-        (held_out, train.held_out_sequences),
-        (f"train.batch_size={train.batch_size}", train.batch_size),
-    ):
-        sizes[field] = sizes.get(field, 0) + count * row
-    sizes[sequences] = sizes.get(sequences, 0) + 4 * at_a_time * model.context_length * (model.vocab_size or 0)
-    return sizes
+    parameters, logits = count_parameters(model), at_a_time * model.context_length * (model.vocab_size or 0)
+    batches = {held_out: train.held_out_sequences * row, f"train.batch_size={train.batch_size}": train.batch_size * row}
+    update = {f"the model of {size}": BYTES_OF_A_PARAMETER * parameters, **batches}
+    forward = {f"the model of {size}": 4 * parameters, **batches}
+    forward[sequences] = forward.get(sequences, 0) + 4 * logits
+    return max(update, forward, key=lambda sizes: sum(sizes.values()))
 
 
 def device_bytes(device: torch.device) -> int:

@@ -97,5 +97,8 @@ def test_memory_is_counted_by_hand(make_run):
     assert next(iter(sizes.values())) == 16 * parameters
     assert sizes["train.batch_size=8"] == 8 * 17 * 8
     assert sizes["train.held_out_sequences=4"] == 4 * 17 * 8
-    assert sizes["train.micro_batch=2"] == 4 * 2 * 16 * 256
+    assert len(sizes) == 3  # an update takes more than the logits of two sequences
+    many = machine.least_bytes(make_run("train.batch_size=800", "train.micro_batch=400"))
+    assert next(iter(many.values())) == 4 * parameters
+    assert many["train.micro_batch=400"] == 4 * 400 * 16 * 256
     assert machine.device_bytes(torch.device("cpu")) > 0
