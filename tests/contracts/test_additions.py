@@ -107,7 +107,9 @@ def test_a_mistake_beside_files_of_ones_own_is_the_one_that_is_named(mine):
         check_overrides("config", ["--config-dir", str(mine), "fault=lr_fliker", PLUGINS])
 
 
-def test_a_file_of_ones_own_needs_a_name_that_conf_has_not(mine):
-    (mine / "fault" / "none.yaml").write_text("_target_: my_fault.LRFlicker\nfactor: 2.0\n")
-    with pytest.raises(ValueError, match=r"fault/none\.yaml is not allowed: conf/fault/none\.yaml is there already"):
-        check_overrides("config", ["--config-dir", str(mine), "fault=none", PLUGINS])
+@pytest.mark.parametrize(("group", "name"), [("fault", "none"), ("monitor", "all")])
+def test_a_file_of_ones_own_needs_a_name_that_conf_has_not(mine, group, name):
+    (mine / group / f"{name}.yaml").write_text("_target_: my_fault.LRFlicker\nfactor: 2.0\n")
+    said = rf"{group}/{name}\.yaml is not allowed: {group}={name} is there already; give yours another name$"
+    with pytest.raises(ValueError, match=said):
+        check_overrides("config", ["--config-dir", str(mine), PLUGINS])

@@ -118,6 +118,11 @@ def test_the_arguments_of_another_command_are_its_own(line, tmp_path, monkeypatc
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("foreshock.experiments.gpu_record.machine", lambda: {"device": "some GPU"})
     (tmp_path / "runs").mkdir()
+    for key, _, value in (argument.partition("=") for argument in arguments):
+        if key in ("runs", "report"):  # a folder that is to be there is looked for first
+            (tmp_path / value).mkdir(parents=True, exist_ok=True)
+        if key == "detector":
+            (tmp_path / value).touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Reached):
         module.main(arguments)

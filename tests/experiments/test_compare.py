@@ -31,6 +31,7 @@ def test_the_line_of_the_readme_is_an_experiment_of_these_monitors_and_doses(tex
     assert experiment["detectors"] == {
         "Delta W entropy": ["delta_w_spectral_entropy.q.w50", "delta_w_spectral_entropy.k.w50"],
         "training loss": ["train_loss_ema"],
+        "unsmoothed training loss": ["train_loss_raw"],
         "held-out loss (label's input)": ["held_out_loss"],
     }
     assert [fault["dose"] for fault in experiment["faults"].values()] == [5, 6, 7, 8]
@@ -128,7 +129,7 @@ def test_one_line_trains_scores_and_draws(tmp_path, text, tiny, monkeypatch):
     table = pd.read_csv(report / "lead_by_dose.csv")
     assert set(table["dose"]) == {2, 8}
     assert set(table["detector"]) == {
-        "Delta W entropy", "training loss", "held-out loss (label's input)", "onset oracle",
+        "Delta W entropy", "training loss", "unsmoothed training loss", "held-out loss (label's input)", "onset oracle",
     }  # fmt: skip
     written = yaml.safe_load((report / "conf" / "experiment" / "compare_bf16_shift_bits.yaml").read_text())
     assert written["experiment"]["dose"] == "bits"
