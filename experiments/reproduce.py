@@ -44,7 +44,7 @@ from foreshock.experiments.places import check_folder_to_read, check_folder_to_w
 from foreshock.experiments.plan import PlannedRun, plan, plan_cases
 from foreshock.experiments.scoring import check_runs, check_settings, unwatched
 from foreshock.experiments.settings import ReproduceCommand, check_command, resolved
-from foreshock.experiments.sweep import check_can_train, left_to_train, sweep
+from foreshock.experiments.sweep import sweep
 from foreshock.experiments.train import describe
 from foreshock.experiments.training.data import load_once
 from foreshock.experiments.validation import check_mapping, check_named, check_value, did_you_mean
@@ -195,11 +195,9 @@ def main(config: DictConfig) -> None:
             print(f"{model}, each: {describe(runs[cell_of_model])}")
         return
     out, report, executor = Path(config.out), Path(config.report), executor_for(given)
+    check_folder_to_write(report, "report")
     if config.score_only:
         check_folder_to_read(out, "out")
-    else:
-        check_can_train([run for _, run in left_to_train(planned, runs, out)], out, executor)
-    check_folder_to_write(report, "report").mkdir(parents=True, exist_ok=True)
     timing = None if config.score_only else sweep(planned, runs, out, executor)
     index = {
         "experiment": experiment,
@@ -211,6 +209,7 @@ def main(config: DictConfig) -> None:
         "runs": [{**dataclasses.asdict(cell), "run_id": run.run_id} for cell, run in zip(planned, runs, strict=True)],
         **recorded(experiment["draw"], conf),
     }
+    report.mkdir(parents=True, exist_ok=True)
     write_whole(report / "experiment.json", sealed(index))
     make_report(report, out, conf=conf)
 

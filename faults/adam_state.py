@@ -59,6 +59,7 @@ class LostMoments(OfGroup):
     counters: bool
 
     def meets(self, other: Any) -> bool:
+        # a bit flipped before is lost, one flipped after is of a zero
         return isinstance(other, FlippedMoment) and not other.idle and bool(self.touches([other.parameter]))
 
     @contextmanager

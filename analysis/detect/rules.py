@@ -9,6 +9,7 @@ from foreshock.analysis.detect.river import RIVER, RiverDetector, check_river
 from foreshock.experiments.validation import Parameter, check_arguments, check_named, parameters_of
 
 OF_EVERY_RULE: dict[str, Parameter] = {"chart": (str, ...), "persistence": (int, 1)}
+"""The parameters that a rule has whatever its chart."""
 
 
 def make_rule(chart: str, persistence: int = 1, **parameters: Any) -> AlarmRule:
