@@ -236,9 +236,7 @@ class _Together:
         if self.stops is None:
             return step
         (folder,), events = self.folders, self.writers[0].events
-        to_keep = self.stops.to_keep(events)
-        checkpoint.discard_kept(folder, but=to_keep)
-        if step in to_keep:
+        if step in self.stops.to_keep(events):
             self.save(step, "running")
             checkpoint.keep(folder, step)
         loss, resume = self.stops.losses_ahead(events).get(step), self.stops.resumes.get(step)
@@ -247,6 +245,7 @@ class _Together:
             go_back(folder, step, loss, self.engine.logs[0], events)
             self.end()
             self.go_on()
+            checkpoint.discard_kept(folder, but=self.stops.to_keep(self.writers[0].events))
             return self.stop(self.first)
         if resume is not None:
             self.save(step, "running")

@@ -33,8 +33,10 @@ MALFORMED = [
     ("out='runs", "out='runs cannot be read: a bracket or a quote"),
     ('out="runs', 'out="runs cannot be read: a bracket or a quote'),
 ]
-CHOOSES_NOTHING = ["fault=null", "model=null", "data=", "train=null", "monitor=[]", "monitor=null", "fault=[]"]
-CHOOSES_NOTHING += ["fault=NULL", "monitor=[ ]"]
+CHOOSES_NOTHING = [
+    "fault=null", "fault=NULL", "fault=[]", "model=null", "data=", "train=null", "monitor=null", "monitor=[]",
+    "monitor=[ ]",
+]  # fmt: skip
 CHOOSES_NOTHING_OF_AN_EXPERIMENT = ["experiment=null", "scale=null", "label=", "rule=null"]
 CHANGES_NOTHING = [
     ("reproduce", "experiment.detectors={}", r"\(.*conservation laws.*\)$"),
